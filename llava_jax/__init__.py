@@ -1,0 +1,1 @@
+"""LLaVA in JAX/Flax."""

@@ -1,0 +1,1 @@
+"""Flax Linen modules and their configs. They know arrays and logical axis names, nothing else."""

@@ -1,0 +1,66 @@
+"""The one attention entry of the project.
+
+B rows, T query length, S key length, N heads, K kv heads, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention_mask(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """Who may look at whom: same segment, not later, and not further back than the window.
+
+    Positions restart in each segment, so comparing them is only meaningful within one; a packed
+    row, a padded row and a part-filled KV cache are all described by these four arrays.
+
+    Args:
+      query_positions, query_segments: int[B, T].
+      key_positions, key_segments: int[B, S].
+      sliding_window: number of latest positions a query sees, itself included (Mistral).
+
+    Returns:
+      bool[B, 1, T, S]. Padding (segment 0) sees only padding: finite, and never used.
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
+    mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
+    if sliding_window is not None:
+        mask &= distance < sliding_window
+    return mask[:, None]
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Scaled dot-product attention with grouped kv heads, softmax in float32.
+
+    Args:
+      query: [B, T, N, H].
+      key, value: [B, S, K, H] with N a multiple of K.
+      mask: bool[B, 1, T, S], or None where every query sees every key (vision).
+
+    Returns:
+      [B, T, N, H] in the query's dtype.
+    """
+    with jax.named_scope("attention"):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding in the half-split order of Hugging Face's Llama.
+
+    Args:
+      x: [B, T, N, H].
+      cos, sin: float32[B, T, H // 2].
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return rotated.astype(x.dtype)

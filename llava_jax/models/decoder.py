@@ -1,0 +1,291 @@
+"""One decoder for the Llama family: Llama 1/2/3, Vicuna, Mistral, Qwen 2/2.5/3, SmolLM2, as data.
+
+B rows, T query length, S cache length, N heads, K kv heads, H head size, D model, F feed-forward,
+V vocabulary, L layers.
+"""
+
+import dataclasses
+import math
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.models.attention import apply_rope, attention, attention_mask
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of rotary frequencies: `linear`, or `llama3` with its four numbers."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Dimensions and variants of a Llama-family decoder; names follow Hugging Face."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    max_position_embeddings: int = 4096
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of what was read so far; slot s of a row holds its position s.
+
+    Attributes:
+      keys, values: [L, B, S, K, H].
+      lengths: int32[B], tokens each row holds.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, rows: int, size: int, dtype) -> "KVCache":
+        shape = (config.num_layers, rows, size, config.num_kv_heads, config.head_dim)
+        zeros = jnp.zeros(shape, dtype)
+        return cls(zeros, zeros, jnp.zeros((rows,), jnp.int32))
+
+
+def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
+    """float32[H // 2], rotary inverse frequencies with the config's scaling applied."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    inv_freq = (1.0 / config.rope_theta**exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq
+    if scaling.kind == "linear":
+        return inv_freq / np.float32(scaling.factor)
+    if scaling.kind != "llama3":
+        raise ValueError(f"rope scaling {scaling.kind!r} is not supported: linear and llama3 are")
+    # Llama 3: long waves are stretched, short ones kept, those between are blended.
+    wavelength = 2 * math.pi / inv_freq
+    turns = scaling.original_max_position_embeddings / wavelength
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (blend * inv_freq + (1 - blend) * inv_freq / scaling.factor).astype(np.float32)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 as LlamaRMSNorm does."""
+
+    epsilon: float
+    dtype: jnp.dtype
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+def linear(features: int, axes: tuple[str, str], use_bias: bool, dtype, name: str):
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention over this call's tokens, or over a cache they are first written to."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, rope, mask, layer, cache: KVCache | None):  # x [B, T, D]
+        c = self.config
+        batch, length, _ = x.shape
+        q = linear(c.num_heads * c.head_dim, ("embed", "heads"), c.qkv_bias, self.dtype, "q_proj")(x)
+        k, v = (
+            linear(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, self.dtype, n)(x)
+            for n in ("k_proj", "v_proj")
+        )
+        q = q.reshape(batch, length, c.num_heads, c.head_dim)
+        k, v = (a.reshape(batch, length, c.num_kv_heads, c.head_dim) for a in (k, v))
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="k_norm")(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            cache, k, v = write_cache(cache, layer, k, v)
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        out = out.reshape(batch, length, c.num_heads * c.head_dim)
+        out = linear(c.hidden_size, ("heads", "embed"), c.o_bias, self.dtype, "o_proj")(out)
+        return out, cache
+
+
+def write_cache(cache: KVCache, layer, k, v):
+    """Puts k, v [B, T, K, H] behind each row's tokens; returns the cache and the layer's k, v."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    slots = cache.lengths[:, None] + jnp.arange(k.shape[1])
+    # Slots past the end belong to padding of a full row: dropped.
+    keys = cache.keys.at[layer, rows, slots].set(k.astype(cache.keys.dtype), mode="drop")
+    values = cache.values.at[layer, rows, slots].set(v.astype(cache.values.dtype), mode="drop")
+    return cache.replace(keys=keys, values=values), keys[layer], values[layer]
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate, up = (
+            linear(c.intermediate_size, ("embed", "mlp"), c.mlp_bias, self.dtype, name)(x)
+            for name in ("gate_proj", "up_proj")
+        )
+        x = nn.with_logical_constraint(jax.nn.silu(gate) * up, ("batch", "length", "act_mlp"))
+        return linear(c.hidden_size, ("mlp", "embed"), c.mlp_bias, self.dtype, "down_proj")(x)
+
+
+class DecoderBlock(nn.Module):
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, carry, layer, rope, mask):
+        x, cache = carry
+        norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.dtype, name=name)  # noqa: E731
+        out, cache = Attention(self.config, self.dtype, name="self_attn")(
+            norm("input_layernorm")(x), rope, mask, layer, cache
+        )
+        x = x + out
+        x = x + MLP(self.config, self.dtype, name="mlp")(norm("post_attention_layernorm")(x))
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        return (x, cache), None
+
+
+class Decoder(nn.Module):
+    """Token embeddings in, final normalised hidden states out; `attend` turns those into logits.
+
+    Follows LlamaModel, MistralModel, Qwen2Model and Qwen3Model of transformers.
+
+    Attributes:
+      remat_policy: which activations the backward pass recomputes, a key of REMAT_POLICIES.
+    """
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    remat_policy: str = "none"
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.embed_tokens = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=self.dtype,
+            embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
+        )
+        block = DecoderBlock
+        if self.remat_policy != "none":
+            policy = REMAT_POLICIES[self.remat_policy]
+            block = nn.remat(block, prevent_cse=False, policy=policy)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = linear(c.vocab_size, ("embed", "vocab"), False, self.dtype, "lm_head")
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """int[B, T] -> [B, T, D]."""
+        return self.embed_tokens(input_ids)
+
+    def __call__(
+        self,
+        embeddings: jax.Array,
+        position_ids: jax.Array,
+        segment_ids: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs all layers.
+
+        Args:
+          embeddings: [B, T, D].
+          position_ids: int[B, T], from 0 in each segment; with a cache they continue its lengths.
+          segment_ids: int[B, T], 0 for padding; with a cache 1 for real tokens, padding last.
+          cache: written behind each row's `lengths`; None in training.
+
+        Returns:
+          Hidden states [B, T, D] after the final norm, and the cache with these tokens added.
+        """
+        if cache is None:
+            key_positions, key_segments = position_ids, segment_ids
+            lengths = None
+        else:
+            lengths = cache.lengths + (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
+            slots = jnp.arange(cache.keys.shape[2])
+            key_positions = jnp.broadcast_to(slots, (len(lengths), slots.size))
+            key_segments = (slots < lengths[:, None]).astype(segment_ids.dtype)
+        mask = attention_mask(
+            position_ids, key_positions, segment_ids, key_segments, self.config.sliding_window
+        )
+        angles = position_ids[..., None] * inverse_frequencies(self.config)  # [B, T, H // 2]
+        rope = jnp.cos(angles), jnp.sin(angles)
+        x = nn.with_logical_constraint(embeddings, ("batch", "length", "act_embed"))
+        layer_ids = jnp.arange(self.config.num_layers)
+        (x, cache), _ = self.layers((x, cache), layer_ids, rope, mask)
+        if cache is not None:
+            cache = cache.replace(lengths=lengths)
+        return self.norm(x), cache
+
+    def attend(self, hidden_states: jax.Array) -> jax.Array:
+        """[..., D] -> float32 logits [..., V]."""
+        if self.config.tie_word_embeddings:
+            logits = self.embed_tokens.attend(hidden_states)
+        else:
+            logits = self.lm_head(hidden_states)
+        return logits.astype(jnp.float32)
+
+
+def head_kernel(params: dict) -> jax.Array:
+    """The output projection [D, V] of decoder parameters, tied or not."""
+    if "lm_head" in params:
+        return params["lm_head"]["kernel"]
+    return params["embed_tokens"]["embedding"].T

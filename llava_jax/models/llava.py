@@ -1,0 +1,146 @@
+"""LLaVA: image features put in the places of placeholder ids, then the language model.
+
+B rows, T length, I images a row, S image side, P tokens an image, D model size, V vocabulary.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llava_jax.models.decoder import Decoder, DecoderConfig, KVCache
+from llava_jax.models.projector import Projector
+from llava_jax.models.vit import ViT, ViTConfig
+
+IMAGE_TOKEN_ID = -200  # IMAGE_TOKEN_INDEX of the original LLaVA: in no vocabulary
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """A vision encoder, a projector and a decoder, and how pictures become tokens.
+
+    Attributes:
+      projector: `linear`, `mlpNx_gelu` or `identity` (LLaVA's mm_projector_type).
+      feature_layer: which of the encoder's hidden states is used (mm_vision_select_layer).
+      keep_class_token: `cls_patch` of LLaVA, `full` of Hugging Face.
+      image_size: side in pixels of the square the encoder is given.
+      image_token_id: the id that stands for one image feature in `input_ids`.
+      image_mode: `square` (resize shortest edge, centre crop), `pad` (to a square of the mean
+        colour first) or `resize` (straight to the square).
+      use_im_start_end: wrap each image in <im_start> and <im_end> tokens (LLaVA v1 option).
+    """
+
+    vision: ViTConfig
+    decoder: DecoderConfig
+    projector: str = "mlp2x_gelu"
+    projector_bias: bool = True
+    feature_layer: int = -2
+    keep_class_token: bool = False
+    image_size: int = 336
+    image_token_id: int = IMAGE_TOKEN_ID
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+    image_mode: str = "pad"
+    use_im_start_end: bool = False
+
+
+def image_token_count(config: LlavaConfig) -> int:
+    """Placeholder ids that one image takes: the data pipeline and the model both ask here."""
+    patches = (config.image_size // config.vision.patch_size) ** 2
+    return patches + int(config.keep_class_token and config.vision.class_token)
+
+
+def normalize_images(config: LlavaConfig, images: jax.Array) -> jax.Array:
+    """uint8 [..., S, S, 3] -> float32, the mean and deviation of the encoder's training taken out."""
+    mean, std = jnp.array(config.image_mean), jnp.array(config.image_std)
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def merge_image_features(embeddings: jax.Array, features: jax.Array, is_image: jax.Array):
+    """Replaces the k-th placeholder of each row by the row's k-th image feature.
+
+    A gather within the row, so a sharded batch needs no communication. The host guarantees that a
+    row has no more placeholders than features.
+
+    Args:
+      embeddings: [B, T, D].
+      features: [B, I * P, D], images in the order of their placeholders.
+      is_image: bool[B, T].
+    """
+    index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
+    gathered = jnp.take_along_axis(features, index[..., None], axis=1, mode="clip")
+    return jnp.where(is_image[..., None], gathered.astype(embeddings.dtype), embeddings)
+
+
+class LlavaModel(nn.Module):
+    """Vision encoder, projector and decoder as one module; parameters under those three names.
+
+    Attributes:
+      dtype: compute dtype; parameters keep their own.
+      remat_policy: see Decoder.
+    """
+
+    config: LlavaConfig
+    dtype: jnp.dtype = jnp.float32
+    remat_policy: str = "none"
+
+    def setup(self):
+        c = self.config
+        self.vision = ViT(c.vision, c.feature_layer, c.keep_class_token, self.dtype)
+        self.projector = Projector(
+            c.projector, c.decoder.hidden_size, c.projector_bias, self.dtype
+        )
+        self.decoder = Decoder(c.decoder, self.dtype, self.remat_policy)
+
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """Pixels [B, S, S, 3], uint8 or already normalised floats -> tokens [B, P, D]."""
+        with jax.named_scope("vision"):
+            if images.dtype == jnp.uint8:
+                images = normalize_images(self.config, images)
+            return self.projector(self.vision(images))
+
+    def embed(self, input_ids: jax.Array, images: jax.Array | None) -> jax.Array:
+        """Token embeddings [B, T, D] with the features of images [B, I, S, S, 3] in their places."""
+        is_image = input_ids == self.config.image_token_id
+        embeddings = self.decoder.embed(jnp.where(is_image, 0, input_ids))
+        if images is None:
+            return embeddings
+        features = self.encode_images(images.reshape(-1, *images.shape[2:]))
+        features = features.reshape(len(input_ids), -1, features.shape[-1])  # [B, I * P, D]
+        return merge_image_features(embeddings, features, is_image)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        images: jax.Array | None,
+        position_ids: jax.Array,
+        segment_ids: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Final hidden states [B, T, D] and the cache; arguments as in `Decoder`, ids int[B, T]."""
+        embeddings = self.embed(input_ids, images)
+        return self.decoder(embeddings, position_ids, segment_ids, cache)
+
+    def attend(self, hidden_states: jax.Array) -> jax.Array:
+        """[..., D] -> float32 logits [..., V]."""
+        return self.decoder.attend(hidden_states)
+
+
+def init_params(config: LlavaConfig, key: jax.Array) -> dict:
+    """Fresh parameters of the whole model, leaves boxed with their logical axis names."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    images = jnp.zeros((1, 1, config.image_size, config.image_size, 3), jnp.uint8)
+    model = LlavaModel(config)
+    return model.init(key, ids, images, ids, ids, method=_touch_all)["params"]
+
+
+def _touch_all(model: LlavaModel, input_ids, images, position_ids, segment_ids):
+    hidden_states, _ = model(input_ids, images, position_ids, segment_ids)
+    return model.attend(hidden_states)
+
+
+def abstract_params(config: LlavaConfig) -> dict:
+    """Shapes and logical axes of `init_params` without computing anything."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

