@@ -1,0 +1,1 @@
+"""The pretrained parts and the data of the laptop run, made from installed Python packages."""

@@ -1,0 +1,285 @@
+"""Where each of our parameters is found in a Hugging Face checkpoint, as data.
+
+A new family costs one table here and one config mapping in `hf_config.py`.
+
+Letters of the shapes. Decoder: V vocabulary, D model, F feed-forward, Q heads * head size, K kv heads *
+head size, H head size. Vision: D model, F feed-forward, P positions, p patch side, C = p * p * 3.
+Projector: I in, O out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from llava_jax.models.decoder import DecoderConfig
+from llava_jax.models.projector import projector_depth
+from llava_jax.models.vit import ViTConfig
+
+STACKED = "layers/"  # our path prefix of the parameters stacked over blocks on axis 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One of our parameters and its Hugging Face spelling.
+
+    Attributes:
+      path: our path; under `layers/` there is one Hugging Face tensor for each block.
+      shape: our shape in letters, of one block where stacked.
+      keys: Hugging Face names with `{layer}` where stacked; all are read, the first is written.
+      transform: `same`, `transpose` (a linear weight) or `patches` (a convolution over patches).
+      stored: Hugging Face's shape where it is ours with axes of size one added.
+      when: the boolean config field that this parameter depends on; `not FIELD` for the opposite.
+    """
+
+    path: str
+    shape: str
+    keys: tuple[str, ...]
+    transform: str = "same"
+    stored: str = ""
+    when: str = ""
+
+    @property
+    def stored_shape(self) -> str:
+        if self.transform == "transpose":
+            return " ".join(reversed(self.shape.split()))
+        return self.stored or self.shape
+
+    def used_by(self, config: object) -> bool:
+        if not self.when:
+            return True
+        field = self.when.removeprefix("not ")
+        return bool(getattr(config, field)) is (field == self.when)
+
+
+@dataclasses.dataclass(frozen=True)
+class NameTable:
+    """All parameters of a component and what else its checkpoints may hold.
+
+    Attributes:
+      sizes: config -> size of each letter.
+      prefixes: (prefix on disk, its replacement); the first that fits makes a name comparable to
+        `Parameter.keys`.
+      unused: regular expressions, on names as stored, of tensors that this model never needs.
+    """
+
+    parameters: tuple[Parameter, ...]
+    sizes: Callable[[object], dict[str, int]]
+    prefixes: tuple[tuple[str, str], ...] = (("", ""),)
+    unused: tuple[str, ...] = ()
+
+
+def _linear(path: str, keys: str | tuple[str, ...], shape: str, bias: str = "", no_bias=False):
+    """A dense layer: kernel [in, out], and a bias that may hang on the config field `bias`."""
+    keys = (keys,) if isinstance(keys, str) else keys
+    weights, biases = (tuple(f"{k}.{end}" for k in keys) for end in ("weight", "bias"))
+    kernel = Parameter(f"{path}/kernel", shape, weights, "transpose")
+    if no_bias:
+        return (kernel,)
+    return kernel, Parameter(f"{path}/bias", shape.split()[-1], biases, when=bias)
+
+
+def _norm(path: str, key: str):
+    return (
+        Parameter(f"{path}/scale", "D", (f"{key}.weight",)),
+        Parameter(f"{path}/bias", "D", (f"{key}.bias",)),
+    )
+
+
+# --- decoders -------------------------------------------------------------------------------------
+
+
+def _decoder_sizes(config: DecoderConfig) -> dict[str, int]:
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "Q": config.num_heads * config.head_dim,
+        "K": config.num_kv_heads * config.head_dim,
+        "H": config.head_dim,
+    }
+
+
+_BLOCK = "model.layers.{layer}"
+
+LLAMA = NameTable(
+    parameters=(
+        Parameter("embed_tokens/embedding", "V D", ("model.embed_tokens.weight",)),
+        Parameter("layers/input_layernorm/scale", "D", (f"{_BLOCK}.input_layernorm.weight",)),
+        *_linear("layers/self_attn/q_proj", f"{_BLOCK}.self_attn.q_proj", "D Q", "qkv_bias"),
+        *_linear("layers/self_attn/k_proj", f"{_BLOCK}.self_attn.k_proj", "D K", "qkv_bias"),
+        *_linear("layers/self_attn/v_proj", f"{_BLOCK}.self_attn.v_proj", "D K", "qkv_bias"),
+        *_linear("layers/self_attn/o_proj", f"{_BLOCK}.self_attn.o_proj", "Q D", "o_bias"),
+        Parameter(
+            "layers/self_attn/q_norm/scale",
+            "H",
+            (f"{_BLOCK}.self_attn.q_norm.weight",),
+            when="qk_norm",
+        ),
+        Parameter(
+            "layers/self_attn/k_norm/scale",
+            "H",
+            (f"{_BLOCK}.self_attn.k_norm.weight",),
+            when="qk_norm",
+        ),
+        Parameter(
+            "layers/post_attention_layernorm/scale",
+            "D",
+            (f"{_BLOCK}.post_attention_layernorm.weight",),
+        ),
+        *_linear("layers/mlp/gate_proj", f"{_BLOCK}.mlp.gate_proj", "D F", "mlp_bias"),
+        *_linear("layers/mlp/up_proj", f"{_BLOCK}.mlp.up_proj", "D F", "mlp_bias"),
+        *_linear("layers/mlp/down_proj", f"{_BLOCK}.mlp.down_proj", "F D", "mlp_bias"),
+        Parameter("norm/scale", "D", ("model.norm.weight",)),
+        Parameter(
+            "lm_head/kernel",
+            "D V",
+            ("lm_head.weight",),
+            "transpose",
+            when="not tie_word_embeddings",
+        ),
+    ),
+    sizes=_decoder_sizes,
+    # The last is a bare LlamaModel, saved without its language-model head.
+    prefixes=(("model.", "model."), ("lm_head.", "lm_head."), ("", "model.")),
+    unused=(r".*rotary_emb\.inv_freq",),
+)
+
+DECODERS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+
+# --- vision encoders ------------------------------------------------------------------------------
+
+
+def _vision_sizes(config: ViTConfig) -> dict[str, int]:
+    grid = config.image_size // config.patch_size
+    return {
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "P": grid * grid + int(config.class_token),
+        "p": config.patch_size,
+        "C": config.patch_size**2 * 3,
+        "3": 3,
+        "1": 1,
+    }
+
+
+def _clip_like() -> tuple[Parameter, ...]:
+    block, embeddings = "vision_model.encoder.layers.{layer}", "vision_model.embeddings"
+    patch = f"{embeddings}.patch_embedding"
+    return (
+        Parameter("patch_embed/kernel", "C D", (f"{patch}.weight",), "patches", "D 3 p p"),
+        Parameter("patch_embed/bias", "D", (f"{patch}.bias",), when="patch_bias"),
+        Parameter("class_embed", "D", (f"{embeddings}.class_embedding",), when="class_token"),
+        Parameter("position_embed", "P D", (f"{embeddings}.position_embedding.weight",)),
+        # The missing e is Hugging Face's.
+        *(
+            dataclasses.replace(p, when="pre_norm")
+            for p in _norm("pre_norm", "vision_model.pre_layrnorm")
+        ),
+        *_norm("layers/layer_norm1", f"{block}.layer_norm1"),
+        *_norm("layers/layer_norm2", f"{block}.layer_norm2"),
+        *(
+            parameter
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+            for parameter in _linear(
+                f"layers/self_attn/{name}", f"{block}.self_attn.{name}", "D D"
+            )
+        ),
+        *_linear("layers/mlp/fc1", f"{block}.mlp.fc1", "D F"),
+        *_linear("layers/mlp/fc2", f"{block}.mlp.fc2", "F D"),
+    )
+
+
+# transformers 5 dropped the `vision_model` level of names; hub checkpoints have it.
+_VISION_MODEL_LEVEL = (("vision_model.", "vision_model."), ("", "vision_model."))
+_BESIDE_THE_TOWER = (
+    r"(vision_model\.)?embeddings\.position_ids",
+    r"(vision_model\.)?post_layernorm\.(weight|bias)",
+    r"text_model\..*",
+    r"logit_scale",
+)
+
+CLIP = NameTable(
+    parameters=_clip_like(),
+    sizes=_vision_sizes,
+    prefixes=_VISION_MODEL_LEVEL,
+    unused=(*_BESIDE_THE_TOWER, r"(visual|text)_projection\.weight"),
+)
+
+SIGLIP = NameTable(
+    parameters=_clip_like(),
+    sizes=_vision_sizes,
+    prefixes=_VISION_MODEL_LEVEL,
+    unused=(*_BESIDE_THE_TOWER, r"logit_bias", r"(vision_model\.)?head\..*"),
+)
+
+
+def _dinov2() -> tuple[Parameter, ...]:
+    block, patch = "encoder.layer.{layer}", "embeddings.patch_embeddings.projection"
+    attention = {  # transformers 4 names, which 5 still writes; then the names of 5 in memory
+        "q_proj": (f"{block}.attention.attention.query", f"{block}.attention.q_proj"),
+        "k_proj": (f"{block}.attention.attention.key", f"{block}.attention.k_proj"),
+        "v_proj": (f"{block}.attention.attention.value", f"{block}.attention.v_proj"),
+        "out_proj": (f"{block}.attention.output.dense", f"{block}.attention.o_proj"),
+    }
+    return (
+        Parameter("patch_embed/kernel", "C D", (f"{patch}.weight",), "patches", "D 3 p p"),
+        Parameter("patch_embed/bias", "D", (f"{patch}.bias",)),
+        Parameter("class_embed", "D", ("embeddings.cls_token",), stored="1 1 D"),
+        Parameter("position_embed", "P D", ("embeddings.position_embeddings",), stored="1 P D"),
+        *_norm("layers/layer_norm1", f"{block}.norm1"),
+        *_norm("layers/layer_norm2", f"{block}.norm2"),
+        *(
+            parameter
+            for name, keys in attention.items()
+            for parameter in _linear(f"layers/self_attn/{name}", keys, "D D")
+        ),
+        *_linear("layers/mlp/fc1", f"{block}.mlp.fc1", "D F"),
+        *_linear("layers/mlp/fc2", f"{block}.mlp.fc2", "F D"),
+        Parameter("layers/layer_scale1", "D", (f"{block}.layer_scale1.lambda1",)),
+        Parameter("layers/layer_scale2", "D", (f"{block}.layer_scale2.lambda1",)),
+    )
+
+
+DINOV2 = NameTable(
+    parameters=_dinov2(),
+    sizes=_vision_sizes,
+    prefixes=(("dinov2.", ""), ("", "")),
+    unused=(
+        r"(dinov2\.)?embeddings\.mask_token",
+        r"(dinov2\.)?layernorm\.(weight|bias)",
+        r"classifier\.(weight|bias)",
+    ),
+)
+
+VISION_ENCODERS = {
+    "clip": CLIP,
+    "clip_vision_model": CLIP,
+    "siglip": SIGLIP,
+    "siglip_vision_model": SIGLIP,
+    "dinov2": DINOV2,
+}
+
+# --- LLaVA ----------------------------------------------------------------------------------------
+
+# Root of a name on disk -> the component, in which the rest is read by the component's own table.
+# transformers 4.36 to 4.51 and every save since by default; then 4.52 and later as in memory.
+LLAVA_ROOTS = (
+    ("language_model.", "decoder"),
+    ("vision_tower.", "vision"),
+    ("multi_modal_projector.", "projector"),
+    ("model.language_model.", "decoder"),
+    ("model.vision_tower.", "vision"),
+    ("model.multi_modal_projector.", "projector"),
+)
+LLAVA_HEAD = "lm_head."  # beside the roots in the second form
+
+
+def projector_table(kind: str, use_bias: bool, features_in: int, features_out: int) -> NameTable:
+    """Names of LLaVA's projector: `linear_1` in Hugging Face is our `linear_0`."""
+    parameters = [
+        parameter
+        for i in range(projector_depth(kind))
+        for parameter in _linear(
+            f"linear_{i}", f"linear_{i + 1}", "O O" if i else "I O", no_bias=not use_bias
+        )
+    ]
+    return NameTable(tuple(parameters), lambda _: {"I": features_in, "O": features_out})

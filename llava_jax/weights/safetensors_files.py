@@ -1,0 +1,254 @@
+"""safetensors files, read and written one tensor at a time.
+
+The headers are parsed here rather than by the `safetensors` package so that every fault can be told
+with the file and the tensor, and so that no more than one tensor is ever held in memory.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from llava_jax.errors import LlavaError
+from llava_jax.weights.checksums import inside_folder, verify_checksums
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Legal in a file and never a parameter: they are sized, and refused only when one must be read.
+_OTHER_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16"), 2),
+    **dict.fromkeys(("U32", "I32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: where it lies, not its values."""
+
+    name: str
+    path: Path
+    dtype: str  # as the file spells it: "F32", "BF16", ...
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    def read(self) -> np.ndarray:
+        """The values, in the stored dtype."""
+        if self.dtype not in DTYPES:
+            raise LlavaError(
+                f"tensor {self.name!r} in {self.path} is stored as {self.dtype}: only "
+                f"{', '.join(DTYPES)} parameters can be read."
+            )
+        size = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        values = np.fromfile(self.path, np.uint8, size, offset=self.offset)
+        if values.size != size:
+            raise LlavaError(f"{self.path} ends inside tensor {self.name!r}: get the file again.")
+        return values.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
+    """Lists the tensors of a checkpoint folder, single-file or sharded, without reading values.
+
+    Checks `checksums.json` where the folder has one. Pickled weights (`.bin`, `.pth`) are refused:
+    they can run code.
+
+    Raises:
+      LlavaError: no weights; a missing, truncated or damaged file; a changed checksum; a shard
+        path that leaves the folder; a tensor in two shards, or not where the index says it is.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LlavaError(f"{folder} is not a folder: give the folder of a checkpoint.")
+    covered = verify_checksums(folder)
+    if (folder / INDEX_FILE).exists():
+        index = _read_index(folder / INDEX_FILE)
+        names = sorted(set(index.values()))
+    elif (folder / SINGLE_FILE).exists():
+        index, names = None, [SINGLE_FILE]
+    else:
+        raise LlavaError(_no_weights(folder))
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        if covered is not None and name not in covered:
+            raise LlavaError(f"{folder / name} is not listed in the folder's checksums.json.")
+        for tensor in read_header(folder / name):
+            if tensor.name in tensors:
+                raise LlavaError(
+                    f"tensor {tensor.name!r} is in both {tensors[tensor.name].path} and "
+                    f"{tensor.path}: a checkpoint holds each tensor once."
+                )
+            tensors[tensor.name] = tensor
+    if index is not None:
+        _check_index(folder / INDEX_FILE, index, tensors)
+    return tensors
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, every size and offset checked against the file."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise LlavaError(
+                    f"{path} is truncated or not a safetensors file: its header of {header_bytes} "
+                    f"bytes does not fit in its {size} bytes."
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise LlavaError(f"{path} cannot be read: {error.strerror}.") from error
+    header = _parse_json(path, text)
+    header.pop("__metadata__", None)
+    start = 8 + header_bytes
+    tensors, spans = [], []
+    for name, entry in header.items():
+        begin, end = _check_entry(path, name, entry)
+        if start + end > size:
+            raise LlavaError(
+                f"{path} is truncated: tensor {name!r} ends at byte {start + end} and the file "
+                f"has {size}; get the file again."
+            )
+        tensors.append(
+            StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), start + begin)
+        )
+        spans.append((begin, end))
+    _check_spans(path, sorted(spans), size - start)
+    return tensors
+
+
+def _parse_json(path: Path, text: bytes) -> dict:
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(n for n in names if names.count(n) > 1)
+            raise LlavaError(f"{path} names {twice!r} twice: a checkpoint holds each tensor once.")
+        return entries
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise LlavaError(f"{path} is damaged: its header is not JSON ({error}).") from error
+    if not isinstance(parsed, dict):
+        raise LlavaError(f"{path} is damaged: its header is not a JSON object.")
+    return parsed
+
+
+def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
+    def is_size(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    fault = f"{path} is damaged: the header entry of tensor {name!r} makes no sense."
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise LlavaError(fault)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise LlavaError(fault)
+    if not all(map(is_size, shape)) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise LlavaError(fault)
+    item_bytes = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_ITEM_BYTES.get(dtype)
+    if item_bytes is None:
+        raise LlavaError(f"{path} is damaged: tensor {name!r} has the unknown dtype {dtype!r}.")
+    if offsets[1] - offsets[0] != math.prod(shape) * item_bytes:
+        raise LlavaError(
+            f"{path} is damaged: tensor {name!r} of shape {shape} and dtype {dtype} does not fill "
+            f"its bytes {offsets[0]} to {offsets[1]}."
+        )
+    return offsets[0], offsets[1]
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
+    position = 0
+    for begin, end in spans:
+        if begin != position:
+            raise LlavaError(f"{path} is damaged: its tensors overlap or leave a hole at {begin}.")
+        position = end
+    if position != data_bytes:
+        raise LlavaError(
+            f"{path} is damaged: it holds {data_bytes} bytes of data and its header {position}."
+        )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _parse_json(path, path.read_bytes()).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise LlavaError(f"{path} is damaged: it has no weight_map from tensors to files.")
+    for tensor, shard in index.items():
+        if not inside_folder(shard) or "/" in shard or not shard.endswith(".safetensors"):
+            raise LlavaError(
+                f"{path} puts tensor {tensor!r} in {shard!r}: a shard must be a .safetensors file "
+                "in the same folder."
+            )
+        if not (path.parent / shard).is_file():
+            raise LlavaError(f"{path.parent / shard} is missing, although {path} names it.")
+    return index
+
+
+def _check_index(path: Path, index: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+    for name, shard in index.items():
+        if name not in tensors or tensors[name].path != path.parent / shard:
+            raise LlavaError(f"{path} says tensor {name!r} is in {shard}, where it is not.")
+    extra = sorted(set(tensors) - set(index))
+    if extra:
+        raise LlavaError(
+            f"tensor {extra[0]!r} is in {tensors[extra[0]].path} and not in {path}: the index and "
+            "the shards belong to different checkpoints."
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(p.name for e in ("*.bin", "*.pth", "*.pt") for p in folder.glob(e))
+    if pickles:
+        return (
+            f"{folder} holds pickled weights ({pickles[0]}), which can run code: save them as "
+            "safetensors."
+        )
+    return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}."
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor whose values are made only when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    values: Callable[[], np.ndarray]
+
+
+def write_file(path: Path, tensors: Iterable[TensorToWrite]) -> None:
+    """Writes one safetensors file, holding one tensor in memory at a time."""
+    tensors = list(tensors)
+    spelling = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    position = 0
+    for tensor in tensors:
+        end = position + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        header[tensor.name] = {
+            "dtype": spelling[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data 8-byte aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            values = np.ascontiguousarray(tensor.values(), dtype=tensor.dtype)
+            if values.shape != tensor.shape:
+                raise ValueError(f"{tensor.name}: made {values.shape}, announced {tensor.shape}")
+            file.write(values.reshape(-1).view(np.uint8).data)
