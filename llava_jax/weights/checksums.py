@@ -1,8 +1,9 @@
-"""`checksums.json`: the SHA-256 of every file of a checkpoint folder, written last, checked first."""
+"""`checksums.json`: the SHA-256 of every file of a folder, written last and checked first."""
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
@@ -38,6 +39,18 @@ def verify_checksums(folder: Path) -> frozenset[str] | None:
                 f"{listing}): make {folder} anew."
             )
     return frozenset(_read_listing(listing))
+
+
+def is_whole(folder: Path, log: Callable[[str], None] = print) -> bool:
+    """True for a folder with checksums that all hold; `log` is told which file changed."""
+    if not (folder / CHECKSUMS_FILE).exists():
+        return False
+    try:
+        verify_checksums(folder)
+    except LlavaError as error:
+        log(str(error))
+        return False
+    return True
 
 
 def _read_listing(listing: Path) -> dict[str, str]:

@@ -189,7 +189,7 @@ def _rope(f: _Fields) -> tuple[float, RopeScaling | None]:
 
 
 def decoder_to_hf(config: DecoderConfig) -> dict:
-    """The `config.json` that transformers reads as this decoder; the inverse of `decoder_config`."""
+    """The `config.json` that transformers reads as this decoder; inverse of `decoder_config`."""
     bias = (config.qkv_bias, config.o_bias, config.mlp_bias)
     if config.qk_norm:
         family, name = "qwen3", "Qwen3"
@@ -401,7 +401,7 @@ _LATER_FAMILIES = ("llava_next", "llava_next_video", "llava_onevision", "video_l
 
 
 def llava_config(folder: Path) -> LlavaConfig:
-    """The LlavaConfig of a folder in Hugging Face's LLaVA form (`LlavaForConditionalGeneration`)."""
+    """The LlavaConfig of a folder with a `LlavaForConditionalGeneration` of transformers."""
     source = str(folder / "config.json")
     values = read_json(folder / "config.json")
     family = values.get("model_type")

@@ -111,9 +111,7 @@ def load_llava(folder: str | Path, dtype: str = "float32") -> tuple[LlavaConfig,
     )
     plan = _Plan(folder, _dtype(dtype))
     params = {
-        "vision": plan.add(
-            VISION_ENCODERS[vision_family], config.vision, blocks, parts["vision"]
-        ),
+        "vision": plan.add(VISION_ENCODERS[vision_family], config.vision, blocks, parts["vision"]),
         "projector": plan.add(projector, config, 0, parts["projector"]),
         "decoder": plan.add(
             DECODERS[text_family], config.decoder, config.decoder.num_layers, parts["decoder"]
@@ -180,7 +178,7 @@ def _settle_tying(
 
 
 class _Plan:
-    """The reads that fill preallocated trees, gathered and checked first, then done in file order."""
+    """The reads that fill preallocated trees: gathered, checked, then done in file order."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.folder, self.dtype = folder, dtype
@@ -256,9 +254,7 @@ class _Plan:
                 progress.update(_bytes(tensor))
 
 
-def _standard_names(
-    table: NameTable, tensors: dict[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+def _standard_names(table: NameTable, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Tensors under the table's spelling, without those that no model of ours needs."""
     by_key: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():

@@ -2,8 +2,8 @@
 
 A new family costs one table here and one config mapping in `hf_config.py`.
 
-Letters of the shapes. Decoder: V vocabulary, D model, F feed-forward, Q heads * head size, K kv heads *
-head size, H head size. Vision: D model, F feed-forward, P positions, p patch side, C = p * p * 3.
+Letters of the shapes. Decoder: V vocabulary, D model, F feed-forward, H head size, Q heads * head
+size, K kv heads * head size. Vision: D model, F feed-forward, P positions, p patch side, C = p * p * 3.
 Projector: I in, O out.
 """
 
@@ -179,9 +179,7 @@ def _clip_like() -> tuple[Parameter, ...]:
         *(
             parameter
             for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-            for parameter in _linear(
-                f"layers/self_attn/{name}", f"{block}.self_attn.{name}", "D D"
-            )
+            for parameter in _linear(f"layers/self_attn/{name}", f"{block}.self_attn.{name}", "D D")
         ),
         *_linear("layers/mlp/fc1", f"{block}.mlp.fc1", "D F"),
         *_linear("layers/mlp/fc2", f"{block}.mlp.fc2", "F D"),

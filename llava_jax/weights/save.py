@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, config: dict, tensors: Iterable[TensorToWrite
 def save_decoder(
     folder: str | Path, config: DecoderConfig, params: dict, dtype: str = "float32"
 ) -> None:
-    """Writes decoder parameters as transformers' `LlamaForCausalLM` (or Mistral, Qwen) reads them."""
+    """Writes decoder parameters as transformers' Llama, Mistral or Qwen classes read them."""
     _refuse_existing(folder)
     values = hf_config.decoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
     tensors = _tensors(DECODERS[values["model_type"]], config, params, dtype)

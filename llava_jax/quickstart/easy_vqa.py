@@ -1,0 +1,221 @@
+"""easy-VQA as LLaVA records: captions for stage 1, conversations for stage 2, questions to test.
+
+The package `easy-vqa` (MIT) holds 5,000 pictures of one coloured shape and 48,248 questions about
+them; see https://github.com/vzhou842/easy-VQA.
+"""
+
+import collections
+import hashlib
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.errors import LlavaError
+from llava_jax.quickstart.packages import package_file, package_folder
+from llava_jax.weights.checksums import is_whole
+from llava_jax.weights.save import whole_folder
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+KINDS = ("yes/no", "shape", "color")
+CAPTION_PROMPT = "Provide a brief description of the given image."
+VALIDATION_IMAGES = 100
+FIXED_QUESTIONS = 1000
+
+
+class Question(NamedTuple):
+    """One line of the package's `questions.json`."""
+
+    text: str
+    answer: str
+    image: int
+
+    @property
+    def kind(self) -> str:
+        if self.answer in COLORS:
+            return "color"
+        return "shape" if self.answer in SHAPES else "yes/no"
+
+
+def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) -> Path:
+    """Writes the data set under `out_dir`, or keeps the one there if it is whole and unchanged.
+
+    Files, all with image paths relative to `images/`:
+      align.json: picture and caption, for stage 1.
+      instruct.json: picture and all its questions as one conversation, for stage 2.
+      val.json: the same for 100 training pictures that neither of the two contains.
+      test.json: every test question as a record of its own, with keys question, answer and kind.
+      test_1000.json: a fixed 1,000 of them, each kind in its share.
+      blind.json: the score of answering both without the picture.
+
+    Raises:
+      LlavaError: the package is missing or is another version.
+    """
+    out_dir = Path(out_dir)
+    if is_whole(out_dir, log):
+        log(f"easy-VQA: {out_dir} is there and unchanged")
+        return out_dir
+    log(f"easy-VQA: writing {out_dir} ...")
+    train, test = read_questions("train"), read_questions("test")
+    tests = test_records(test)
+    fixed = fixed_part(tests)
+    files = {
+        **training_records(train),
+        "test": tests,
+        f"test_{FIXED_QUESTIONS}": fixed,
+    }
+    with whole_folder(out_dir) as temporary:
+        for name, records in files.items():
+            _write_records(temporary / f"{name}.json", records)
+        blind = {
+            "test": blind_scores(train, tests),
+            f"test_{FIXED_QUESTIONS}": blind_scores(train, fixed),
+        }
+        (temporary / "blind.json").write_text(json.dumps(blind, indent=2) + "\n")
+        for split in ("train", "test"):
+            source = package_folder("easy_vqa", "easy-vqa") / "data" / split / "images"
+            shutil.copytree(
+                source, temporary / "images" / split, ignore=shutil.ignore_patterns(".*")
+            )
+    log("easy-VQA: " + ", ".join(f"{len(r):,} {name}" for name, r in files.items()) + " records")
+    return out_dir
+
+
+def read_questions(split: str) -> list[Question]:
+    """The package's questions of `train` or `test`, in its order."""
+    path = package_file("easy_vqa", "easy-vqa", f"data/{split}/questions.json")
+    questions = [Question(*entry) for entry in json.loads(path.read_text())]
+    known = {*COLORS, *SHAPES, "yes", "no"}
+    if not questions or any(q.answer not in known for q in questions):
+        raise LlavaError(f"{path} holds answers this recipe does not know: install easy-vqa 1.0.")
+    return questions
+
+
+def training_records(questions: list[Question]) -> dict[str, list[dict]]:
+    """The records of `align`, `instruct` and `val`, from disjoint pictures for the last."""
+    by_image = collections.defaultdict(list)
+    for question in questions:
+        by_image[question.image].append(question)
+    held_out = set(sorted(by_image, key=lambda image: _digest(f"val {image}"))[:VALIDATION_IMAGES])
+    records = {"align": [], "instruct": [], "val": []}
+    for image, own in sorted(by_image.items()):
+        common = {"id": f"train-{image}", "image": f"train/{image}.png"}
+        turns = order_questions(own, f"order {image}")
+        exchanges = [(q.text, q.answer) for q in turns]
+        conversation = common | {"conversations": _conversation(exchanges)}
+        if image in held_out:
+            records["val"].append(conversation)
+            continue
+        records["instruct"].append(conversation)
+        if text := caption(own):
+            records["align"].append(
+                common | {"conversations": _conversation([(CAPTION_PROMPT, text)])}
+            )
+    return records
+
+
+def order_questions(questions: list[Question], seed: str) -> list[Question]:
+    """The questions of one picture in a fixed random order, in which each kind has an equal say.
+
+    Early answers give later ones away ("is there a blue shape? yes"), so it is the first turns that
+    teach to look. Drawn evenly from all questions, three of four first turns would be yes/no.
+    """
+    rng = random.Random(seed)
+    waiting = {kind: [q for q in questions if q.kind == kind] for kind in KINDS}
+    for group in waiting.values():
+        rng.shuffle(group)
+    ordered = []
+    while left := [kind for kind in KINDS if waiting[kind]]:
+        ordered.append(waiting[rng.choice(left)].pop())
+    return ordered
+
+
+def caption(questions: list[Question]) -> str | None:
+    """ "a blue rectangle." when the answers about a picture settle both, else None."""
+    words = [_settled(questions, choices) for choices in (COLORS, SHAPES)]
+    return f"a {words[0]} {words[1]}." if all(words) else None
+
+
+def _settled(questions: list[Question], choices: tuple[str, ...]) -> str | None:
+    """The one of `choices` that the answers state, or leave over."""
+    stated, excluded = set(), set()
+    for question in questions:
+        words = re.findall("[a-z]+", question.text)
+        named = set(words) & set(choices)
+        if question.kind == "yes/no":
+            negated = "no" in words or "not" in words
+            (stated if (question.answer == "yes") != negated else excluded).update(named)
+        else:
+            # "what color is the circle?" presupposes a circle.
+            stated |= named | ({question.answer} & set(choices))
+    possible = stated or set(choices) - excluded
+    return possible.pop() if len(possible) == 1 else None
+
+
+def test_records(questions: list[Question]) -> list[dict]:
+    """One record for each question, with what a scorer needs beside the conversation."""
+    return [
+        {
+            "id": f"test-{index}",
+            "image": f"test/{q.image}.png",
+            "conversations": _conversation([(q.text, q.answer)]),
+            "question": q.text,
+            "answer": q.answer,
+            "kind": q.kind,
+        }
+        for index, q in enumerate(questions)
+    ]
+
+
+test_records.__test__ = False  # not a test, whatever pytest makes of the name
+
+
+def fixed_part(records: list[dict]) -> list[dict]:
+    """1,000 records in their order, picked by a hash of their ids, each kind in its share."""
+    groups = [[r for r in records if r["kind"] == kind] for kind in KINDS]
+    shares = [round(FIXED_QUESTIONS * len(group) / len(records)) for group in groups]
+    shares[0] += FIXED_QUESTIONS - sum(shares)
+    picked = set()
+    for group, share in zip(groups, shares, strict=True):
+        ids = sorted((r["id"] for r in group), key=_digest)
+        picked.update(ids[:share])
+    return [r for r in records if r["id"] in picked]
+
+
+def blind_scores(train: list[Question], records: list[dict]) -> dict[str, dict]:
+    """Score by kind of the commonest training answer to the same words, without any picture."""
+    answers = collections.defaultdict(collections.Counter)
+    for question in train:
+        answers[question.text][question.answer] += 1
+    counts = {kind: [0, 0] for kind in ("overall", *KINDS)}
+    for record in records:
+        known = answers.get(record["question"])
+        right = known is not None and known.most_common(1)[0][0] == record["answer"]
+        for kind in ("overall", record["kind"]):
+            counts[kind][0] += right
+            counts[kind][1] += 1
+    return {
+        kind: {"accuracy": round(right / total, 4), "correct": right, "total": total}
+        for kind, (right, total) in counts.items()
+        if total
+    }
+
+
+def _conversation(exchanges: list[tuple[str, str]]) -> list[dict]:
+    turns = []
+    for i, (question, answer) in enumerate(exchanges):
+        turns.append({"from": "human", "value": question if i else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return turns
+
+
+def _write_records(path: Path, records: list[dict]) -> None:
+    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
