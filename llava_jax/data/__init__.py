@@ -1,0 +1,1 @@
+"""Records in LLaVA's format -> conversations -> token rows -> packed batches."""

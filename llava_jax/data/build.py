@@ -1,0 +1,172 @@
+"""`llava-jax build`: a LLaVA JSON or JSONL file and its images -> a TFDS ArrayRecord data set.
+
+Each example holds the record's id, its conversation as JSON and its images as encoded bytes, so
+the set is self-contained, randomly accessible and read back without TensorFlow
+(`open_records(folder)`). Order is kept.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llava_jax.data.records import JsonRecords, Record, checked_record, open_records
+from llava_jax.errors import LlavaError
+
+VERSION = "1.0.0"
+
+
+def add_arguments(parser) -> None:
+    """The arguments of `llava-jax build`."""
+    parser.add_argument("data", help="LLaVA JSON or JSONL file")
+    parser.add_argument("--image_root", help="folder that image paths start from")
+    parser.add_argument("--out", required=True, help="folder to hold the data set")
+    parser.add_argument("--name", required=True, help="name of the data set: a-z, 0-9, _")
+    parser.add_argument("--split", default="train", help="name of its split (default: train)")
+    parser.add_argument("--force", action="store_true", help="replace a different data set")
+
+
+def main(args) -> int:
+    """Runs `llava-jax build`; returns the exit code."""
+    path = build_data_set(args.data, args.image_root, args.out, args.name, args.split, args.force)
+    print(f"data set: {path}")
+    return 0
+
+
+def build_data_set(
+    data, image_root, out, name: str, split: str = "train", force: bool = False,
+    progress: bool = True,
+) -> Path:  # fmt: skip
+    """Writes `data` as out/name/1.0.0 and returns that folder.
+
+    All records are checked and hashed first. An existing data set with the same hash and split is
+    left as it is; another one is an error unless `force`. Raises LlavaError.
+    """
+    for option, value in (("--name", name), ("--split", split)):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+            raise LlavaError(f"{option} {value!r} must be made of a-z, 0-9 and _")
+    records = open_records(data, image_root)
+    if not isinstance(records, JsonRecords):
+        raise LlavaError(f"{data} is a data set already; build takes a JSON or JSONL file")
+    metadata = _check_and_hash(records, progress)
+    target = Path(out) / name / VERSION
+    if target.exists() and not force:
+        if _existing(target, split) == metadata["sha256"]:
+            return target
+        raise LlavaError(f"{target} holds other data; choose another --name or pass --force")
+    written = _write(records, Path(out), name, split, metadata, progress)
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written.rename(target)
+    shutil.rmtree(_scratch(Path(out), name))
+    return target
+
+
+def _existing(target: Path, split: str) -> str | None:
+    try:
+        return open_records(target, split=split).fingerprint()
+    except Exception:  # another split, or no data set of ours at all
+        return None
+
+
+def _check_and_hash(records: JsonRecords, progress: bool) -> dict:
+    """Raises for the first faulty record or repeated id; gives counts and a hash of everything."""
+    digest, first_index, images = hashlib.sha256(), {}, 0
+    for index in tqdm(range(len(records)), "checking", unit=" records", disable=not progress):
+        record = checked_record(records, index)
+        if record.id in first_index:
+            raise LlavaError(
+                f"{records.path}: records {first_index[record.id]} and {index} have the same id "
+                f"{record.id!r}"
+            )
+        first_index[record.id] = index
+        images += len(record.images)
+        example = _example(record)
+        for part in (example["id"], example["conversations"], *example["image_names"]):
+            digest.update(f"{len(part.encode())}:{part}".encode())
+        for encoded in example["images"]:
+            digest.update(f"{len(encoded)}:".encode() + encoded)
+    return {
+        "format": "llava_jax records 1",
+        "source": Path(records.path).name,
+        "source_sha256": records.fingerprint(),
+        "sha256": digest.hexdigest(),
+        "records": len(records),
+        "images": images,
+    }
+
+
+def _example(record: Record) -> dict:
+    conversations = [{"from": turn.role, "value": turn.text} for turn in record.turns]
+    return {
+        "id": record.id,
+        "conversations": json.dumps(conversations, ensure_ascii=False),
+        "n_images": len(record.images),
+        "images": [_read(path, record) for path in record.images],
+        "image_names": list(record.image_names),
+    }
+
+
+def _read(path: str, record: Record) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise LlavaError(f"{record.name}: cannot read image {path!r}: {error.strerror}") from None
+
+
+def _scratch(out: Path, name: str) -> Path:
+    return out / f".{name}.building"
+
+
+def _write(records, out: Path, name: str, split: str, metadata: dict, progress: bool) -> Path:
+    """Writes the set beside its place, so that nothing half-written is ever taken for a set."""
+    import tensorflow_datasets as tfds
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """LLaVA records, one split."""
+
+        VERSION = tfds.core.Version(VERSION)
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "conversations": tfds.features.Text(doc="JSON list of {from, value}"),
+                    "n_images": tfds.features.Scalar(np.int32),
+                    "images": tfds.features.Sequence(tfds.features.Text(doc="encoded bytes")),
+                    "image_names": tfds.features.Sequence(tfds.features.Text()),
+                }
+            )
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Conversations about images, in LLaVA's format.",
+                features=features,
+                metadata=tfds.core.MetadataDict(metadata),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+            bar = tqdm(range(len(records)), "writing", unit=" records", disable=not progress)
+            for index in bar:
+                yield index, _example(records[index])
+
+    Builder.name = name
+    scratch = _scratch(out, name)
+    if scratch.exists():  # left by a killed run
+        shutil.rmtree(scratch)
+    tfds.disable_progress_bar()
+    builder = Builder(data_dir=scratch, file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download and this folder
+        builder.download_and_prepare()
+    return Path(builder.data_dir)

@@ -1,0 +1,442 @@
+"""Records -> an endless, resumable stream of packed batches.
+
+The order is a pure function of (seed, step): every epoch's packing plan is computed from the
+lengths, so the rows of a batch are known from its step alone. Resuming needs no other state, gives
+the same bytes, and works on any number of processes; each builds only its own rows.
+"""
+
+import bisect
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from tqdm import tqdm
+
+from llava_jax.data.images import MAX_PIXELS, ImageError, load_image, preprocess
+from llava_jax.data.packing import PackPlan, pack, plan_rows
+from llava_jax.data.records import Record, RecordError, check_record
+from llava_jax.data.templates import Template, get_template, render
+from llava_jax.data.tokenization import SegmentTokenizer, TokenRow, truncate
+from llava_jax.errors import LlavaError
+from llava_jax.models.llava import LlavaConfig, image_token_count
+
+_SCAN_CHUNK = 1024  # records tokenized at a time while measuring
+_CACHE_VERSION = 1  # raise it when the meaning of a cached length changes
+
+
+class Batch(NamedTuple):
+    """One process's part of a batch.
+
+    arrays: input_ids, labels, position_ids, segment_ids, int32 [B, T]; images, uint8
+    [B, I, S, S, 3].
+    record_ids: ids of the conversations in it. skipped: ids of those left out for a bad image.
+    """
+
+    arrays: dict[str, np.ndarray]
+    record_ids: list[str]
+    skipped: list[str]
+
+
+class TrainingData:
+    """Checks and measures all records once, then yields batches of fixed shape.
+
+    records: from `open_records`. tokenizer: a Hugging Face fast tokenizer. template: a name of
+    TEMPLATES. model_config: gives image size, mode and mean, placeholder id and tokens an image.
+    max_length: tokens a row (T). images_per_row: image slots a row (I). batch_size: rows a batch,
+    over all processes. Exactly one of `epochs` and `steps` says how long to go on.
+    packing: several conversations a row; otherwise one.
+    bad_image: "error" raises at the first image that is missing or cannot be read; "skip" leaves
+    the conversation out, names it in `Batch.skipped`, and raises when more than
+    `bad_image_ceiling` different conversations were left out (by one process).
+    workers: processes that build rows; 0 builds them in `threads` threads of this one.
+    cache_dir: where measured lengths are kept between runs; None keeps nothing.
+    pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
+
+    Raises LlavaError naming file, record index and id for a faulty record; when no record is
+    usable; when an epoch has fewer rows than a batch.
+    """
+
+    def __init__(
+        self,
+        records,
+        tokenizer,
+        template: str,
+        model_config: LlavaConfig,
+        *,
+        max_length: int,
+        images_per_row: int,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = None,
+        steps: int | None = None,
+        packing: bool = True,
+        bad_image: str = "error",
+        bad_image_ceiling: int = 0,
+        workers: int = 0,
+        threads: int = 4,
+        cache_dir: str | os.PathLike | None = None,
+        max_pixels: int = MAX_PIXELS,
+        pad_final_batch: bool = False,
+        progress: bool = True,
+    ):
+        if (epochs is None) == (steps is None):
+            raise LlavaError("give either epochs or steps")
+        if bad_image not in ("error", "skip"):
+            raise LlavaError(f"bad_image must be 'error' or 'skip', not {bad_image!r}")
+        if pad_final_batch and epochs is None:
+            raise LlavaError("pad_final_batch needs epochs: steps always fill their batches")
+        self.batch_size, self.bad_image_ceiling = batch_size, bad_image_ceiling
+        self._workers, self._threads = workers, threads
+        self._row_builder = _RowBuilder(
+            records,
+            SegmentTokenizer(
+                tokenizer,
+                image_token_count(model_config),
+                model_config.image_token_id,
+                model_config.use_im_start_end,
+            ),
+            get_template(template),
+            model_config,
+            max_length,
+            images_per_row,
+            max_pixels,
+            skip_bad_images=bad_image == "skip",
+        )
+        measured = _measure(self._row_builder, cache_dir, progress)
+        self.refused = _refusals(measured, records, images_per_row, bad_image_ceiling)
+        self.records_total = len(records)
+        usable = np.setdiff1d(
+            np.arange(len(records)), [i for indices in self.refused.values() for i in indices]
+        )
+        self.records_used = len(usable)
+        if not len(usable):
+            raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
+        self._row_builder.usable = usable
+        self._rows = _RowStream(
+            measured.lengths[usable],
+            measured.image_counts[usable],
+            max_length,
+            images_per_row,
+            seed,
+            packing,
+        )
+        self.rows_per_epoch = self._rows.rows_before(1)
+        self.tokens_per_epoch = int(measured.lengths[usable].sum())
+        self.fill = self.tokens_per_epoch / (self.rows_per_epoch * max_length)
+        if self.rows_per_epoch < batch_size and not pad_final_batch:
+            raise LlavaError(
+                f"{records.path} fills {self.rows_per_epoch} rows of {max_length} tokens an epoch, "
+                f"fewer than batch_size={batch_size}: take a smaller batch or more data"
+            )
+        self._total_rows = None if epochs is None else self._rows.rows_before(epochs)
+        if steps is not None:
+            self.steps = steps
+        elif pad_final_batch:
+            self.steps = -(-self._total_rows // batch_size)
+        else:
+            self.steps = self._total_rows // batch_size
+
+    def _refused_text(self) -> str:
+        parts = []
+        for reason, indices in self.refused.items():
+            first = ", ".join(map(str, indices[:3])) + (", …" if len(indices) > 3 else "")
+            parts.append(f"{len(indices)} refused: {reason} (index {first})")
+        return "; ".join(parts) or "none refused"
+
+    def describe(self) -> str:
+        """One line for the log: what is used, what is refused and why, how full the rows are."""
+        return (
+            f"{self.records_used:,} of {self.records_total:,} records ({self._refused_text()}), "
+            f"{self.rows_per_epoch:,} rows an epoch, {self.fill:.0%} full, {self.steps:,} steps "
+            f"of {self.batch_size}"
+        )
+
+    def batch_iterator(
+        self, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """The batches of steps start_step .. steps-1, this process's rows only.
+
+        Raises LlavaError if the batch does not divide over the processes, or (while iterating)
+        for a bad image, as `bad_image` says.
+        """
+        if self.batch_size % process_count:
+            raise LlavaError(
+                f"batch_size={self.batch_size} cannot be split over {process_count} processes"
+            )
+        return self._iterate(start_step, process_index, self.batch_size // process_count)
+
+    def _iterate(self, start_step: int, process_index: int, local: int) -> Iterator[Batch]:
+        skipped = set()
+        for batch in self._grain_dataset(start_step, process_index, local):
+            if isinstance(batch, LlavaError):
+                raise batch
+            skipped.update(batch.skipped)
+            if len(skipped) > self.bad_image_ceiling:
+                names = ", ".join(sorted(skipped)[:5])
+                raise LlavaError(
+                    f"{len(skipped)} conversations were skipped for bad images, more than "
+                    f"bad_image_ceiling={self.bad_image_ceiling}; the first: {names}"
+                )
+            yield batch
+
+    def _grain_dataset(self, start_step: int, process_index: int, local: int) -> grain.IterDataset:
+        get_row = functools.partial(
+            _get_row,
+            self._row_builder,
+            self._rows,
+            self._total_rows,
+            self.batch_size,
+            process_index,
+            local,
+        )
+        rows = grain.MapDataset.range(start_step * local, self.steps * local).map(get_row)
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * local)
+        batches = rows.to_iter_dataset(options).batch(local, batch_fn=_stack)
+        if not self._workers:
+            return batches
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain reads a flag of its own in every worker
+            flags.FLAGS.mark_as_parsed()
+        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+
+
+class _RowBuilder:
+    """Record numbers -> one packed row; everything it needs, picklable."""
+
+    def __init__(
+        self,
+        records,
+        tokenizer: SegmentTokenizer,
+        template: Template,
+        model_config: LlavaConfig,
+        max_length: int,
+        images_per_row: int,
+        max_pixels: int,
+        skip_bad_images: bool,
+    ):
+        self.records, self.tokenizer, self.template = records, tokenizer, template
+        self.max_length, self.images_per_row = max_length, images_per_row
+        self.skip_bad_images = skip_bad_images
+        self.usable: np.ndarray | None = None
+        self._max_pixels = max_pixels
+        self._image_size = model_config.image_size
+        self._image_mode, self._image_mean = model_config.image_mode, model_config.image_mean
+
+    def segments(self, record: Record):
+        try:
+            return render(self.template, record.turns)
+        except RecordError as error:
+            raise RecordError(error.kind, f"{self.where(record)}: {error}") from None
+
+    def where(self, record: Record) -> str:
+        return f"{self.records.path}: {record.name}"
+
+    def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+        """members: numbers into `usable`. Gives the row, ids in it, ids skipped."""
+        rows, images, ids, skipped = [], [], [], []
+        for member in members:
+            record = self.records[int(self.usable[member])]
+            try:
+                pixels = [
+                    self._pixels(source, name)
+                    for source, name in zip(record.images, record.image_names, strict=True)
+                ]
+            except ImageError as error:
+                if not self.skip_bad_images:
+                    raise LlavaError(f"{self.where(record)}: {error}") from None
+                skipped.append(record.id)
+                continue
+            rows.append(self._token_row(record))
+            images += pixels
+            ids.append(record.id)
+        row = pack(rows, images, self.max_length, self.images_per_row, self._image_size)
+        return row, ids, skipped
+
+    def _token_row(self, record: Record) -> TokenRow:
+        row, reason = truncate(self.tokenizer(self.segments(record)), self.max_length)
+        if row is None:
+            raise LlavaError(f"{self.where(record)} changed since it was measured: {reason}")
+        return row
+
+    def _pixels(self, source: str | bytes, name: str) -> np.ndarray:
+        image = load_image(source, name, self._max_pixels)
+        return preprocess(
+            image, self._image_size, self._image_mode, self._image_mean, name, self._max_pixels
+        )
+
+
+class _RowStream:
+    """All epochs' rows, one after the other, addressed by number; picklable and thread-safe."""
+
+    def __init__(self, *plan_arguments):
+        self._arguments = plan_arguments
+        self._ends = []  # rows up to the end of each epoch
+        self._recent: dict[int, PackPlan] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return _RowStream, self._arguments
+
+    def rows_before(self, epoch: int) -> int:
+        """The number of rows of epochs 0 .. epoch-1."""
+        with self._lock:
+            self._extend(epoch)
+            return self._ends[epoch - 1] if epoch else 0
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        with self._lock:
+            while not self._ends or self._ends[-1] <= row:
+                self._extend(len(self._ends) + 1)
+            epoch = bisect.bisect_right(self._ends, row)
+            first = self._ends[epoch - 1] if epoch else 0
+            return self._plan(epoch)[row - first]
+
+    def _extend(self, epochs: int) -> None:
+        while len(self._ends) < epochs:
+            last = self._ends[-1] if self._ends else 0
+            self._ends.append(last + len(self._plan(len(self._ends))))
+
+    def _plan(self, epoch: int) -> PackPlan:
+        if epoch not in self._recent:
+            lengths, image_counts, max_length, images_per_row, seed, packing = self._arguments
+            plan = plan_rows(
+                lengths, image_counts, max_length, images_per_row, seed, epoch, packing
+            )
+            self._recent[epoch] = plan
+            while len(self._recent) > 2:
+                self._recent.pop(next(iter(self._recent)))
+        return self._recent[epoch]
+
+
+def _get_row(builder, stream, total_rows, batch_size, process_index, local, number):
+    """The row of one place: `number` counts this process's rows over all steps."""
+    step, place = divmod(int(number), local)
+    row = step * batch_size + process_index * local + place
+    empty = total_rows is not None and row >= total_rows
+    try:
+        return builder(np.zeros(0, np.int64) if empty else stream[row])
+    except LlavaError as error:
+        # Handed on as a value: raised inside Grain it would arrive wrapped in Grain's own words.
+        return error
+
+
+def _stack(rows) -> Batch | LlavaError:
+    for row in rows:
+        if isinstance(row, LlavaError):
+            return row
+    arrays = {key: np.stack([row[0][key] for row in rows]) for key in rows[0][0]}
+    ids = [record_id for row in rows for record_id in row[1]]
+    return Batch(arrays, ids, [record_id for row in rows for record_id in row[2]])
+
+
+class _Measured(NamedTuple):
+    lengths: np.ndarray  # int64 [N], after truncation
+    image_counts: np.ndarray  # int64 [N]
+    refused: dict[str, list[int]]  # reason -> record numbers
+    missing: list[RecordError]  # bad image files met, when they are to be skipped
+    missing_indices: list[int]
+
+
+def _measure(builder: _RowBuilder, cache_dir, progress: bool) -> _Measured:
+    """Checks every record; tokenizes each to learn its length, unless that is cached."""
+    path = _cache_path(builder, cache_dir) if cache_dir is not None else None
+    cached = _read_cache(path)
+    if cached is not None and builder.records.image_root is None:
+        return _Measured(*cached, [], [])  # images inside the data set: nothing on disk can change
+    count = len(builder.records)
+    lengths, image_counts = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    refused: dict[str, list[int]] = {}
+    missing, missing_indices = [], []
+    waiting = []
+    bar = tqdm(range(count), desc="checking records", unit=" records", disable=not progress)
+    for index in bar:
+        try:
+            record = builder.records[index]
+            check_record(record, builder.records.image_root)
+        except RecordError as error:
+            if not (builder.skip_bad_images and error.kind == "missing image"):
+                raise RecordError(error.kind, f"{builder.records.path}: {error}") from None
+            missing.append(error)
+            missing_indices.append(index)
+        image_counts[index] = len(record.images)
+        if cached is None:
+            waiting.append((index, builder.segments(record)))
+            if len(waiting) == _SCAN_CHUNK or index == count - 1:
+                _measure_chunk(builder, waiting, lengths, refused)
+                waiting = []
+    if cached is None:
+        _write_cache(path, lengths, image_counts, refused)
+    else:
+        lengths, image_counts, refused = cached
+    return _Measured(lengths, image_counts, refused, missing, missing_indices)
+
+
+def _measure_chunk(builder: _RowBuilder, waiting, lengths, refused) -> None:
+    measured = builder.tokenizer.lengths([segments for _, segments in waiting])
+    for (index, segments), length in zip(waiting, measured, strict=True):
+        if length > builder.max_length:
+            row, reason = truncate(builder.tokenizer(segments), builder.max_length)
+            length = 0 if row is None else len(row)
+            if row is None:
+                refused.setdefault(f"{reason} at max_length={builder.max_length}", []).append(index)
+        lengths[index] = length
+
+
+def _refusals(measured: _Measured, records, images_per_row: int, ceiling: int):
+    """reason -> record numbers; raises when missing images exceed the ceiling."""
+    if len(measured.missing) > ceiling:
+        raise LlavaError(
+            f"{records.path}: {len(measured.missing)} records have missing images, more than "
+            f"bad_image_ceiling={ceiling}; the first: {measured.missing[0]}"
+        )
+    refused = {reason: list(indices) for reason, indices in measured.refused.items()}
+    taken = {index for indices in refused.values() for index in indices}
+    too_many = np.flatnonzero(measured.image_counts > images_per_row).tolist()
+    for reason, indices in (
+        (f"more images than images_per_row={images_per_row}", too_many),
+        ("missing image", measured.missing_indices),
+    ):
+        if rest := [index for index in indices if index not in taken]:
+            refused[reason] = rest
+            taken.update(rest)
+    return refused
+
+
+def _cache_path(builder: _RowBuilder, cache_dir) -> Path:
+    key = hashlib.sha256()
+    for part in (
+        _CACHE_VERSION,
+        builder.records.fingerprint(),
+        builder.tokenizer.fingerprint(),
+        builder.template,
+        builder.max_length,
+    ):
+        key.update(f"{part}\0".encode())
+    return Path(cache_dir) / f"lengths-{key.hexdigest()[:32]}.npz"
+
+
+def _read_cache(path: Path | None):
+    if path is None or not path.exists():
+        return None
+    try:
+        with np.load(path) as data:
+            return data["lengths"], data["image_counts"], json.loads(str(data["refused"]))
+    except Exception:  # a broken cache is measured anew
+        return None
+
+
+def _write_cache(path: Path | None, lengths, image_counts, refused) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+    np.savez(part, lengths=lengths, image_counts=image_counts, refused=json.dumps(refused))
+    os.replace(part, path)
