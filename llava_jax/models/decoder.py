@@ -132,7 +132,9 @@ class Attention(nn.Module):
     def __call__(self, x, rope, mask, layer, cache: KVCache | None):  # x [B, T, D]
         c = self.config
         batch, length, _ = x.shape
-        q = linear(c.num_heads * c.head_dim, ("embed", "heads"), c.qkv_bias, self.dtype, "q_proj")(x)
+        q = linear(c.num_heads * c.head_dim, ("embed", "heads"), c.qkv_bias, self.dtype, "q_proj")(
+            x
+        )
         k, v = (
             linear(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, self.dtype, n)(x)
             for n in ("k_proj", "v_proj")
@@ -185,7 +187,7 @@ class DecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, rope, mask):
         x, cache = carry
-        norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.dtype, name=name)  # noqa: E731
+        norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.dtype, name=name)
         out, cache = Attention(self.config, self.dtype, name="self_attn")(
             norm("input_layernorm")(x), rope, mask, layer, cache
         )

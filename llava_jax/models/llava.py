@@ -89,9 +89,7 @@ class LlavaModel(nn.Module):
     def setup(self):
         c = self.config
         self.vision = ViT(c.vision, c.feature_layer, c.keep_class_token, self.dtype)
-        self.projector = Projector(
-            c.projector, c.decoder.hidden_size, c.projector_bias, self.dtype
-        )
+        self.projector = Projector(c.projector, c.decoder.hidden_size, c.projector_bias, self.dtype)
         self.decoder = Decoder(c.decoder, self.dtype, self.remat_policy)
 
     def encode_images(self, images: jax.Array) -> jax.Array:

@@ -67,7 +67,9 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
         x = np.abs(source - (base + tap))
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
-        np.add.at(matrix, (np.arange(new), np.clip(base + tap, 0, old - 1)), np.where(x <= 1, near, far))
+        np.add.at(
+            matrix, (np.arange(new), np.clip(base + tap, 0, old - 1)), np.where(x <= 1, near, far)
+        )
     return matrix.astype(np.float32)
 
 

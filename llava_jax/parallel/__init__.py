@@ -1,1 +1,1 @@
-
+"""The device mesh and the one table of sharding rules."""

@@ -1,0 +1,40 @@
+"""The device mesh: axes `data`, `fsdp` and `tensor`."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from llava_jax.errors import LlavaError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # rows of a batch are split over both
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+
+    Raises:
+      LlavaError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        rest = int(np.prod([s for s in sizes if s != -1]))
+        sizes[sizes.index(-1)] = len(devices) // rest if rest else 0
+    if min(sizes) < 1 or np.prod(sizes) != len(devices):
+        raise LlavaError(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: "
+            "the sizes must multiply to that number (one of them may be -1)"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch(mesh: Mesh, rows: int) -> None:
+    """Raises LlavaError when `rows` cannot be split evenly over the devices that share a batch."""
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if rows % shards:
+        raise LlavaError(
+            f"a batch of {rows} rows cannot be split over {shards} devices "
+            f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}): "
+            f"make batch_size / accumulation a multiple of {shards}"
+        )

@@ -1,0 +1,62 @@
+"""The one table from logical axis names to mesh axes, and shardings made with it."""
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.parallel.mesh import BATCH_AXES
+
+# An axis that does not divide evenly is replicated (see `param_shardings`).
+RULES = (
+    # weights
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("projector_out", "fsdp"),
+    ("vision_embed", "fsdp"),
+    ("vision_heads", "tensor"),
+    ("vision_mlp", "tensor"),
+    ("layers", None),
+    ("norm", None),
+    ("head_dim", None),
+    ("vision_embed_norm", None),
+    ("vision_patch", None),
+    ("vision_positions", None),
+    # activations
+    ("batch", BATCH_AXES),
+    ("length", None),
+    ("act_embed", None),
+    ("act_mlp", "tensor"),
+)
+
+
+def param_shardings(mesh: Mesh, boxed_params) -> dict:
+    """NamedSharding of each parameter, from the logical names that its initialiser gave it.
+
+    Args:
+      boxed_params: `abstract_params(config)`: leaves boxed with logical axis names.
+    """
+    rules = dict(RULES)
+
+    def shard(box) -> NamedSharding:
+        spec, used = [], set()
+        for name, size in zip(box.names, box.value.shape, strict=True):
+            axis = rules[name]
+            fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0
+            spec.append(axis if fits else None)
+            used.add(spec[-1])
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    return jax.tree.map(shard, boxed_params, is_leaf=is_box)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,126 @@
+"""Next-token cross-entropy that never holds a batch's logits, and skips unsupervised positions.
+
+B rows, T length, D model, V vocabulary, C positions a row in one chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+IGNORE_INDEX = -100
+
+
+def next_token_targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Labels aligned with their tokens -> what each position must predict.
+
+    A target never comes from the next conversation of a packed row.
+
+    Args:
+      labels, segment_ids: int[B, T].
+
+    Returns:
+      int[B, T], IGNORE_INDEX where nothing is predicted.
+    """
+    last = ((0, 0), (0, 1))
+    targets = jnp.pad(labels[:, 1:], last, constant_values=IGNORE_INDEX)
+    following = jnp.pad(segment_ids[:, 1:], last)
+    same = (following == segment_ids) & (segment_ids != 0)
+    return jnp.where(same, targets, IGNORE_INDEX)
+
+
+def cross_entropy_sum(
+    hidden_states: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int
+) -> jax.Array:
+    """Sum over supervised positions of -log p(target), in float32.
+
+    Each row's supervised positions are moved to its front, then `chunk` positions of every row are
+    projected at a time until no row has any left: memory is [B, C, V], and work follows the number
+    of supervised positions. Gradients are computed with the loss, so no logits are kept or
+    recomputed for the backward pass.
+
+    Args:
+      hidden_states: [B, T, D].
+      kernel: output projection [D, V].
+      targets: int[B, T] from `next_token_targets`.
+      chunk: positions of each row in one piece.
+    """
+    length = hidden_states.shape[1]
+    chunk = min(chunk, length)
+    padding = -length % chunk
+    order = jnp.argsort(targets == IGNORE_INDEX, axis=1, stable=True)
+    targets = jnp.take_along_axis(targets, order, axis=1)
+    hidden_states = jnp.take_along_axis(hidden_states, order[..., None], axis=1)
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
+    hidden_states = jnp.pad(hidden_states, ((0, 0), (0, padding), (0, 0)))
+    with jax.named_scope("cross_entropy"):
+        return _front_loaded_sum(hidden_states, kernel, targets, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _front_loaded_sum(hidden_states, kernel, targets, chunk):
+    return _sum_and_grads(hidden_states, kernel, targets, chunk, False, False)[0]
+
+
+def _sum_and_grads(hidden_states, kernel, targets, chunk, want_hidden: bool, want_kernel: bool):
+    """The loss sum and its gradients (None where not wanted), chunk by chunk."""
+
+    def piece(state):
+        start, total, d_hidden, d_kernel = state
+        h = jax.lax.dynamic_slice_in_dim(hidden_states, start, chunk, axis=1)  # [B, C, D]
+        t = jax.lax.dynamic_slice_in_dim(targets, start, chunk, axis=1)  # [B, C]
+        logits = jnp.einsum(
+            "bcd,dv->bcv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32
+        )
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        supervised = t != IGNORE_INDEX
+        at_target = jnp.take_along_axis(logits, jnp.maximum(t, 0)[..., None], axis=-1)[..., 0]
+        total += jnp.sum(jnp.where(supervised, log_z - at_target, 0.0))
+        if want_hidden or want_kernel:
+            d_logits = jnp.exp(logits - log_z[..., None])
+            d_logits -= jax.nn.one_hot(t, logits.shape[-1], dtype=jnp.float32)
+            d_logits = jnp.where(supervised[..., None], d_logits, 0.0).astype(h.dtype)
+        if want_hidden:
+            d_h = jnp.einsum("bcv,dv->bcd", d_logits, kernel.astype(h.dtype))
+            d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, start, axis=1)
+        if want_kernel:
+            d_kernel += jnp.einsum("bcd,bcv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return start + chunk, total, d_hidden, d_kernel
+
+    longest = jnp.max(jnp.sum(targets != IGNORE_INDEX, axis=1))
+    start = (
+        jnp.int32(0),
+        jnp.float32(0),
+        jnp.zeros_like(hidden_states) if want_hidden else None,
+        jnp.zeros(kernel.shape, jnp.float32) if want_kernel else None,
+    )
+    _, total, d_hidden, d_kernel = jax.lax.while_loop(lambda s: s[0] < longest, piece, start)
+    return total, d_hidden, d_kernel
+
+
+def _forward(hidden_states, kernel, targets, chunk):
+    # A frozen output projection (stage 1) gets no gradient, and none is computed.
+    total, d_hidden, d_kernel = _sum_and_grads(
+        hidden_states.value,
+        kernel.value,
+        targets.value,
+        chunk,
+        hidden_states.perturbed,
+        kernel.perturbed,
+    )
+    # dtype travels as an empty array: residuals must be arrays.
+    return total, (d_hidden, d_kernel, jnp.zeros((0,), kernel.value.dtype))
+
+
+def _backward(chunk, residuals, cotangent):
+    d_hidden, d_kernel, kernel_like = residuals
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None, None
+    if d_hidden is not None:
+        d_hidden = d_hidden * cotangent.astype(d_hidden.dtype)
+    if d_kernel is not None:
+        d_kernel = (d_kernel * cotangent).astype(kernel_like.dtype)
+    return d_hidden, d_kernel, None
+
+
+_front_loaded_sum.defvjp(_forward, _backward, symbolic_zeros=True)

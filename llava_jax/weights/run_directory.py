@@ -1,0 +1,271 @@
+"""A run directory, what train.py leaves behind, and how a whole model is read out of one.
+
+config.json              the recipe, as the command line left it
+model.json               model config, template, and where frozen parameters came from
+tokenizer/               a copy of the tokenizer
+checkpoints/STEP/        Orbax items: params (the trainable tree), opt_state
+metrics.jsonl, samples.jsonl, loss.png, tensorboard/
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.decoder import DecoderConfig, RopeScaling
+from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.vit import ViTConfig, num_blocks
+from llava_jax.weights.load import load_decoder, load_llava, load_vision
+
+COMPONENTS = ("vision", "projector", "decoder")
+HF_TEMPLATE = "v1"  # llava-hf checkpoints were tuned with it
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a component's starting parameters lie.
+
+    Attributes:
+      path: a folder in Hugging Face's layout, or a step folder of an earlier run.
+      checksum: SHA-256 over its weight files.
+    """
+
+    path: Path
+    checksum: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """Contents of model.json: all that is needed to rebuild the model beside the trained tree."""
+
+    config: LlavaConfig
+    template: str
+    sources: dict[str, Source]  # component -> source, for components with frozen parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use: parameters as a nested dict, on the default device."""
+
+    config: LlavaConfig
+    params: dict
+    tokenizer_dir: Path
+    template: str
+
+
+def config_from_dict(values: dict) -> LlavaConfig:
+    """The inverse of `dataclasses.asdict` on a LlavaConfig, also after a trip through JSON."""
+    decoder = dict(values["decoder"])
+    if decoder["rope_scaling"] is not None:
+        decoder["rope_scaling"] = RopeScaling(**decoder["rope_scaling"])
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields |= {"vision": ViTConfig(**values["vision"]), "decoder": DecoderConfig(**decoder)}
+    return LlavaConfig(**fields)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def write_run_model(workdir: Path, model: RunModel) -> None:
+    sources = {
+        component: {
+            "path": str(source.path.resolve()),
+            "relative": os.path.relpath(source.path.resolve(), workdir.resolve()),
+            "checksum": source.checksum,
+        }
+        for component, source in model.sources.items()
+    }
+    write_json(
+        workdir / "model.json",
+        {
+            "config": dataclasses.asdict(model.config),
+            "template": model.template,
+            "sources": sources,
+        },
+    )
+
+
+def read_run_model(workdir: Path) -> RunModel:
+    path = workdir / "model.json"
+    try:
+        values = json.loads(path.read_text())
+        sources = {c: _find_source(workdir, c, s) for c, s in values["sources"].items()}
+        return RunModel(config_from_dict(values["config"]), values["template"], sources)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise LlavaError(f"{path} is damaged ({error!r}): it is written by train.py") from None
+
+
+def _find_source(workdir: Path, component: str, values: dict) -> Source:
+    # The run may have been moved together with its base, or the base may stand where it stood.
+    for path in (Path(values["path"]), workdir / values["relative"]):
+        if path.exists():
+            return Source(path, values["checksum"])
+    raise LlavaError(
+        f"{workdir} was trained on a frozen {component} from {values['path']}, which is not there: "
+        "put that folder back"
+    )
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The newest complete checkpoint of a run, or None."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return None
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=None)
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """The step folder meant by a run directory (its newest) or by a step folder itself.
+
+    Raises:
+      LlavaError: the path is neither, or the run has no complete checkpoint yet.
+    """
+    path = Path(path)
+    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
+        return path
+    if not (path / "model.json").is_file():
+        raise LlavaError(
+            f"{path} is no checkpoint: give a run directory of train.py, one of its "
+            "checkpoints/STEP folders, or a Hugging Face LLaVA folder"
+        )
+    step = latest_step(path)
+    if step is None:
+        raise LlavaError(f"{path} holds no finished checkpoint yet")
+    return path / "checkpoints" / str(step)
+
+
+def weights_checksum(folder: Path) -> str:
+    """SHA-256 over the weight files of a source: safetensors, or an Orbax params item."""
+    if (folder / "params").is_dir():
+        files = [p for p in (folder / "params").rglob("*") if p.is_file()]
+    else:
+        files = list(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def is_llava_folder(path: Path) -> bool:
+    """True for a folder with a Hugging Face config.json that has a text_config."""
+    try:
+        return "text_config" in json.loads((path / "config.json").read_text())
+    except (OSError, json.JSONDecodeError, TypeError):
+        return False
+
+
+def load_component(path: Path, component: str, config: LlavaConfig) -> dict:
+    """Float32 numpy parameters of one component, from any kind of source, checked to fit."""
+    if (path / "config.json").is_file() and not (path / "model.json").is_file():
+        if is_llava_folder(path):
+            found, params = load_llava(path)
+            if found.vision != config.vision or found.decoder != config.decoder:
+                raise LlavaError(f"{path} holds a model of other dimensions than the recipe's")
+            return params[component]
+        if component == "vision":
+            blocks = num_blocks(config.vision, config.feature_layer)
+            return load_vision(path, blocks, config.vision)[1]
+        if component == "decoder":
+            return load_decoder(path, config.decoder)[1]
+        raise LlavaError(f"{path} has no {component}: take it from a run or a LLaVA folder")
+    return load_run(checkpoint_of(path), only=component)[1][component]
+
+
+def load_run(step_folder: Path, only: str | None = None) -> tuple[RunModel, dict]:
+    """The whole model of a checkpoint: its frozen base with the trained tree laid over it.
+
+    Args:
+      only: one component, to read no more than is needed.
+
+    Raises:
+      LlavaError: the base is gone or changed since the run, or the checkpoint does not fit it.
+    """
+    run = read_run_model(step_folder.parent.parent)
+    params = {}
+    for component, source in run.sources.items():
+        if only in (None, component):
+            if weights_checksum(source.path) != source.checksum:
+                raise LlavaError(
+                    f"the weights in {source.path} changed since {step_folder.parent.parent} was "
+                    f"trained on them: its {component} would not be the model that was trained"
+                )
+            params[component] = load_component(source.path, component, run.config)
+    trained = _read_trained(step_folder, run.config)
+    merged = {**flatten_dict(params), **flatten_dict(trained)}
+    if only is not None:
+        merged = {path: leaf for path, leaf in merged.items() if path[0] == only}
+    missing = [p for p in _expected(run.config) if only in (None, p[0]) and p not in merged]
+    if missing:
+        raise LlavaError(f"{step_folder} and its base lack parameters: {_names(missing)}")
+    return run, unflatten_dict(merged)
+
+
+def _expected(config: LlavaConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Path -> shape of every parameter of the model."""
+    return flatten_dict(nn.meta.unbox(abstract_params(config)))
+
+
+def _read_trained(step_folder: Path, config: LlavaConfig) -> dict:
+    """The trained tree of a checkpoint, on the default device, after checking names and shapes."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as reader:
+        try:
+            saved = reader.metadata(step_folder.resolve() / "params").item_metadata.tree
+        except Exception as error:
+            raise LlavaError(f"{step_folder} cannot be read as a checkpoint: {error}") from None
+        check_params(str(step_folder), flatten_dict(saved), _expected(config))
+        targets = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
+        )
+        return reader.restore(step_folder.resolve() / "params", targets)
+
+
+def check_params(where: str, found: dict, expected: dict) -> None:
+    """Raises LlavaError when `found` has a parameter that `expected` has not, or in another shape.
+
+    Both map paths to things with a shape.
+    """
+    extra = [path for path in found if path not in expected]
+    misshapen = [p for p in found if p in expected and found[p].shape != expected[p].shape]
+    if extra:
+        raise LlavaError(f"{where} has parameters that the model has not: {_names(extra)}")
+    if misshapen:
+        path = misshapen[0]
+        raise LlavaError(
+            f"{where} has parameters of another shape than the model: {_names(misshapen)} "
+            f"({found[path].shape} and not {expected[path].shape})"
+        )
+
+
+def _names(paths: list[tuple[str, ...]]) -> str:
+    shown = ", ".join("/".join(path) for path in paths[:5])
+    return shown + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+def load_model(path: str | Path, dtype: str = "float32") -> LoadedModel:
+    """A model from a run directory, one of its step folders, or a Hugging Face LLaVA folder.
+
+    Args:
+      dtype: of the parameters: float32 or bfloat16.
+    """
+    path = Path(path)
+    if is_llava_folder(path):
+        config, params = load_llava(path, dtype)
+        return LoadedModel(config, jax.device_put(params), path, HF_TEMPLATE)
+    step_folder = checkpoint_of(path)
+    run, params = load_run(step_folder)
+    params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
+    return LoadedModel(run.config, params, step_folder.parent.parent / "tokenizer", run.template)
