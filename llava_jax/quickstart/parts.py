@@ -149,7 +149,8 @@ _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 def _write_tokenizer(folder: Path, metadata: dict) -> None:
     """The byte-level BPE of the GGUF metadata as `tokenizer.json`.
 
-    transformers can read it out of the GGUF file too, but only where torch is installed. Digits are split one by one before GPT-2's pattern: the `smollm` pre-tokenizer of llama.cpp.
+    transformers can read it out of the GGUF file too, but only where torch is installed. Digits
+    are split one by one before GPT-2's pattern: the `smollm` pre-tokenizer of llama.cpp.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -327,11 +327,10 @@ def vision_to_hf(config: ViTConfig) -> dict:
         "layer_norm_eps": config.layer_norm_eps,
     }
     if config.layer_scale:
-        ratio = config.intermediate_size / config.hidden_size
         values |= {
             "architectures": ["Dinov2Model"],
             "model_type": "dinov2",
-            "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
+            "mlp_ratio": config.intermediate_size // config.hidden_size,
             "qkv_bias": True,
             "use_swiglu_ffn": False,
         }

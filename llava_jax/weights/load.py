@@ -168,11 +168,11 @@ def _settle_tying(
 ) -> LlavaConfig:
     """Decides whether the output head is the embedding table.
 
-    transformers 4 went by `text_config`, 5 goes by the top level, and files exist in which the two
-    disagree; then the presence of a head decides.
+    `text_config` saying so settles it in every transformers version; the top level, true by default
+    in the 4.x line whatever the model, counts only where there is no head.
     """
-    said = {config.decoder.tie_word_embeddings, bool(values.get("tie_word_embeddings"))}
-    tied = said == {True} or (len(said) == 2 and "lm_head.weight" not in decoder_tensors)
+    top_level = bool(values.get("tie_word_embeddings")) and "lm_head.weight" not in decoder_tensors
+    tied = config.decoder.tie_word_embeddings or top_level
     decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
     return dataclasses.replace(config, decoder=decoder)
 
@@ -248,7 +248,8 @@ class _Plan:
         ) as progress:
             for tensor, parameter, target in self.reads:
                 values = from_stored(tensor.read(), parameter, target.shape)
-                target[...] = values
+                with np.errstate(over="ignore"):  # told below, with the tensor's name
+                    target[...] = values
                 if self.dtype == np.float16:
                     _check_overflow(tensor, values, target)
                 progress.update(_bytes(tensor))

@@ -3,8 +3,8 @@
 A new family costs one table here and one config mapping in `hf_config.py`.
 
 Letters of the shapes. Decoder: V vocabulary, D model, F feed-forward, H head size, Q heads * head
-size, K kv heads * head size. Vision: D model, F feed-forward, P positions, p patch side, C = p * p * 3.
-Projector: I in, O out.
+size, K kv heads * head size. Vision: D model, F feed-forward, P positions, p patch side,
+C = p * p * 3. Projector: I in, O out.
 """
 
 import dataclasses

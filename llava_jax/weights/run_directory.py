@@ -22,6 +22,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.vit import ViTConfig, num_blocks
+from llava_jax.weights.hf_config import llava_config
 from llava_jax.weights.load import load_decoder, load_llava, load_vision
 
 COMPONENTS = ("vision", "projector", "decoder")
@@ -167,49 +168,58 @@ def is_llava_folder(path: Path) -> bool:
         return False
 
 
-def load_component(path: Path, component: str, config: LlavaConfig) -> dict:
-    """Float32 numpy parameters of one component, from any kind of source, checked to fit."""
-    if (path / "config.json").is_file() and not (path / "model.json").is_file():
-        if is_llava_folder(path):
-            found, params = load_llava(path)
-            if found.vision != config.vision or found.decoder != config.decoder:
-                raise LlavaError(f"{path} holds a model of other dimensions than the recipe's")
-            return params[component]
-        if component == "vision":
-            blocks = num_blocks(config.vision, config.feature_layer)
-            return load_vision(path, blocks, config.vision)[1]
-        if component == "decoder":
-            return load_decoder(path, config.decoder)[1]
-        raise LlavaError(f"{path} has no {component}: take it from a run or a LLaVA folder")
-    return load_run(checkpoint_of(path), only=component)[1][component]
+def source_config(path: Path) -> LlavaConfig:
+    """The model config of a run, a step folder, or a Hugging Face LLaVA folder."""
+    if is_llava_folder(path):
+        return llava_config(path)
+    return read_run_model(checkpoint_of(path).parent.parent).config
 
 
-def load_run(step_folder: Path, only: str | None = None) -> tuple[RunModel, dict]:
-    """The whole model of a checkpoint: its frozen base with the trained tree laid over it.
+def load_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
+    """Float32 parameters of some components, from any kind of source, checked to fit.
 
     Args:
-      only: one component, to read no more than is needed.
+      path: a Hugging Face folder (encoder, language model or LLaVA), a run, or a step of one.
+      config: the model wanted.
+    """
+    if is_llava_folder(path):
+        found = load_llava(path)[1]
+    elif not (path / "config.json").is_file() or (path / "model.json").is_file():
+        found = load_run(checkpoint_of(path), components)[1]
+    elif components == ["vision"]:
+        blocks = num_blocks(config.vision, config.feature_layer)
+        found = {"vision": load_vision(path, blocks, config.vision)[1]}
+    elif components == ["decoder"]:
+        found = {"decoder": load_decoder(path, config.decoder)[1]}
+    else:
+        raise LlavaError(f"{path} is not a whole LLaVA: it cannot give the {components[-1]}")
+    found = {component: found[component] for component in components}
+    expected = _expected(config)
+    check_params(str(path), flatten_dict(found), expected)
+    _check_complete(str(path), flatten_dict(found), expected, components)
+    return found
+
+
+def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
+    """The model of a checkpoint, or some of its components: base and trained tree laid over it.
 
     Raises:
       LlavaError: the base is gone or changed since the run, or the checkpoint does not fit it.
     """
     run = read_run_model(step_folder.parent.parent)
     params = {}
-    for component, source in run.sources.items():
-        if only in (None, component):
-            if weights_checksum(source.path) != source.checksum:
-                raise LlavaError(
-                    f"the weights in {source.path} changed since {step_folder.parent.parent} was "
-                    f"trained on them: its {component} would not be the model that was trained"
-                )
-            params[component] = load_component(source.path, component, run.config)
-    trained = _read_trained(step_folder, run.config)
-    merged = {**flatten_dict(params), **flatten_dict(trained)}
-    if only is not None:
-        merged = {path: leaf for path, leaf in merged.items() if path[0] == only}
-    missing = [p for p in _expected(run.config) if only in (None, p[0]) and p not in merged]
-    if missing:
-        raise LlavaError(f"{step_folder} and its base lack parameters: {_names(missing)}")
+    for component in set(run.sources) & set(components):
+        source = run.sources[component]
+        if weights_checksum(source.path) != source.checksum:
+            raise LlavaError(
+                f"the weights in {source.path} changed since {step_folder.parent.parent} was "
+                f"trained on them: its {component} would not be the model that was trained"
+            )
+        params |= load_components(source.path, [component], run.config)
+    trained = flatten_dict(_read_trained(step_folder, run.config))
+    trained = {path: leaf for path, leaf in trained.items() if path[0] in components}
+    merged = {**flatten_dict(params), **trained}
+    _check_complete(str(step_folder), merged, _expected(run.config), components)
     return run, unflatten_dict(merged)
 
 
@@ -248,6 +258,12 @@ def check_params(where: str, found: dict, expected: dict) -> None:
             f"{where} has parameters of another shape than the model: {_names(misshapen)} "
             f"({found[path].shape} and not {expected[path].shape})"
         )
+
+
+def _check_complete(where: str, found: dict, expected: dict, components) -> None:
+    missing = [path for path in expected if path[0] in components and path not in found]
+    if missing:
+        raise LlavaError(f"{where} lacks parameters of the model: {_names(missing)}")
 
 
 def _names(paths: list[tuple[str, ...]]) -> str:

@@ -248,7 +248,7 @@ def write_file(path: Path, tensors: Iterable[TensorToWrite]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            values = np.ascontiguousarray(tensor.values(), dtype=tensor.dtype)
+            values = np.asarray(tensor.values(), dtype=tensor.dtype, order="C")
             if values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name}: made {values.shape}, announced {tensor.shape}")
             file.write(values.reshape(-1).view(np.uint8).data)

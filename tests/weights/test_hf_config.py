@@ -1,0 +1,218 @@
+"""config.json and preprocessor_config.json of many kinds, and those that are not supported."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.decoder import DecoderConfig, RopeScaling
+from llava_jax.models.presets import DINOV2_SMALL, SMOLLM2_135M, clip_large
+from llava_jax.weights.hf_config import (
+    composed_config,
+    decoder_config,
+    decoder_to_hf,
+    image_settings,
+    llava_config,
+    vision_config,
+    vision_to_hf,
+)
+
+LLAVA_15 = {  # as llava-hf/llava-1.5-7b-hf has it: mostly defaults left out
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+CLIP_PIXELS = {
+    "image_processor_type": "CLIPImageProcessor",
+    "crop_size": {"height": 336, "width": 336},
+    "do_center_crop": True,
+    "resample": 3,
+    "size": {"shortest_edge": 336},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def write(folder, config=None, pixels=None, name="preprocessor_config.json"):
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if pixels is not None:
+        (folder / name).write_text(json.dumps(pixels))
+    return folder
+
+
+def test_llava_15_of_the_hub(tmp_path):
+    config = llava_config(write(tmp_path, LLAVA_15, CLIP_PIXELS))
+    assert config.vision == clip_large(336)
+    assert config.decoder == DecoderConfig(32064, 4096, 11008, 32, 32, 32, 128)
+    assert (config.image_token_id, config.image_mode, config.image_size) == (32000, "square", 336)
+    assert (config.feature_layer, config.keep_class_token) == (-2, False)
+
+
+def test_no_vision_config_means_clip_large(tmp_path):
+    values = {k: v for k, v in LLAVA_15.items() if k != "vision_config"}
+    assert llava_config(write(tmp_path, values)).vision == clip_large(336)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "llava_next"}, "llava_next"),
+        ({"model_type": "llava_onevision"}, "not supported yet"),
+        ({"model_type": "llava_llama"}, "llava_llama"),
+        ({"vision_feature_layer": [-2, -5]}, "one layer"),
+        ({"vision_feature_select_strategy": "cls"}, "default or full"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "use full"),
+        ({"vision_config": {"model_type": "pixtral"}}, "pixtral"),
+        ({"text_config": {"model_type": "gemma"}}, "gemma"),
+    ],
+)
+def test_llavas_that_are_not_supported(change, word, tmp_path):
+    with pytest.raises(LlavaError, match=word) as error:
+        llava_config(write(tmp_path, LLAVA_15 | change))
+    assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_size": "big"}, "hidden_size"),
+        ({"rms_norm_eps": None, "num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "window"),
+    ],
+)
+def test_decoders_that_are_not_supported(values, word):
+    with pytest.raises(LlavaError, match=word):
+        decoder_config(values, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"model_type": "dinov2", "use_swiglu_ffn": True}, "use_swiglu_ffn"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"num_channels": 1}, "num_channels"),
+        ({"model_type": "vit"}, "vit"),
+    ],
+)
+def test_encoders_that_are_not_supported(values, word):
+    with pytest.raises(LlavaError, match=word):
+        vision_config(values, "config.json")
+
+
+def test_rope_of_transformers_4_and_5():
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
+    config = decoder_config(old)
+    assert config == decoder_config(new)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 2.0))
+
+
+def test_mistral_window():
+    assert decoder_config({"model_type": "mistral"}).sliding_window == 4096
+    assert decoder_config({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+
+
+VARIANTS = [
+    {},
+    {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)},
+    {"rope_scaling": RopeScaling("linear", 4.0)},
+    {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    {"qkv_bias": True},
+    {"qkv_bias": True, "sliding_window": 64},
+    {"qk_norm": True},
+    {"sliding_window": 64},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoder_config_round_trip(variant):
+    config = dataclasses.replace(SMOLLM2_135M, **variant)
+    values = json.loads(json.dumps(decoder_to_hf(config)))
+    assert decoder_config(values) == config
+
+
+def test_decoder_config_without_a_family():
+    with pytest.raises(LlavaError, match="combination"):
+        decoder_to_hf(dataclasses.replace(SMOLLM2_135M, o_bias=True))
+
+
+def test_vision_config_round_trip():
+    siglip = dataclasses.replace(
+        clip_large(224), class_token=False, pre_norm=False, patch_bias=True, layer_norm_eps=1e-6
+    )
+    for config in (DINOV2_SMALL, clip_large(336), siglip):
+        assert vision_config(json.loads(json.dumps(vision_to_hf(config)))) == config
+
+
+def test_image_settings(tmp_path):
+    assert image_settings(tmp_path) is None
+    write(tmp_path, pixels=CLIP_PIXELS)
+    assert image_settings(tmp_path)["image_mode"] == "square"
+    write(tmp_path, pixels=CLIP_PIXELS | {"do_pad": True})
+    assert image_settings(tmp_path)["image_mode"] == "pad"
+    siglip = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 7, "width": 7}}
+    write(tmp_path, pixels=siglip)
+    assert image_settings(tmp_path) == {
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+        "image_mode": "resize",
+        "image_size": 7,
+    }
+    old = {"size": 224, "crop_size": 224, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    write(tmp_path, pixels=old)
+    assert image_settings(tmp_path)["image_size"] == 224
+    (tmp_path / "preprocessor_config.json").unlink()
+    write(tmp_path, pixels={"image_processor": CLIP_PIXELS}, name="processor_config.json")
+    assert image_settings(tmp_path)["image_size"] == 336
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"resample": 2}, {"do_resize": False}, {"crop_size": {"height": 3, "width": 4}}],
+)
+def test_image_settings_that_are_not_supported(change, tmp_path):
+    write(tmp_path, pixels=CLIP_PIXELS | change)
+    with pytest.raises(LlavaError, match="preprocessor_config.json"):
+        image_settings(tmp_path)
+
+
+def test_composed_config(tmp_path):
+    vision, decoder = tmp_path / "vision", tmp_path / "decoder"
+    vision.mkdir()
+    decoder.mkdir()
+    write(vision, vision_to_hf(DINOV2_SMALL))
+    write(decoder, decoder_to_hf(SMOLLM2_135M))
+    config = composed_config(vision, decoder, image_size=56, projector="mlp3x_gelu")
+    assert (config.vision, config.decoder) == (DINOV2_SMALL, SMOLLM2_135M)
+    assert (config.image_size, config.projector, config.image_token_id) == (56, "mlp3x_gelu", -200)

@@ -1,0 +1,106 @@
+"""Folders are written whole or not at all, and read back as they were."""
+
+import dataclasses
+import os
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.decoder import Decoder
+from llava_jax.models.presets import DINOV2_SMALL, SMOLLM2_135M, clip_large
+from llava_jax.models.vit import ViT
+from llava_jax.weights.load import load_decoder, load_vision
+from llava_jax.weights.save import save_decoder, save_vision, whole_folder
+
+SMALL = dict(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
+LLAMA = dataclasses.replace(SMOLLM2_135M, **SMALL, vocab_size=20, num_kv_heads=1, head_dim=8)
+DECODERS = {
+    "tied": LLAMA,
+    "untied, qwen2": dataclasses.replace(LLAMA, tie_word_embeddings=False, qkv_bias=True),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
+    "all biases": dataclasses.replace(LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True),
+}
+CLIP = dataclasses.replace(clip_large(28), **SMALL)
+ENCODERS = {
+    "clip": CLIP,
+    "siglip": dataclasses.replace(CLIP, class_token=False, pre_norm=False, patch_bias=True),
+    "dinov2": dataclasses.replace(DINOV2_SMALL, **SMALL | {"intermediate_size": 32}, image_size=28),
+}
+
+
+def random_params(module, *inputs, method=None) -> dict:
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, method=method))
+    rng = np.random.default_rng(0)
+    params = nn.unbox(shapes)["params"]
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), params)
+
+
+def decoder_params(config) -> dict:
+    def run(decoder, ids):
+        hidden, _ = decoder(decoder.embed(ids), ids, ids)
+        return decoder.attend(hidden)
+
+    return random_params(Decoder(config), np.ones((1, 1), np.int32), method=run)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_round_trip(name, tmp_path):
+    params = decoder_params(DECODERS[name])
+    save_decoder(tmp_path / "out", DECODERS[name], params)
+    config, loaded = load_decoder(tmp_path / "out")
+    assert config == DECODERS[name]
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_vision_round_trip(name, layer, tmp_path):
+    params = random_params(ViT(ENCODERS[name], layer), np.zeros((1, 28, 28, 3), np.float32))
+    save_vision(tmp_path / "out", ENCODERS[name], params)
+    config, loaded = load_vision(tmp_path / "out")
+    assert config == dataclasses.replace(ENCODERS[name], num_layers=3 + layer)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_transformers_loads_it_strictly(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    for name, config in DECODERS.items():
+        save_decoder(tmp_path / name, config, decoder_params(config), dtype="bfloat16")
+        _, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, output_loading_info=True
+        )
+        assert not any(info.values()), (name, info)
+    for name, config in ENCODERS.items():
+        params = random_params(ViT(config, -1), np.zeros((1, 28, 28, 3), np.float32))
+        save_vision(tmp_path / name, config, params)
+        architecture = {"clip": "CLIPVision", "siglip": "SiglipVision", "dinov2": "Dinov2"}[name]
+        _, info = getattr(transformers, f"{architecture}Model").from_pretrained(
+            tmp_path / name, output_loading_info=True
+        )
+        unused = ("post_layernorm", "layernorm", "mask_token", "head.")
+        missing = [k for k in info["missing_keys"] if not any(word in k for word in unused)]
+        assert not missing and not info["unexpected_keys"], (name, info)
+
+
+def test_an_existing_folder_is_kept(tmp_path):
+    with pytest.raises(LlavaError, match="exists already"):
+        save_decoder(tmp_path, LLAMA, {})
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out") as temporary:
+        (temporary / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_replaced_in_one_step(tmp_path):
+    for text in ("old", "new"):
+        with whole_folder(tmp_path / "out") as temporary:
+            (temporary / "file").write_text(text)
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
