@@ -197,8 +197,10 @@ class TrainingData:
             local,
         )
         rows = grain.MapDataset.range(start_step * local, self.steps * local).map(get_row)
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * local)
-        batches = rows.to_iter_dataset(options).batch(local, batch_fn=_stack)
+        # Batched before it becomes an iterator: worker processes then share out whole batches.
+        batches = rows.batch(local, batch_fn=_stack).to_iter_dataset(
+            grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads)
+        )
         if not self._workers:
             return batches
         from absl import flags

@@ -160,7 +160,9 @@ def render(
     where its answer starts, without a trailing space: tokenizers of the Llama and GPT-2 kinds join
     a space to the word after it, so the answer's first token brings its own. The token ids of the
     prompt are then those of the whole conversation up to the answer, unless the answer itself
-    begins with white space (a tokenizer may join that to what stands before it).
+    begins with white space (a tokenizer may join that to what stands before it) or `llama_3` is
+    used with a tokenizer of the GPT-2 kind (which cuts the two line breaks of its header by what
+    follows them).
     """
     _check_order(template, turns, generation)
     if template.image_only_question:

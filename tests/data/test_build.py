@@ -1,0 +1,107 @@
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from llava_jax.data import build
+from llava_jax.data.build import build_data_set
+from llava_jax.data.records import checked_record, open_records
+from llava_jax.errors import LlavaError
+
+
+def test_reads_back_the_same_records(data_set, tmp_path, run, capsys):
+    path, root = data_set
+    arguments = (path, "--image_root", root, "--out", tmp_path / "sets", "--name", "shapes")
+    assert run(build, *arguments, "--split", "test") == 0
+    assert capsys.readouterr().out == f"data set: {tmp_path / 'sets/shapes/1.0.0'}\n"
+    source, written = open_records(path, root), open_records(tmp_path / "sets", split="test")
+    assert len(written) == len(source) == 24
+    written = pickle.loads(pickle.dumps(written))
+    for index in range(24):
+        ours, theirs = checked_record(written, index), source[index]
+        assert (ours.index, ours.id, ours.turns) == (index, theirs.id, theirs.turns)
+        assert ours.image_names == theirs.image_names
+        assert list(ours.images) == [open(p, "rb").read() for p in theirs.images]
+    folder = tmp_path / "sets/shapes/1.0.0"
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["records"] == 24 and metadata["images"] == 24
+    assert metadata["source_sha256"] == source.fingerprint()
+    assert metadata["sha256"] == written.fingerprint()
+    assert not list((tmp_path / "sets").glob(".*"))
+
+
+def test_overwrites_only_on_request(data_set, tmp_path):
+    path, root = data_set
+    make = lambda **options: build_data_set(
+        path, root, tmp_path / "sets", "shapes", progress=False, **options
+    )
+    folder = make()
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    make()
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == times
+    with pytest.raises(LlavaError, match="holds other data.*--force"):
+        make(split="test")
+    (root / "a/5.png").write_bytes((root / "a/6.png").read_bytes())
+    with pytest.raises(LlavaError, match="holds other data.*--force"):
+        make()
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    make(force=True)
+    assert open_records(folder)[5].images == open_records(folder)[6].images
+
+
+def test_faults_are_told_before_anything_is_written(data_set, tmp_path):
+    path, root = data_set
+    items = json.loads(path.read_text())
+    out = tmp_path / "sets"
+    path.write_text(json.dumps([*items, items[3] | {}]))
+    with pytest.raises(LlavaError, match="data.json: records 3 and 24 have the same id 'r3'"):
+        build_data_set(path, root, out, "shapes", progress=False)
+    path.write_text(json.dumps(items))
+    (root / "a/9.png").unlink()
+    with pytest.raises(LlavaError, match="data.json: record 9 .*9.png"):
+        build_data_set(path, root, out, "shapes", progress=False)
+    with pytest.raises(LlavaError, match="--name"):
+        build_data_set(path, root, out, "My-Set", progress=False)
+    assert not out.exists()
+
+
+def test_a_half_written_set_is_never_read(data_set, tmp_path, monkeypatch):
+    path, root = data_set
+    out = tmp_path / "sets"
+    with monkeypatch.context() as patch:
+        # As if killed between writing and putting in place.
+        patch.setattr("pathlib.Path.rename", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            build_data_set(path, root, out, "shapes", progress=False)
+    with pytest.raises(LlavaError, match="holds no data set"):
+        open_records(out)
+    build_data_set(path, root, out, "shapes", progress=False)
+    assert len(open_records(out)) == 24
+
+
+def test_unknown_splits_and_several_sets(data_set, tmp_path):
+    path, root = data_set
+    build_data_set(path, root, tmp_path / "sets", "one", progress=False)
+    with pytest.raises(LlavaError, match="no split 'test'; it has: train"):
+        open_records(tmp_path / "sets", split="test")
+    with pytest.raises(LlavaError, match="leave image_root out"):
+        open_records(tmp_path / "sets", root)
+    build_data_set(path, root, tmp_path / "sets", "two", progress=False)
+    with pytest.raises(LlavaError, match="several data sets"):
+        open_records(tmp_path / "sets")
+    assert len(open_records(tmp_path / "sets/two")) == 24
+
+
+def test_neither_tensorflow_nor_torch_is_imported(data_set, tmp_path):
+    path, root = data_set
+    program = f"""
+import sys
+from llava_jax.data import build, pipeline, records, show, validate
+folder = build.build_data_set({str(path)!r}, {str(root)!r}, {str(tmp_path)!r}, "s", progress=False)
+assert len(records.open_records(folder)) == 24
+assert not {{"tensorflow", "torch"}} & set(sys.modules), "imported"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

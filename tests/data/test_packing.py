@@ -1,0 +1,79 @@
+import time
+
+import numpy as np
+import pytest
+
+from llava_jax.data.packing import pack, plan_rows
+from llava_jax.data.tokenization import TokenRow
+
+
+def lengths_and_images(count, seed=0):
+    random = np.random.default_rng(seed)
+    lengths = np.minimum(2048, random.lognormal(6.2, 0.6, count).astype(int) + 1)
+    return lengths, random.integers(0, 3, count)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_record_once_within_both_budgets(packing):
+    lengths, images = lengths_and_images(3000)
+    plan = plan_rows(lengths, images, 2048, 4, seed=1, epoch=0, packing=packing)
+    assert sorted(plan.members.tolist()) == list(range(3000))
+    for row in range(len(plan)):
+        assert 0 < lengths[plan[row]].sum() <= 2048 and images[plan[row]].sum() <= 4
+    if not packing:
+        assert len(plan) == 3000
+
+
+def test_a_pure_function_of_seed_and_epoch():
+    lengths, images = lengths_and_images(500)
+    plan = lambda seed, epoch: plan_rows(lengths, images, 2048, 8, seed, epoch).members.tolist()
+    assert plan(1, 0) == plan(1, 0)
+    assert plan(1, 0) != plan(1, 1) and plan(1, 0) != plan(2, 0)
+
+
+def test_rows_are_well_filled():
+    lengths, images = lengths_and_images(20000)
+    plan = plan_rows(lengths, np.minimum(images, 1), 2048, 16, 0, 0)
+    assert lengths.sum() / (len(plan) * 2048) > 0.94
+
+
+def test_the_llava_mix_is_planned_in_seconds():
+    lengths, images = lengths_and_images(100_000)
+    start = time.perf_counter()
+    plan_rows(lengths, np.minimum(images, 1), 2048, 8, 0, 0)
+    assert time.perf_counter() - start < 5  # 0.5 s on an idle core
+
+
+def test_a_record_larger_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="larger"):
+        plan_rows([5], [0], 4, 1, 0, 0)
+
+
+def row(ids, spans=()):
+    ids = np.array(ids, np.int32)
+    return TokenRow(ids, ids * 10, spans, np.zeros((len(ids), 2), np.int64))
+
+
+def test_pack():
+    images = [np.full((2, 2, 3), value, np.uint8) for value in (7, 8, 9)]
+    rows = [row([1, -200, -200, 2], ((1, 2), (2, 3))), row([3]), row([4, -200], ((1, 2),))]
+    result = pack(rows, images, 9, 4, 2)
+    assert result["input_ids"].tolist() == [1, -200, -200, 2, 3, 4, -200, 0, 0]
+    assert result["labels"].tolist() == [10, -2000, -2000, 20, 30, 40, -2000, -100, -100]
+    assert result["position_ids"].tolist() == [0, 1, 2, 3, 0, 0, 1, 0, 0]
+    assert result["segment_ids"].tolist() == [1, 1, 1, 1, 2, 3, 3, 0, 0]
+    assert result["images"][:, 0, 0, 0].tolist() == [7, 8, 9, 0]
+    assert {a.dtype.name for k, a in result.items() if k != "images"} == {"int32"}
+    assert result["images"].dtype == np.uint8 and result["images"].shape == (4, 2, 2, 3)
+
+
+def test_an_empty_row_is_all_padding():
+    result = pack([], [], 3, 1, 2)
+    assert result["segment_ids"].tolist() == [0, 0, 0] and result["labels"].tolist() == [-100] * 3
+
+
+def test_pack_refuses_what_does_not_fit():
+    for bad in ({"max_length": 1}, {"images_per_row": 0}, {"images": []}):
+        arguments = {"images": [np.zeros((2, 2, 3))], "max_length": 2, "images_per_row": 1} | bad
+        with pytest.raises(ValueError):
+            pack([row([1, -200], ((1, 2),))], image_size=2, **arguments)

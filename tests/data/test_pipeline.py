@@ -1,0 +1,261 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from llava_jax.data.build import build_data_set
+from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.records import open_records
+from llava_jax.errors import LlavaError
+
+CONFIG = SimpleNamespace(
+    image_size=28, vision=SimpleNamespace(patch_size=14, class_token=True), keep_class_token=False,
+    image_token_id=-200, image_mean=(0.5, 0.4, 0.3), image_std=(1, 1, 1), image_mode="pad",
+    use_im_start_end=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def make(data_set, tokenizers):
+    def make(records=None, **options):
+        options = {
+            "max_length": 128, "images_per_row": 4, "batch_size": 4, "epochs": 2, "progress": False,
+        } | options  # fmt: skip
+        records = records if records is not None else open_records(*data_set)
+        tokenizer = options.pop("tokenizer", tokenizers["smollm"])
+        template = options.pop("template", "chatml")
+        return TrainingData(records, tokenizer, template, CONFIG, **options)
+
+    return make
+
+
+def equal(a, b):
+    assert a.record_ids == b.record_ids and a.skipped == b.skipped
+    assert a.arrays.keys() == b.arrays.keys()
+    for key in a.arrays:
+        assert a.arrays[key].dtype == b.arrays[key].dtype
+        np.testing.assert_array_equal(a.arrays[key], b.arrays[key])
+
+
+def test_batches_hold_the_conversations_and_their_images(make, data_set):
+    data = make()
+    records = {r.id: r for r in (open_records(*data_set)[i] for i in range(24))}
+    seen = []
+    for batch in data.batch_iterator():
+        arrays = batch.arrays
+        assert arrays["input_ids"].shape == (4, 128) and arrays["images"].shape == (4, 4, 28, 28, 3)
+        ids = iter(batch.record_ids)
+        for row in range(4):
+            slot = 0
+            for segment in range(1, arrays["segment_ids"][row].max() + 1):
+                record = records[next(ids)]
+                here = arrays["segment_ids"][row] == segment
+                tokens = arrays["input_ids"][row][here]
+                assert (tokens == -200).sum() == 4 * len(record.images)
+                np.testing.assert_array_equal(arrays["position_ids"][row][here], range(here.sum()))
+                assert (arrays["labels"][row][here] != -100).any()
+                for path in record.images:
+                    pixels = preprocess(load_image(path), 28, "pad", CONFIG.image_mean)
+                    np.testing.assert_array_equal(arrays["images"][row, slot], pixels)
+                    slot += 1
+            assert not arrays["images"][row, slot:].any()
+            assert (arrays["labels"][row][arrays["segment_ids"][row] == 0] == -100).all()
+        seen += batch.record_ids
+    total = data.steps * data.batch_size
+    assert data.rows_per_epoch <= total < 3 * data.rows_per_epoch
+    assert data.records_used == 24 and data.fill > 0.6
+    assert set(seen) == set(records)
+
+
+def test_an_epoch_is_every_record_once(make):
+    data = make(epochs=1, batch_size=1)
+    ids = [i for batch in data.batch_iterator() for i in batch.record_ids]
+    assert sorted(ids) == sorted(f"r{i}" for i in range(24))
+    assert ids != sorted(ids)
+    assert [i for batch in data.batch_iterator() for i in batch.record_ids] == ids
+    other = make(epochs=1, batch_size=1, seed=1)
+    assert [i for batch in other.batch_iterator() for i in batch.record_ids] != ids
+
+
+def test_resuming_at_any_step_gives_the_same_bytes(make):
+    whole = list(make(epochs=4).batch_iterator())
+    assert len(whole) == make(epochs=4).steps > 4
+    for start in range(len(whole) + 1):
+        rest = list(make(epochs=4).batch_iterator(start_step=start))
+        assert len(rest) == len(whole) - start
+        for a, b in zip(rest, whole[start:], strict=True):
+            equal(a, b)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_gives_the_same_batches(make, processes):
+    data = make()
+    parts = [list(data.batch_iterator(1, index, processes)) for index in range(processes)]
+    for step, batch in enumerate(data.batch_iterator(1)):
+        for key, array in batch.arrays.items():
+            joined = np.concatenate([part[step].arrays[key] for part in parts])
+            np.testing.assert_array_equal(joined, array)
+        assert batch.record_ids == [i for part in parts for i in part[step].record_ids]
+    with pytest.raises(LlavaError, match="batch_size=4 cannot be split over 3 processes"):
+        data.batch_iterator(0, 0, 3)
+
+
+def test_worker_processes_give_the_same_batches(make):
+    here, there = make(), make(workers=2)
+    for a, b in zip(here.batch_iterator(), there.batch_iterator(), strict=True):
+        equal(a, b)
+
+
+def test_steps_run_over_epochs(make):
+    data = make(epochs=None, steps=20)
+    batches = list(data.batch_iterator())
+    assert len(batches) == 20 == data.steps
+    rows = make(epochs=9)
+    for a, b in zip(batches, rows.batch_iterator(), strict=False):
+        equal(a, b)
+
+
+def test_without_packing_one_conversation_a_row(make):
+    data = make(packing=False, epochs=1)
+    assert data.rows_per_epoch == 24 and data.steps == 6
+    for batch in data.batch_iterator():
+        assert (batch.arrays["segment_ids"].max(axis=1) == 1).all()
+        assert len(batch.record_ids) == 4
+
+
+def test_the_last_batch_can_be_filled_up(make):
+    data = make(packing=False, epochs=1, batch_size=5, pad_final_batch=True)
+    *_, last = data.batch_iterator()
+    assert data.steps == 5 and len(last.record_ids) == 4
+    assert not last.arrays["segment_ids"][4].any() and (last.arrays["labels"][4] == -100).all()
+
+
+def test_a_built_data_set_gives_the_same_batches(make, data_set, tmp_path):
+    path, root = data_set
+    built = build_data_set(path, root, tmp_path / "sets", "shapes", progress=False)
+    from_json, from_set = make(), make(open_records(built))
+    assert from_json.describe().split(",")[1:] == from_set.describe().split(",")[1:]
+    for a, b in zip(from_json.batch_iterator(), from_set.batch_iterator(), strict=True):
+        equal(a, b)
+
+
+def test_lengths_are_cached(make, data_set, tmp_path, monkeypatch, tokenizers):
+    cache = tmp_path / "cache"
+    first = make(cache_dir=cache)
+    assert len(list(cache.glob("*.npz"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_jax.data.pipeline._measure_chunk", None)  # would be called
+        second = make(cache_dir=cache)
+        for changed in (
+            {"max_length": 100},
+            {"template": "v1"},
+            {"tokenizer": tokenizers["llama2"]},
+        ):
+            with pytest.raises(TypeError):
+                make(cache_dir=cache, **changed)
+    for a, b in zip(first.batch_iterator(), second.batch_iterator(), strict=True):
+        equal(a, b)
+    next(cache.glob("*.npz")).write_bytes(b"broken")
+    assert make(cache_dir=cache).rows_per_epoch == first.rows_per_epoch
+    # Files may go while the cache stays.
+    (data_set[1] / "a/5.png").unlink()
+    with pytest.raises(LlavaError, match="5.png"):
+        make(cache_dir=cache)
+
+
+def edit(data_set, change):
+    path = data_set[0]
+    items = json.loads(path.read_text())
+    change(items)
+    path.write_text(json.dumps(items))
+
+
+def test_a_faulty_record_is_named_before_training(make, data_set):
+    edit(data_set, lambda items: items[7]["conversations"][0].update({"from": "robot"}))
+    with pytest.raises(LlavaError, match=r"data.json: record 7 \(id 'r7'\), turn 0: .*'robot'"):
+        make()
+
+
+def test_a_record_the_template_cannot_write_is_named(make):
+    with pytest.raises(LlavaError, match=r"data.json: record 0 \(id 'r0'\): .*plain"):
+        make(template="plain")
+
+
+def test_refused_records_are_counted_with_reasons(make, data_set):
+    def change(items):
+        items[1]["conversations"][0]["value"] = "long " * 300 + "<image>"  # image moves to front
+        items[2]["conversations"][0]["value"] = "why " * 300 + "\n<image>"
+        items[3]["conversations"][1]["value"] = "long " * 300  # cut, still useful
+        items[16]["conversations"][0]["value"] = "a " * 150 + "<image> <image>"
+
+    edit(data_set, change)
+    data = make(images_per_row=1)
+    assert data.refused == {
+        "no supervised token is left at max_length=128": [1, 2],
+        "an image would be cut off at max_length=128": [16],
+        "more images than images_per_row=1": [0, 8],
+    }
+    assert data.records_used == 19
+    assert (
+        "2 refused: no supervised token is left at max_length=128 (index 1, 2)" in data.describe()
+    )
+    ids = {i for batch in data.batch_iterator() for i in batch.record_ids}
+    assert "r3" in ids and not ids & {"r0", "r1", "r2", "r8", "r16"}
+
+
+def test_nothing_left_and_too_little_data(make):
+    with pytest.raises(LlavaError, match="no record can be used .*21 refused: an image"):
+        make(max_length=5)
+    with pytest.raises(LlavaError, match="fewer than batch_size=64"):
+        make(batch_size=64)
+    with pytest.raises(LlavaError, match="either epochs or steps"):
+        make(steps=3)
+    with pytest.raises(LlavaError, match="bad_image"):
+        make(bad_image="ignore")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_stops_the_run_with_its_name(make, data_set, workers):
+    (data_set[1] / "a/5.png").write_bytes(b"no image")
+    data = make(workers=workers)
+    with pytest.raises(LlavaError, match=r"data.json: record 5 \(id 'r5'\): 'a/5.png' is not an"):
+        list(data.batch_iterator())
+
+
+def test_bad_images_can_be_skipped_up_to_a_ceiling(make, data_set):
+    bad = ["a/5.png", "a/8b.png", "a/9.png"]
+    good = list(make(packing=False, epochs=1).batch_iterator())
+    for name in bad:
+        file = data_set[1] / name
+        file.write_bytes(file.read_bytes()[:-30])
+    options = {"bad_image": "skip", "packing": False, "epochs": 1}
+    batches = list(make(bad_image_ceiling=3, **options).batch_iterator())
+    assert sorted(i for batch in batches for i in batch.skipped) == ["r5", "r8", "r9"]
+    for with_bad, without in zip(batches, good, strict=True):
+        assert set(with_bad.record_ids) == set(without.record_ids) - {"r5", "r8", "r9"}
+        used = with_bad.arrays["segment_ids"].any(axis=1)
+        assert (~used).sum() == len(with_bad.skipped)
+        assert not with_bad.arrays["images"][~used].any()
+        np.testing.assert_array_equal(
+            with_bad.arrays["input_ids"][used], without.arrays["input_ids"][used]
+        )
+    with pytest.raises(LlavaError, match="3 conversations were skipped.*ceiling=2"):
+        list(make(bad_image_ceiling=2, **options).batch_iterator())
+    # In a packed row the others stay.
+    packed = list(make(bad_image="skip", bad_image_ceiling=3, batch_size=1).batch_iterator())
+    assert {i for b in packed for i in b.record_ids} | {"r5", "r8", "r9"} == {
+        f"r{i}" for i in range(24)
+    }
+
+
+def test_missing_images_can_be_skipped_up_to_a_ceiling(make, data_set):
+    (data_set[1] / "a/5.png").unlink()
+    with pytest.raises(LlavaError, match=r"data.json: record 5 .*a/5.png"):
+        make()
+    with pytest.raises(LlavaError, match="1 records have missing images.*ceiling=0.*5.png"):
+        make(bad_image="skip")
+    data = make(bad_image="skip", bad_image_ceiling=1)
+    assert data.refused == {"missing image": [5]} and data.records_used == 23
+    assert all("r5" not in batch.record_ids for batch in data.batch_iterator())

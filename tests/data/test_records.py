@@ -1,0 +1,137 @@
+import json
+import os
+import pickle
+
+import pytest
+
+from llava_jax.data.records import RecordError, check_record, checked_record, open_records
+from llava_jax.errors import LlavaError
+
+HUMAN = {"from": "human", "value": "hi"}
+GPT = {"from": "gpt", "value": "yo"}
+PICTURE = {"from": "human", "value": "<image>\nhi"}
+
+
+def write(tmp_path, items, name="d.json"):
+    (tmp_path / "cat.png").write_bytes(b"x")
+    path = tmp_path / name
+    path.write_text(
+        "\n\n".join(map(json.dumps, items)) + "\n" if name.endswith("l") else json.dumps(items)
+    )
+    return path
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+def test_reads_records(tmp_path, name):
+    items = [
+        {"id": "a", "image": "cat.png", "conversations": [PICTURE, GPT], "model": "x"},
+        {"id": 7, "conversations": [HUMAN, GPT]},
+        {"image": ["cat.png", "cat.png"], "conversations": [PICTURE, GPT, PICTURE, GPT]},
+    ]
+    records = pickle.loads(pickle.dumps(open_records(write(tmp_path, items, name))))
+    assert len(records) == 3
+    first, second, third = (records[i] for i in range(3))
+    assert first.images == (str(tmp_path / "cat.png"),) and first.image_names == ("cat.png",)
+    assert [turn.role for turn in first.turns] == ["human", "gpt"]
+    assert second.id == "7" and second.images == ()
+    assert third.id == "2" and len(third.images) == 2
+    for item in (first, second, third):
+        check_record(item, records.image_root)
+
+
+def test_line_separators_inside_json_lines_are_text(tmp_path):
+    path = tmp_path / "d.jsonl"
+    item = {"conversations": [{"from": "human", "value": "a\u2028b"}, GPT]}
+    path.write_text(json.dumps(item, ensure_ascii=False), encoding="utf-8")
+    assert open_records(path)[0].turns[0].text == "a\u2028b"
+
+
+FAULTY = [
+    ({"id": "x"}, "no conversations", "no 'conversations'"),
+    ({"conversations": []}, "no conversations", "non-empty list"),
+    ([1], "not an object", "JSON object"),
+    ({"conversations": [{"from": "system", "value": "s"}]}, "unknown role", "'system'"),
+    ({"conversations": [{"from": ["human"], "value": "s"}]}, "unknown role", "unknown role"),
+    ({"conversations": [{"from": "human"}]}, "bad turn", "turn 0"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "bad turn", "string"),
+    ({"conversations": [{"from": "human", "value": "\ud800"}, GPT]}, "bad text", "surrogate"),
+    ({"conversations": [GPT, HUMAN]}, "turns do not alternate", "turn 0"),
+    ({"conversations": [HUMAN, HUMAN]}, "turns do not alternate", "turn 1"),
+    ({"conversations": [HUMAN, GPT, HUMAN]}, "last turn unanswered", "human turn"),
+    ({"conversations": [PICTURE, GPT]}, "<image> count", "1 <image> in its text but 0 image"),
+    ({"image": "cat.png", "conversations": [HUMAN, GPT]}, "<image> count", "0 <image>"),
+    (
+        {"image": "cat.png", "conversations": [HUMAN, {"from": "gpt", "value": "<image>"}]},
+        "<image> in an answer", "turn 1",
+    ),
+    ({"image": 5, "conversations": [PICTURE, GPT]}, "bad image field", "5"),
+    ({"image": [5], "conversations": [PICTURE, GPT]}, "bad image field", "5"),
+    ({"image": "no.png", "conversations": [PICTURE, GPT]}, "missing image", "no.png"),
+    ({"image": ".", "conversations": [PICTURE, GPT]}, "missing image", "not a file"),
+    ({"image": "", "conversations": [PICTURE, GPT]}, "image outside the root", "''"),
+    ({"image": "../a.png", "conversations": [PICTURE, GPT]}, "image outside the root", "../a.png"),
+    ({"image": "/etc/passwd", "conversations": [PICTURE, GPT]}, "image outside the root", "/etc"),
+    ({"image": "a\0.png", "conversations": [PICTURE, GPT]}, "image outside the root", "record 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("item, kind, words", FAULTY)
+def test_faults_name_file_and_record(tmp_path, item, kind, words):
+    path = write(tmp_path, [{"conversations": [HUMAN, GPT]}, item])
+    with pytest.raises(RecordError) as caught:
+        checked_record(open_records(path), 1)
+    message = str(caught.value)
+    assert caught.value.kind == kind
+    assert words in message and str(path) in message and "record 1" in message
+    if isinstance(item, dict):
+        assert f"id '{item.get('id', 1)}'" in message
+    assert pickle.loads(pickle.dumps(caught.value)).kind == kind
+
+
+def test_links_must_stay_inside_the_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir(), outside.mkdir()
+    (outside / "cat.png").write_bytes(b"x")
+    (root / "real.png").write_bytes(b"x")
+    os.symlink(outside / "cat.png", root / "file_link.png")
+    os.symlink(outside, root / "folder_link")
+    os.symlink(root / "real.png", root / "inner_link.png")
+    names = ["real.png", "inner_link.png", "file_link.png", "folder_link/cat.png"]
+    items = [{"image": name, "conversations": [PICTURE, GPT]} for name in names]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(items))
+    records = open_records(path, root)
+    checked_record(records, 0), checked_record(records, 1)
+    for index in (2, 3):
+        with pytest.raises(RecordError, match="outside the image root"):
+            checked_record(records, index)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("d.json", b'[{"id": 1},\n {]', "line 2 column 3"),
+        ("d.jsonl", b'{"a": 1}\n\n{"b"\n', "line 3 (record 1)"),
+        ("d.json", b"{}\n{}", "name it .jsonl"),
+        ("d.json", b"[]", "holds no records"),
+        ("d.jsonl", b"\n", "holds no records"),
+        ("d.json", b'{"a": 1}', "JSON list"),
+        ("d.json", b'["\xff"]', "offset 2"),
+        ("d.csv", b"a", ".json or .jsonl"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LlavaError) as caught:
+        open_records(tmp_path / name)
+    assert words in str(caught.value) and name in str(caught.value)
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(LlavaError, match="no data file"):
+        open_records(tmp_path / "no.json")
+    with pytest.raises(LlavaError, match="dataset_info.json"):
+        open_records(tmp_path)
+    path = write(tmp_path, [{"conversations": [HUMAN, GPT]}])
+    with pytest.raises(LlavaError, match="not a folder"):
+        open_records(path, tmp_path / "no")
