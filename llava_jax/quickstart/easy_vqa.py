@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from llava_jax.data.build import build_data_set
 from llava_jax.errors import LlavaError
 from llava_jax.quickstart.packages import package_file, package_folder
 from llava_jax.weights.checksums import is_whole
@@ -51,6 +52,7 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
       test.json: every test question as a record of its own, with keys question, answer and kind.
       test_1000.json: a fixed 1,000 of them, each kind in its share.
       blind.json: the score of answering both without the picture.
+      tfds/easy_vqa_align, tfds/easy_vqa_instruct: the training records as TFDS ArrayRecord sets.
 
     Raises:
       LlavaError: the package is missing or is another version.
@@ -80,6 +82,14 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
             source = package_folder("easy_vqa", "easy-vqa") / "data" / split / "images"
             shutil.copytree(
                 source, temporary / "images" / split, ignore=shutil.ignore_patterns(".*")
+            )
+        for name in ("align", "instruct"):
+            build_data_set(
+                temporary / f"{name}.json",
+                temporary / "images",
+                temporary / "tfds",
+                f"easy_vqa_{name}",
+                progress=False,
             )
     log("easy-VQA: " + ", ".join(f"{len(r):,} {name}" for name, r in files.items()) + " records")
     return out_dir
