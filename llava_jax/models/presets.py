@@ -96,6 +96,7 @@ PRESETS = {
     "quickstart": LlavaConfig(
         vision=DINOV2_SMALL,
         decoder=SMOLLM2_135M,
+        feature_layer=8,  # colour and shape are plainest there
         image_size=56,
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,

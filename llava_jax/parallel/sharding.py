@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.parallel.mesh import BATCH_AXES
@@ -60,3 +61,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put_tree(tree, shardings, dtype) -> dict:
+    """Host arrays onto the devices, each device given its slices only, floats cast to `dtype`."""
+
+    def put(leaf, sharding):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: leaf[index].astype(dtype)
+        )
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def put_batch(mesh: Mesh, arrays: dict) -> dict:
+    """This process's rows of a batch -> the global batch, rows split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in arrays.items()
+    }

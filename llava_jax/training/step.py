@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from llava_jax.models.decoder import head_kernel
-from llava_jax.models.llava import LlavaModel
+from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_token_targets
 from llava_jax.training.optimizer import merge_params
 
@@ -29,6 +29,20 @@ def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int):
     kernel = head_kernel(params["decoder"])
     total = cross_entropy_sum(hidden_states, kernel, targets, chunk)
     return total, jnp.sum(targets != IGNORE_INDEX).astype(jnp.float32)
+
+
+def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
+    """What a batch really holds, padding left out: for throughput and MFU."""
+    real = batch["segment_ids"] != 0
+    placeholders = jnp.sum(batch["input_ids"] == config.image_token_id)
+    return {
+        "tokens": jnp.sum(real),
+        "images": placeholders // image_token_count(config),
+        # float32: over a pod batch the number of pairs outgrows int32
+        "attention_pairs": jnp.sum(
+            jnp.where(real, batch["position_ids"] + 1, 0), dtype=jnp.float32
+        ),
+    }
 
 
 def make_train_step(model: LlavaModel, optimizer, accumulation: int, chunk: int):
@@ -68,6 +82,7 @@ def make_train_step(model: LlavaModel, optimizer, accumulation: int, chunk: int)
             "loss": total / denominator,
             "grad_norm": optax.global_norm(grads),
             "supervised_tokens": tokens,
+            **count_work(model.config, batch),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics

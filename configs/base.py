@@ -1,0 +1,71 @@
+"""Every option of train.py with its default. A recipe is a small difference on this file."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.workdir = ""  # where the run lives; an unfinished run found there is resumed
+    config.seed = 0
+
+    # The model's shape: a name from llava_jax/models/presets.py, or empty: as init.checkpoint has
+    # it, or composed from the folders init.vision and init.decoder. None: as the shape says.
+    config.model = ConfigDict()
+    config.model.preset = ""
+    config.model.projector = placeholder(str)  # linear | mlpNx_gelu | identity
+    config.model.feature_layer = placeholder(int)  # of the encoder's hidden states; LLaVA: -2
+    config.model.image_size = placeholder(int)  # pixels a side
+    config.model.image_mode = placeholder(str)  # square | pad | resize
+    config.model.template = "v1"
+    config.model.dtype = "auto"  # compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU
+    config.model.remat_policy = "none"  # none | dots | full: less memory, more compute
+
+    # Where parameters start: Hugging Face folders, or the run directory of an earlier stage.
+    config.init = ConfigDict()
+    config.init.vision = ""
+    config.init.decoder = ""
+    config.init.checkpoint = ""  # whole model; the two above replace parts of it
+    config.init.tokenizer = ""  # empty: the one of init.checkpoint, else of init.decoder
+
+    # What trains, as path prefix -> peak learning rate; everything else is frozen.
+    config.trainable = ConfigDict({"projector": 1e-3})
+
+    config.data = ConfigDict()
+    config.data.train = ""  # LLaVA .json / .jsonl, or a data set folder made by `llava-jax build`
+    config.data.validation = ""  # the same, held out; empty: none
+    config.data.train_split = placeholder(str)  # of a data set folder; None: train
+    config.data.validation_split = placeholder(str)
+    config.data.image_root = ""  # folder that image paths are relative to
+    config.data.max_length = 2048  # tokens a row
+    config.data.images_per_row = 4
+    config.data.packing = True  # several conversations a row
+    config.data.bad_image = "error"  # error | skip: for images that cannot be read
+    config.data.bad_image_ceiling = 0  # with skip: how many are too many
+    config.data.workers = 0  # processes that decode images; 0: threads
+
+    config.batch_size = 32  # rows an optimizer step, over all devices and microbatches
+    config.accumulation = 1  # microbatches that a step is cut into
+    config.epochs = placeholder(int)  # give epochs or steps
+    config.steps = placeholder(int)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0  # 0: no clipping
+    config.optimizer.warmup_ratio = 0.03
+    config.loss_chunk = 64  # positions a row whose logits exist at once
+
+    # Mesh axes; -1 takes the devices that the others leave.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+
+    config.log_every = 10
+    config.validate_every = 500
+    config.samples = 4  # held-out records that are answered at each validation
+    config.sample_tokens = 32
+    config.save_every = 500
+    config.keep = 2  # newest checkpoints kept
+    config.wandb_project = ""  # empty: no W&B
+    return config

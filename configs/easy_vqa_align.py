@@ -1,0 +1,25 @@
+"""Quickstart, stage 1: the projector learns to caption easy-VQA pictures; all else is frozen."""
+
+from configs import base
+
+ROOT = "runs/quickstart"
+
+
+def get_config():
+    config = base.get_config()
+    config.workdir = f"{ROOT}/align"
+    config.model.preset = "quickstart"
+    config.model.template = "plain"
+    config.init.vision = f"{ROOT}/parts/dinov2-vits14"
+    config.init.decoder = f"{ROOT}/parts/smollm2-135m-instruct"
+    config.trainable = {"projector": 3e-3}
+    config.data.train = f"{ROOT}/easy_vqa/align.json"
+    config.data.validation = ""
+    config.data.image_root = f"{ROOT}/easy_vqa/images"
+    config.data.max_length = 128  # six captions of 21 tokens
+    config.data.images_per_row = 6
+    config.batch_size = 2
+    config.steps = 300
+    config.validate_every = 100
+    config.save_every = 100
+    return config

@@ -1,0 +1,40 @@
+"""The `llava-jax` command: one sub-command a task, each described by --help."""
+
+import argparse
+import importlib
+import sys
+
+from llava_jax.errors import LlavaError
+
+# name -> (module with add_arguments(parser) and main(args), one line of help)
+COMMANDS = {
+    "chat": ("llava_jax.inference.chat", "ask a model about pictures"),
+    "build": ("llava_jax.data.build", "make a TFDS ArrayRecord data set of LLaVA records"),
+    "validate": ("llava_jax.data.validate", "check every record and image of a data set"),
+    "show": ("llava_jax.data.show", "print one record as the model sees it"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="llava-jax",
+        description="LLaVA in JAX. Training is `python train.py`, scoring is `python eval.py`.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    argv = sys.argv[1:] if argv is None else argv
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in argv[:1]:  # import only what runs: --help stays quick
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).main(args)
+    except LlavaError as error:
+        print(f"llava-jax {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

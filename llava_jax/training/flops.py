@@ -1,0 +1,81 @@
+"""Model FLOPs of a training step, from the model's shape and real tokens alone, and peak rates.
+
+A multiply-add counts 2; recomputation (remat) and padding count nothing; causal attention counts
+the half that is needed. Never taken from the compiler, which counts a scanned layer once.
+"""
+
+import jax
+
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.projector import projector_depth
+from llava_jax.models.vit import num_blocks
+
+# Dense bfloat16 peak of one device in FLOP/s, by a part of jax's `device_kind` (vendors' figures).
+PEAK_FLOPS = (
+    ("TPU v6 lite", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L4", 121e12),
+)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak of one device, or None where it is not known (CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), None)
+
+
+def decoder_flops_per_token(config: LlavaConfig) -> float:
+    """Forward FLOPs of one token through the decoder's weights, attention scores aside."""
+    d = config.decoder
+    attention = d.hidden_size * d.head_dim * (2 * d.num_heads + 2 * d.num_kv_heads)
+    mlp = 3 * d.hidden_size * d.intermediate_size
+    return 2.0 * d.num_layers * (attention + mlp)
+
+
+def image_flops(config: LlavaConfig) -> tuple[float, float]:
+    """Forward FLOPs of one image through the encoder's used blocks, and through the projector."""
+    v = config.vision
+    patches = (config.image_size // v.patch_size) ** 2
+    tokens = patches + v.class_token
+    weights = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    block = 2 * tokens * weights + 4 * tokens**2 * v.hidden_size
+    embed = 2 * patches * 3 * v.patch_size**2 * v.hidden_size
+    depth, width = projector_depth(config.projector), config.decoder.hidden_size
+    first = v.hidden_size * width if depth else 0
+    projector = 2.0 * patches * (first + max(depth - 1, 0) * width**2)
+    return float(num_blocks(v, config.feature_layer) * block + embed), projector
+
+
+def step_flops(config: LlavaConfig, trainable: set[str], counts: dict[str, float]) -> float:
+    """FLOPs of one step: forward, gradients of activations where needed, of weights if trained.
+
+    Args:
+      trainable: top-level components with trained parameters.
+      counts: `tokens` real tokens, `attention_pairs` (query, key) pairs seen, `images` real
+        images, `supervised_tokens`.
+    """
+    d = config.decoder
+    # The gradient always flows through the decoder: the projector or the decoder itself trains.
+    passes = 3 if "decoder" in trainable else 2
+    decoder = counts["tokens"] * decoder_flops_per_token(config)
+    head = 2.0 * counts["supervised_tokens"] * d.hidden_size * d.vocab_size
+    scores = 4.0 * counts["attention_pairs"] * d.num_layers * d.num_heads * d.head_dim
+    vision, projector = image_flops(config)
+    return (
+        passes * (decoder + head)
+        + 3 * scores
+        + counts["images"] * (vision * (3 if "vision" in trainable else 1))
+        + counts["images"] * projector * (3 if "projector" in trainable else 1)
+    )
+
+
+def mfu(config: LlavaConfig, trainable: set[str], counts: dict, seconds: float) -> float | None:
+    """Share of all devices' peak that a step's model FLOPs took, or None where it is unknown."""
+    peak = peak_flops(jax.devices()[0])
+    if peak is None:
+        return None
+    return step_flops(config, trainable, counts) / seconds / (peak * jax.device_count())

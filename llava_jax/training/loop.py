@@ -1,0 +1,129 @@
+"""The loop over steps: feed, log one step late, validate, save, and stop on a loss gone wrong."""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from llava_jax.data.pipeline import Batch
+from llava_jax.errors import LlavaError
+from llava_jax.training.checkpoint import Checkpoints
+from llava_jax.training.metrics import MetricsLog
+from llava_jax.training.step import TrainState
+
+
+@dataclasses.dataclass
+class Loop:
+    """What happens around the steps.
+
+    Attributes:
+      train_step: compiled (state, batch) -> (state, metrics).
+      put: host batch arrays -> device arrays.
+      rates: step -> {group: learning rate} for the log.
+      mfu: (counts of a step, seconds) -> share of the devices' peak, or None where unknown.
+      validate: (state, step) -> None; None without held-out data.
+      config: log_every, validate_every and save_every in steps (the last step is always logged,
+        validated and saved), batch_size, data.max_length.
+    """
+
+    train_step: Callable
+    put: Callable
+    rates: Callable
+    mfu: Callable
+    validate: Callable | None
+    log: MetricsLog
+    checkpoints: Checkpoints
+    config: ConfigDict
+
+    def run(self, state: TrainState, batches: Iterator[Batch], steps: int) -> TrainState:
+        """Runs until `steps` updates are done.
+
+        A step's numbers are fetched while the next one computes, so the device never waits for
+        the host; only validation and saving wait for the device.
+
+        Raises:
+          LlavaError: loss or gradient is not finite. Nothing of that step is saved.
+        """
+        start = int(state.step)
+        bar = tqdm(
+            total=steps,
+            initial=start,
+            desc=Path(self.config.workdir).name,
+            unit="step",
+            disable=jax.process_index() != 0,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        self._finished_at, pending = time.perf_counter(), None
+        for step in range(start + 1, steps + 1):
+            waited = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waited
+            state, metrics = self.train_step(state, self.put(batch.arrays))
+            if pending:
+                self._finish(*pending, steps, bar)
+            pending = (step, metrics, batch, waited)
+            last = step == steps
+            validate = self.validate and (step % self.config.validate_every == 0 or last)
+            save = step % self.config.save_every == 0 or last
+            if validate or save:
+                self._finish(*pending, steps, bar)
+                pending = None
+                if validate:
+                    self.validate(state, step)
+                if save:
+                    self.checkpoints.save(state, step)
+                self._finished_at = time.perf_counter()  # neither counts as step time
+        bar.close()
+        return state
+
+    def _finish(self, step: int, metrics: dict, batch: Batch, waited: float, steps: int, bar):
+        """Waits for a step, checks it, and logs it when its turn has come."""
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._finished_at = now - self._finished_at, now
+        self._check_finite(step, metrics, batch)
+        bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, {metrics['tokens'] / seconds:,.0f} tokens/s",
+            refresh=False,
+        )
+        bar.update()
+        if batch.skipped:
+            tqdm.write(f"step {step}: left out for bad images: {', '.join(batch.skipped)}")
+        if step % self.config.log_every == 0 or step in (1, steps):
+            self.log.scalars(step, self._scalars(step, metrics, seconds, waited))
+
+    def _scalars(self, step: int, metrics: dict, seconds: float, waited: float) -> dict:
+        room = self.config.batch_size * self.config.data.max_length
+        scalars = {
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            **{f"learning_rate/{k}": float(v) for k, v in self.rates(step - 1).items()},
+            "tokens": int(metrics["tokens"]),
+            "supervised_tokens": int(metrics["supervised_tokens"]),
+            "images": int(metrics["images"]),
+            "real_token_share": metrics["tokens"] / room,
+            "tokens_per_second": metrics["tokens"] / seconds,
+            "images_per_second": metrics["images"] / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+        }
+        share = self.mfu(metrics, seconds)
+        return scalars if share is None else scalars | {"mfu": share}
+
+    def _check_finite(self, step: int, metrics: dict, batch: Batch) -> None:
+        wrong = [n for n in ("loss", "grad_norm") if not math.isfinite(metrics[n])]
+        if not wrong:
+            return
+        last_good = self.checkpoints.latest_step()
+        raise LlavaError(
+            f"step {step}: {wrong[0]} is {metrics[wrong[0]]}. Records of the batch: "
+            f"{', '.join(batch.record_ids)}. Last good checkpoint: "
+            f"{'none' if last_good is None else f'step {last_good}'}. Try a lower learning rate, "
+            "a longer warm-up, or look at those records with `llava-jax show`"
+        )

@@ -1,0 +1,107 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard events, W&B when asked for, loss.png."""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tensorboardX import SummaryWriter
+
+from llava_jax.errors import LlavaError
+
+
+class MetricsLog:
+    """Appends to a run's logs; after a resume they read as if the run had never stopped.
+
+    Args:
+      workdir: the run directory.
+      resume_step: lines of later steps, written before a kill, are dropped; they come again.
+      wandb_project: also log there, if not empty.
+      config: the recipe, for W&B.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int, wandb_project: str, config: dict):
+        self._files = {}
+        for name in ("metrics", "samples"):
+            path = workdir / f"{name}.jsonl"
+            drop_later_lines(path, resume_step)
+            self._files[name] = open(path, "a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = _start_wandb(wandb_project, workdir, config) if wandb_project else None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._append("metrics", {"step": step, **values})
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def sample(self, step: int, values: dict[str, str]) -> None:
+        """One generation during training: id, prompt, prediction, reference."""
+        self._append("samples", {"step": step, **values})
+        text = "  \n".join(f"{name}: {value}" for name, value in values.items())
+        self._events.add_text(f"samples/{values['id']}", text, step)
+
+    def _append(self, name: str, line: dict) -> None:
+        self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[name].flush()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, workdir: Path, config: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise LlavaError(
+            f"config.wandb_project is {project!r} but wandb is not installed: pip install wandb"
+        ) from None
+    return wandb.init(project=project, name=workdir.name, dir=workdir, config=config)
+
+
+def drop_later_lines(path: Path, last_step: int) -> None:
+    """Keeps the whole lines of a log up to `last_step`; a line cut by a kill is dropped."""
+    if not path.exists():
+        return
+    kept = [line for line in read_log(path) if line["step"] <= last_step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    os.replace(partial, path)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a .jsonl log; an unfinished last line is left out."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def plot_losses(metrics_file: Path, out: Path) -> None:
+    """Training and held-out loss, and the learning rates, over steps."""
+    lines = read_log(metrics_file)
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), constrained_layout=True
+    )
+    for name, style in (("loss", "-"), ("validation_loss", "o-")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            top.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+    top.set(ylabel="loss (nats a token)", yscale="log", title=metrics_file.parent.name)
+    top.grid(alpha=0.3)
+    top.legend()
+    rates = sorted({name for line in lines for name in line if name.startswith("learning_rate/")})
+    for name in rates:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        bottom.plot(*zip(*points, strict=True), label=name.removeprefix("learning_rate/"))
+    bottom.set(xlabel="step", ylabel="learning rate")
+    bottom.grid(alpha=0.3)
+    bottom.legend()
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

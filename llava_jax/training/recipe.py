@@ -1,0 +1,166 @@
+"""A stage's config made into checked objects: model shape, starting parameters, tokenizer."""
+
+import dataclasses
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from llava_jax.data.templates import get_template
+from llava_jax.errors import LlavaError
+from llava_jax.models.decoder import REMAT_POLICIES
+from llava_jax.models.llava import LlavaConfig, init_params
+from llava_jax.models.presets import preset
+from llava_jax.weights.hf_config import composed_config
+from llava_jax.weights.run_directory import (
+    COMPONENTS,
+    Source,
+    checkpoint_of,
+    is_llava_folder,
+    load_components,
+    source_config,
+    weights_checksum,
+)
+
+MODEL_OVERRIDES = ("projector", "feature_layer", "image_size", "image_mode")
+# What may differ when a run is resumed: it changes speed, logs or place, never the result.
+FREE_KEYS = ("workdir", "accumulation", "mesh", "log_every", "save_every", "keep", "wandb_project")
+FREE_KEYS += ("model.remat_policy", "data.workers", "loss_chunk")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises LlavaError for values that no run could use."""
+    needed = {"workdir": config.workdir, "data.train": config.data.train}
+    for key, value in needed.items():
+        if not value:
+            raise LlavaError(f"config.{key} is empty: set it in the config or with --config.{key}=")
+    if (config.epochs is None) == (config.steps is None):
+        raise LlavaError("set exactly one of config.epochs and config.steps")
+    for key in ("batch_size", "accumulation", "log_every", "validate_every", "save_every", "keep"):
+        if config[key] < 1:
+            raise LlavaError(f"config.{key} is {config[key]}: it must be at least 1")
+    if config.batch_size % config.accumulation:
+        raise LlavaError(
+            f"config.batch_size={config.batch_size} rows cannot be cut into "
+            f"config.accumulation={config.accumulation} equal microbatches"
+        )
+    choices = {
+        "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
+        "model.dtype": (config.model.dtype, ["auto", "float32", "bfloat16"]),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise LlavaError(f"config.{key} is {value!r}: choose one of {', '.join(allowed)}")
+    get_template(config.model.template)
+
+
+def compute_dtype(config: ConfigDict):
+    """bfloat16 where the hardware multiplies it faster, unless the config says otherwise."""
+    if config.model.dtype != "auto":
+        return jnp.dtype(config.model.dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def optimizer_options(config: ConfigDict) -> dict:
+    """Arguments of `adamw` beside groups and schedule."""
+    return {k: v for k, v in config.optimizer.items() if k != "warmup_ratio"}
+
+
+def model_config(config: ConfigDict) -> LlavaConfig:
+    """The preset's shape, else the starting checkpoint's, else that of the two folders in init."""
+    if config.model.preset:
+        base = preset(config.model.preset)
+    elif config.init.checkpoint:
+        base = source_config(existing(config.init.checkpoint, "init.checkpoint"))
+    else:
+        folders = {k: existing(config.init[k], f"init.{k}") for k in ("vision", "decoder")}
+        base = composed_config(folders["vision"], folders["decoder"])
+    changes = {k: config.model[k] for k in MODEL_OVERRIDES if config.model[k] is not None}
+    return dataclasses.replace(base, **changes)
+
+
+def existing(path: str, key: str) -> Path:
+    """The path that a config key names, or an error that names the key."""
+    if not path:
+        raise LlavaError(f"config.{key} is empty: set it to a folder with pretrained weights")
+    if not Path(path).is_dir():
+        raise LlavaError(f"config.{key} names {path}, which is not a folder")
+    return Path(path)
+
+
+def tokenizer_folder(config: ConfigDict) -> Path:
+    """Where the tokenizer lies: named, or beside the weights that training starts from."""
+    if config.init.tokenizer:
+        return existing(config.init.tokenizer, "init.tokenizer")
+    if not config.init.checkpoint:
+        return existing(config.init.decoder, "init.decoder")
+    checkpoint = existing(config.init.checkpoint, "init.checkpoint")
+    if is_llava_folder(checkpoint):
+        return checkpoint
+    return checkpoint_of(checkpoint).parent.parent / "tokenizer"
+
+
+def starting_sources(config: ConfigDict) -> dict[str, Path]:
+    """Component -> folder its parameters start from; a component without one starts fresh.
+
+    Raises:
+      LlavaError: the encoder or the language model would start from random numbers.
+    """
+    sources = {}
+    for component in COMPONENTS:
+        key = component if component in ("vision", "decoder") and config.init[component] else None
+        if key:
+            sources[component] = existing(config.init[key], f"init.{key}")
+        elif config.init.checkpoint:
+            whole = existing(config.init.checkpoint, "init.checkpoint")
+            sources[component] = whole if is_llava_folder(whole) else checkpoint_of(whole)
+        elif component != "projector":
+            raise LlavaError(
+                f"config.init.{component} and config.init.checkpoint are empty: the {component} "
+                "would start from random numbers; name a folder with pretrained weights"
+            )
+    return sources
+
+
+def starting_params(config: LlavaConfig, sources: dict[str, Path], seed: int) -> dict:
+    """Float32 parameters of the whole model: from the sources, the projector else by its init."""
+    params = {}
+    for folder in dict.fromkeys(sources.values()):
+        components = [c for c in COMPONENTS if sources.get(c) == folder]
+        params |= load_components(folder, components, config)
+    if "projector" not in params:
+        fresh = lambda: nn.meta.unbox(init_params(config, jax.random.key(seed))["projector"])
+        params["projector"] = jax.tree.map(jax.device_get, jax.jit(fresh)()) or {}
+    return params
+
+
+def frozen_sources(sources: dict[str, Path], frozen: dict) -> dict[str, Source]:
+    """What a checkpoint must name because it does not hold it."""
+    for component in frozen:
+        if component not in sources:
+            raise LlavaError(
+                f"config.trainable leaves the {component} frozen at its random start: train it or "
+                "start from a checkpoint that has it"
+            )
+    return {c: Source(sources[c], weights_checksum(sources[c])) for c in frozen}
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Keys in which two recipes differ so that one cannot continue the other's run."""
+    old, new = flatten(old), flatten(new)
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    is_free = lambda key: any(key == f or key.startswith(f + ".") for f in FREE_KEYS)
+    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if not is_free(k)]
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """Nested dict -> {"a.b": value}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

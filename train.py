@@ -1,0 +1,235 @@
+"""Trains one stage of a LLaVA: python train.py --config=configs/NAME.py [--config.key=value ...]
+
+Stage = what trains at which rate + on what data + for how long; configs/base.py lists every option.
+The run lives in config.workdir; started again, it goes on where its newest checkpoint left off.
+"""
+
+import functools
+import itertools
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.records import open_records
+from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.errors import LlavaError
+from llava_jax.inference.model import Llava
+from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, image_token_count
+from llava_jax.parallel.mesh import check_batch, make_mesh
+from llava_jax.parallel.sharding import RULES, param_shardings, put_batch, put_tree, replicated
+from llava_jax.training import recipe
+from llava_jax.training.checkpoint import Checkpoints
+from llava_jax.training.flops import mfu
+from llava_jax.training.loop import Loop
+from llava_jax.training.metrics import MetricsLog, plot_losses, read_log
+from llava_jax.training.optimizer import (
+    adamw,
+    merge_params,
+    optimizer_shardings,
+    split_params,
+    warmup_cosine,
+)
+from llava_jax.training.step import TrainState, make_eval_step, make_train_step
+from llava_jax.training.validation import Validation
+from llava_jax.weights.run_directory import RunModel, write_json, write_run_model
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
+
+
+def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple:
+    """Training data, and held-out data or None; every record is checked here."""
+    data = config.data
+    common = {
+        "max_length": data.max_length,
+        "images_per_row": data.images_per_row,
+        "packing": data.packing,
+        "seed": config.seed,
+        "bad_image": data.bad_image,
+        "bad_image_ceiling": data.bad_image_ceiling,
+        "workers": data.workers,
+        "cache_dir": Path(config.workdir) / "cache",
+    }
+    root = data.image_root or None
+
+    def build(path: str, split: str, **length) -> TrainingData:
+        records = open_records(path, root, split)
+        built = TrainingData(
+            records, tokenizer, config.model.template, model_config, **common, **length
+        )
+        tqdm.write(f"{path}: {built.describe()}", file=sys.stderr)
+        return built
+
+    length = {"epochs": config.epochs, "steps": config.steps}
+    train = build(data.train, data.train_split, batch_size=config.batch_size, **length)
+    if not data.validation:
+        return train, None
+    rows = config.batch_size // config.accumulation
+    held_out = {"batch_size": rows, "epochs": 1, "pad_final_batch": True}
+    return train, build(data.validation, data.validation_split, **held_out)
+
+
+def claim_workdir(config: ConfigDict, data_fingerprint: str) -> None:
+    """Writes the recipe into the run directory, or refuses one that holds another's run."""
+    path = Path(config.workdir) / "config.json"
+    now = json.loads(config.to_json_best_effort()) | {"data_fingerprint": data_fingerprint}
+    if path.exists():
+        changed = recipe.differences(json.loads(path.read_text()), now)
+        if changed:
+            raise LlavaError(
+                f"{config.workdir} holds the run of another recipe ({'; '.join(changed)}): choose "
+                "another config.workdir, go back to that recipe, or delete the folder"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, now)
+
+
+def make_state(config, mesh, model_config, optimizer, params, checkpoints):
+    """(state, frozen): the newest checkpoint's or a fresh state, spread over the mesh."""
+    groups = config.trainable.to_dict()
+    trainable, frozen = split_params(params, groups)
+    shardings = param_shardings(mesh, abstract_params(model_config))
+    trainable_shardings, frozen_shardings = split_params(shardings, groups)
+    frozen = put_tree(frozen, frozen_shardings, recipe.compute_dtype(config))
+    trainable = put_tree(trainable, trainable_shardings, jnp.float32)
+    moments = optimizer_shardings(optimizer, trainable, trainable_shardings, replicated(mesh))
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)
+    state = TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), trainable, opt_state)
+    step = checkpoints.latest_step()
+    if step is None:
+        return state, frozen
+    tqdm.write(f"resuming from step {step} of {config.workdir}", file=sys.stderr)
+    return checkpoints.restore(step, state), frozen
+
+
+def compile_step(config, model, optimizer, state, frozen, batch):
+    """The training step compiled ahead of its first call, so that its time is seen apart."""
+    step = make_train_step(model, optimizer, config.accumulation, config.loss_chunk)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    began = time.perf_counter()
+    compiled = jitted.lower(state, frozen, batch).compile()
+    tqdm.write(f"compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return compiled
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Everything beside the weights, so that the run directory can be used by itself."""
+    weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pth", "*.index.json", ".*")
+    if source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=weights)
+
+
+def make_validation(config, model, held_out, tokenizer, frozen, put, log) -> Validation | None:
+    """Held-out loss and sample answers, if the config names held-out data."""
+    if held_out is None:
+        return None
+    eval_step = jax.jit(make_eval_step(model, config.loss_chunk))
+    answerer = Llava(model.config, {}, tokenizer, config.model.template, model.dtype.name)
+    return Validation(
+        held_out,
+        eval_step=lambda state, batch: eval_step(state.params, frozen, batch),
+        put=put,
+        answerer=answerer,
+        params=lambda state: merge_params(state.params, frozen),
+        samples=config.samples,
+        sample_tokens=config.sample_tokens,
+        log=log,
+    )
+
+
+def run(config: ConfigDict) -> None:
+    # Everything that can be wrong is found here, before a weight is read.
+    recipe.check_config(config)
+    workdir, groups = Path(config.workdir), config.trainable.to_dict()
+    model_config = recipe.model_config(config)
+    sources = recipe.starting_sources(config)
+    mesh = make_mesh(**config.mesh)
+    check_batch(mesh, config.batch_size // config.accumulation)
+    tokenizer_dir = recipe.tokenizer_folder(config)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    data, held_out = open_data(config, model_config, tokenizer)
+    claim_workdir(config, data.fingerprint)
+
+    params = recipe.starting_params(model_config, sources, config.seed)
+    frozen_sources = recipe.frozen_sources(sources, split_params(params, groups)[1])
+    write_run_model(workdir, RunModel(model_config, config.model.template, frozen_sources))
+    copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
+
+    model = LlavaModel(model_config, recipe.compute_dtype(config), config.model.remat_policy)
+    schedule = warmup_cosine(data.steps, config.optimizer.warmup_ratio)
+    optimizer = adamw(groups, schedule, **recipe.optimizer_options(config))
+    checkpoints = Checkpoints(workdir, config.keep)
+    put = functools.partial(put_batch, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        state, frozen = make_state(config, mesh, model_config, optimizer, params, checkpoints)
+        del params
+        done = int(state.step)
+        if done < data.steps:
+            report_start(model_config, mesh, state, frozen, data)
+            batches = data.batch_iterator(done, jax.process_index(), jax.process_count())
+            first = next(batches)
+            train_step = compile_step(config, model, optimizer, state, frozen, put(first.arrays))
+            log = MetricsLog(workdir, done, config.wandb_project, config.to_dict())
+            loop = Loop(
+                train_step=lambda state, batch: train_step(state, frozen, batch),
+                put=put,
+                rates=lambda step: {name: rate * schedule(step) for name, rate in groups.items()},
+                mfu=functools.partial(mfu, model_config, set(state.params)),
+                validate=make_validation(config, model, held_out, tokenizer, frozen, put, log),
+                log=log,
+                checkpoints=checkpoints,
+                config=config,
+            )
+            loop.run(state, itertools.chain([first], batches), data.steps)
+            checkpoints.close()
+            log.close()
+    finish(workdir, data.steps)
+
+
+def report_start(model_config, mesh, state, frozen, data) -> None:
+    """What is about to run, on what: the lines to look at when something is not as expected."""
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    tqdm.write(
+        f"{devices} as {dict(mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
+        f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: {model_config.image_size} "
+        f"pixels, {image_token_count(model_config)} tokens; steps: {int(state.step)} of "
+        f"{data.steps} done",
+        file=sys.stderr,
+    )
+
+
+def finish(workdir: Path, steps: int) -> None:
+    """Plots the losses and says where things are."""
+    plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
+    lines = read_log(workdir / "metrics.jsonl")
+    last = {
+        name: line[name] for line in lines for name in ("loss", "validation_loss") if name in line
+    }
+    losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
+    print(f"{workdir}: {steps} steps done, {losses}; plot in {workdir / 'loss.png'}")
+    print(f"ask it: llava-jax chat --checkpoint {workdir} --image FILE")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: options are --config.key=value")
+    try:
+        run(CONFIG.value)
+    except LlavaError as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
