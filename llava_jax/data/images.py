@@ -20,6 +20,13 @@ IMAGE_MODES = ("square", "pad", "resize")
 # What Pillow's decoders raise on broken files.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError,
                   struct.error, zlib.error, OverflowError, NotImplementedError)  # fmt: skip
+# The last bytes of a whole file, by format.
+_END_OF_FILE = {
+    "JPEG": b"\xff\xd9",
+    "MPO": b"\xff\xd9",
+    "PNG": b"\x00\x00\x00\x00IEND\xaeB`\x82",
+    "GIF": b"\x3b",
+}
 
 
 class ImageError(RecordError):
@@ -41,9 +48,30 @@ def load_image(
     if isinstance(source, Image.Image):
         _check_pixels(source.size, name, max_pixels)
         return _upright_rgb(source)
+    with _open(source, name, max_pixels) as image:
+        return _decode(image, name)
+
+
+def inspect_image(
+    source: str | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """Size (width, height) of an image file, from its first and last bytes where they suffice.
+
+    Raises what `load_image` would for a missing, truncated or non-image file or too many pixels;
+    damage in the middle of a file stays unseen. Decodes only where the end looks wrong.
+    """
+    name = name or (source if isinstance(source, str) else "image")
+    with _open(source, name, max_pixels) as image:
+        if not _ends_well(image):
+            _decode(image, name)
+        return image.size
+
+
+def _open(source: str | bytes, name: str, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
-                           formats=FORMATS)  # fmt: skip
+        image = Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
+        )
     except FileNotFoundError:
         raise ImageError("missing image", f"no image file {name!r}") from None
     except Image.DecompressionBombError as error:
@@ -54,15 +82,34 @@ def load_image(
         ) from None
     except _DECODE_ERRORS as error:
         raise ImageError("unreadable image", f"cannot read image {name!r}: {error}") from None
-    with image:
+    try:
         _check_pixels(image.size, name, max_pixels)
-        try:
-            image.load()
-            return _upright_rgb(image)
-        except _DECODE_ERRORS as error:
-            raise ImageError(
-                "unreadable image", f"image {name!r} is broken or truncated: {error}"
-            ) from None
+    except ImageError:
+        image.close()
+        raise
+    return image
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return _upright_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            "unreadable image", f"image {name!r} is broken or truncated: {error}"
+        ) from None
+
+
+def _ends_well(image: Image.Image) -> bool:
+    end = _END_OF_FILE.get(image.format)
+    if end is None:
+        return False
+    position = image.fp.tell()
+    length = image.fp.seek(0, io.SEEK_END)
+    image.fp.seek(max(0, length - len(end)))
+    tail = image.fp.read()
+    image.fp.seek(position)
+    return tail == end
 
 
 def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -113,17 +160,26 @@ def preprocess(
         raise ValueError(f"unknown image mode {mode!r}; known: {', '.join(IMAGE_MODES)}")
     if mode == "resize":
         return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    short, long = sorted(image.size)
+    check_shape(image.size, image_size, mode, name, max_pixels)
+    if mode == "pad":
+        image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
+    return np.asarray(_resize_and_crop(image, image_size))
+
+
+def check_shape(
+    size: tuple[int, int], image_size: int, mode: str, name: str, max_pixels: int = MAX_PIXELS
+) -> None:
+    """Raises ImageError where `preprocess` would, knowing only an image's (width, height)."""
+    short, long = sorted(size)
+    if mode == "resize":
+        return
     largest = long * long if mode == "pad" else image_size * (image_size * long // short)
     if largest > 4 * max_pixels:
         raise ImageError(
             "image too elongated",
-            f"image {name!r} of {image.width}x{image.height} pixels is too elongated for "
+            f"image {name!r} of {size[0]}x{size[1]} pixels is too elongated for "
             f"image_mode {mode!r}",
         )
-    if mode == "pad":
-        image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
-    return np.asarray(_resize_and_crop(image, image_size))
 
 
 def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

@@ -7,22 +7,19 @@ the same bytes, and works on any number of processes; each builds only its own r
 
 import bisect
 import functools
-import hashlib
-import json
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
-from tqdm import tqdm
 
 from llava_jax.data.images import MAX_PIXELS, ImageError, load_image, preprocess
+from llava_jax.data.measuring import ImagePolicy, measure, render_record
 from llava_jax.data.packing import PackPlan, pack, plan_rows
-from llava_jax.data.records import Record, RecordError, check_record
-from llava_jax.data.templates import Template, get_template, render
+from llava_jax.data.records import Record
+from llava_jax.data.templates import Template, get_template
 from llava_jax.data.tokenization import SegmentTokenizer, TokenRow, truncate
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, image_token_count
@@ -52,9 +49,10 @@ class TrainingData:
     max_length: tokens a row (T). images_per_row: image slots a row (I). batch_size: rows a batch,
     over all processes. Exactly one of `epochs` and `steps` says how long to go on.
     packing: several conversations a row; otherwise one.
-    bad_image: "error" raises at the first image that is missing or cannot be read; "skip" leaves
-    the conversation out, names it in `Batch.skipped`, and raises when more than
-    `bad_image_ceiling` different conversations were left out (by one process).
+    bad_image: "error" raises at the first image that is missing, over `max_pixels` or cannot be
+    read; "skip" leaves its conversation out and raises when more than `bad_image_ceiling`
+    different ones were left out (by one process). Most bad images show before the first step and
+    are told in `bad_images`; those met only when decoding are named in `Batch.skipped`.
     workers: processes that build rows; 0 builds them in `threads` threads of this one.
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
@@ -94,31 +92,36 @@ class TrainingData:
             raise LlavaError("pad_final_batch needs epochs: steps always fill their batches")
         self.batch_size, self.bad_image_ceiling = batch_size, bad_image_ceiling
         self._workers, self._threads = workers, threads
-        self._row_builder = _RowBuilder(
-            records,
-            SegmentTokenizer(
-                tokenizer,
-                image_token_count(model_config),
-                model_config.image_token_id,
-                model_config.use_im_start_end,
-            ),
-            get_template(template),
-            model_config,
-            max_length,
-            images_per_row,
+        segment_tokenizer = SegmentTokenizer(
+            tokenizer,
+            image_token_count(model_config),
+            model_config.image_token_id,
+            model_config.use_im_start_end,
+        )
+        policy = ImagePolicy(
             max_pixels,
-            skip_bad_images=bad_image == "skip",
+            model_config.image_size,
+            model_config.image_mode,
+            bad_image == "skip",
+            bad_image_ceiling,
         )
-        measured = _measure(self._row_builder, cache_dir, progress)
-        self.refused = _refusals(measured, records, images_per_row, bad_image_ceiling)
-        self.records_total = len(records)
-        usable = np.setdiff1d(
-            np.arange(len(records)), [i for indices in self.refused.values() for i in indices]
-        )
+        measured = measure(
+            records, segment_tokenizer, get_template(template), max_length, images_per_row, policy,
+            cache_dir, threads, progress,
+        )  # fmt: skip
+        self.refused, self.bad_images = measured.refused, measured.bad_images
+        self.records, self.records_total = records, len(records)
+        self.fingerprint = records.fingerprint()
+        is_usable = np.ones(len(records), bool)
+        is_usable[[i for indices in self.refused.values() for i in indices]] = False
+        usable = np.flatnonzero(is_usable)
         self.records_used = len(usable)
         if not len(usable):
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
-        self._row_builder.usable = usable
+        self._row_builder = _RowBuilder(
+            records, usable, segment_tokenizer, get_template(template), max_length, images_per_row,
+            policy, model_config.image_mean,
+        )  # fmt: skip
         self._rows = _RowStream(
             measured.lengths[usable],
             measured.image_counts[usable],
@@ -178,11 +181,12 @@ class TrainingData:
             if isinstance(batch, LlavaError):
                 raise batch
             skipped.update(batch.skipped)
-            if len(skipped) > self.bad_image_ceiling:
-                names = ", ".join(sorted(skipped)[:5])
+            left_out = len(skipped) + len(self.bad_images)
+            if left_out > self.bad_image_ceiling:
                 raise LlavaError(
-                    f"{len(skipped)} conversations were skipped for bad images, more than "
-                    f"bad_image_ceiling={self.bad_image_ceiling}; the first: {names}"
+                    f"{left_out} conversations were left out for bad images, more than "
+                    f"bad_image_ceiling={self.bad_image_ceiling}; in this run: "
+                    f"{', '.join(sorted(skipped)[:5])}"
                 )
             yield batch
 
@@ -216,62 +220,54 @@ class _RowBuilder:
     def __init__(
         self,
         records,
+        usable: np.ndarray,
         tokenizer: SegmentTokenizer,
         template: Template,
-        model_config: LlavaConfig,
         max_length: int,
         images_per_row: int,
-        max_pixels: int,
-        skip_bad_images: bool,
+        policy: ImagePolicy,
+        image_mean: tuple[float, float, float],
     ):
-        self.records, self.tokenizer, self.template = records, tokenizer, template
-        self.max_length, self.images_per_row = max_length, images_per_row
-        self.skip_bad_images = skip_bad_images
-        self.usable: np.ndarray | None = None
-        self._max_pixels = max_pixels
-        self._image_size = model_config.image_size
-        self._image_mode, self._image_mean = model_config.image_mode, model_config.image_mean
-
-    def segments(self, record: Record):
-        try:
-            return render(self.template, record.turns)
-        except RecordError as error:
-            raise RecordError(error.kind, f"{self.where(record)}: {error}") from None
-
-    def where(self, record: Record) -> str:
-        return f"{self.records.path}: {record.name}"
+        self._records, self._usable = records, usable
+        self._tokenizer, self._template = tokenizer, template
+        self._max_length, self._images_per_row = max_length, images_per_row
+        self._policy, self._image_mean = policy, image_mean
 
     def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-        """members: numbers into `usable`. Gives the row, ids in it, ids skipped."""
+        """members: [M] numbers into `usable`. Gives the row, ids in it, ids skipped."""
         rows, images, ids, skipped = [], [], [], []
         for member in members:
-            record = self.records[int(self.usable[member])]
+            record = self._records[int(self._usable[member])]
             try:
                 pixels = [
                     self._pixels(source, name)
                     for source, name in zip(record.images, record.image_names, strict=True)
                 ]
             except ImageError as error:
-                if not self.skip_bad_images:
-                    raise LlavaError(f"{self.where(record)}: {error}") from None
+                if not self._policy.skip:
+                    raise LlavaError(f"{self._records.path}: {record.name}: {error}") from None
                 skipped.append(record.id)
                 continue
             rows.append(self._token_row(record))
             images += pixels
             ids.append(record.id)
-        row = pack(rows, images, self.max_length, self.images_per_row, self._image_size)
+        row = pack(rows, images, self._max_length, self._images_per_row, self._policy.image_size)
         return row, ids, skipped
 
     def _token_row(self, record: Record) -> TokenRow:
-        row, reason = truncate(self.tokenizer(self.segments(record)), self.max_length)
+        segments = render_record(self._template, self._records, record)
+        row, reason = truncate(self._tokenizer(segments), self._max_length)
         if row is None:
-            raise LlavaError(f"{self.where(record)} changed since it was measured: {reason}")
+            raise LlavaError(
+                f"{self._records.path}: {record.name} changed since it was measured: {reason}"
+            )
         return row
 
     def _pixels(self, source: str | bytes, name: str) -> np.ndarray:
-        image = load_image(source, name, self._max_pixels)
+        policy = self._policy
+        image = load_image(source, name, policy.max_pixels)
         return preprocess(
-            image, self._image_size, self._image_mode, self._image_mean, name, self._max_pixels
+            image, policy.image_size, policy.mode, self._image_mean, name, policy.max_pixels
         )
 
 
@@ -337,108 +333,3 @@ def _stack(rows) -> Batch | LlavaError:
     arrays = {key: np.stack([row[0][key] for row in rows]) for key in rows[0][0]}
     ids = [record_id for row in rows for record_id in row[1]]
     return Batch(arrays, ids, [record_id for row in rows for record_id in row[2]])
-
-
-class _Measured(NamedTuple):
-    lengths: np.ndarray  # int64 [N], after truncation
-    image_counts: np.ndarray  # int64 [N]
-    refused: dict[str, list[int]]  # reason -> record numbers
-    missing: list[RecordError]  # bad image files met, when they are to be skipped
-    missing_indices: list[int]
-
-
-def _measure(builder: _RowBuilder, cache_dir, progress: bool) -> _Measured:
-    """Checks every record; tokenizes each to learn its length, unless that is cached."""
-    path = _cache_path(builder, cache_dir) if cache_dir is not None else None
-    cached = _read_cache(path)
-    if cached is not None and builder.records.image_root is None:
-        return _Measured(*cached, [], [])  # images inside the data set: nothing on disk can change
-    count = len(builder.records)
-    lengths, image_counts = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    refused: dict[str, list[int]] = {}
-    missing, missing_indices = [], []
-    waiting = []
-    bar = tqdm(range(count), desc="checking records", unit=" records", disable=not progress)
-    for index in bar:
-        try:
-            record = builder.records[index]
-            check_record(record, builder.records.image_root)
-        except RecordError as error:
-            if not (builder.skip_bad_images and error.kind == "missing image"):
-                raise RecordError(error.kind, f"{builder.records.path}: {error}") from None
-            missing.append(error)
-            missing_indices.append(index)
-        image_counts[index] = len(record.images)
-        if cached is None:
-            waiting.append((index, builder.segments(record)))
-            if len(waiting) == _SCAN_CHUNK or index == count - 1:
-                _measure_chunk(builder, waiting, lengths, refused)
-                waiting = []
-    if cached is None:
-        _write_cache(path, lengths, image_counts, refused)
-    else:
-        lengths, image_counts, refused = cached
-    return _Measured(lengths, image_counts, refused, missing, missing_indices)
-
-
-def _measure_chunk(builder: _RowBuilder, waiting, lengths, refused) -> None:
-    measured = builder.tokenizer.lengths([segments for _, segments in waiting])
-    for (index, segments), length in zip(waiting, measured, strict=True):
-        if length > builder.max_length:
-            row, reason = truncate(builder.tokenizer(segments), builder.max_length)
-            length = 0 if row is None else len(row)
-            if row is None:
-                refused.setdefault(f"{reason} at max_length={builder.max_length}", []).append(index)
-        lengths[index] = length
-
-
-def _refusals(measured: _Measured, records, images_per_row: int, ceiling: int):
-    """reason -> record numbers; raises when missing images exceed the ceiling."""
-    if len(measured.missing) > ceiling:
-        raise LlavaError(
-            f"{records.path}: {len(measured.missing)} records have missing images, more than "
-            f"bad_image_ceiling={ceiling}; the first: {measured.missing[0]}"
-        )
-    refused = {reason: list(indices) for reason, indices in measured.refused.items()}
-    taken = {index for indices in refused.values() for index in indices}
-    too_many = np.flatnonzero(measured.image_counts > images_per_row).tolist()
-    for reason, indices in (
-        (f"more images than images_per_row={images_per_row}", too_many),
-        ("missing image", measured.missing_indices),
-    ):
-        if rest := [index for index in indices if index not in taken]:
-            refused[reason] = rest
-            taken.update(rest)
-    return refused
-
-
-def _cache_path(builder: _RowBuilder, cache_dir) -> Path:
-    key = hashlib.sha256()
-    for part in (
-        _CACHE_VERSION,
-        builder.records.fingerprint(),
-        builder.tokenizer.fingerprint(),
-        builder.template,
-        builder.max_length,
-    ):
-        key.update(f"{part}\0".encode())
-    return Path(cache_dir) / f"lengths-{key.hexdigest()[:32]}.npz"
-
-
-def _read_cache(path: Path | None):
-    if path is None or not path.exists():
-        return None
-    try:
-        with np.load(path) as data:
-            return data["lengths"], data["image_counts"], json.loads(str(data["refused"]))
-    except Exception:  # a broken cache is measured anew
-        return None
-
-
-def _write_cache(path: Path | None, lengths, image_counts, refused) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    np.savez(part, lengths=lengths, image_counts=image_counts, refused=json.dumps(refused))
-    os.replace(part, path)

@@ -1,0 +1,245 @@
+"""What must be known of all records before the first batch: their faults and their lengths.
+
+Every record is checked and rendered, every image file's first and last bytes are looked at, every
+conversation is tokenized. What cannot change between runs is kept in a cache folder.
+"""
+
+import hashlib
+import json
+import os
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from llava_jax.data.images import ImageError, check_shape, inspect_image
+from llava_jax.data.records import Record, RecordError, checked_record
+from llava_jax.data.templates import Segment, Template, render
+from llava_jax.data.tokenization import SegmentTokenizer, truncate
+from llava_jax.errors import LlavaError
+
+_CHUNK = 1024  # records tokenized at a time
+_CACHE_VERSION = 2  # raise it when the meaning of a cached value changes
+
+
+class Measured(NamedTuple):
+    """What `measure` learnt of N records.
+
+    lengths: int64 [N], tokens after cutting at max_length. image_counts: int64 [N]. refused:
+    reason -> numbers of the records that cannot be used. bad_images: what is wrong with each
+    record that is refused for a bad image.
+    """
+
+    lengths: np.ndarray
+    image_counts: np.ndarray
+    refused: dict[str, list[int]]
+    bad_images: list[str]
+
+
+class ImagePolicy(NamedTuple):
+    """What is asked of images, and what happens to a record whose image fails.
+
+    max_pixels, image_size, mode: as in `preprocess`. skip: refuse the record, up to `ceiling`
+    records, instead of raising at the first.
+    """
+
+    max_pixels: int
+    image_size: int
+    mode: str
+    skip: bool
+    ceiling: int
+
+
+def render_record(template: Template, records, record: Record) -> tuple[Segment, ...]:
+    """`render` for training; its errors name data and record."""
+    try:
+        return render(template, record.turns)
+    except RecordError as error:
+        raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
+
+
+def measure(
+    records,
+    tokenizer: SegmentTokenizer,
+    template: Template,
+    max_length: int,
+    images_per_row: int,
+    policy: ImagePolicy,
+    cache_dir: str | os.PathLike | None = None,
+    threads: int = 4,
+    progress: bool = True,
+) -> Measured:
+    """Checks and measures all `records`; raises LlavaError at the first fault.
+
+    Records that are sound but too long (nothing supervised left, an image cut) or have more than
+    `images_per_row` images are refused with the reason; so are those with bad images, if
+    `policy.skip`.
+    """
+    cache = _Cache(cache_dir, records, tokenizer, template, max_length)
+    demands = f"{policy.max_pixels} {policy.image_size} {policy.mode}"
+    faults: dict[int, RecordError] = {}
+    # Nothing can change in a data set that holds its images and was found good before.
+    if cache.lengths is None or cache.images_seen != f"within the data set {demands}":
+        scan = _Scan(records, tokenizer, template, max_length, policy.skip)
+        scan.run(tokenize=cache.lengths is None, progress=progress)
+        if cache.lengths is None:
+            cache.lengths, cache.image_counts, cache.refused = scan.results()
+            cache.write()
+        where = "within the data set" if records.image_root is None else scan.files_state()
+        if cache.images_seen != f"{where} {demands}" or scan.missing:
+            faults = scan.missing | _image_faults(
+                records, set(scan.missing), policy, threads, progress
+            )
+            cache.images_seen = "" if faults else f"{where} {demands}"
+            cache.write()
+    messages = [str(faults[index]) for index in sorted(faults)]
+    if len(faults) > policy.ceiling:
+        raise LlavaError(
+            f"{len(faults)} records have bad images, more than bad_image_ceiling={policy.ceiling}; "
+            f"the first: {messages[0]}"
+        )
+    refused = _add(cache.refused, "bad image", sorted(faults))
+    crowded = np.flatnonzero(cache.image_counts > images_per_row).tolist()
+    refused = _add(refused, f"more images than images_per_row={images_per_row}", crowded)
+    return Measured(cache.lengths, cache.image_counts, refused, messages)
+
+
+def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
+    """`refused` with those of `indices` that no earlier reason has."""
+    taken = {index for known in refused.values() for index in known}
+    rest = [index for index in indices if index not in taken]
+    return {**refused, reason: rest} if rest else dict(refused)
+
+
+class _Scan:
+    """One pass over the records: checks, token counts, and the state of the image files."""
+
+    def __init__(self, records, tokenizer, template, max_length, skip_missing_images):
+        self._records, self._tokenizer, self._template = records, tokenizer, template
+        self._max_length, self._skip_missing = max_length, skip_missing_images
+        self._lengths = np.zeros(len(records), np.int64)
+        self._image_counts = np.zeros(len(records), np.int64)
+        self._refused: dict[str, list[int]] = {}
+        self._waiting: list[tuple[int, tuple[Segment, ...]]] = []
+        self._files_state = hashlib.sha256()
+        self.missing: dict[int, RecordError] = {}
+
+    def results(self):
+        return self._lengths, self._image_counts, self._refused
+
+    def files_state(self) -> str:
+        """Changes when a path, size or time of modification of an image file does."""
+        return self._files_state.hexdigest()
+
+    def run(self, tokenize: bool, progress: bool) -> None:
+        records = self._records
+        for index in tqdm(
+            range(len(records)), "checking records", unit=" records", disable=not progress
+        ):
+            record = self._check(index)
+            self._image_counts[index] = len(record.images)
+            if index not in self.missing:
+                self._note_files(record)
+            if tokenize:
+                segments = render_record(self._template, records, record)
+                self._waiting.append((index, segments))
+                if len(self._waiting) == _CHUNK:
+                    self._tokenize()
+        self._tokenize()
+
+    def _check(self, index: int) -> Record:
+        try:
+            return checked_record(self._records, index)
+        except RecordError as error:
+            if not (self._skip_missing and error.kind == "missing image"):
+                raise
+            self.missing[index] = error
+            return self._records[index]
+
+    def _note_files(self, record: Record) -> None:
+        for path in record.images:
+            if isinstance(path, str):
+                status = os.stat(path)
+                state = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"
+                self._files_state.update(state.encode(errors="surrogateescape"))
+
+    def _tokenize(self) -> None:
+        measured = self._tokenizer.lengths([segments for _, segments in self._waiting])
+        for (index, segments), length in zip(self._waiting, measured, strict=True):
+            if length > self._max_length:
+                row, reason = truncate(self._tokenizer(segments), self._max_length)
+                length = 0 if row is None else len(row)
+                if row is None:
+                    reason = f"{reason} at max_length={self._max_length}"
+                    self._refused.setdefault(reason, []).append(index)
+            self._lengths[index] = length
+        self._waiting = []
+
+
+def _image_faults(records, known: set[int], policy: ImagePolicy, threads: int, progress: bool):
+    """record number -> error, of records with bad images; raises the first unless `policy.skip`."""
+
+    def inspect(index: int) -> RecordError | None:
+        record = records[index]
+        try:
+            for source, name in zip(record.images, record.image_names, strict=True):
+                size = inspect_image(source, name, policy.max_pixels)
+                check_shape(size, policy.image_size, policy.mode, name, policy.max_pixels)
+        except ImageError as error:
+            return RecordError(error.kind, f"{records.path}: {record.name}: {error}")
+
+    indices = [index for index in range(len(records)) if index not in known]
+    faults = {}
+    with ThreadPool(threads) as pool:
+        results = pool.imap(inspect, indices, chunksize=16)
+        bar = tqdm(results, "checking images", len(indices), unit=" records", disable=not progress)
+        for index, error in zip(indices, bar, strict=True):
+            if error is not None:
+                if not policy.skip:
+                    raise error
+                faults[index] = error
+    return faults
+
+
+class _Cache:
+    """Lengths of one combination of data, tokenizer, template and max_length, in a file.
+
+    `images_seen`: the image files, and what was asked of them, when all were last found good.
+    """
+
+    def __init__(self, folder, records, tokenizer, template, max_length):
+        self.lengths = self.image_counts = None
+        self.refused: dict[str, list[int]] = {}
+        self.images_seen = ""
+        self._path = None
+        if folder is None:
+            return
+        key = hashlib.sha256()
+        for part in (
+            _CACHE_VERSION, records.fingerprint(), tokenizer.fingerprint(), template, max_length,
+        ):  # fmt: skip
+            key.update(f"{part}\0".encode())
+        self._path = Path(folder) / f"lengths-{key.hexdigest()[:32]}.npz"
+        try:
+            with np.load(self._path) as data:
+                self.refused = json.loads(str(data["refused"]))
+                self.images_seen = str(data["images_seen"])
+                self.lengths, self.image_counts = data["lengths"], data["image_counts"]
+        except Exception:  # absent or broken: measure anew
+            pass
+
+    def write(self) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_name(f"{self._path.stem}.{os.getpid()}.npz")
+        np.savez(
+            part,
+            lengths=self.lengths,
+            image_counts=self.image_counts,
+            refused=json.dumps(self.refused),
+            images_seen=self.images_seen,
+        )
+        os.replace(part, self._path)
