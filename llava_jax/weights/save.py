@@ -44,7 +44,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
         old = temporary.with_name(temporary.name + ".old")
         if out.exists():
             os.rename(out, old)
-        os.rename(temporary, out)
+        try:
+            os.rename(temporary, out)
+        except OSError as error:
+            raise LlavaError(
+                f"{out} appeared while it was being written: another run writes there too."
+            ) from error
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -98,6 +98,21 @@ def test_interrupted_write_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_two_writers_at_once(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", os.rename
+
+    def beaten(source, target):  # the other writer finishes just before
+        monkeypatch.setattr(os, "rename", rename)
+        with whole_folder(out) as other:
+            (other / "file").write_text("fast")
+        rename(source, target)
+
+    with pytest.raises(LlavaError, match="another run"), whole_folder(out) as temporary:
+        (temporary / "file").write_text("slow")
+        monkeypatch.setattr(os, "rename", beaten)
+    assert (out / "file").read_text() == "fast" and os.listdir(tmp_path) == ["out"]
+
+
 def test_replaced_in_one_step(tmp_path):
     for text in ("old", "new"):
         with whole_folder(tmp_path / "out") as temporary:
