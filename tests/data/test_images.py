@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.data.images import ImageError, load_image, preprocess
+from llava_jax.data.images import ImageError, inspect_image, load_image, preprocess
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 SIZES = [(64, 48), (48, 64), (33, 47), (224, 224), (1, 1), (1, 9), (300, 7), (7, 300), (17, 500)]
@@ -92,6 +92,13 @@ def test_formats(format, tmp_path):
     path.write_bytes(encoded(noise((20, 10)), format))
     assert load_image(str(path)).size == (20, 10)
     assert load_image(path.read_bytes()).mode == "RGB"
+    assert inspect_image(str(path)) == inspect_image(path.read_bytes()) == (20, 10)
+
+
+def test_inspecting_accepts_what_follows_an_image(tmp_path):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encoded(noise((20, 10)), "JPEG") + b"\0\0trailer")
+    assert inspect_image(str(path)) == (20, 10)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -100,8 +107,9 @@ def test_truncated_files_are_named(format, tmp_path):
     data = encoded(noise((90, 90)), format)
     for length in (len(data) // 2, len(data) - 40, 30):
         path.write_bytes(data[:length])
-        with pytest.raises(ImageError, match="cut"):
-            load_image(str(path))
+        for look in (load_image, inspect_image):
+            with pytest.raises(ImageError, match="cut"):
+                look(str(path))
 
 
 @pytest.mark.parametrize("data", [b"", b"<html></html>", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"BM"])

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_jax.data.build import build_data_set
 from llava_jax.data.images import load_image, preprocess
@@ -141,19 +142,23 @@ def test_a_built_data_set_gives_the_same_batches(make, data_set, tmp_path):
         equal(a, b)
 
 
+def refuse(scan):
+    assert not scan._waiting, "tokenizes again"
+
+
 def test_lengths_are_cached(make, data_set, tmp_path, monkeypatch, tokenizers):
     cache = tmp_path / "cache"
     first = make(cache_dir=cache)
     assert len(list(cache.glob("*.npz"))) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("llava_jax.data.pipeline._measure_chunk", None)  # would be called
+        patch.setattr("llava_jax.data.measuring._Scan._tokenize", refuse)
         second = make(cache_dir=cache)
         for changed in (
             {"max_length": 100},
             {"template": "v1"},
             {"tokenizer": tokenizers["llama2"]},
         ):
-            with pytest.raises(TypeError):
+            with pytest.raises(AssertionError):
                 make(cache_dir=cache, **changed)
     for a, b in zip(first.batch_iterator(), second.batch_iterator(), strict=True):
         equal(a, b)
@@ -216,20 +221,72 @@ def test_nothing_left_and_too_little_data(make):
         make(bad_image="ignore")
 
 
+BAD_FILES = {
+    "not an image": lambda file: file.write_bytes(b"<html></html>"),
+    "broken or truncated": lambda file: file.write_bytes(file.read_bytes()[:-30]),
+    "no image file": lambda file: file.unlink(),
+    "limit of 10,000": lambda file: Image.new("RGB", (101, 100)).save(file),
+    "too elongated": lambda file: Image.new("L", (9000, 1)).save(file),
+}
+
+
+@pytest.mark.parametrize("words", BAD_FILES)
+@pytest.mark.parametrize("built", [False, True])
+def test_a_bad_image_is_told_before_the_first_step(make, data_set, tmp_path, words, built):
+    BAD_FILES[words](data_set[1] / "a/5.png")
+    records = open_records(*data_set)
+    if built and words != "no image file":
+        records = open_records(build_data_set(*data_set, tmp_path / "s", "s", progress=False))
+    with pytest.raises(LlavaError) as caught:
+        make(records, max_pixels=10_000)
+    for part in (str(records.path), "record 5 (id 'r5')", "a/5.png", words):
+        assert part in str(caught.value)
+    data = make(records, max_pixels=10_000, bad_image="skip", bad_image_ceiling=1)
+    assert data.refused == {"bad image": [5]} and data.records_used == 23
+    assert "record 5 (id 'r5'): " in data.bad_images[0] and words in data.bad_images[0]
+    assert "1 refused: bad image (index 5)" in data.describe()
+    assert all("r5" not in batch.record_ids for batch in data.batch_iterator())
+    with pytest.raises(LlavaError, match="1 records have bad images.*ceiling=0.*5.png"):
+        make(records, max_pixels=10_000, bad_image="skip")
+
+
+def test_good_images_are_inspected_once(make, data_set, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    make(cache_dir=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_jax.data.measuring.inspect_image", None)  # would be called
+        make(cache_dir=cache)
+        with pytest.raises(TypeError):
+            make(cache_dir=cache, max_pixels=10_000)
+    built = build_data_set(*data_set, tmp_path / "sets", "shapes", progress=False)
+    make(open_records(built), cache_dir=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_jax.data.measuring._Scan", None)
+        make(open_records(built), cache_dir=cache)
+    (data_set[1] / "a/5.png").write_bytes(b"changed")
+    with pytest.raises(LlavaError, match="5.png"):
+        make(cache_dir=cache)
+
+
+def break_in_the_middle(file):
+    """Damage that only decoding shows."""
+    data = bytearray(file.read_bytes())
+    data[60:90] = bytes(30)
+    file.write_bytes(data)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_stops_the_run_with_its_name(make, data_set, workers):
-    (data_set[1] / "a/5.png").write_bytes(b"no image")
+def test_a_bad_image_met_in_training_stops_the_run(make, data_set, workers):
+    break_in_the_middle(data_set[1] / "a/5.png")
     data = make(workers=workers)
-    with pytest.raises(LlavaError, match=r"data.json: record 5 \(id 'r5'\): 'a/5.png' is not an"):
+    with pytest.raises(LlavaError, match=r"data.json: record 5 \(id 'r5'\): image 'a/5.png' is br"):
         list(data.batch_iterator())
 
 
-def test_bad_images_can_be_skipped_up_to_a_ceiling(make, data_set):
-    bad = ["a/5.png", "a/8b.png", "a/9.png"]
+def test_bad_images_met_in_training_are_skipped_up_to_a_ceiling(make, data_set):
     good = list(make(packing=False, epochs=1).batch_iterator())
-    for name in bad:
-        file = data_set[1] / name
-        file.write_bytes(file.read_bytes()[:-30])
+    for name in ("a/5.png", "a/8b.png", "a/9.png"):
+        break_in_the_middle(data_set[1] / name)
     options = {"bad_image": "skip", "packing": False, "epochs": 1}
     batches = list(make(bad_image_ceiling=3, **options).batch_iterator())
     assert sorted(i for batch in batches for i in batch.skipped) == ["r5", "r8", "r9"]
@@ -241,21 +298,10 @@ def test_bad_images_can_be_skipped_up_to_a_ceiling(make, data_set):
         np.testing.assert_array_equal(
             with_bad.arrays["input_ids"][used], without.arrays["input_ids"][used]
         )
-    with pytest.raises(LlavaError, match="3 conversations were skipped.*ceiling=2"):
+    with pytest.raises(LlavaError, match="3 conversations were left out.*ceiling=2"):
         list(make(bad_image_ceiling=2, **options).batch_iterator())
     # In a packed row the others stay.
     packed = list(make(bad_image="skip", bad_image_ceiling=3, batch_size=1).batch_iterator())
     assert {i for b in packed for i in b.record_ids} | {"r5", "r8", "r9"} == {
         f"r{i}" for i in range(24)
     }
-
-
-def test_missing_images_can_be_skipped_up_to_a_ceiling(make, data_set):
-    (data_set[1] / "a/5.png").unlink()
-    with pytest.raises(LlavaError, match=r"data.json: record 5 .*a/5.png"):
-        make()
-    with pytest.raises(LlavaError, match="1 records have missing images.*ceiling=0.*5.png"):
-        make(bad_image="skip")
-    data = make(bad_image="skip", bad_image_ceiling=1)
-    assert data.refused == {"missing image": [5]} and data.records_used == 23
-    assert all("r5" not in batch.record_ids for batch in data.batch_iterator())
