@@ -57,6 +57,10 @@ class TrainingData:
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
 
+    Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
+    `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `fill` (share of real tokens),
+    `records_total`, `records_used`, `refused` (reason -> record numbers), `bad_images` (messages).
+
     Raises LlavaError naming file, record index and id for a faulty record; when no record is
     usable; when an epoch has fewer rows than a batch.
     """
