@@ -1,1 +1,1 @@
-
+"""Questions in, answers out: prefill and decode, sampling, batched generation, chat."""

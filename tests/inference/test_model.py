@@ -1,0 +1,223 @@
+"""`Llava`: batches equal to singles, order, compilations, errors, and what it imports."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.inference.buckets import count_bucket, length_bucket
+from llava_jax.inference.engine import like_shapes
+from llava_jax.inference.model import Llava
+from llava_jax.inference.sampling import SamplingParams
+from tests.tiny_model import CONFIG, byte_tokenizer, config_with, random_image, tiny_llava
+
+QUESTIONS = ["hi", "What is this?", "color?", "<image> and <image>?", "So?"]
+IMAGES = [None, random_image(1), [random_image(2)], [random_image(3), random_image(4)], None]
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+def test_a_mixed_batch_answers_as_each_prompt_alone(llava):
+    together = llava.generate(QUESTIONS, images=IMAGES, max_new_tokens=20)
+    alone = [
+        llava.generate(question, images=image, max_new_tokens=20)
+        for question, image in zip(QUESTIONS, IMAGES, strict=True)
+    ]
+    assert together == alone
+    assert len(set(together)) == len(together)
+    turned = llava.generate(QUESTIONS[::-1], images=IMAGES[::-1], max_new_tokens=20, batch_size=2)
+    assert turned == together[::-1]
+
+
+def test_one_device_batch_may_hold_any_mixture(llava):
+    """`generate` groups by shape; the engine must not depend on that."""
+    params = SamplingParams(20)
+    requests = [llava.request(q, i, params) for q, i in zip(QUESTIONS, IMAGES, strict=True)]
+    answers = [llava._answer() for _ in requests]
+    for _ in llava.engine.stream(requests, answers):
+        pass
+    expected = llava.generate(QUESTIONS, images=IMAGES, max_new_tokens=20)
+    assert [answer.text for answer in answers] == expected
+
+
+def test_a_drawn_answer_depends_on_its_prompt_and_seed_alone(llava):
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95}
+    seeds = [3, 1, 4, 1, 5]
+    together = llava.generate(QUESTIONS, images=IMAGES, seed=seeds, **settings)
+    for question, image, seed, answer in zip(QUESTIONS, IMAGES, seeds, together, strict=True):
+        assert llava.generate(question, images=image, seed=seed, **settings) == answer
+    several = llava.generate(["hi"] * 4, seed=[0, 1, 2, 3], **settings)
+    assert len(set(several)) == 4
+
+
+def test_answers_come_from_the_picture(llava):
+    pictures = [random_image(i) for i in range(4)]
+    answers = llava.generate(["What is it?"] * 4, images=pictures, max_new_tokens=12)
+    assert len(set(answers)) == 4
+    assert answers[::-1] == llava.generate(
+        ["What is it?"] * 4, images=pictures[::-1], max_new_tokens=12
+    )
+    both = [pictures[:2], pictures[1::-1]]
+    first, second = llava.generate(["Which?"] * 2, images=both, max_new_tokens=12)
+    assert first != second
+
+
+def test_no_compilation_for_shapes_that_were_seen(llava):
+    shapes = [("a", None), ("b" * 40, random_image(0))]
+    for question, image in shapes:
+        llava.generate([question] * 3, images=[image] * 3, max_new_tokens=10)
+    before = llava.engine.compilations
+    for question, image in shapes:
+        llava.generate([question + "xy"] * 4, images=[image] * 4, max_new_tokens=9, temperature=0.5)
+    assert llava.engine.compilations == before
+    llava.generate(["c" * 200], max_new_tokens=10)
+    assert llava.engine.compilations > before
+
+
+def test_buckets_are_few_and_waste_little():
+    buckets = {length_bucket(n) for n in range(1, 4097)}
+    assert len(buckets) < 30
+    for n in range(33, 4097):
+        assert n <= length_bucket(n) < max(1.25 * n, n + 16)
+    assert [count_bucket(n) for n in (0, 1, 2, 3, 5, 8)] == [0, 1, 2, 4, 8, 8]
+
+
+def test_batches_hold_rows_of_one_shape_and_every_row_once(llava):
+    params = SamplingParams(1)
+    requests = [llava.request(q, i, params) for q, i in zip(QUESTIONS * 5, IMAGES * 5, strict=True)]
+    batches = list(like_shapes(requests, 4))
+    assert sorted(sum(batches, [])) == list(range(25))
+    assert all(len(rows) <= 4 for rows in batches)
+    assert all(len({count_bucket(len(requests[r].images)) for r in rows}) == 1 for rows in batches)
+
+
+def test_chat_streams_what_it_returns_and_reads_its_history(llava):
+    picture = random_image(7)
+    answer = llava.chat("What?", images=[picture], max_new_tokens=40)
+    pieces = list(llava.stream_chat("What?", images=[picture], max_new_tokens=40))
+    assert "".join(pieces) == answer == llava.generate("What?", picture, max_new_tokens=40)
+    assert len(pieces) > 1
+    history = [("<image>\nWhat?", "A cat.")]
+    after = llava.chat("Sure?", images=[picture], history=history, max_new_tokens=20)
+    unwritten = [("What?", "A cat.")]
+    assert after == llava.chat("Sure?", picture, history=unwritten, max_new_tokens=20)
+    other = llava.chat("Sure?", picture, history=[("What?", "A dog.")], max_new_tokens=20)
+    assert after != other
+
+
+def test_an_answer_ends_with_the_models_positions():
+    model = tiny_llava(config_with(max_position_embeddings=80))
+    text = model.request("hi", None, SamplingParams(1))
+    room = 80 - len(text.input_ids)
+    long = model.generate("hi", max_new_tokens=10_000)
+    assert long == model.generate("hi", max_new_tokens=room)
+    with pytest.raises(LlavaError, match=r"prompt 1: the prompt has \d+ tokens .* at most 80"):
+        model.generate(["hi", "x" * 90], max_new_tokens=2)
+
+
+def test_logits_take_what_a_processor_returns(llava):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 290, (3, 14))
+    ids[0, 3:7] = ids[2, 1:5] = ids[2, 8:12] = CONFIG.image_token_id
+    pixels = rng.normal(size=(3, 3, 8, 8)).astype(np.float32)
+    together = llava.logits(ids, pixels)
+    assert together.shape == (3, 14, 300) and together.dtype == np.float32
+    alone = [
+        llava.logits(ids[:1], pixels[:1]),
+        llava.logits(ids[1:2]),
+        llava.logits(ids[2:], pixels[1:]),
+    ]
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5, atol=2e-5)
+    padded = np.pad(ids, ((0, 0), (6, 0)))
+    mask = np.pad(np.ones_like(ids), ((0, 0), (6, 0)))
+    np.testing.assert_allclose(
+        llava.logits(padded, pixels, mask)[:, 6:], together, rtol=1e-5, atol=2e-5
+    )
+
+
+def test_logits_take_torch_tensors_of_any_kind(llava):
+    torch = pytest.importorskip("torch")
+    ids = torch.tensor([[5, *[CONFIG.image_token_id] * 4, 6, 7]])
+    pixels = torch.randn(1, 3, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    expected = llava.logits(ids.numpy(), pixels.detach().float().numpy())
+    np.testing.assert_array_equal(llava.logits(ids, pixels, torch.ones_like(ids)), expected)
+
+
+def test_logits_of_one_image_are_those_of_its_uint8_pixels(llava):
+    """The two ways in, Hugging Face's normalised floats and our bytes, are one picture."""
+    square = np.array(random_image(3, (8, 8)))
+    ids = np.array([[5, *[CONFIG.image_token_id] * 4, 6, 7]])
+    normalised = (square / 255 - CONFIG.image_mean) / CONFIG.image_std
+    from_floats = llava.logits(ids, normalised.transpose(2, 0, 1)[None])
+    from_bytes = llava.engine.logits(ids, [square[None]], np.ones_like(ids))
+    np.testing.assert_allclose(from_floats, from_bytes, rtol=1e-5, atol=2e-5)
+
+
+def test_bfloat16_is_near_float32(llava):
+    low = Llava(CONFIG, llava.engine.params, byte_tokenizer(), "chatml", dtype="bfloat16")
+    ids = np.arange(20)[None]
+    high = llava.logits(ids)
+    np.testing.assert_allclose(low.logits(ids), high, atol=0.1 * float(abs(high).max()))
+    assert isinstance(low.generate("hi", random_image(0), max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompts": ["", "<image> <image>"], "images": [None, b""]}, "prompt 1: .* 2 <image>"),
+        ({"prompts": ["a <image>"]}, "prompt 0: .* 1 <image> but 0"),
+        ({"prompts": ["a", "b"], "images": [None]}, "1 entries in images for 2 prompts"),
+        ({"prompts": ["a", "b"], "images": random_image(0)}, "1 entries in images for 2 prompts"),
+        ({"prompts": ["a", 7]}, "prompt 1: a question or answer must be text, not 7"),
+        ({"prompts": ["a"], "images": ["no/such.png"]}, "prompt 0: .*no/such.png"),
+        ({"prompts": ["a"], "images": [b"not an image"]}, "prompt 0: .*not an image"),
+        ({"prompts": ["a"], "images": [3.5]}, "prompt 0: an image must be a path"),
+        ({"prompts": ["a"], "max_new_tokens": 0}, "max_new_tokens must be a whole number from 1"),
+        ({"prompts": ["a"], "temperature": -1}, "temperature must be a number from 0"),
+        ({"prompts": ["a"], "temperature": float("nan")}, "temperature must be a number from 0"),
+        ({"prompts": ["a"], "top_p": 0}, "top_p must be above 0"),
+        ({"prompts": ["a"], "seed": -1}, "seed must be a whole number"),
+        ({"prompts": ["a"], "seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"prompts": ["a"], "batch_size": 0}, "batch_size must be a whole number"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_are_told_in_a_sentence(llava, arguments, message):
+    with pytest.raises(LlavaError, match=message):
+        llava.generate(**arguments)
+
+
+def test_unknown_arguments_and_dtypes_are_errors(llava):
+    with pytest.raises(TypeError, match="max_tokens"):
+        llava.generate(["a"], max_tokens=3)
+    with pytest.raises(LlavaError, match="unknown dtype 'int3'"):
+        type(llava).from_pretrained("anywhere", dtype="int3")
+
+
+@pytest.mark.parametrize(
+    "ids, pixels, message",
+    [
+        ([[1, -200, -200]], (1, 3, 8, 8), "2 placeholders .* 1 image.* of 4 tokens need 4"),
+        ([[1, -200, -200, -200, -200]], None, "4 placeholders .* 0 image"),
+        ([[1, -200, -200, -200], [-200, 1, 1, 1]], (1, 3, 8, 8), "row 0 .* 3 placeholders"),
+        ([[1, 2]], (1, 8, 8, 3), r"pixel_values must be \[images, 3, 8, 8\]"),
+        ([[1, 300]], None, "token 1 of row 0 is 300"),
+        ([1, 2], None, r"input_ids must be whole numbers \[B, T\]"),
+    ],
+)
+def test_wrong_logits_inputs_are_told_in_a_sentence(llava, ids, pixels, message):
+    pixels = None if pixels is None else np.zeros(pixels, np.float32)
+    with pytest.raises(LlavaError, match=message):
+        llava.logits(np.array(ids), pixels)
+
+
+def test_importing_llava_needs_neither_torch_nor_tensorflow():
+    code = (
+        "import sys, llava_jax; assert 'jax' not in sys.modules; from llava_jax import Llava; "
+        "sys.exit(bool({'torch', 'tensorflow', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

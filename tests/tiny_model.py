@@ -1,0 +1,65 @@
+"""A LLaVA of a few thousand random parameters with a byte-level tokenizer, for tests."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llava_jax.inference.model import Llava
+from llava_jax.models.decoder import DecoderConfig
+from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.vit import ViTConfig
+
+VISION = ViTConfig(16, 32, 3, 2, 4, 16, "gelu", 1e-6, True, False, True, True)
+DECODER = DecoderConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+)
+CONFIG = LlavaConfig(vision=VISION, decoder=DECODER, image_size=8)  # 4 tokens an image
+
+
+def config_with(**decoder) -> LlavaConfig:
+    return dataclasses.replace(CONFIG, decoder=dataclasses.replace(DECODER, **decoder))
+
+
+def random_params(config: LlavaConfig, seed: int = 0) -> dict:
+    """Parameters large enough that each input changes the output; NumPy compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        scale, mean = (0.3, 1.0) if name in ("scale", "layer_scale1") else (0.35, 0.0)
+        return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree.map_with_path(draw, nn.meta.unbox(abstract_params(config)))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Each UTF-8 byte is a token; the ChatML marks are special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def tiny_llava(config: LlavaConfig = CONFIG, template: str = "chatml", seed: int = 0) -> Llava:
+    return Llava(config, random_params(config, seed), byte_tokenizer(), template)
+
+
+def random_image(seed: int, size: tuple[int, int] = (11, 9)) -> Image.Image:
+    """Four blocks of random colours."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
