@@ -15,7 +15,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ from llava_jax.training.optimizer import (
 )
 from llava_jax.training.step import TrainState, make_eval_step, make_train_step
 from llava_jax.training.validation import Validation
-from llava_jax.weights.run_directory import RunModel, write_json, write_run_model
+from llava_jax.weights.run_directory import RunModel, latest_step, write_json, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
 
@@ -99,7 +99,7 @@ def make_state(config, mesh, model_config, optimizer, params, checkpoints):
     trainable, frozen = split_params(params, groups)
     shardings = param_shardings(mesh, abstract_params(model_config))
     trainable_shardings, frozen_shardings = split_params(shardings, groups)
-    frozen = put_tree(frozen, frozen_shardings, recipe.compute_dtype(config))
+    frozen = put_tree(frozen, frozen_shardings, recipe.compute_precision(config)[0])
     trainable = put_tree(trainable, trainable_shardings, jnp.float32)
     moments = optimizer_shardings(optimizer, trainable, trainable_shardings, replicated(mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)
@@ -159,40 +159,46 @@ def run(config: ConfigDict) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     data, held_out = open_data(config, model_config, tokenizer)
     claim_workdir(config, data.fingerprint)
+    if latest_step(workdir) == data.steps:
+        return finish(workdir, data.steps)
 
     params = recipe.starting_params(model_config, sources, config.seed)
     frozen_sources = recipe.frozen_sources(sources, split_params(params, groups)[1])
     write_run_model(workdir, RunModel(model_config, config.model.template, frozen_sources))
     copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
 
-    model = LlavaModel(model_config, recipe.compute_dtype(config), config.model.remat_policy)
+    dtype, precision = recipe.compute_precision(config)
+    model = LlavaModel(model_config, dtype, config.model.remat_policy)
     schedule = warmup_cosine(data.steps, config.optimizer.warmup_ratio)
     optimizer = adamw(groups, schedule, **recipe.optimizer_options(config))
     checkpoints = Checkpoints(workdir, config.keep)
     put = functools.partial(put_batch, mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with (
+        jax.set_mesh(mesh),
+        nn.logical_axis_rules(RULES),
+        jax.default_matmul_precision(precision),
+    ):
         state, frozen = make_state(config, mesh, model_config, optimizer, params, checkpoints)
         del params
         done = int(state.step)
-        if done < data.steps:
-            report_start(model_config, mesh, state, frozen, data)
-            batches = data.batch_iterator(done, jax.process_index(), jax.process_count())
-            first = next(batches)
-            train_step = compile_step(config, model, optimizer, state, frozen, put(first.arrays))
-            log = MetricsLog(workdir, done, config.wandb_project, config.to_dict())
-            loop = Loop(
-                train_step=lambda state, batch: train_step(state, frozen, batch),
-                put=put,
-                rates=lambda step: {name: rate * schedule(step) for name, rate in groups.items()},
-                mfu=functools.partial(mfu, model_config, set(state.params)),
-                validate=make_validation(config, model, held_out, tokenizer, frozen, put, log),
-                log=log,
-                checkpoints=checkpoints,
-                config=config,
-            )
-            loop.run(state, itertools.chain([first], batches), data.steps)
-            checkpoints.close()
-            log.close()
+        report_start(model_config, mesh, state, frozen, data)
+        batches = data.batch_iterator(done, jax.process_index(), jax.process_count())
+        first = next(batches)
+        train_step = compile_step(config, model, optimizer, state, frozen, put(first.arrays))
+        log = MetricsLog(workdir, done, config.wandb_project, config.to_dict())
+        loop = Loop(
+            train_step=lambda state, batch: train_step(state, frozen, batch),
+            put=put,
+            rates=lambda step: {name: rate * schedule(step) for name, rate in groups.items()},
+            mfu=functools.partial(mfu, model_config, set(state.params)),
+            validate=make_validation(config, model, held_out, tokenizer, frozen, put, log),
+            log=log,
+            checkpoints=checkpoints,
+            config=config,
+        )
+        loop.run(state, itertools.chain([first], batches), data.steps)
+        checkpoints.close()
+        log.close()
     finish(workdir, data.steps)
 
 
@@ -202,8 +208,8 @@ def report_start(model_config, mesh, state, frozen, data) -> None:
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     tqdm.write(
         f"{devices} as {dict(mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
-        f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: {model_config.image_size} "
-        f"pixels, {image_token_count(model_config)} tokens; steps: {int(state.step)} of "
+        f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: "
+        f"{model_config.image_size} pixels, {image_token_count(model_config)} tokens; steps: {int(state.step)} of "
         f"{data.steps} done",
         file=sys.stderr,
     )
@@ -224,6 +230,7 @@ def finish(workdir: Path, steps: int) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: options are --config.key=value")
+    logging.set_verbosity(logging.WARNING)
     try:
         run(CONFIG.value)
     except LlavaError as error:

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.model.image_size = placeholder(int)  # pixels a side
     config.model.image_mode = placeholder(str)  # square | pad | resize
     config.model.template = "v1"
-    config.model.dtype = "auto"  # compute dtype; auto: bfloat16 on TPU and GPU, float32 on CPU
+    config.model.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
     config.model.remat_policy = "none"  # none | dots | full: less memory, more compute
 
     # Where parameters start: Hugging Face folders, or the run directory of an earlier stage.

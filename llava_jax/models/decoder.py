@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.models.attention import apply_rope, attention, attention_mask
+from llava_jax.models.linear import Linear
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
@@ -111,15 +112,8 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
-def linear(features: int, axes: tuple[str, str], use_bias: bool, dtype, name: str):
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        name=name,
-    )
+def linear(features: int, axes: tuple[str, str], use_bias: bool, dtype, name: str) -> Linear:
+    return Linear(features, axes, dtype, use_bias, name=name)
 
 
 class Attention(nn.Module):
@@ -163,6 +157,23 @@ def write_cache(cache: KVCache, layer, k, v):
     return cache.replace(keys=keys, values=values), keys[layer], values[layer]
 
 
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, of which the backward pass keeps the two arguments and nothing else."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(residuals, dy):
+    gate, up = residuals
+    sigmoid = jax.nn.sigmoid(gate)
+    d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    # The barrier keeps XLA's CPU compiler from computing these in a transposed, far slower order.
+    return jax.lax.optimization_barrier((d_gate, dy * gate * sigmoid))
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+
+
 class MLP(nn.Module):
     """SwiGLU feed-forward."""
 
@@ -176,7 +187,7 @@ class MLP(nn.Module):
             linear(c.intermediate_size, ("embed", "mlp"), c.mlp_bias, self.dtype, name)(x)
             for name in ("gate_proj", "up_proj")
         )
-        x = nn.with_logical_constraint(jax.nn.silu(gate) * up, ("batch", "length", "act_mlp"))
+        x = nn.with_logical_constraint(swiglu(gate, up), ("batch", "length", "act_mlp"))
         return linear(c.hidden_size, ("mlp", "embed"), c.mlp_bias, self.dtype, "down_proj")(x)
 
 
@@ -286,8 +297,8 @@ class Decoder(nn.Module):
         return logits.astype(jnp.float32)
 
 
-def head_kernel(params: dict) -> jax.Array:
-    """The output projection [D, V] of decoder parameters, tied or not."""
+def output_embedding(params: dict) -> jax.Array:
+    """The output projection [V, D] of decoder parameters, tied or not."""
     if "lm_head" in params:
-        return params["lm_head"]["kernel"]
-    return params["embed_tokens"]["embedding"].T
+        return params["lm_head"]["kernel"].T
+    return params["embed_tokens"]["embedding"]

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llava_jax.models.linear import Linear
+
 
 def projector_depth(kind: str) -> int:
     """Number of linear layers of LLaVA's `mm_projector_type`: linear, mlpNx_gelu or identity."""
@@ -47,12 +49,7 @@ class Projector(nn.Module):
                 x = jax.nn.gelu(x, approximate=False)
             init = torch_linear_init(x.shape[-1])
             axes = ("vision_embed" if i == 0 else "embed", "projector_out")
-            x = nn.Dense(
-                self.features,
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                kernel_init=nn.with_logical_partitioning(init, axes),
-                bias_init=nn.with_logical_partitioning(init, axes[1:]),
-                name=f"linear_{i}",
+            x = Linear(
+                self.features, axes, self.dtype, self.use_bias, init, init, name=f"linear_{i}"
             )(x)
         return x

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.models.attention import attention
+from llava_jax.models.linear import Linear
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -84,16 +85,8 @@ def resize_positions(grid: jax.Array, height: int, width: int) -> jax.Array:
     return grid.reshape(height * width, -1)
 
 
-def linear(features: int, axes: tuple[str, str], name: str, dtype, use_bias: bool = True):
-    """A dense layer whose weights carry logical axis names for the sharding table."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        name=name,
-    )
+def linear(features: int, axes: tuple[str, str], name: str, dtype, use_bias: bool = True) -> Linear:
+    return Linear(features, axes, dtype, use_bias, name=name)
 
 
 def layer_norm(config: ViTConfig, name: str, dtype):

@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llava_jax.models.linear import product
+
 IGNORE_INDEX = -100
 
 
@@ -30,7 +32,7 @@ def next_token_targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 
 def cross_entropy_sum(
-    hidden_states: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int
+    hidden_states: jax.Array, table: jax.Array, targets: jax.Array, chunk: int
 ) -> jax.Array:
     """Sum over supervised positions of -log p(target), in float32.
 
@@ -41,7 +43,7 @@ def cross_entropy_sum(
 
     Args:
       hidden_states: [B, T, D].
-      kernel: output projection [D, V].
+      table: output embedding [V, D].
       targets: int[B, T] from `next_token_targets`.
       chunk: positions of each row in one piece.
     """
@@ -54,73 +56,73 @@ def cross_entropy_sum(
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
     hidden_states = jnp.pad(hidden_states, ((0, 0), (0, padding), (0, 0)))
     with jax.named_scope("cross_entropy"):
-        return _front_loaded_sum(hidden_states, kernel, targets, chunk)
+        return _front_loaded_sum(hidden_states, table, targets, chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _front_loaded_sum(hidden_states, kernel, targets, chunk):
-    return _sum_and_grads(hidden_states, kernel, targets, chunk, False, False)[0]
+def _front_loaded_sum(hidden_states, table, targets, chunk):
+    return _sum_and_grads(hidden_states, table, targets, chunk, False, False)[0]
 
 
-def _sum_and_grads(hidden_states, kernel, targets, chunk, want_hidden: bool, want_kernel: bool):
+def _sum_and_grads(hidden_states, table, targets, chunk, want_hidden: bool, want_table: bool):
     """The loss sum and its gradients (None where not wanted), chunk by chunk."""
 
     def piece(state):
-        start, total, d_hidden, d_kernel = state
+        start, total, d_hidden, d_table = state
         h = jax.lax.dynamic_slice_in_dim(hidden_states, start, chunk, axis=1)  # [B, C, D]
         t = jax.lax.dynamic_slice_in_dim(targets, start, chunk, axis=1)  # [B, C]
-        logits = jnp.einsum(
-            "bcd,dv->bcv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32
-        )
+        h = h.reshape(-1, h.shape[-1])
+        logits = product(h, table, (1, 1), jnp.float32).reshape(*t.shape, -1)  # [B, C, V]
         log_z = jax.nn.logsumexp(logits, axis=-1)
         supervised = t != IGNORE_INDEX
         at_target = jnp.take_along_axis(logits, jnp.maximum(t, 0)[..., None], axis=-1)[..., 0]
         total += jnp.sum(jnp.where(supervised, log_z - at_target, 0.0))
-        if want_hidden or want_kernel:
+        if want_hidden or want_table:
             d_logits = jnp.exp(logits - log_z[..., None])
             d_logits -= jax.nn.one_hot(t, logits.shape[-1], dtype=jnp.float32)
             d_logits = jnp.where(supervised[..., None], d_logits, 0.0).astype(h.dtype)
+            d_logits = d_logits.reshape(len(h), -1)
         if want_hidden:
-            d_h = jnp.einsum("bcv,dv->bcd", d_logits, kernel.astype(h.dtype))
+            d_h = product(d_logits, table, (1, 0), h.dtype).reshape(*t.shape, -1)
             d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, start, axis=1)
-        if want_kernel:
-            d_kernel += jnp.einsum("bcd,bcv->dv", h, d_logits, preferred_element_type=jnp.float32)
-        return start + chunk, total, d_hidden, d_kernel
+        if want_table:
+            d_table += product(d_logits, h, (0, 0), jnp.float32)
+        return start + chunk, total, d_hidden, d_table
 
     longest = jnp.max(jnp.sum(targets != IGNORE_INDEX, axis=1))
     start = (
         jnp.int32(0),
         jnp.float32(0),
         jnp.zeros_like(hidden_states) if want_hidden else None,
-        jnp.zeros(kernel.shape, jnp.float32) if want_kernel else None,
+        jnp.zeros(table.shape, jnp.float32) if want_table else None,
     )
-    _, total, d_hidden, d_kernel = jax.lax.while_loop(lambda s: s[0] < longest, piece, start)
-    return total, d_hidden, d_kernel
+    _, total, d_hidden, d_table = jax.lax.while_loop(lambda s: s[0] < longest, piece, start)
+    return total, d_hidden, d_table
 
 
-def _forward(hidden_states, kernel, targets, chunk):
+def _forward(hidden_states, table, targets, chunk):
     # A frozen output projection (stage 1) gets no gradient, and none is computed.
-    total, d_hidden, d_kernel = _sum_and_grads(
+    total, d_hidden, d_table = _sum_and_grads(
         hidden_states.value,
-        kernel.value,
+        table.value,
         targets.value,
         chunk,
         hidden_states.perturbed,
-        kernel.perturbed,
+        table.perturbed,
     )
     # dtype travels as an empty array: residuals must be arrays.
-    return total, (d_hidden, d_kernel, jnp.zeros((0,), kernel.value.dtype))
+    return total, (d_hidden, d_table, jnp.zeros((0,), table.value.dtype))
 
 
 def _backward(chunk, residuals, cotangent):
-    d_hidden, d_kernel, kernel_like = residuals
+    d_hidden, d_table, table_like = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return None, None, None
     if d_hidden is not None:
         d_hidden = d_hidden * cotangent.astype(d_hidden.dtype)
-    if d_kernel is not None:
-        d_kernel = (d_kernel * cotangent).astype(kernel_like.dtype)
-    return d_hidden, d_kernel, None
+    if d_table is not None:
+        d_table = (d_table * cotangent).astype(table_like.dtype)
+    return d_hidden, d_table, None
 
 
 _front_loaded_sum.defvjp(_forward, _backward, symbolic_zeros=True)

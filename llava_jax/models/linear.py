@@ -1,0 +1,72 @@
+"""The linear layer: operands in the compute dtype, sums and master gradients in float32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def product_dtype(dtype) -> jnp.dtype:
+    """What operands of a product are rounded to: `dtype`, or bfloat16 where JAX is told so.
+
+    `jax.default_matmul_precision("bfloat16")` keeps float32 arrays and multiplies in bfloat16.
+    TPUs do it by themselves; XLA's CPU compiler ignores the setting unless operands are cast.
+    """
+    if jax.config.jax_default_matmul_precision == "bfloat16":
+        return jnp.dtype(jnp.bfloat16)
+    return jnp.dtype(dtype)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[rows, in] x [in, out] -> [rows, out] in the dtype of x, summed in float32.
+
+    The gradient follows the same rule, and a float32 kernel gets it unrounded: autodiff of a
+    kernel cast to bfloat16 would round it.
+    """
+    return product(x, kernel, (1, 0), x.dtype)
+
+
+def product(x: jax.Array, y: jax.Array, contracted: tuple[int, int], dtype) -> jax.Array:
+    """The product of two matrices over one axis of each, operands as `product_dtype` says.
+
+    float32 is asked for and rounded afterwards: XLA's CPU compiler multiplies in bfloat16 only so.
+    """
+    operands = product_dtype(x.dtype)
+    axes = ((contracted[:1], contracted[1:]), ((), ()))
+    x, y = x.astype(operands), y.astype(operands)
+    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _backward(residuals, dy):
+    x, kernel = residuals
+    return product(dy, kernel, (1, 1), x.dtype), product(x, dy, (0, 0), kernel.dtype)
+
+
+matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _backward)
+
+
+class Linear(nn.Module):
+    """[..., in] -> [..., features].
+
+    Attributes:
+      axes: logical axis names of the kernel [in, features].
+      dtype: of the result, and of the operands unless `product_dtype` says otherwise.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    dtype: jnp.dtype
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = matmul(rows, kernel).reshape(*x.shape[:-1], self.features)
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[1:])
+            y += self.param("bias", bias_init, (self.features,)).astype(y.dtype)
+        return y
