@@ -15,10 +15,11 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from llava_jax import command
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
 from llava_jax.data.tokenization import load_tokenizer
@@ -148,6 +149,7 @@ def make_validation(config, model, held_out, tokenizer, frozen, put, log) -> Val
 
 
 def run(config: ConfigDict) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much at INFO
     # Everything that can be wrong is found here, before a weight is read.
     recipe.check_config(config)
     workdir, groups = Path(config.workdir), config.trainable.to_dict()
@@ -209,8 +211,8 @@ def report_start(model_config, mesh, state, frozen, data) -> None:
     tqdm.write(
         f"{devices} as {dict(mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
         f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: "
-        f"{model_config.image_size} pixels, {image_token_count(model_config)} tokens; steps: {int(state.step)} of "
-        f"{data.steps} done",
+        f"{model_config.image_size} pixels, {image_token_count(model_config)} tokens; "
+        f"steps: {int(state.step)} of {data.steps} done",
         file=sys.stderr,
     )
 
@@ -227,16 +229,5 @@ def finish(workdir: Path, steps: int) -> None:
     print(f"ask it: llava-jax chat --checkpoint {workdir} --image FILE")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: options are --config.key=value")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run(CONFIG.value)
-    except LlavaError as error:
-        sys.exit(f"train.py: {error}")
-
-
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(lambda: run(CONFIG.value))

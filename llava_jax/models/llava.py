@@ -53,7 +53,7 @@ def image_token_count(config: LlavaConfig) -> int:
 
 
 def normalize_images(config: LlavaConfig, images: jax.Array) -> jax.Array:
-    """uint8 [..., S, S, 3] -> float32, the mean and deviation of the encoder's training taken out."""
+    """uint8 [..., S, S, 3] -> float32, less the encoder's mean, over its deviation."""
     mean, std = jnp.array(config.image_mean), jnp.array(config.image_std)
     return (images.astype(jnp.float32) / 255 - mean) / std
 
@@ -100,7 +100,7 @@ class LlavaModel(nn.Module):
             return self.projector(self.vision(images))
 
     def embed(self, input_ids: jax.Array, images: jax.Array | None) -> jax.Array:
-        """Token embeddings [B, T, D] with the features of images [B, I, S, S, 3] in their places."""
+        """Token embeddings [B, T, D], the features of images [B, I, S, S, 3] in their places."""
         is_image = input_ids == self.config.image_token_id
         embeddings = self.decoder.embed(jnp.where(is_image, 0, input_ids))
         if images is None:

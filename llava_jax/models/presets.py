@@ -56,7 +56,7 @@ SMOLLM2_135M = DecoderConfig(
 
 
 def vicuna(size: str, rms_norm_eps: float, max_positions: int) -> DecoderConfig:
-    """Llama 1/2 and the Vicunas tuned from them, 7b or 13b; the latter differ in eps and context."""
+    """Llama 1/2 and the Vicunas tuned from them, 7b or 13b; they differ in eps and context."""
     hidden, feed_forward, layers, heads = {
         "7b": (4096, 11008, 32, 32),
         "13b": (5120, 13824, 40, 40),

@@ -22,7 +22,7 @@ def projector_depth(kind: str) -> int:
 
 
 def torch_linear_init(fan_in: int):
-    """PyTorch's default for nn.Linear, kernel and bias alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """PyTorch's default for nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), kernel and bias."""
 
     def init(key, shape, dtype=jnp.float32):
         bound = fan_in**-0.5

@@ -54,7 +54,7 @@ def quickstart(recipe: str, run: Path, split: str) -> None:
     python(
         "eval.py",
         "--config=configs/eval/easy_vqa.py",
-        f"--config.split={split}",
+        f"--config.data={ROOT}/easy_vqa/{split}.json",
         f"--checkpoint={run}",
     )
     headline("5/5 a question about one test picture")
