@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from llava_jax.errors import LlavaError
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except LlavaError as error:
         print(f"llava-jax {args.command}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 
