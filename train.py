@@ -60,10 +60,10 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
         "workers": data.workers,
         "cache_dir": Path(config.workdir) / "cache",
     }
-    root = data.image_root or None
 
-    def build(path: str, split: str, **length) -> TrainingData:
-        records = open_records(path, root, split)
+    def build(path: str, split: str | None, **length) -> TrainingData:
+        holds_images = Path(path).is_dir()  # a data set of `llava-jax build`
+        records = open_records(path, None if holds_images else data.image_root or None, split)
         built = TrainingData(
             records, tokenizer, config.model.template, model_config, **common, **length
         )

@@ -14,7 +14,7 @@ def get_config():
     config.init.decoder = f"{ROOT}/parts/smollm2-135m-instruct"
     config.trainable = {"projector": 3e-3}
     config.data.train = f"{ROOT}/easy_vqa/align.json"
-    config.data.validation = ""
+    config.data.validation = f"{ROOT}/easy_vqa/val_align.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
     config.data.max_length = 128  # six captions of 21 tokens
     config.data.images_per_row = 6

@@ -12,7 +12,7 @@ def get_config():
     config.init.checkpoint = f"{ROOT}/align"
     config.trainable = {"projector": 1e-3, "decoder": 2e-4}
     config.data.train = f"{ROOT}/easy_vqa/instruct.json"
-    config.data.validation = f"{ROOT}/easy_vqa/val.json"
+    config.data.validation = f"{ROOT}/easy_vqa/val_instruct.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
     config.data.max_length = 512
     config.data.images_per_row = 4

@@ -48,7 +48,7 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
     Files, all with image paths relative to `images/`:
       align.json: picture and caption, for stage 1.
       instruct.json: picture and all its questions as one conversation, for stage 2.
-      val.json: the same for 100 training pictures that neither of the two contains.
+      val_align.json, val_instruct.json: the same for 100 training pictures that they lack.
       test.json: every test question as a record of its own, with keys question, answer and kind.
       test_1000.json: a fixed 1,000 of them, each kind in its share.
       blind.json: the score of answering both without the picture.
@@ -106,23 +106,21 @@ def read_questions(split: str) -> list[Question]:
 
 
 def training_records(questions: list[Question]) -> dict[str, list[dict]]:
-    """The records of `align`, `instruct` and `val`, from disjoint pictures for the last."""
+    """The records of both stages; those called `val_` are of pictures the others do not have."""
     by_image = collections.defaultdict(list)
     for question in questions:
         by_image[question.image].append(question)
     held_out = set(sorted(by_image, key=lambda image: _digest(f"val {image}"))[:VALIDATION_IMAGES])
-    records = {"align": [], "instruct": [], "val": []}
+    records = {name: [] for name in ("align", "instruct", "val_align", "val_instruct")}
     for image, own in sorted(by_image.items()):
         common = {"id": f"train-{image}", "image": f"train/{image}.png"}
         turns = order_questions(own, f"order {image}")
         exchanges = [(q.text, q.answer) for q in turns]
         conversation = common | {"conversations": _conversation(exchanges)}
-        if image in held_out:
-            records["val"].append(conversation)
-            continue
-        records["instruct"].append(conversation)
+        prefix = "val_" if image in held_out else ""
+        records[f"{prefix}instruct"].append(conversation)
         if text := caption(own):
-            records["align"].append(
+            records[f"{prefix}align"].append(
                 common | {"conversations": _conversation([(CAPTION_PROMPT, text)])}
             )
     return records

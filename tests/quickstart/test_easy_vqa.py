@@ -65,8 +65,8 @@ def test_training_records():
     records = easy_vqa.training_records(questions)
     assert records == easy_vqa.training_records(questions)
     ids = {name: {r["id"] for r in split} for name, split in records.items()}
-    assert len(ids["val"]) == 100 and len(ids["instruct"]) == 200
-    assert not ids["val"] & (ids["instruct"] | ids["align"])
+    assert len(ids["val_instruct"]) == 100 and len(ids["instruct"]) == 200
+    assert not (ids["val_instruct"] | ids["val_align"]) & (ids["instruct"] | ids["align"])
     for record in records["instruct"]:
         texts = [turn["value"] for turn in record["conversations"]]
         assert texts[0].startswith("<image>\n") and sum("<image>" in t for t in texts) == 1
