@@ -13,8 +13,16 @@ from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from tests.tiny_model import CONFIG, byte_tokenizer, config_with, random_image, tiny_llava
 
-QUESTIONS = ["hi", "What is this?", "color?", "<image> and <image>?", "So?"]
+# Lengths differ inside one bucket: every shape costs seconds of compilation.
+QUESTIONS = [
+    "What is it now?",
+    "And this?",
+    "Which color?",
+    "<image> and <image>?",
+    "So, what is it?",
+]
 IMAGES = [None, random_image(1), [random_image(2)], [random_image(3), random_image(4)], None]
+TOKENS = 20
 
 
 @pytest.fixture(scope="module")
@@ -23,57 +31,61 @@ def llava():
 
 
 def test_a_mixed_batch_answers_as_each_prompt_alone(llava):
-    together = llava.generate(QUESTIONS, images=IMAGES, max_new_tokens=20)
+    together = llava.generate(QUESTIONS, images=IMAGES, max_new_tokens=TOKENS)
     alone = [
-        llava.generate(question, images=image, max_new_tokens=20)
+        llava.generate(question, images=image, max_new_tokens=TOKENS)
         for question, image in zip(QUESTIONS, IMAGES, strict=True)
     ]
     assert together == alone
     assert len(set(together)) == len(together)
-    turned = llava.generate(QUESTIONS[::-1], images=IMAGES[::-1], max_new_tokens=20, batch_size=2)
+    turned = llava.generate(
+        QUESTIONS[::-1], images=IMAGES[::-1], max_new_tokens=TOKENS, batch_size=2
+    )
     assert turned == together[::-1]
 
 
 def test_one_device_batch_may_hold_any_mixture(llava):
     """`generate` groups by shape; the engine must not depend on that."""
-    params = SamplingParams(20)
+    params = SamplingParams(TOKENS)
     requests = [llava.request(q, i, params) for q, i in zip(QUESTIONS, IMAGES, strict=True)]
     answers = [llava._answer() for _ in requests]
     for _ in llava.engine.stream(requests, answers):
         pass
-    expected = llava.generate(QUESTIONS, images=IMAGES, max_new_tokens=20)
+    expected = llava.generate(QUESTIONS, images=IMAGES, max_new_tokens=TOKENS)
     assert [answer.text for answer in answers] == expected
 
 
 def test_a_drawn_answer_depends_on_its_prompt_and_seed_alone(llava):
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95}
+    settings = {"max_new_tokens": TOKENS, "temperature": 1.0, "top_p": 0.95}
     seeds = [3, 1, 4, 1, 5]
     together = llava.generate(QUESTIONS, images=IMAGES, seed=seeds, **settings)
     for question, image, seed, answer in zip(QUESTIONS, IMAGES, seeds, together, strict=True):
         assert llava.generate(question, images=image, seed=seed, **settings) == answer
-    several = llava.generate(["hi"] * 4, seed=[0, 1, 2, 3], **settings)
+    several = llava.generate([QUESTIONS[0]] * 4, seed=[0, 1, 2, 3], **settings)
     assert len(set(several)) == 4
 
 
 def test_answers_come_from_the_picture(llava):
     pictures = [random_image(i) for i in range(4)]
-    answers = llava.generate(["What is it?"] * 4, images=pictures, max_new_tokens=12)
+    answers = llava.generate(["What is it?"] * 4, images=pictures, max_new_tokens=TOKENS)
     assert len(set(answers)) == 4
     assert answers[::-1] == llava.generate(
-        ["What is it?"] * 4, images=pictures[::-1], max_new_tokens=12
+        ["What is it?"] * 4, images=pictures[::-1], max_new_tokens=TOKENS
     )
     both = [pictures[:2], pictures[1::-1]]
-    first, second = llava.generate(["Which?"] * 2, images=both, max_new_tokens=12)
+    first, second = llava.generate(["Which of them?"] * 2, images=both, max_new_tokens=TOKENS)
     assert first != second
 
 
 def test_no_compilation_for_shapes_that_were_seen(llava):
-    shapes = [("a", None), ("b" * 40, random_image(0))]
+    shapes = [(QUESTIONS[0], None), (QUESTIONS[1], random_image(0))]
     for question, image in shapes:
-        llava.generate([question] * 3, images=[image] * 3, max_new_tokens=10)
+        llava.generate([question] * 4, images=[image] * 4, max_new_tokens=TOKENS)
     before = llava.engine.compilations
     for question, image in shapes:
-        llava.generate([question + "xy"] * 4, images=[image] * 4, max_new_tokens=9, temperature=0.5)
+        llava.generate(
+            [question + "xy"] * 3, images=[image] * 3, max_new_tokens=TOKENS - 2, temperature=0.5
+        )
     assert llava.engine.compilations == before
     llava.generate(["c" * 200], max_new_tokens=10)
     assert llava.engine.compilations > before
@@ -98,15 +110,17 @@ def test_batches_hold_rows_of_one_shape_and_every_row_once(llava):
 
 def test_chat_streams_what_it_returns_and_reads_its_history(llava):
     picture = random_image(7)
-    answer = llava.chat("What?", images=[picture], max_new_tokens=40)
-    pieces = list(llava.stream_chat("What?", images=[picture], max_new_tokens=40))
-    assert "".join(pieces) == answer == llava.generate("What?", picture, max_new_tokens=40)
+    answer = llava.chat("What is it?", images=[picture], max_new_tokens=TOKENS)
+    pieces = list(llava.stream_chat("What is it?", images=[picture], max_new_tokens=TOKENS))
+    assert (
+        "".join(pieces) == answer == llava.generate("What is it?", picture, max_new_tokens=TOKENS)
+    )
     assert len(pieces) > 1
-    history = [("<image>\nWhat?", "A cat.")]
-    after = llava.chat("Sure?", images=[picture], history=history, max_new_tokens=20)
-    unwritten = [("What?", "A cat.")]
-    assert after == llava.chat("Sure?", picture, history=unwritten, max_new_tokens=20)
-    other = llava.chat("Sure?", picture, history=[("What?", "A dog.")], max_new_tokens=20)
+    history = [("<image>\nWhat is it?", "A cat.")]
+    after = llava.chat("Sure?", images=[picture], history=history, max_new_tokens=TOKENS)
+    unwritten = [("What is it?", "A cat.")]
+    assert after == llava.chat("Sure?", picture, history=unwritten, max_new_tokens=TOKENS)
+    other = llava.chat("Sure?", picture, history=[("What is it?", "A dog.")], max_new_tokens=TOKENS)
     assert after != other
 
 

@@ -1,0 +1,186 @@
+"""easy-VQA: its questions, its metric, the runner's files, and continuing after a kill."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.evaluation import BENCHMARKS, evaluate, runner, table
+from llava_jax.evaluation.easy_vqa import load, normalize
+from llava_jax.evaluation.fingerprint import weights_fingerprint
+from tests.tiny_model import CONFIG, random_image, random_params, tiny_llava
+
+ROOT = Path(__file__).parents[2]
+KINDS = ["yes/no", "shape", "color"]
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "images").mkdir()
+    records = []
+    for i in range(11):
+        random_image(i).save(tmp_path / "images" / f"{i}.png")
+        question = f"question {i:02d}?"
+        turns = [("human", f"<image>\n{question}"), ("gpt", "blue")]
+        conversation = [{"from": role, "value": text} for role, text in turns]
+        records.append({"id": f"q-{i}", "image": f"{i}.png", "conversations": conversation,
+                        "question": question, "answer": "blue", "kind": KINDS[i % 3]})  # fmt: skip
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps(records))
+    blind = {"overall": {"accuracy": 0.5}, "shape": {"accuracy": 0.25}}
+    (tmp_path / "blind.json").write_text(json.dumps({"test": blind}))
+    return path
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+
+
+def run(llava, data, out, **options):
+    settings = {"max_new_tokens": 4, "batch_size": 1, **options}
+    return evaluate(llava, load(data), out, **settings)
+
+
+def test_the_metric_ignores_case_space_and_a_full_stop_only(data):
+    assert normalize(" Blue. \n") == normalize("blue") == "blue"
+    assert normalize("light blue") != "blue" and normalize("blue!") != "blue"
+    right = ["blue", "Blue.", " BLUE "] * 3 + ["red", "blue is"]
+    scores = {score.kind: score for score in load(data).score(right)}
+    assert list(scores) == [*KINDS, "overall"]
+    assert [scores[kind].count for kind in scores] == [4, 4, 3, 11]
+    assert scores["yes/no"].accuracy == 0.75 and scores["overall"].accuracy == 9 / 11
+    assert scores["shape"].blind_accuracy == 0.25 and scores["color"].blind_accuracy is None
+    text = table(list(scores.values()))
+    assert "81.8%" in text and "50.0%" in text and "overall" in text
+
+
+def test_predictions_are_the_models_answers_in_order(llava, data, tmp_path):
+    out = tmp_path / "out"
+    scores = run(llava, data, out)
+    lines = predictions(out)
+    assert [line["id"] for line in lines] == [f"q-{i}" for i in range(11)]
+    images = [data.parent / "images" / f"{i}.png" for i in range(11)]
+    questions = [f"question {i:02d}?" for i in range(11)]
+    expected = llava.generate(questions, images=images, max_new_tokens=4, batch_size=1)
+    assert [line["prediction"] for line in lines] == expected
+    assert lines[3] == {"id": "q-3", "question": "question 03?", "prediction": expected[3],
+                        "reference": "blue", "image": "3.png"}  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["benchmark"] == "easy_vqa/test"
+    assert metrics["scores"]["overall"]["count"] == 11 == scores[-1].count
+
+
+def test_an_interrupted_run_continues_and_ends_with_the_same_file(
+    llava, data, tmp_path, monkeypatch
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(llava, data, whole)
+    monkeypatch.setattr(runner, "BATCHES_AT_A_TIME", 2)
+    asked, answer = [], llava.answer
+
+    def killed(requests, batch_size):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(requests))
+        return answer(requests, batch_size)
+
+    monkeypatch.setattr(llava, "answer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(llava, data, cut)
+    path = cut / "predictions.jsonl"
+    assert len(predictions(cut)) == 4 and not (cut / "metrics.json").exists()
+    # A kill may cut a line anywhere, also inside a character.
+    path.write_bytes(path.read_bytes() + '{"id": "q-4", "prediction": "青'.encode()[:-1])
+    monkeypatch.setattr(llava, "answer", answer)
+    run(llava, data, cut)
+    for name in ("predictions.jsonl", "metrics.json", "run.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_finished_run_asks_nothing_again(llava, data, tmp_path, monkeypatch):
+    run(llava, data, tmp_path / "out")
+    before = (tmp_path / "out" / "metrics.json").read_bytes()
+    monkeypatch.setattr(llava, "answer", None)
+    run(llava, data, tmp_path / "out")
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == before
+
+
+def test_answers_of_another_run_are_refused(llava, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(llava, data, out)
+    with pytest.raises(LlavaError, match=r"another run \(different: max_new_tokens\)"):
+        run(llava, data, out, max_new_tokens=5)
+    other = tiny_llava(seed=1)
+    with pytest.raises(LlavaError, match=r"another run \(different: weights\)"):
+        run(other, data, out)
+    monkeypatch.setattr(llava, "answer", lambda requests, _: ["red"] * len(requests))
+    run(llava, data, out, overwrite=True)
+    assert {line["prediction"] for line in predictions(out)} == {"red"}
+    records = json.loads(data.read_text())
+    data.write_text(json.dumps(records[:5]))
+    with pytest.raises(LlavaError, match=r"another run \(different: questions\)"):
+        run(llava, data, out)
+
+
+def test_a_bad_image_is_told_by_its_question_and_spares_what_was_answered(llava, data, tmp_path):
+    (data.parent / "images" / "9.png").write_bytes(b"not an image")
+    with pytest.raises(LlavaError, match=r"question 9 \(q-9\): .*9\.png"):
+        run(llava, data, tmp_path / "out")
+    assert len(predictions(tmp_path / "out")) == 8
+
+
+def test_records_that_are_no_questions_are_refused(data):
+    records = json.loads(data.read_text())
+    for change, message in [
+        ({"kind": None}, r"record 2 \(id 'q-2'\): expected one question"),
+        ({"image": "gone.png"}, r"record 2 \(id 'q-2'\).*gone.png"),
+    ]:
+        data.write_text(json.dumps([*records[:2], {**records[2], **change}]))
+        with pytest.raises(LlavaError, match=message):
+            load(data)
+
+
+def test_the_fingerprint_sees_every_value_and_no_device_layout():
+    params = random_params(CONFIG)
+    first = weights_fingerprint(params)
+    assert first == weights_fingerprint(random_params(CONFIG))
+    layer = params["decoder"]["layers"]["mlp"]["up_proj"]
+    kernel = layer["kernel"]
+    layer["kernel"] = kernel.at[0, 0, 0].set(kernel[0, 0, 1]).at[0, 0, 1].set(kernel[0, 0, 0])
+    assert weights_fingerprint(params) != first
+    layer["kernel"] = kernel
+    spread = jax.sharding.Mesh(jax.devices(), "x")
+    whole = jax.sharding.NamedSharding(spread, jax.sharding.PartitionSpec())
+    assert weights_fingerprint(jax.device_put(params, whole)) == first
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.batch_sizes=3"], "unknown config key: batch_sizes. Did you mean"),
+        (["--config.batch_size=many"], "batch_size"),
+        (["--config.benchmark=mmlu"], "unknown benchmark 'mmlu': choose one of easy_vqa"),
+        (["--config.data=no/such.json"], "no data file or data set at no/such.json"),
+        (["--nonsense"], "nonsense"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_wrong_command_lines_are_told_in_a_sentence(arguments, message):
+    command = [sys.executable, "eval.py", "--config=configs/eval/easy_vqa.py", "--checkpoint=none"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_benchmark_has_a_config():
+    names = {path.stem for path in (ROOT / "configs" / "eval").glob("*.py")}
+    assert set(BENCHMARKS) <= names
