@@ -19,7 +19,7 @@ def get_config():
     config.data.max_length = 128  # six captions of 21 tokens
     config.data.images_per_row = 6
     config.batch_size = 2
-    config.steps = 300
+    config.steps = 200
     config.validate_every = 100
     config.save_every = 100
     return config

@@ -17,7 +17,7 @@ def get_config():
     config.data.max_length = 512
     config.data.images_per_row = 4
     config.batch_size = 2
-    config.steps = 120
-    config.validate_every = 40
-    config.save_every = 40
+    config.steps = 100
+    config.validate_every = 50
+    config.save_every = 50
     return config

@@ -24,7 +24,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("yes/no", "shape", "color")
 CAPTION_PROMPT = "Provide a brief description of the given image."
-VALIDATION_IMAGES = 100
+VALIDATION_IMAGES = 40
 FIXED_QUESTIONS = 1000
 
 
@@ -48,7 +48,7 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
     Files, all with image paths relative to `images/`:
       align.json: picture and caption, for stage 1.
       instruct.json: picture and all its questions as one conversation, for stage 2.
-      val_align.json, val_instruct.json: the same for 100 training pictures that they lack.
+      val_align.json, val_instruct.json: the same for 40 training pictures that they lack.
       test.json: every test question as a record of its own, with keys question, answer and kind.
       test_1000.json: a fixed 1,000 of them, each kind in its share.
       blind.json: the score of answering both without the picture.

@@ -65,7 +65,7 @@ def test_training_records():
     records = easy_vqa.training_records(questions)
     assert records == easy_vqa.training_records(questions)
     ids = {name: {r["id"] for r in split} for name, split in records.items()}
-    assert len(ids["val_instruct"]) == 100 and len(ids["instruct"]) == 200
+    assert len(ids["val_instruct"]) == 40 and len(ids["instruct"]) == 260
     assert not (ids["val_instruct"] | ids["val_align"]) & (ids["instruct"] | ids["align"])
     for record in records["instruct"]:
         texts = [turn["value"] for turn in record["conversations"]]
