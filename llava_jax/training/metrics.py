@@ -71,16 +71,20 @@ def drop_later_lines(path: Path, last_step: int) -> None:
     """Keeps the whole lines of a log up to `last_step`; a line cut by a kill is dropped."""
     if not path.exists():
         return
-    kept = [line for line in read_log(path) if line["step"] <= last_step]
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(partial, path)
 
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a .jsonl log; an unfinished last line is left out."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    # Bytes: a kill may cut a character, and text has more ends of line than a log.
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 def plot_losses(metrics_file: Path, out: Path) -> None:
