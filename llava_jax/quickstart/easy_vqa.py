@@ -22,7 +22,7 @@ from llava_jax.weights.save import whole_folder
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
-KINDS = ("yes/no", "shape", "color")
+KINDS = {"yes/no": 2, "shape": 1, "color": 1}  # and how often each comes first
 CAPTION_PROMPT = "Provide a brief description of the given image."
 VALIDATION_IMAGES = 40
 FIXED_QUESTIONS = 1000
@@ -127,7 +127,7 @@ def training_records(questions: list[Question]) -> dict[str, list[dict]]:
 
 
 def order_questions(questions: list[Question], seed: str) -> list[Question]:
-    """The questions of one picture in a fixed random order, in which each kind has an equal say.
+    """The questions of one picture in a fixed random order, kinds drawn by their weight in KINDS.
 
     Early answers give later ones away ("is there a blue shape? yes"), so it is the first turns that
     teach to look. Drawn evenly from all questions, three of four first turns would be yes/no.
@@ -138,7 +138,8 @@ def order_questions(questions: list[Question], seed: str) -> list[Question]:
         rng.shuffle(group)
     ordered = []
     while left := [kind for kind in KINDS if waiting[kind]]:
-        ordered.append(waiting[rng.choice(left)].pop())
+        kind = rng.choices(left, [KINDS[k] for k in left])[0]
+        ordered.append(waiting[kind].pop())
     return ordered
 
 
