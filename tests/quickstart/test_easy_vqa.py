@@ -126,7 +126,7 @@ def test_the_real_data_set(tmp_path):
     easy_vqa.prepare_easy_vqa(out, lambda line: None)
     assert (out / "checksums.json").stat().st_mtime_ns == before
     read = lambda name: json.loads((out / name).read_text())
-    assert len(read("instruct.json")) == 3900 and len(read("test.json")) == 9673
+    assert len(read("instruct.json")) == 3960 and len(read("test.json")) == 9673
     assert len(list((out / "images").rglob("*.png"))) == 5000
     blind = read("blind.json")["test"]
     assert [blind[k]["total"] for k in easy_vqa.KINDS] == [7136, 1257, 1280]
