@@ -16,10 +16,11 @@ def get_config():
     config.data.train = f"{ROOT}/easy_vqa/align.json"
     config.data.validation = f"{ROOT}/easy_vqa/val_align.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
-    config.data.max_length = 128  # six captions of 21 tokens
+    config.data.max_length = 128  # six captions of 21 tokens, 5 of them supervised
     config.data.images_per_row = 6
     config.batch_size = 2
     config.steps = 200
+    config.loss_chunk = 16
     config.validate_every = 100
     config.save_every = 100
     return config

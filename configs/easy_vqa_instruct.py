@@ -19,7 +19,8 @@ def get_config():
     config.data.max_length = 96
     config.data.images_per_row = 1
     config.batch_size = 10
-    config.steps = 100
+    config.steps = 150
+    config.loss_chunk = 8  # a row has about nine supervised tokens
     config.validate_every = 50
     config.save_every = 50
     return config

@@ -55,7 +55,7 @@ def quickstart(recipe: str, run: Path, split: str) -> None:
     headline("2/5 data: easy-VQA as LLaVA records")
     prepare_easy_vqa(ROOT / "easy_vqa")
     headline("3/5 stage 1, alignment: the projector learns to caption")
-    python("train.py", f"--config=configs/{recipe}_align.py")
+    python("train.py", "--config=configs/easy_vqa_align.py")
     headline("3/5 stage 2, instruction tuning: projector and language model learn to answer")
     python("train.py", f"--config=configs/{recipe}_instruct.py")
     headline("4/5 scores on pictures that were held out")

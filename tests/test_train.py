@@ -1,0 +1,458 @@
+"""train.py from the outside: both stages, kill and resume, what it leaves, what it refuses."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax.traverse_util import flatten_dict
+
+from llava_jax import Llava
+from llava_jax.errors import LlavaError
+from llava_jax.parallel.mesh import make_mesh
+from llava_jax.weights import run_directory
+from llava_jax.weights.load import load_decoder, load_vision
+from llava_jax.weights.run_directory import checkpoint_of, latest_step, load_run
+from tests import tiny_run
+from tests.tiny_model import random_image
+
+ROOT = Path(__file__).parent.parent
+COMPONENTS = ("vision", "projector", "decoder")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with parts/, data/ and a compilation cache, to be read only."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_run.write_parts(folder / "parts")
+    tiny_run.write_data(folder / "data")
+    return folder
+
+
+def align(world: Path, workdir: Path, changes: dict | None = None) -> dict:
+    """The values of a stage 1 run, by dotted key."""
+    places = {
+        "workdir": str(workdir),
+        "init.vision": str(world / "parts/vision"),
+        "init.decoder": str(world / "parts/decoder"),
+        "data.train": str(world / "data/align.json"),
+        "data.image_root": str(world / "data/images"),
+    }
+    return {**tiny_run.ALIGN, **places, **(changes or {})}
+
+
+def instruct(world: Path, workdir: Path, start: Path, changes: dict | None = None) -> dict:
+    """The values of a stage 2 run that starts from the run directory `start`."""
+    places = {
+        "workdir": str(workdir),
+        "init.checkpoint": str(start),
+        "data.train": str(world / "data/instruct.json"),
+        "data.validation": str(world / "data/held_out.json"),
+        "data.image_root": str(world / "data/images"),
+    }
+    return {**tiny_run.INSTRUCT, **places, **(changes or {})}
+
+
+def start_script(world: Path, values: dict, *arguments: str) -> subprocess.Popen:
+    """Starts `python train.py` with a config file of these values, on one device."""
+    config = world / f"config_{abs(hash(json.dumps(values)))}.py"
+    config.write_text(
+        "from tests.tiny_run import recipe\n\n\n"
+        f"def get_config():\n    return recipe({{}}, {values!r})\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_COMPILATION_CACHE_DIR": str(world / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "train.py", f"--config={config}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_script(world: Path, values: dict, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python train.py`."""
+    process = start_script(world, values, *arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def run():
+    """run(values): `train.run` in this process on one device; far quicker than a script."""
+    train = tiny_run.train_module()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+    yield lambda values: train.run(tiny_run.recipe({}, values))
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def aligned(world, run, tmp_path_factory) -> Path:
+    """The run directory of a finished stage 1, to be read only."""
+    workdir = tmp_path_factory.mktemp("aligned") / "align"
+    run(align(world, workdir))
+    return workdir
+
+
+@pytest.fixture
+def aligned_copy(aligned, world, tmp_path) -> Path:
+    """It together with the parts it stands on, to be damaged: tmp_path/align, tmp_path/parts."""
+    shutil.copytree(world / "parts", tmp_path / "parts")
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.copytree(aligned, tmp_path / "align")
+    path = tmp_path / "align/model.json"
+    path.write_text(path.read_text().replace(str(world / "parts"), str(tmp_path / "parts")))
+    return tmp_path / "align"
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_trees(a, b) -> None:
+    a, b = flatten_dict(a), flatten_dict(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert np.asarray(a[key]).tobytes() == np.asarray(b[key]).tobytes(), key
+
+
+def saved_paths(step_folder: Path, item: str) -> list[tuple]:
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.metadata(step_folder / item).item_metadata.tree
+    return [
+        tuple(str(key.key if hasattr(key, "key") else key) for key in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def test_both_stages_from_the_command_line(world, tmp_path):
+    first, second = tmp_path / "align", tmp_path / "instruct"
+    code, out, err = run_script(world, align(world, first))
+    assert code == 0, err
+    assert f"{first}: 4 steps done" in out and "llava-jax chat --checkpoint" in out
+    code, out, err = run_script(world, instruct(world, second, first))
+    assert code == 0, err
+    for name in ("config.json", "model.json", "tokenizer/tokenizer.json", "loss.png"):
+        assert (second / name).stat().st_size > 0, name
+    assert list((second / "tensorboard").iterdir())
+
+    steps = [line for line in read_lines(second / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    wanted = {"loss", "grad_norm", "learning_rate/projector", "learning_rate/decoder", "images"}
+    wanted |= {"tokens_per_second", "images_per_second", "real_token_share", "step_seconds"}
+    assert wanted | {"data_wait_seconds", "tokens", "supervised_tokens"} <= steps[0].keys()
+    assert all(np.isfinite(value) for line in steps for value in line.values())
+    held_out = [x["step"] for x in read_lines(second / "metrics.jsonl") if "validation_loss" in x]
+    assert held_out == [2, 4]
+    samples = read_lines(second / "samples.jsonl")
+    assert [(s["step"], s["id"]) for s in samples] == [
+        (step, f"talk-{i}") for step in (2, 4) for i in (0, 1)
+    ]
+    assert {"question", "prediction", "reference"} <= samples[0].keys()
+    assert sorted(p.name for p in (second / "checkpoints").iterdir()) == ["2", "4"]
+    assert isinstance(Llava.from_pretrained(second).chat("Hi?", max_new_tokens=2), str)
+
+
+def test_a_finished_run_started_again_does_nothing(world, run, aligned_copy, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("llava_jax.training.recipe.starting_params", refuse)
+    before = (aligned_copy / "metrics.jsonl").read_bytes()
+    values = align(world, aligned_copy)
+    run(values)
+    assert (aligned_copy / "metrics.jsonl").read_bytes() == before
+    assert "4 steps done" in capsys.readouterr().out
+
+
+def test_stage_1_changes_and_keeps_the_projector_alone(world, aligned):
+    _, params = load_run(checkpoint_of(aligned))
+    assert_same_trees(params["decoder"], load_decoder(world / "parts/decoder")[1])
+    assert_same_trees(params["vision"], load_vision(world / "parts/vision", 2)[1])
+    early = load_run(aligned / "checkpoints/2")[1]["projector"]
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), early, params["projector"])
+    assert all(jax.tree.leaves(changed))
+    kept = saved_paths(checkpoint_of(aligned), "params")
+    assert {path[0] for path in kept} == {"projector"} and len(kept) == 4
+    moments = saved_paths(checkpoint_of(aligned), "opt_state")
+    assert sum("projector" in path for path in moments) == 2 * len(kept)
+    assert not any({"decoder", "vision"} & set(path) for path in moments)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def long_run(world, aligned, tmp_path_factory):
+    """(recipe without its workdir, the run directory of an uninterrupted run of it)."""
+    steps = {"steps": 12, "save_every": 3, "validate_every": 5, "accumulation": 2}
+    workdir = tmp_path_factory.mktemp("long") / "whole"
+    code, _, err = run_script(world, instruct(world, workdir, aligned, steps))
+    assert code == 0, err
+    return steps, workdir
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_and_resumed_is_never_killed(world, aligned, long_run, tmp_path, seed):
+    steps, whole = long_run
+    workdir = tmp_path / "killed"
+    values = instruct(world, workdir, aligned, steps)
+    chance = random.Random(seed)
+    reached = chance.randrange(1, 7)
+    for _ in range(2):
+        process = start_script(world, values)
+        log = workdir / "metrics.jsonl"
+        wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= reached, process)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        reached += chance.randrange(1, 5)
+    code, _, err = run_script(world, values)
+    assert code == 0, err
+    assert "resuming from step" in err or reached < 4
+
+    for item in ("metrics.jsonl", "samples.jsonl"):
+        timings = ("_per_second", "seconds")
+        lines = [
+            [{k: v for k, v in x.items() if not k.endswith(timings)} for x in read_lines(d / item)]
+            for d in (workdir, whole)
+        ]
+        assert lines[0] == lines[1]
+    for step in ("9", "12"):
+        folders = [d / "checkpoints" / step for d in (workdir, whole)]
+        for item in ("params", "opt_state"):
+            with ocp.StandardCheckpointer() as reader:
+                a, b = (jax.tree.leaves(reader.restore(f / item)) for f in folders)
+            assert len(a) == len(b) > 10
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_run_in_parts_with_other_free_keys_is_the_whole_run(world, run, aligned, tmp_path):
+    """How often a run saves, logs and how it cuts its batches is no part of the recipe."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(instruct(world, whole, aligned, {"save_every": 4}))
+    values = instruct(world, parts, aligned, {"save_every": 2})
+    run(values)
+    shutil.rmtree(parts / "checkpoints/4")
+    run(values | {"accumulation": 2, "log_every": 3, "keep": 5, "model.remat_policy": "full"})
+    assert latest_step(parts) == 4
+    a, b = (flatten_dict(load_run(checkpoint_of(d))[1]) for d in (whole, parts))
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], rtol=1e-4, atol=1e-5, err_msg=str(path))
+
+
+def edit_records(world: Path, tmp_path: Path, change) -> dict:
+    """A copy of align.json that `change` was applied to, as config values."""
+    records = json.loads((world / "data/align.json").read_text())
+    change(records)
+    (tmp_path / "changed.json").write_text(json.dumps(records))
+    return {"data.train": str(tmp_path / "changed.json")}
+
+
+def set_image(name: str):
+    return lambda records: records[3].update(image=name)
+
+
+WRONG = {  # name -> (config values, words of the message)
+    "preset": ({"model.preset": "llava-9"}, "unknown preset 'llava-9'.* llava-1.5-7b"),
+    "template": ({"model.template": "v9"}, "unknown template 'v9'; known: .*chatml"),
+    "projector": ({"model.projector": "mlp0x"}, "unknown projector 'mlp0x': choose linear"),
+    "layer": ({"model.feature_layer": 9}, "feature_layer 9 does not exist"),
+    "mode": ({"model.image_mode": "stretch"}, "image.?mode .*'stretch'"),
+    "size": ({"model.image_size": 3}, "image_size .*3"),
+    "no workdir": ({"workdir": ""}, "config.workdir is empty"),
+    "no data": ({"data.train": ""}, "config.data.train is empty"),
+    "data": ({"data.train": "no/such.json"}, "no data file or data set at no/such.json"),
+    "root": ({"data.image_root": "no/such"}, "image root no/such is not a folder"),
+    "encoder": ({"init.vision": "no/such"}, "config.init.vision names no/such, which is not"),
+    "decoder": ({"init.decoder": ""}, "config.init.decoder is empty"),
+    "tokenizer": ({"init.tokenizer": "no/such"}, "config.init.tokenizer names no/such"),
+    "checkpoint": ({"init.checkpoint": "configs"}, "configs is no checkpoint: give a run"),
+    "batch": ({"batch_size": 3, "accumulation": 2}, "batch_size=3 .* config.accumulation=2"),
+    "mesh": ({"mesh.data": 3}, "mesh data=3, .* does not fit 1 devices"),
+    "group": ({"trainable": {"projecter": 1e-3}}, r"trainable names \['projecter'\]"),
+    "steps": ({"epochs": 1}, "set exactly one of config.epochs and config.steps"),
+    "long": ({"data.max_length": 3}, "no record can be used"),
+    "wandb": ({"wandb_project": "mine"}, "wandb_project is 'mine' but wandb is not installed"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_config_is_told_before_the_first_step(name, world, run, tmp_path):
+    changes, message = WRONG[name]
+    with pytest.raises(LlavaError, match=message) as error:
+        run(align(world, tmp_path / "run", changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+WRONG_RECORDS = {  # name -> (change of the records, words of the message)
+    "no conversations": (
+        lambda records: records[2].pop("conversations"),
+        r"changed.json: record 2 \(id 'caption-2'\).*conversations",
+    ),
+    "role": (
+        lambda records: records[2]["conversations"][0].update({"from": "robot"}),
+        r"changed.json: record 2 \(id 'caption-2'\).*'robot'",
+    ),
+    "count": (
+        lambda records: records[5]["conversations"][0].update(value="<image><image>"),
+        r"changed.json: record 5 \(id 'caption-5'\).*2 .*<image>.* 1 image",
+    ),
+    "missing": (set_image("none.png"), r"record 3 \(id 'caption-3'\).*no image file 'none.png'"),
+    "not an image": (set_image("../align.json"), r"record 3 \(id 'caption-3'\).*align.json"),
+    "truncated": (set_image("cut.jpg"), r"record 3 \(id 'caption-3'\).*'cut.jpg' is broken"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RECORDS)
+def test_a_bad_record_is_told_before_the_first_step(name, world, run, tmp_path):
+    change, message = WRONG_RECORDS[name]
+    images = tmp_path / "images"
+    shutil.copytree(world / "data/images", images)
+    (tmp_path / "align.json").write_text("{}")
+    tiny_run.write_broken_image(images / "cut.jpg")
+    values = edit_records(world, tmp_path, change) | {"data.image_root": str(images)}
+    # A cut image is the one fault that only its pixels show; one step's batch holds all records.
+    values |= {"batch_size": 4, "steps": 1}
+    with pytest.raises(LlavaError, match=message) as error:
+        run(align(world, tmp_path / "run", values))
+    assert "\n" not in str(error.value)
+    assert latest_step(tmp_path / "run") is None
+
+
+def test_a_batch_that_the_devices_cannot_share(world, tmp_path):
+    """In this process there are eight."""
+    train = tiny_run.train_module()
+    values = align(world, tmp_path, {"batch_size": 12})
+    with pytest.raises(LlavaError, match="12 rows cannot be split over 8 devices .*multiple of 8"):
+        train.run(tiny_run.recipe({}, values))
+
+
+def test_a_work_directory_of_another_recipe(world, run, aligned_copy, tmp_path):
+    changes = {"seed": 1, "trainable": {"projector": 2e-3}, "optimizer.b1": 0.8}
+    with pytest.raises(LlavaError, match="holds the run of another recipe") as error:
+        run(align(world, aligned_copy, changes))
+    for words in ("seed: 0 -> 1", "trainable.projector: 0.001 -> 0.002", "optimizer.b1: 0.9 -> 0."):
+        assert words in str(error.value)
+    other = edit_records(world, tmp_path, lambda records: records[0].update(image="1.png"))
+    shutil.copy(other["data.train"], tmp_path / "data/align.json")
+    with pytest.raises(LlavaError, match="another recipe .*data_fingerprint"):
+        run(align(world, aligned_copy, {"data.train": str(tmp_path / "data/align.json")}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, run, tmp_path):
+    values = align(world, tmp_path / "run", {"trainable": {"projector": 1e30}, "save_every": 1})
+    with pytest.raises(LlavaError) as error:
+        run(values | {"steps": 8, "optimizer.clip_norm": 0.0})
+    message = str(error.value)
+    assert "step 3: loss is nan" in message or "step 3: grad_norm is" in message
+    assert message.count("caption-") >= 2
+    # After step 2 the parameters were huge: what step 1 left is the last known to be sound.
+    assert "Last good checkpoint: step 1" in message
+    assert [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
+
+
+def test_bad_images_are_left_out_up_to_a_ceiling(world, run, tmp_path):
+    values = edit_records(world, tmp_path, set_image("none.png"))
+    values |= {"data.bad_image": "skip", "steps": 1, "data.bad_image_ceiling": 1}
+    run(align(world, tmp_path / "run", values))
+    with pytest.raises(LlavaError, match="bad_image_ceiling=0"):
+        run(align(world, tmp_path / "other", values | {"data.bad_image_ceiling": 0}))
+
+
+def test_a_run_moved_together_with_its_base_still_loads(aligned, aligned_copy, tmp_path):
+    before = Llava.from_pretrained(aligned).chat("Hi?", [random_image(0)], max_new_tokens=4)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("align", "parts"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    moved = Llava.from_pretrained(tmp_path / "elsewhere/align")
+    assert moved.chat("Hi?", [random_image(0)], max_new_tokens=4) == before
+    shutil.rmtree(tmp_path / "elsewhere/parts/vision")
+    with pytest.raises(LlavaError, match="frozen vision from .*parts/vision, which is not there"):
+        Llava.from_pretrained(tmp_path / "elsewhere/align")
+
+
+def test_a_base_that_changed_is_refused(aligned_copy, tmp_path):
+    shutil.rmtree(tmp_path / "parts")
+    tiny_run.write_parts(tmp_path / "parts", seed=1)
+    with pytest.raises(LlavaError, match="the weights in .*parts/.* changed since .*align"):
+        load_run(checkpoint_of(aligned_copy))
+
+
+def rewrite_params(step_folder: Path, change) -> None:
+    """Changes the trained tree of a checkpoint, keyed by "a/b/c"."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = flatten_dict(checkpointer.restore(step_folder / "params"), sep="/")
+        change(tree)
+        shutil.rmtree(step_folder / "params")
+        nested = run_directory.unflatten_dict({tuple(k.split("/")): v for k, v in tree.items()})
+        checkpointer.save(step_folder / "params", nested)
+
+
+BROKEN = {
+    "missing": (
+        lambda tree: tree.pop("projector/linear_1/bias"),
+        "lacks parameters of the model: projector/linear_1/bias",
+    ),
+    "extra": (
+        lambda tree: tree.update({"projector/linear_7/bias": np.zeros(3, np.float32)}),
+        "has parameters that the model has not: projector/linear_7/bias",
+    ),
+    "misshapen": (
+        lambda tree: tree.update({"projector/linear_0/bias": np.zeros(3, np.float32)}),
+        r"another shape than the model: projector/linear_0/bias \(\(3,\) and not \(32,\)\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_checkpoint_that_does_not_fit_is_refused(name, world, run, aligned_copy, tmp_path):
+    change, message = BROKEN[name]
+    rewrite_params(checkpoint_of(aligned_copy), change)
+    with pytest.raises(LlavaError, match=message):
+        Llava.from_pretrained(aligned_copy)
+    with pytest.raises(LlavaError, match=message):
+        run(instruct(world, tmp_path / "next", aligned_copy))
+    # Resuming meets it too.
+    with pytest.raises(LlavaError, match="projector.*linear_"):
+        run(align(world, aligned_copy, {"steps": 4}) | {"steps": 4})
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.bach_size=3", "unknown config key: .*bach_size"),
+        ("--config.model.preset=llava-9", "unknown preset 'llava-9'"),
+        ("--config.data.train=no/such.json", "no data file or data set at no/such.json"),
+        ("--config.steps=many", "steps.*many"),
+        ("--config=no/such.py", "no config file no/such.py"),
+    ],
+)
+def test_the_script_ends_with_one_sentence_and_no_traceback(argument, message, world, tmp_path):
+    code, _, err = run_script(world, align(world, tmp_path / "run"), argument)
+    assert code == 1
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    pytest.importorskip("re")
+    import re
+
+    assert re.search(message, last), err
