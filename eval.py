@@ -8,7 +8,7 @@ same command continues.
 
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from llava_jax import command
@@ -27,6 +27,7 @@ def main() -> None:
     from llava_jax.evaluation import BENCHMARKS, evaluate, table
     from llava_jax.inference.model import Llava
 
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much at INFO
     config = CONFIG.value
     if config.benchmark not in BENCHMARKS:
         raise LlavaError(

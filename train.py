@@ -26,6 +26,7 @@ from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, image_token_count
+from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.mesh import check_batch, make_mesh
 from llava_jax.parallel.sharding import RULES, param_shardings, put_batch, put_tree, replicated
 from llava_jax.training import recipe
@@ -100,7 +101,7 @@ def make_state(config, mesh, model_config, optimizer, params, checkpoints):
     trainable, frozen = split_params(params, groups)
     shardings = param_shardings(mesh, abstract_params(model_config))
     trainable_shardings, frozen_shardings = split_params(shardings, groups)
-    frozen = put_tree(frozen, frozen_shardings, recipe.compute_precision(config)[0])
+    frozen = put_tree(frozen, frozen_shardings, compute_precision(config.model.dtype)[0])
     trainable = put_tree(trainable, trainable_shardings, jnp.float32)
     moments = optimizer_shardings(optimizer, trainable, trainable_shardings, replicated(mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)
@@ -135,7 +136,7 @@ def make_validation(config, model, held_out, tokenizer, frozen, put, log) -> Val
     if held_out is None:
         return None
     eval_step = jax.jit(make_eval_step(model, config.loss_chunk))
-    answerer = Llava(model.config, {}, tokenizer, config.model.template, model.dtype.name)
+    answerer = Llava(model.config, {}, tokenizer, config.model.template, config.model.dtype)
     return Validation(
         held_out,
         eval_step=lambda state, batch: eval_step(state.params, frozen, batch),
@@ -169,7 +170,7 @@ def run(config: ConfigDict) -> None:
     write_run_model(workdir, RunModel(model_config, config.model.template, frozen_sources))
     copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
 
-    dtype, precision = recipe.compute_precision(config)
+    dtype, precision = compute_precision(config.model.dtype)
     model = LlavaModel(model_config, dtype, config.model.remat_policy)
     schedule = warmup_cosine(data.steps, config.optimizer.warmup_ratio)
     optimizer = adamw(groups, schedule, **recipe.optimizer_options(config))

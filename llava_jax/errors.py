@@ -1,5 +1,8 @@
-"""The one exception that means "the user can fix this": its text names the culprit and the remedy."""
+"""The one exception that means "the user can fix this"."""
 
 
 class LlavaError(ValueError):
-    """A wrong input, told in one sentence; command lines print it without a traceback and exit 1."""
+    """A wrong input, told in one sentence that names the culprit and what to do.
+
+    Command lines print it without a traceback and exit 1.
+    """

@@ -10,5 +10,5 @@ def get_config() -> ConfigDict:
     config.image_root = ""  # where its image paths start; empty: `images` beside it
     config.max_new_tokens = 8  # the longest answer is one word
     config.batch_size = 64
-    config.dtype = "float32"
+    config.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
     return config

@@ -35,6 +35,9 @@ def evaluate(
     An interrupted run continues. LlavaError where `output` holds answers of another model or of
     other questions, unless `overwrite`.
     """
+    if batch_size < 1:
+        raise LlavaError(f"batch_size must be at least 1, not {batch_size}")
+    params = SamplingParams(max_new_tokens)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     run = {
@@ -49,7 +52,6 @@ def evaluate(
     _claim(output, run, overwrite)
     done = _finished(path, benchmark.questions)
     predictions = [line["prediction"] for line in done]
-    params = SamplingParams(max_new_tokens)
     window = BATCHES_AT_A_TIME * batch_size
     total = len(benchmark.questions)
     with (
@@ -62,12 +64,11 @@ def evaluate(
                 model.request(q.prompt, q.images, params, where=f"question {start + i} ({q.id}): ")
                 for i, q in enumerate(questions)
             ]
-            texts = model.answer(requests, batch_size)
+            texts = model.answer(requests, batch_size, bar.update)
             for question, text in zip(questions, texts, strict=True):
                 file.write(json.dumps(_line(question, text), ensure_ascii=False) + "\n")
             file.flush()
             predictions += texts
-            bar.update(len(texts))
     scores = benchmark.score(predictions)
     metrics = {**run, "scores": {score.kind: asdict(score) for score in scores}}
     write_json(output / "metrics.json", metrics)

@@ -15,6 +15,7 @@ from llava_jax.inference.buckets import count_bucket, length_bucket
 from llava_jax.inference.decoding import NO_TOKEN, all_logits, decode, prefill
 from llava_jax.inference.sampling import Sampling, SamplingParams
 from llava_jax.models.llava import LlavaConfig, LlavaModel
+from llava_jax.models.precision import compute_precision
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class Engine:
         bucket of shapes was seen.
     """
 
-    def __init__(self, config: LlavaConfig, params: dict, dtype, stop_ids: Sequence[int]):
+    def __init__(self, config: LlavaConfig, params: dict, dtype: str, stop_ids: Sequence[int]):
         self.config = config
         self.compilations = 0
         self.stop_ids = tuple(stop_ids)
         self.params = params  # an argument of every call: a closure would compile it in
-        self._model = LlavaModel(config, jnp.dtype(dtype))
+        dtype, self._precision = compute_precision(dtype)
+        self._model = LlavaModel(config, dtype)
         self._prefill = self._compile(prefill, static_argnames="cache_size")
         self._decode = self._compile(decode, donate_argnums=1)
         self._all_logits = self._compile(all_logits)
@@ -55,9 +57,7 @@ class Engine:
         @functools.wraps(function)
         def counted(*arguments, **keywords):
             self.compilations += 1  # runs when JAX traces, not when it calls
-            # float32 means float32, also where matrix units would round to fewer bits.
-            precision = "highest" if self._model.dtype == jnp.float32 else None
-            with jax.default_matmul_precision(precision):
+            with jax.default_matmul_precision(self._precision):
                 return function(self._model, *arguments, **keywords)
 
         return jax.jit(counted, **options)
@@ -129,11 +129,17 @@ class Engine:
             batch[row, : len(of_row)] = of_row if len(of_row) else 0
         return batch
 
-    def run(self, requests: Sequence[Request], answers: Sequence[Answer], batch_size: int) -> None:
-        """Answers any number of requests, those of like shape together."""
+    def run(
+        self, requests: Sequence[Request], answers: Sequence[Answer], batch_size: int
+    ) -> Iterator[int]:
+        """Answers any number of requests, those of like shape together.
+
+        Yields after each batch how many were in it.
+        """
         for rows in like_shapes(requests, batch_size):
             for _ in self.stream([requests[row] for row in rows], [answers[row] for row in rows]):
                 pass
+            yield len(rows)
 
     def logits(
         self, input_ids: np.ndarray, images: Sequence[np.ndarray], attention_mask: np.ndarray

@@ -6,7 +6,7 @@ B rows, T length, N images in all, S image side, V vocabulary.
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,8 +21,9 @@ from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine, Request
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.precision import PRECISIONS, compute_precision
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", *PRECISIONS)
 
 ImageSource = str | os.PathLike | bytes | Image.Image
 History = Sequence[tuple[str, str]]
@@ -43,7 +44,7 @@ class Llava:
       params: its parameters, a nested dict of arrays, on the devices to compute on.
       tokenizer: a Hugging Face fast tokenizer.
       template: name of the conversation template it was trained with.
-      dtype: compute dtype: float32 or bfloat16.
+      dtype: float32, mixed (float32 with bfloat16 products), bfloat16, or auto: what pays here.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Llava:
         """Loads a work directory of train.py, one step of it, or a Hugging Face LLaVA folder."""
         from llava_jax.weights.run_directory import load_model
 
-        loaded = load_model(path, check_dtype(dtype))
+        loaded = load_model(path, compute_precision(check_dtype(dtype))[0].name)
         tokenizer = load_tokenizer(loaded.tokenizer_dir)
         return cls(loaded.config, loaded.params, tokenizer, loaded.template, dtype)
 
@@ -155,10 +156,19 @@ class Llava:
             requests.append(self.request(prompt, sources[i], params, where=f"prompt {i}: "))
         return self.answer(requests, batch_size)
 
-    def answer(self, requests: Sequence[Request], batch_size: int) -> list[str]:
-        """The answers to requests made by `request`, in their order."""
+    def answer(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> list[str]:
+        """The answers to requests made by `request`, in their order.
+
+        `progress` is called after each batch with the number of requests in it.
+        """
         answers = [self._answer() for _ in requests]
-        self.engine.run(requests, answers, batch_size)
+        for count in self.engine.run(requests, answers, batch_size):
+            progress(count)
         return [answer.text for answer in answers]
 
     def request(

@@ -4,16 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
-def product_dtype(dtype) -> jnp.dtype:
-    """What operands of a product are rounded to: `dtype`, or bfloat16 where JAX is told so.
-
-    `jax.default_matmul_precision("bfloat16")` keeps float32 arrays and multiplies in bfloat16.
-    TPUs do it by themselves; XLA's CPU compiler ignores the setting unless operands are cast.
-    """
-    if jax.config.jax_default_matmul_precision == "bfloat16":
-        return jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(dtype)
+from llava_jax.models.precision import product_dtype
 
 
 @jax.custom_vjp

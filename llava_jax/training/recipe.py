@@ -5,13 +5,13 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from llava_jax.data.templates import get_template
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import REMAT_POLICIES
 from llava_jax.models.llava import LlavaConfig, init_params
+from llava_jax.models.precision import PRECISIONS
 from llava_jax.models.presets import preset
 from llava_jax.weights.hf_config import composed_config
 from llava_jax.weights.run_directory import (
@@ -48,36 +48,12 @@ def check_config(config: ConfigDict) -> None:
         )
     choices = {
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
-        "model.dtype": (config.model.dtype, ["auto", "float32", "mixed", "bfloat16"]),
+        "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise LlavaError(f"config.{key} is {value!r}: choose one of {', '.join(allowed)}")
     get_template(config.model.template)
-
-
-def compute_precision(config: ConfigDict) -> tuple[jnp.dtype, str | None]:
-    """Dtype of activations and frozen weights, and `jax.default_matmul_precision` to go with it.
-
-    `float32` and `bfloat16` mean what they say; `mixed` keeps float32 and multiplies in bfloat16;
-    `auto` is what pays: bfloat16 on TPU and GPU, mixed on a CPU that multiplies bfloat16, float32
-    on others.
-    """
-    name = config.model.dtype
-    if name == "auto":
-        on_cpu = jax.default_backend() == "cpu"
-        name = ("mixed" if cpu_multiplies_bfloat16() else "float32") if on_cpu else "bfloat16"
-    dtype = jnp.dtype("bfloat16" if name == "bfloat16" else "float32")
-    return dtype, {"float32": "highest", "mixed": "bfloat16", "bfloat16": None}[name]
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """True where the processor has instructions for it (x86: AVX512_BF16 or AMX)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def optimizer_options(config: ConfigDict) -> dict:

@@ -1,0 +1,47 @@
+"""Names for how a model computes, and what each means to arrays and to products."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+# name -> dtype of activations, `jax.default_matmul_precision` that goes with it
+PRECISIONS = {
+    "float32": ("float32", "highest"),  # also where matrix units would round to fewer bits
+    "mixed": ("float32", "bfloat16"),  # float32 arrays, operands of products rounded to bfloat16
+    "bfloat16": ("bfloat16", None),
+}
+
+
+def compute_precision(name: str) -> tuple[jnp.dtype, str | None]:
+    """Dtype of activations, and `jax.default_matmul_precision` to go with it.
+
+    Args:
+      name: a key of PRECISIONS, or `auto` for what pays: bfloat16 on TPU and GPU, mixed on a CPU
+        that multiplies bfloat16, float32 on others.
+    """
+    if name == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        name = ("mixed" if cpu_multiplies_bfloat16() else "float32") if on_cpu else "bfloat16"
+    dtype, precision = PRECISIONS[name]
+    return jnp.dtype(dtype), precision
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """True where the processor has instructions for it (x86: AVX512_BF16 or AMX)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def product_dtype(dtype) -> jnp.dtype:
+    """What operands of a product are rounded to: `dtype`, or bfloat16 where JAX is told so.
+
+    `jax.default_matmul_precision("bfloat16")` keeps float32 arrays and multiplies in bfloat16.
+    TPUs do it by themselves; XLA's CPU compiler ignores the setting unless operands are cast.
+    """
+    if jax.config.jax_default_matmul_precision == "bfloat16":
+        return jnp.dtype(jnp.bfloat16)
+    return jnp.dtype(dtype)
