@@ -7,6 +7,7 @@ checkpoints/STEP/        Orbax items: params (the trainable tree), opt_state
 metrics.jsonl, samples.jsonl, loss.png, tensorboard/
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.errors import LlavaError
@@ -231,7 +233,7 @@ def _expected(config: LlavaConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
 def _read_trained(step_folder: Path, config: LlavaConfig) -> dict:
     """The trained tree of a checkpoint, on the default device, after checking names and shapes."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as reader:
+    with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
         try:
             saved = reader.metadata(step_folder.resolve() / "params").item_metadata.tree
         except Exception as error:
@@ -241,6 +243,17 @@ def _read_trained(step_folder: Path, config: LlavaConfig) -> dict:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
         )
         return reader.restore(step_folder.resolve() / "params", targets)
+
+
+@contextlib.contextmanager
+def _orbax_warnings_off():
+    """Orbax warns that an item read by itself lacks the metadata of the step folder around it."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def check_params(where: str, found: dict, expected: dict) -> None:
