@@ -87,11 +87,11 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_file(
     monkeypatch.setattr(runner, "BATCHES_AT_A_TIME", 2)
     asked, answer = [], llava.answer
 
-    def killed(requests, batch_size):
+    def killed(requests, batch_size, progress):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(len(requests))
-        return answer(requests, batch_size)
+        return answer(requests, batch_size, progress)
 
     monkeypatch.setattr(llava, "answer", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +122,7 @@ def test_answers_of_another_run_are_refused(llava, data, tmp_path, monkeypatch):
     other = tiny_llava(seed=1)
     with pytest.raises(LlavaError, match=r"another run \(different: weights\)"):
         run(other, data, out)
-    monkeypatch.setattr(llava, "answer", lambda requests, _: ["red"] * len(requests))
+    monkeypatch.setattr(llava, "answer", lambda requests, *_: ["red"] * len(requests))
     run(llava, data, out, overwrite=True)
     assert {line["prediction"] for line in predictions(out)} == {"red"}
     records = json.loads(data.read_text())
