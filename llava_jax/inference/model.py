@@ -5,6 +5,7 @@ B rows, T length, N images in all, S image side, V vocabulary.
 
 import contextlib
 import functools
+import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -144,11 +145,12 @@ class Llava:
             return self.generate(
                 [prompts], images, max_new_tokens, temperature, top_p, seed, batch_size
             )[0]
+        prompts = list(prompts)
         sources = self._sources(prompts, images)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = [seed] * len(prompts) if isinstance(seed, numbers.Integral) else list(seed)
         if len(seeds) != len(prompts):
             raise LlavaError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise LlavaError(f"batch_size must be a whole number from 1, not {batch_size!r}")
         requests = []
         for i, prompt in enumerate(prompts):
