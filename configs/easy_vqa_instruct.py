@@ -18,9 +18,9 @@ def get_config():
     # given away by the earlier ones, so they teach less about looking.
     config.data.max_length = 96
     config.data.images_per_row = 1
-    config.batch_size = 10
-    config.steps = 150
+    config.batch_size = 6
+    config.steps = 220
     config.loss_chunk = 8  # a row has about nine supervised tokens
-    config.validate_every = 50
-    config.save_every = 50
+    config.validate_every = 110
+    config.save_every = 110
     return config

@@ -22,7 +22,7 @@ from llava_jax.weights.save import whole_folder
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
-KINDS = {"yes/no": 2, "shape": 1, "color": 1}  # and how often each comes first
+KINDS = ("yes/no", "shape", "color")
 CAPTION_PROMPT = "Provide a brief description of the given image."
 VALIDATION_IMAGES = 40
 FIXED_QUESTIONS = 1000
@@ -127,20 +127,31 @@ def training_records(questions: list[Question]) -> dict[str, list[dict]]:
 
 
 def order_questions(questions: list[Question], seed: str) -> list[Question]:
-    """The questions of one picture in a fixed random order, kinds drawn by their weight in KINDS.
+    """The questions of one picture in a fixed random order that teaches to look.
 
-    Early answers give later ones away ("is there a blue shape? yes"), so it is the first turns that
-    teach to look. Drawn evenly from all questions, three of four first turns would be yes/no.
+    Early answers give later ones away ("is there a blue shape? yes"), so the first turns matter
+    most. Drawn evenly, three of four would be yes/no, and four of five of those would ask for what
+    is not there: answering them needs no picture. So the next question is as often about something
+    present as about something absent, and as often names a shape or colour as either.
     """
     rng = random.Random(seed)
-    waiting = {kind: [q for q in questions if q.kind == kind] for kind in KINDS}
-    for group in waiting.values():
+    groups = {}
+    for question in questions:
+        groups.setdefault(_group(question), []).append(question)
+    for group in groups.values():
         rng.shuffle(group)
     ordered = []
-    while left := [kind for kind in KINDS if waiting[kind]]:
-        kind = rng.choices(left, [KINDS[k] for k in left])[0]
-        ordered.append(waiting[kind].pop())
+    while left := sorted(name for name, group in groups.items() if group):
+        ordered.append(groups[rng.choice(left)].pop())
     return ordered
+
+
+def _group(question: Question) -> str:
+    """What a question asks: "present" or "absent" things, or to "name" a shape or colour."""
+    if question.kind != "yes/no":
+        return "name"
+    negated = re.search(r"\b(not|no)\b", question.text) is not None
+    return "present" if (question.answer == "yes") != negated else "absent"
 
 
 def caption(questions: list[Question]) -> str | None:
