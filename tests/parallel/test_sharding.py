@@ -1,0 +1,179 @@
+"""Sharded over eight simulated devices = on one: loss, gradients and updated parameters."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params
+from llava_jax.models.presets import PRESETS
+from llava_jax.parallel.mesh import make_mesh
+from llava_jax.parallel.sharding import (
+    RULES,
+    batch_sharding,
+    param_shardings,
+    put_batch,
+    put_tree,
+    replicated,
+)
+from llava_jax.training.optimizer import adamw, optimizer_shardings, split_params, warmup_cosine
+from llava_jax.training.step import TrainState, make_train_step
+from tests.tiny_model import CONFIG, VISION, random_params
+
+GROUPS = {"projector": 1e-2, "decoder": 1e-2}
+OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0}
+
+
+def boxes(config: LlavaConfig) -> list[nn.LogicallyPartitioned]:
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    leaves = jax.tree.leaves(abstract_params(config), is_leaf=is_box)
+    assert all(map(is_box, leaves)), "a parameter without logical axis names"
+    return leaves
+
+
+EVERYTHING = dataclasses.replace(  # every optional parameter there is
+    CONFIG,
+    vision=dataclasses.replace(VISION, pre_norm=True),
+    decoder=dataclasses.replace(
+        CONFIG.decoder, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True
+    ),
+)
+
+
+@pytest.mark.parametrize("config", [EVERYTHING, *PRESETS.values()], ids=["all", *PRESETS])
+def test_every_parameter_has_axes_that_the_table_knows(config):
+    rules = dict(RULES)
+    for box in boxes(config):
+        assert len(box.names) == len(box.value.shape)
+        assert set(box.names) <= rules.keys()
+
+
+def test_the_table_names_each_axis_once():
+    assert len(dict(RULES)) == len(RULES)
+
+
+@pytest.mark.parametrize("name", ["llava-v1-7b", "llava-1.5-13b"])
+def test_large_matrices_are_spread_over_all_of_fsdp_and_tensor(name):
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    config = PRESETS[name]
+    shapes = jax.tree.leaves(nn.meta.unbox(abstract_params(config)))
+    shardings = jax.tree.leaves(param_shardings(mesh, abstract_params(config)))
+    share = 0
+    for leaf, sharding in zip(shapes, shardings, strict=True):
+        here = np.prod(sharding.shard_shape(leaf.shape))
+        share += here
+        if leaf.size > 1e8:
+            assert here == leaf.size / 8
+    assert share < 1.02 * sum(leaf.size for leaf in shapes) / 8
+
+
+def test_an_axis_that_does_not_divide_is_replicated():
+    mesh = make_mesh(data=1, fsdp=1, tensor=8)
+    odd = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=301))
+    params = param_shardings(mesh, abstract_params(odd))["decoder"]
+    assert params["embed_tokens"]["embedding"].spec == PartitionSpec(None, "fsdp")
+    assert params["layers"]["self_attn"]["q_proj"]["kernel"].spec[2] == "tensor"
+
+
+def batch(config: LlavaConfig, rows: int = 8) -> dict:
+    """Packed rows of two conversations, of which some have an image, with uneven supervision."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.decoder.vocab_size, (rows, 16)).astype(np.int32)
+    ids[::2, 1:5] = ids[1::3, 9:13] = config.image_token_id
+    labels = np.where((rng.random(ids.shape) < 0.4) & (ids >= 0), ids, -100).astype(np.int32)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": np.tile(np.r_[:7, :9].astype(np.int32), (rows, 1)),
+        "segment_ids": np.tile(np.repeat([1, 2], (7, 9)).astype(np.int32), (rows, 1)),
+        "images": rng.integers(0, 256, (rows, 2, 8, 8, 3)).astype(np.uint8),
+    }
+
+
+def train(config: LlavaConfig, mesh, steps: int = 2, accumulation: int = 1):
+    """Host copies of (losses, trained parameters) after some steps on a mesh."""
+    trainable, frozen = split_params(random_params(config), GROUPS)
+    shardings = split_params(param_shardings(mesh, abstract_params(config)), GROUPS)
+    optimizer = adamw(GROUPS, warmup_cosine(5, 0.0), **OPTIONS)
+    losses = []
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        trainable = put_tree(trainable, shardings[0], jnp.float32)
+        frozen = put_tree(frozen, shardings[1], jnp.float32)
+        moments = optimizer_shardings(optimizer, trainable, shardings[0], replicated(mesh))
+        opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)
+        state = TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), trainable, opt_state)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = jax.jit(
+            make_train_step(LlavaModel(config), optimizer, accumulation, 8),
+            out_shardings=(placed, None),
+        )
+        arrays = put_batch(mesh, batch(config))
+        for _ in range(steps):
+            state, metrics = step(state, frozen, arrays)
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+ONE_KV_HEAD = dataclasses.replace(
+    CONFIG, decoder=dataclasses.replace(CONFIG.decoder, num_kv_heads=1, qk_norm=True)
+)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return {config: train(config, mesh) for config in (CONFIG, ONE_KV_HEAD)}
+
+
+@pytest.mark.parametrize(
+    "config, sizes, accumulation",
+    [
+        (CONFIG, {"data": 8, "fsdp": 1}, 1),
+        (CONFIG, {"data": 2, "fsdp": 4}, 1),
+        (CONFIG, {"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        (ONE_KV_HEAD, {"data": 1, "fsdp": 2, "tensor": 4}, 1),  # fewer kv heads than `tensor`
+    ],
+    ids=["data", "fsdp", "all three, accumulated", "tensor over one kv head"],
+)
+def test_sharded_is_one_device(config, sizes, accumulation, one_device):
+    losses, params = train(config, make_mesh(**sizes), accumulation=accumulation)
+    wanted_losses, wanted = one_device[config]
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+    assert wanted_losses[1] < wanted_losses[0]
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_moments_lie_where_their_parameters_do():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    trainable, _ = split_params(random_params(CONFIG), GROUPS)
+    shardings, _ = split_params(param_shardings(mesh, abstract_params(CONFIG)), GROUPS)
+    optimizer = adamw(GROUPS, warmup_cosine(5, 0.0), **OPTIONS)
+    found = optimizer_shardings(optimizer, trainable, shardings, replicated(mesh))
+    moments = [leaf for leaf in jax.tree.leaves(found) if leaf != replicated(mesh)]
+    sharded = [leaf for leaf in jax.tree.leaves(shardings) if leaf != replicated(mesh)]
+    assert len(moments) == 2 * len(sharded) > 10
+
+
+def test_a_device_holds_its_slice_alone():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    shardings = param_shardings(mesh, abstract_params(CONFIG))
+    params = put_tree(random_params(CONFIG), shardings, jnp.bfloat16)
+    kernel = params["decoder"]["layers"]["mlp"]["gate_proj"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 4, 48 // 2)}
+    original = random_params(CONFIG)["decoder"]["layers"]["mlp"]["gate_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, original.astype(jnp.bfloat16))
+
+
+def test_rows_of_a_batch_are_split_over_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    arrays = put_batch(mesh, batch(CONFIG))
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    shapes = {shard.data.shape for shard in arrays["images"].addressable_shards}
+    assert shapes == {(2, 2, 8, 8, 3)}
+    np.testing.assert_array_equal(arrays["labels"], batch(CONFIG)["labels"])
