@@ -4,6 +4,7 @@ Stage = what trains at which rate + on what data + for how long; configs/base.py
 The run lives in config.workdir; started again, it goes on where its newest checkpoint left off.
 """
 
+import fcntl
 import functools
 import itertools
 import json
@@ -80,19 +81,30 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
     return train, build(data.validation, data.validation_split, **held_out)
 
 
-def claim_workdir(config: ConfigDict, data_fingerprint: str) -> None:
-    """Writes the recipe into the run directory, or refuses one that holds another's run."""
-    path = Path(config.workdir) / "config.json"
+def claim_workdir(config: ConfigDict, data_fingerprint: str):
+    """Makes the run directory this recipe's; gives the lock file, to be kept open while it runs.
+
+    Raises:
+      LlavaError: another train.py runs there, or it has checkpoints of another recipe.
+    """
+    workdir = Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LlavaError(f"another train.py is running in {workdir}: wait or stop it") from None
     now = json.loads(config.to_json_best_effort()) | {"data_fingerprint": data_fingerprint}
-    if path.exists():
+    path = workdir / "config.json"
+    if path.exists() and latest_step(workdir) is not None:
         changed = recipe.differences(json.loads(path.read_text()), now)
         if changed:
             raise LlavaError(
-                f"{config.workdir} holds the run of another recipe ({'; '.join(changed)}): choose "
+                f"{workdir} holds the run of another recipe ({'; '.join(changed)}): choose "
                 "another config.workdir, go back to that recipe, or delete the folder"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, now)
+    return lock
 
 
 def make_state(config, mesh, model_config, optimizer, params, checkpoints):
@@ -161,7 +173,7 @@ def run(config: ConfigDict) -> None:
     tokenizer_dir = recipe.tokenizer_folder(config)
     tokenizer = load_tokenizer(tokenizer_dir)
     data, held_out = open_data(config, model_config, tokenizer)
-    claim_workdir(config, data.fingerprint)
+    lock = claim_workdir(config, data.fingerprint)
     if latest_step(workdir) == data.steps:
         return finish(workdir, data.steps)
 
@@ -203,6 +215,7 @@ def run(config: ConfigDict) -> None:
         checkpoints.close()
         log.close()
     finish(workdir, data.steps)
+    lock.close()
 
 
 def report_start(model_config, mesh, state, frozen, data) -> None:

@@ -36,6 +36,8 @@ def check_config(config: ConfigDict) -> None:
     for key, value in needed.items():
         if not value:
             raise LlavaError(f"config.{key} is empty: set it in the config or with --config.{key}=")
+    if not config.trainable:
+        raise LlavaError("config.trainable is empty: name what trains, such as projector")
     if (config.epochs is None) == (config.steps is None):
         raise LlavaError("set exactly one of config.epochs and config.steps")
     for key in ("batch_size", "accumulation", "log_every", "validate_every", "save_every", "keep"):
