@@ -28,7 +28,8 @@ from llava_jax.weights.hf_config import llava_config
 from llava_jax.weights.load import load_decoder, load_llava, load_vision
 
 COMPONENTS = ("vision", "projector", "decoder")
-HF_TEMPLATE = "v1"  # llava-hf checkpoints were tuned with it
+# How the llava-hf checkpoints of each language model family were tuned.
+HF_TEMPLATES = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "chatml", "qwen3": "chatml"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +294,8 @@ def load_model(path: str | Path, dtype: str = "float32") -> LoadedModel:
     path = Path(path)
     if is_llava_folder(path):
         config, params = load_llava(path, dtype)
-        return LoadedModel(config, jax.device_put(params), path, HF_TEMPLATE)
+        family = json.loads((path / "config.json").read_text())["text_config"].get("model_type")
+        return LoadedModel(config, jax.device_put(params), path, HF_TEMPLATES[family or "llama"])
     step_folder = checkpoint_of(path)
     run, params = load_run(step_folder)
     params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
