@@ -10,8 +10,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboardX import SummaryWriter
 
-from llava_jax.errors import LlavaError
-
 
 class MetricsLog:
     """Appends to a run's logs; after a resume they read as if the run had never stopped.
@@ -58,12 +56,8 @@ class MetricsLog:
 
 
 def _start_wandb(project: str, workdir: Path, config: dict):
-    try:
-        import wandb
-    except ImportError:
-        raise LlavaError(
-            f"config.wandb_project is {project!r} but wandb is not installed: pip install wandb"
-        ) from None
+    import wandb
+
     return wandb.init(project=project, name=workdir.name, dir=workdir, config=config)
 
 

@@ -1,18 +1,22 @@
 """A stage's config made into checked objects: model shape, starting parameters, tokenizer."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from llava_jax.data.images import IMAGE_MODES
 from llava_jax.data.templates import get_template
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import REMAT_POLICIES
 from llava_jax.models.llava import LlavaConfig, init_params
 from llava_jax.models.precision import PRECISIONS
 from llava_jax.models.presets import preset
+from llava_jax.models.projector import projector_depth
+from llava_jax.models.vit import num_blocks
 from llava_jax.weights.hf_config import composed_config
 from llava_jax.weights.run_directory import (
     COMPONENTS,
@@ -56,6 +60,11 @@ def check_config(config: ConfigDict) -> None:
         if value not in allowed:
             raise LlavaError(f"config.{key} is {value!r}: choose one of {', '.join(allowed)}")
     get_template(config.model.template)
+    if config.wandb_project and not importlib.util.find_spec("wandb"):
+        raise LlavaError(
+            f"config.wandb_project is {config.wandb_project!r} but wandb is not installed: "
+            "pip install wandb"
+        )
 
 
 def optimizer_options(config: ConfigDict) -> dict:
@@ -73,7 +82,34 @@ def model_config(config: ConfigDict) -> LlavaConfig:
         folders = {k: existing(config.init[k], f"init.{k}") for k in ("vision", "decoder")}
         base = composed_config(folders["vision"], folders["decoder"])
     changes = {k: config.model[k] for k in MODEL_OVERRIDES if config.model[k] is not None}
-    return dataclasses.replace(base, **changes)
+    model = dataclasses.replace(base, **changes)
+    check_model(model)
+    return model
+
+
+def check_model(config: LlavaConfig) -> None:
+    """Raises LlavaError for settings under config.model that do not go with the parts."""
+    try:
+        depth = projector_depth(config.projector)
+        num_blocks(config.vision, config.feature_layer)
+    except ValueError as error:
+        raise LlavaError(f"config.model: {error}") from None
+    widths = config.vision.hidden_size, config.decoder.hidden_size
+    if depth == 0 and widths[0] != widths[1]:
+        raise LlavaError(
+            f"config.model.projector is 'identity', but image features are {widths[0]} wide and "
+            f"the language model takes {widths[1]}: choose linear or mlp2x_gelu"
+        )
+    if config.image_mode not in IMAGE_MODES:
+        raise LlavaError(
+            f"config.model.image_mode is {config.image_mode!r}: choose one of "
+            f"{', '.join(IMAGE_MODES)}"
+        )
+    if config.image_size < config.vision.patch_size:
+        raise LlavaError(
+            f"config.model.image_size is {config.image_size}: a patch alone has "
+            f"{config.vision.patch_size} pixels"
+        )
 
 
 def existing(path: str, key: str) -> Path:
