@@ -5,9 +5,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from llava_jax.errors import LlavaError
 from llava_jax.training.step import TrainState
+from llava_jax.weights.run_directory import check_complete, check_params, saved_params
 
 ITEMS = ("params", "opt_state")
 
@@ -27,6 +29,11 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def newest_before(self, step: int) -> int | None:
+        """The newest checkpoint of an earlier step, or None; waits until all are on disk."""
+        self._manager.wait_until_finished()
+        return max((s for s in self._manager.all_steps() if s < step), default=None)
+
     def save(self, state: TrainState, step: int) -> None:
         """Copies the state off the devices and writes it in the background."""
         items = {"params": state.params, "opt_state": state.opt_state}
@@ -38,7 +45,14 @@ class Checkpoints:
 
         Args:
           like: arrays or ShapeDtypeStructs with the shapes and shardings wanted.
+
+        Raises:
+          LlavaError: it holds other parameters than `like`, or cannot be read.
         """
+        folder = Path(self._manager.directory) / str(step)
+        saved, wanted = flatten_dict(saved_params(folder)), flatten_dict(like.params)
+        check_params(str(folder), saved, wanted)
+        check_complete(str(folder), saved, wanted, list(like.params))
         targets = {"params": like.params, "opt_state": like.opt_state}
         targets = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), targets
@@ -48,9 +62,9 @@ class Checkpoints:
             items = self._manager.restore(step, args=ocp.args.Composite(**restores))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise LlavaError(
-                f"checkpoint {step} in {self._manager.directory} does not fit this recipe or is "
-                f"damaged: {error}"
-            ) from error
+                f"{folder} is damaged: {str(error).splitlines()[0]}; delete it to go on from the "
+                "checkpoint before it"
+            ) from None
         return TrainState(jnp.int32(step), items["params"], items["opt_state"])
 
     def close(self) -> None:

@@ -199,7 +199,7 @@ def load_components(path: Path, components: list[str], config: LlavaConfig) -> d
     found = {component: found[component] for component in components}
     expected = _expected(config)
     check_params(str(path), flatten_dict(found), expected)
-    _check_complete(str(path), flatten_dict(found), expected, components)
+    check_complete(str(path), flatten_dict(found), expected, components)
     return found
 
 
@@ -222,7 +222,7 @@ def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
     trained = flatten_dict(_read_trained(step_folder, run.config))
     trained = {path: leaf for path, leaf in trained.items() if path[0] in components}
     merged = {**flatten_dict(params), **trained}
-    _check_complete(str(step_folder), merged, _expected(run.config), components)
+    check_complete(str(step_folder), merged, _expected(run.config), components)
     return run, unflatten_dict(merged)
 
 
@@ -231,19 +231,28 @@ def _expected(config: LlavaConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
     return flatten_dict(nn.meta.unbox(abstract_params(config)))
 
 
-def _read_trained(step_folder: Path, config: LlavaConfig) -> dict:
-    """The trained tree of a checkpoint, on the default device, after checking names and shapes."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def saved_params(step_folder: Path) -> dict:
+    """The trained tree of a checkpoint, each leaf told by its shape and dtype alone."""
     with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
         try:
-            saved = reader.metadata(step_folder.resolve() / "params").item_metadata.tree
+            return reader.metadata(step_folder.resolve() / "params").item_metadata.tree
         except Exception as error:
             raise LlavaError(f"{step_folder} cannot be read as a checkpoint: {error}") from None
-        check_params(str(step_folder), flatten_dict(saved), _expected(config))
-        targets = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
-        )
-        return reader.restore(step_folder.resolve() / "params", targets)
+
+
+def _read_trained(step_folder: Path, config: LlavaConfig) -> dict:
+    """The trained tree of a checkpoint, on the default device, after checking names and shapes."""
+    saved = saved_params(step_folder)
+    check_params(str(step_folder), flatten_dict(saved), _expected(config))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
+    )
+    with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
+        try:
+            return reader.restore(step_folder.resolve() / "params", targets)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise LlavaError(f"{step_folder} is damaged: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
@@ -274,7 +283,8 @@ def check_params(where: str, found: dict, expected: dict) -> None:
         )
 
 
-def _check_complete(where: str, found: dict, expected: dict, components) -> None:
+def check_complete(where: str, found: dict, expected: dict, components) -> None:
+    """Raises LlavaError when `found` lacks a parameter that some components should have."""
     missing = [path for path in expected if path[0] in components and path not in found]
     if missing:
         raise LlavaError(f"{where} lacks parameters of the model: {_names(missing)}")
