@@ -120,7 +120,8 @@ class Loop:
         wrong = [n for n in ("loss", "grad_norm") if not math.isfinite(metrics[n])]
         if not wrong:
             return
-        last_good = self.checkpoints.latest_step()
+        # One step back: the parameters that this step started from may be what is wrong.
+        last_good = self.checkpoints.newest_before(step - 1)
         raise LlavaError(
             f"step {step}: {wrong[0]} is {metrics[wrong[0]]}. Records of the batch: "
             f"{', '.join(batch.record_ids)}. Last good checkpoint: "
