@@ -1,12 +1,15 @@
-# make quickstart | make test | make test-all | make lint
+# make quickstart | quickstart-full | test | test-all | lint | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart quickstart-full test test-all lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m llava_jax.quickstart
+
+quickstart-full: $(VENV)/.quickstart
+	$(BIN)/python -m llava_jax.quickstart --full
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests

@@ -14,13 +14,11 @@ def get_config():
     config.data.train = f"{ROOT}/easy_vqa/instruct.json"
     config.data.validation = f"{ROOT}/easy_vqa/val_instruct.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
-    # The first three or four questions of a picture; the later ones are cut off: their answers are
-    # given away by the earlier ones, so they teach less about looking.
-    config.data.max_length = 96
-    config.data.images_per_row = 1
-    config.batch_size = 6
-    config.steps = 220
-    config.loss_chunk = 8  # a row has about nine supervised tokens
-    config.validate_every = 110
-    config.save_every = 110
+    config.data.max_length = 512  # two or three conversations
+    config.data.images_per_row = 4
+    config.batch_size = 2
+    config.steps = 130
+    config.loss_chunk = 32
+    config.validate_every = 65
+    config.save_every = 65
     return config

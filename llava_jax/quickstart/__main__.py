@@ -1,7 +1,7 @@
 """The main job on a laptop: pretrained parts, data, both stages, scores, and a question answered.
 
     python -m llava_jax.quickstart          the 20-minute recipe (`make quickstart`)
-    python -m llava_jax.quickstart --full   the longer one, scored on the whole test split
+    python -m llava_jax.quickstart --full   and a longer round, scored on the whole test split
 
 Run it from the repository's root. Steps that are done are not done again.
 """
@@ -28,18 +28,15 @@ def main() -> None:
         prog="llava_jax.quickstart", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--full", action="store_true", help="the longer recipe and the whole test split"
+        "--full", action="store_true", help="a longer second round, and the whole test split"
     )
-    full = parser.parse_args().full
-    recipe = "easy_vqa_full" if full else "easy_vqa"
-    run = ROOT / ("full_instruct" if full else "instruct")
     try:
-        quickstart(recipe, run, "test" if full else "test_1000")
+        quickstart(parser.parse_args().full)
     except LlavaError as error:
         sys.exit(f"quickstart: {error}")
 
 
-def quickstart(recipe: str, run: Path, split: str) -> None:
+def quickstart(full: bool) -> None:
     began = time.monotonic()
 
     def headline(text: str) -> None:
@@ -50,9 +47,14 @@ def quickstart(recipe: str, run: Path, split: str) -> None:
     headline("2/5 data: easy-VQA as LLaVA records")
     prepare_easy_vqa(ROOT / "easy_vqa")
     headline("3/5 stage 1, alignment: the projector learns to caption")
-    python("train.py", "--config=configs/easy_vqa_align.py")
+    train("easy_vqa_align")
     headline("3/5 stage 2, instruction tuning: projector and language model learn to answer")
-    python("train.py", f"--config=configs/{recipe}_instruct.py")
+    train("easy_vqa_instruct")
+    run, split = ROOT / "instruct", "test_1000"
+    if full:
+        headline("3/5 stage 2 again, longer")
+        train("easy_vqa_full_instruct")
+        run, split = ROOT / "full_instruct", "test"
     headline("4/5 scores on pictures that were held out")
     python(
         "eval.py",
@@ -73,15 +75,17 @@ def quickstart(recipe: str, run: Path, split: str) -> None:
     )
 
 
+def train(recipe: str) -> None:
+    python("train.py", f"--config=configs/{recipe}.py")
+
+
 def python(script: str, *arguments: str) -> None:
     """Runs a script of the repository as a user would, showing the command; stops if it fails."""
     print("$", "python", script, *arguments, flush=True)
     environment = {**HUGE_PAGES, **os.environ}
     done = subprocess.run([sys.executable, script, *arguments], env=environment, check=False)
     if done.returncode:
-        raise LlavaError(
-            f"{script} failed with exit status {done.returncode}: see its message above"
-        )
+        raise LlavaError(f"{script} failed with status {done.returncode}: see its message above")
 
 
 def ask_one(run: Path) -> Path:
