@@ -1,0 +1,151 @@
+"""A config made into checked objects: each wrong value is told, and what resuming may change."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.presets import PRESETS
+from llava_jax.training import recipe
+from tests import tiny_run
+from tests.tiny_model import CONFIG
+from tests.tiny_run import ALIGN
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tiny_run.write_parts(folder)
+    return folder
+
+
+def config(parts=None, **changes):
+    """A sound recipe with changes; `__` stands for the dot of a key."""
+    values = ALIGN | {"workdir": "run", "data.train": "data.json"}
+    if parts:
+        values |= {"init.vision": str(parts / "vision"), "init.decoder": str(parts / "decoder")}
+    return tiny_run.recipe(values, {k.replace("__", "."): v for k, v in changes.items()})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"workdir": ""}, "config.workdir is empty: set it in the config or with"),
+        ({"data__train": ""}, "config.data.train is empty"),
+        ({"trainable": {}}, "config.trainable is empty"),
+        ({"epochs": 1}, "set exactly one of config.epochs and config.steps"),
+        ({"steps": None}, "set exactly one of config.epochs and config.steps"),
+        ({"batch_size": 0}, "config.batch_size is 0: it must be at least 1"),
+        ({"save_every": -1}, "config.save_every is -1"),
+        ({"keep": 0}, "config.keep is 0"),
+        ({"accumulation": 4}, "batch_size=2 rows cannot be cut into config.accumulation=4"),
+        ({"model__remat_policy": "some"}, "remat_policy is 'some': choose one of none, dots, full"),
+        ({"model__dtype": "int8"}, "config.model.dtype is 'int8': choose one of auto, .*mixed"),
+        ({"model__template": "v7"}, "unknown template 'v7'"),
+        ({"wandb_project": "mine"}, "wandb_project is 'mine' but wandb is not installed"),
+    ],
+)
+def test_each_wrong_value_is_told(changes, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LlavaError, match=message):
+        recipe.check_config(config(**changes))
+
+
+def test_a_sound_recipe_passes():
+    recipe.check_config(config())
+
+
+def test_the_model_is_composed_of_the_two_folders(parts):
+    model = recipe.model_config(config(parts))
+    assert (model.vision, model.decoder) == (CONFIG.vision, CONFIG.decoder)
+    assert (model.image_size, model.image_mode, model.projector) == (8, "square", "mlp2x_gelu")
+
+
+def test_a_preset_and_what_is_set_beside_it():
+    unset = {f"model__{key}": None for key in recipe.MODEL_OVERRIDES}
+    model = recipe.model_config(config(model__preset="llava-v1-7b", **unset))
+    assert model == PRESETS["llava-v1-7b"]
+    model = recipe.model_config(
+        config(model__preset="llava-v1-7b", **unset | {"model__image_size": 336})
+    )
+    assert model.image_size == 336 and model.vision == PRESETS["llava-v1-7b"].vision
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__projector": "mlp"}, "config.model: unknown projector 'mlp'"),
+        ({"model__projector": "identity"}, "image features are 16 wide .* model takes 32"),
+        ({"model__feature_layer": 4}, "config.model: feature_layer 4 does not exist"),
+        ({"model__image_mode": "crop"}, "image_mode is 'crop': choose one of square, pad"),
+        ({"model__image_size": 3}, "image_size is 3: a patch alone has 4 pixels"),
+        ({"init__vision": ""}, "config.init.vision is empty"),
+        ({"init__decoder": "no/such"}, "config.init.decoder names no/such, which is not a folder"),
+        ({"init__checkpoint": "no/such"}, "config.init.checkpoint names no/such"),
+    ],
+)
+def test_a_model_that_cannot_be_is_told(changes, message, parts):
+    with pytest.raises(LlavaError, match=message):
+        recipe.model_config(config(parts, **changes))
+
+
+def test_parts_never_start_from_random_numbers_but_the_projector(parts):
+    sources = recipe.starting_sources(config(parts))
+    assert sources == {"vision": parts / "vision", "decoder": parts / "decoder"}
+    with pytest.raises(LlavaError, match="the decoder would start from random numbers"):
+        recipe.starting_sources(config(parts, init__decoder="", model__preset="quickstart"))
+
+
+def test_starting_parameters_are_those_of_the_folders_and_a_seeded_projector(parts):
+    model = recipe.model_config(config(parts))
+    sources = recipe.starting_sources(config(parts))
+    one, same, other = (recipe.starting_params(model, sources, seed) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    kernel = lambda params: params["projector"]["linear_0"]["kernel"]
+    assert (kernel(one) != kernel(other)).any()
+    jax.tree.map(np.testing.assert_array_equal, one["decoder"], other["decoder"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(one)} == {np.dtype(np.float32)}
+
+
+def test_a_frozen_random_projector_is_refused(parts):
+    sources = recipe.starting_sources(config(parts))
+    with pytest.raises(LlavaError, match="leaves the projector frozen at its random start"):
+        recipe.frozen_sources(sources, {"projector": {}, "vision": {}})
+    found = recipe.frozen_sources(sources, {"vision": {}})
+    assert set(found) == {"vision"} and len(found["vision"].checksum) == 64
+
+
+def test_the_tokenizer_is_named_or_the_language_models(parts):
+    assert recipe.tokenizer_folder(config(parts)) == parts / "decoder"
+    named = config(parts, init__tokenizer=str(parts / "vision"))
+    assert recipe.tokenizer_folder(named) == parts / "vision"
+
+
+def as_dict(recipe_config) -> dict:
+    return json.loads(recipe_config.to_json_best_effort())
+
+
+def test_what_resuming_may_change_and_what_it_may_not():
+    free = config(
+        workdir="moved", accumulation=2, save_every=9, keep=7, log_every=3, loss_chunk=5,
+        mesh__tensor=2, data__workers=3, model__remat_policy="full", wandb_project="mine",
+    )  # fmt: skip
+    assert recipe.differences(as_dict(config()), as_dict(free)) == []
+    other = config(seed=3, steps=9, data__max_length=5, optimizer__b1=0.5, model__dtype="bfloat16")
+    assert recipe.differences(as_dict(config()), as_dict(other)) == [
+        "data.max_length: 64 -> 5",
+        "model.dtype: 'float32' -> 'bfloat16'",
+        "optimizer.b1: 0.9 -> 0.5",
+        "seed: 0 -> 3",
+        "steps: 4 -> 9",
+    ]
+
+
+def test_keys_that_came_or_went_are_differences():
+    groups = config(trainable={"projector": 1e-3, "decoder": 1e-4})
+    assert recipe.differences(as_dict(config()), as_dict(groups)) == [
+        "trainable.decoder: None -> 0.0001"
+    ]
+    assert recipe.differences({"a": {"b": 1}}, {}) == ["a.b: 1 -> None"]
