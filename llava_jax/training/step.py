@@ -80,7 +80,7 @@ def make_train_step(model: LlavaModel, optimizer, accumulation: int, chunk: int)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": total / denominator,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "supervised_tokens": tokens,
             **count_work(model.config, batch),
         }

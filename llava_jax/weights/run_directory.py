@@ -235,9 +235,12 @@ def saved_params(step_folder: Path) -> dict:
     """The trained tree of a checkpoint, each leaf told by its shape and dtype alone."""
     with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
         try:
-            return reader.metadata(step_folder.resolve() / "params").item_metadata.tree
+            saved = reader.metadata(step_folder.resolve() / "params").item_metadata
         except Exception as error:
             raise LlavaError(f"{step_folder} cannot be read as a checkpoint: {error}") from None
+    if saved is None:
+        raise LlavaError(f"{step_folder} is damaged: its list of parameters cannot be read")
+    return saved.tree
 
 
 def _read_trained(step_folder: Path, config: LlavaConfig) -> dict:
