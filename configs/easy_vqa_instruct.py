@@ -14,11 +14,11 @@ def get_config():
     config.data.train = f"{ROOT}/easy_vqa/instruct.json"
     config.data.validation = f"{ROOT}/easy_vqa/val_instruct.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
-    config.data.max_length = 512  # two or three conversations
-    config.data.images_per_row = 4
-    config.batch_size = 2
-    config.steps = 130
-    config.loss_chunk = 32
-    config.validate_every = 65
-    config.save_every = 65
+    config.data.max_length = 256  # one of five conversations is longer and loses its end
+    config.data.images_per_row = 2
+    config.batch_size = 4
+    config.steps = 140
+    config.loss_chunk = 16
+    config.validate_every = 70
+    config.save_every = 70
     return config

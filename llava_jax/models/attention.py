@@ -6,6 +6,8 @@ B rows, T query length, S key length, N heads, K kv heads, H head size.
 import jax
 import jax.numpy as jnp
 
+from llava_jax.models.precision import product_dtype
+
 
 def attention_mask(
     query_positions: jax.Array,
@@ -47,8 +49,28 @@ def attention(
     Returns:
       [B, T, N, H] in the query's dtype.
     """
+    batch, length, heads, size = query.shape
+    kv_heads = key.shape[2]
+    operands = product_dtype(query.dtype)
+    # Queries that share a kv head are rows of one matrix: scores and sums are plain products.
+    q = query.reshape(batch, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, size).astype(operands)  # [B, K, N / K * T, H]
+    k, v = (x.swapaxes(1, 2).astype(operands) for x in (key, value))  # [B, K, S, H]
     with jax.named_scope("attention"):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+        scores = _batched_product(q, k, (3, 3)) * size**-0.5  # [B, K, N / K * T, S]
+        scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+        if mask is not None:
+            scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
+        weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:3], -1)
+        out = _batched_product(weights.astype(operands), v, (3, 2)).astype(query.dtype)
+    out = out.reshape(batch, kv_heads, -1, length, size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(query.shape)
+
+
+def _batched_product(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """float32 products of two stacks of matrices, [B, K, ...] each, over one axis of each."""
+    axes = ((contracted[:1], contracted[1:]), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
