@@ -1,0 +1,254 @@
+"""The training step: accumulation, packing, and what a frozen tree costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.interpreters import partial_eval
+
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.records import open_records
+from llava_jax.models.llava import LlavaModel
+from llava_jax.training.optimizer import adamw, merge_params, split_params
+from llava_jax.training.step import TrainState, batch_loss, count_work, make_train_step
+from tests import tiny_run
+from tests.jaxprs import product_flops
+from tests.tiny_model import CONFIG, byte_tokenizer, random_params
+
+MODEL = LlavaModel(CONFIG)
+OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
+STAGES = {
+    "align": {"projector": 1e-3},
+    "instruct": {"projector": 1e-3, "decoder": 1e-3},
+    "layers": {"decoder/layers": 1e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_data(folder, count=8)
+    return folder
+
+
+def batches(folder, **options) -> list[dict]:
+    """One epoch of eight conversations with different numbers of answers and images."""
+    settings = {"max_length": 320, "images_per_row": 4, "batch_size": 2, "epochs": 1}
+    data = TrainingData(
+        open_records(folder / "instruct.json", folder / "images"),
+        byte_tokenizer(),
+        "chatml",
+        CONFIG,
+        pad_final_batch=True,
+        progress=False,
+        **settings | options,
+    )
+    return [batch.arrays for batch in data.batch_iterator()]
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def loss_and_grads(params, batch, chunk=16):
+    return jax.value_and_grad(lambda p: batch_loss(MODEL, p, batch, chunk), has_aux=True)(params)
+
+
+def summed(folder, **options):
+    """Loss, supervised tokens and gradients over the whole set."""
+    params, total = random_params(CONFIG), None
+    for batch in batches(folder, **options):
+        result = loss_and_grads(params, batch)
+        total = result if total is None else jax.tree.map(jnp.add, total, result)
+    return total
+
+
+def test_packed_and_unpacked_give_the_same_loss_and_gradients(data_folder):
+    rows = [len(batches(data_folder, packing=packing)) for packing in (True, False)]
+    assert rows[0] < rows[1] == 4
+    (loss, tokens), grads = summed(data_folder, packing=True)
+    (plain_loss, plain_tokens), plain_grads = summed(data_folder, packing=False)
+    assert tokens == plain_tokens > 50
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
+    assert_near(grads, plain_grads)
+
+
+def assert_near(a, b, share: float = 1e-4) -> None:
+    """Leaves equal to a share of their largest value: sums in another order differ by that little.
+
+    Gradients that are zero but for rounding (of key biases) are measured by the largest of all.
+    """
+    largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(b))
+    for found, wanted in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        tolerance = share * float(abs(wanted).max()) + 0.01 * share * largest
+        np.testing.assert_allclose(found, wanted, rtol=10 * share, atol=tolerance)
+
+
+def test_padding_and_its_pictures_change_nothing(data_folder):
+    params, batch = random_params(CONFIG), batches(data_folder)[0]
+    before = loss_and_grads(params, batch)
+    padding = batch["segment_ids"] == 0
+    assert padding.any()
+    noise = np.random.default_rng(0).integers(0, 290, padding.shape).astype(np.int32)
+    changed = batch | {"input_ids": np.where(padding, noise, batch["input_ids"])}
+    jax.tree.map(
+        functools.partial(assert_near, share=1e-6), loss_and_grads(params, changed), before
+    )
+
+
+def uneven_batch() -> dict:
+    """Four rows with 0, 1, 5 and 11 supervised tokens; the first has no image."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 290, (4, 16)).astype(np.int32)
+    ids[1:, 2:6] = CONFIG.image_token_id
+    labels = np.full_like(ids, -100)
+    for row, count in enumerate((0, 1, 5, 11)):
+        labels[row, 16 - count :] = rng.integers(0, 290, count)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": np.tile(np.arange(16, dtype=np.int32), (4, 1)),
+        "segment_ids": np.ones_like(ids),
+        "images": rng.integers(0, 256, (4, 1, 8, 8, 3)).astype(np.uint8),
+    }
+
+
+@functools.cache
+def compiled_step(stage: str, accumulation: int):
+    """One step of plain SGD on `uneven_batch`, whose updates show gradients as they are."""
+    step = jax.jit(make_train_step(MODEL, optax.sgd(0.1), accumulation, 16))
+    return step.lower(*start(stage), uneven_batch()).compile()
+
+
+def start(stage: str) -> tuple[TrainState, dict]:
+    trainable, frozen = split_params(random_params(CONFIG), STAGES[stage])
+    return TrainState(jnp.int32(0), trainable, optax.sgd(0.1).init(trainable)), frozen
+
+
+def one_step(stage: str, accumulation: int, batch: dict):
+    """(state, metrics) after a step."""
+    return compiled_step(stage, accumulation)(*start(stage), batch)
+
+
+def test_accumulation_changes_nothing():
+    """Also where microbatches have different numbers of supervised tokens, or none at all."""
+    whole, metrics = one_step("instruct", 1, uneven_batch())
+    assert metrics["supervised_tokens"] == 17 and metrics["images"] == 3
+    for accumulation in (2, 4):
+        state, others = one_step("instruct", accumulation, uneven_batch())
+        assert_near(state.params, whole.params, share=1e-5)
+        for name in metrics:
+            np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens():
+    _, metrics = one_step("instruct", 2, uneven_batch())
+    (total, tokens), _ = loss_and_grads(random_params(CONFIG), uneven_batch())
+    np.testing.assert_allclose(metrics["loss"], total / tokens, rtol=1e-6)
+
+
+def test_a_batch_with_nothing_supervised_changes_nothing():
+    batch = uneven_batch() | {"labels": np.full((4, 16), -100, np.int32)}
+    state, metrics = one_step("instruct", 2, batch)
+    trainable = split_params(random_params(CONFIG), STAGES["instruct"])[0]
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, trainable)
+
+
+def test_accumulated_gradients_are_float32_under_bfloat16_compute():
+    model = LlavaModel(CONFIG, jnp.bfloat16)
+    trainable, frozen = split_params(random_params(CONFIG), STAGES["instruct"])
+    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    seen = []
+
+    class Spy:
+        @staticmethod
+        def update(grads, state, params):
+            seen.extend(leaf.dtype for leaf in jax.tree.leaves(grads))
+            return grads, state
+
+    step = make_train_step(model, Spy, 2, 4)
+    state = TrainState(jnp.int32(0), trainable, ())
+    after, metrics = jax.eval_shape(step, state, frozen, uneven_batch())
+    assert set(seen) == {jnp.dtype(jnp.float32)} and metrics["loss"].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.float32)}
+
+
+def test_what_a_batch_holds():
+    batch = uneven_batch()
+    batch["segment_ids"][0, 10:] = 0
+    work = count_work(CONFIG, batch)
+    assert work["tokens"] == 58 and work["images"] == 3
+    assert work["attention_pairs"] == 3 * 16 * 17 // 2 + 10 * 11 // 2
+
+
+def weight_products() -> dict[str, int]:
+    """FLOPs of one forward pass of `uneven_batch` through the weights of each part, by hand."""
+    tokens, images, v, d = 4 * 16, 4, CONFIG.vision, CONFIG.decoder
+    blocks = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    attention = d.hidden_size * d.head_dim * (2 * d.num_heads + 2 * d.num_kv_heads)
+    mlp = 3 * d.hidden_size * d.intermediate_size
+    return {
+        "patches": 2 * images * 4 * (3 * v.patch_size**2) * v.hidden_size,
+        "blocks": 2 * images * 5 * 2 * blocks,  # 4 patches and the class token, 2 of 3 blocks
+        # the grid of 4 x 4 positions resized to 2 x 2, one axis after the other
+        "positions": 2 * (2 * 4 * 4 + 2 * 2 * 4) * v.hidden_size,
+        "projector_in": 2 * images * 4 * v.hidden_size * d.hidden_size,
+        "projector_out": 2 * images * 4 * d.hidden_size**2,
+        "decoder": 2 * tokens * d.num_layers * (attention + mlp),
+        "head": 2 * tokens * d.hidden_size * d.vocab_size,
+    }
+
+
+# How often each product runs: forward, once for activations, once for weights.
+ENCODER = {"patches": 1, "blocks": 1, "positions": 1}
+PASSES = {
+    "align": ENCODER | {"projector_in": 2, "projector_out": 3, "decoder": 2, "head": 2},
+    "instruct": ENCODER | {"projector_in": 2, "projector_out": 3, "decoder": 3, "head": 3},
+    "layers": ENCODER | {"projector_in": 1, "projector_out": 1, "decoder": 3, "head": 2},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_gradient_of_a_frozen_parameter_is_computed(stage):
+    """Counts the products left after dead code is gone, which XLA removes as well."""
+    trainable, frozen = split_params(random_params(CONFIG), STAGES[stage])
+
+    def grads(trainable, frozen, batch):
+        total = lambda t: batch_loss(MODEL, merge_params(t, frozen), batch, chunk=16)[0]
+        return jax.grad(total)(trainable)
+
+    traced = jax.make_jaxpr(grads)(trainable, frozen, uneven_batch())
+    alive, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    found = product_flops(traced.replace(jaxpr=alive))
+    forward = weight_products()
+    assert found == sum(PASSES[stage][name] * flops for name, flops in forward.items())
+
+
+def test_a_compiled_stage_1_step_does_less_than_stage_2():
+    """The same of the machine code: two passes of the decoder and not three."""
+    flops = {
+        stage: compiled_step(stage, 1).cost_analysis()["flops"] for stage in ("align", "instruct")
+    }
+    forward = weight_products()
+    # XLA counts the body of the scan over two layers once.
+    saved = forward["decoder"] / 2 + forward["head"]
+    assert flops["instruct"] - flops["align"] > 0.9 * saved
+
+
+def test_a_step_returns_the_trainable_tree_alone_and_all_of_it_moves():
+    state, _ = one_step("align", 1, uneven_batch())
+    before = start("align")[0]
+    assert set(state.params) == {"projector"} and int(state.step) == 1
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, before.params)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_no_compilation_after_the_first_step(data_folder):
+    trainable, frozen = split_params(random_params(CONFIG), STAGES["align"])
+    optimizer = adamw(STAGES["align"], lambda step: 1.0, **OPTIONS)
+    step = jax.jit(make_train_step(MODEL, optimizer, 1, 16))
+    state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    for batch in batches(data_folder):
+        state, _ = step(state, frozen, batch)
+    assert int(state.step) == len(batches(data_folder)) > 1 and step._cache_size() == 1
