@@ -12,10 +12,10 @@ quickstart-full: $(VENV)/.quickstart
 	$(BIN)/python -m llava_jax.quickstart --full
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
 
 test-all: $(VENV)/.test $(VENV)/.quickstart
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
