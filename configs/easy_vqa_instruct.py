@@ -14,11 +14,13 @@ def get_config():
     config.data.train = f"{ROOT}/easy_vqa/instruct.json"
     config.data.validation = f"{ROOT}/easy_vqa/val_instruct.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
-    config.data.max_length = 256  # one of five conversations is longer and loses its end
-    config.data.images_per_row = 2
-    config.batch_size = 4
-    config.steps = 140
-    config.loss_chunk = 16
-    config.validate_every = 70
-    config.save_every = 70
+    # The first three or four questions of a picture; the later ones are cut off: the answers before
+    # them give most of theirs away.
+    config.data.max_length = 96
+    config.data.images_per_row = 1
+    config.batch_size = 6
+    config.steps = 220
+    config.loss_chunk = 8  # a row has about nine supervised tokens
+    config.validate_every = 110
+    config.save_every = 110
     return config
