@@ -167,7 +167,7 @@ def _swiglu_backward(residuals, dy):
     gate, up = residuals
     sigmoid = jax.nn.sigmoid(gate)
     d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    # The barrier keeps XLA's CPU compiler from computing these in a transposed, far slower order.
+    # The barrier keeps XLA's CPU compiler from computing these in a transposed, slower order.
     return jax.lax.optimization_barrier((d_gate, dy * gate * sigmoid))
 
 

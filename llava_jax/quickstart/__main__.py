@@ -19,7 +19,7 @@ from llava_jax.quickstart.easy_vqa import prepare_easy_vqa
 from llava_jax.quickstart.parts import prepare_parts
 
 ROOT = Path("runs/quickstart")
-# A CPU step gets and gives back gigabytes; in huge pages that costs a fraction of the time.
+# A CPU step gets and gives back gigabytes; in huge pages that costs less time.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
