@@ -103,7 +103,7 @@ def test_missing_shard(sharded):
     refused(sharded, "two.safetensors", "missing")
 
 
-@pytest.mark.parametrize("path", ["../one.safetensors", "/elsewhere/one.safetensors", "x/../../y", ""])
+@pytest.mark.parametrize("path", ["../one.safetensors", "/b/one.safetensors", "x/../../y", ""])
 def test_shard_outside_the_folder(sharded, path):
     set_index(sharded, index_of(sharded) | {"a": path})
     refused(sharded, INDEX_FILE, "'a'", path)
