@@ -57,6 +57,7 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
         "images_per_row": data.images_per_row,
         "packing": data.packing,
         "seed": config.seed,
+        "turns": data.turns,
         "bad_image": data.bad_image,
         "bad_image_ceiling": data.bad_image_ceiling,
         "workers": data.workers,

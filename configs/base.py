@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     config.data.max_length = 2048  # tokens a row
     config.data.images_per_row = 4
     config.data.packing = True  # several conversations a row
+    # conversation | independent: each question of a record sees the images and itself alone.
+    config.data.turns = "conversation"
     config.data.bad_image = "error"  # error | skip: for images that cannot be read
     config.data.bad_image_ceiling = 0  # with skip: how many are too many
     config.data.workers = 0  # processes that decode images; 0: threads
@@ -56,6 +58,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # 0: no clipping
     config.optimizer.warmup_ratio = 0.03
+    config.optimizer.moments_dtype = "float32"  # | bfloat16 (stochastic rounding): half the memory
     config.loss_chunk = 64  # positions a row whose logits exist at once
 
     # Mesh axes; -1 takes the devices that the others leave.

@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from llava_jax.data.images import ImageError, check_shape, inspect_image
 from llava_jax.data.records import Record, RecordError, checked_record
-from llava_jax.data.templates import Segment, Template, render
+from llava_jax.data.templates import Segment, Template
 from llava_jax.data.tokenization import SegmentTokenizer, truncate
+from llava_jax.data.turns import render_turns, token_row
 from llava_jax.errors import LlavaError
 
 _CHUNK = 1024  # records tokenized at a time
-_CACHE_VERSION = 2  # raise it when the meaning of a cached value changes
+_CACHE_VERSION = 3  # raise it when the meaning of a cached value changes
 
 
 class Measured(NamedTuple):
@@ -52,10 +53,12 @@ class ImagePolicy(NamedTuple):
     ceiling: int
 
 
-def render_record(template: Template, records, record: Record) -> tuple[Segment, ...]:
-    """`render` for training; its errors name data and record."""
+def render_record(
+    template: Template, records, record: Record, turns: str
+) -> list[tuple[Segment, ...]]:
+    """`render_turns` for training; its errors name data and record."""
     try:
-        return render(template, record.turns)
+        return render_turns(template, record.turns, turns)
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
 
@@ -67,6 +70,7 @@ def measure(
     max_length: int,
     images_per_row: int,
     policy: ImagePolicy,
+    turns: str = "conversation",
     cache_dir: str | os.PathLike | None = None,
     threads: int = 4,
     progress: bool = True,
@@ -77,12 +81,12 @@ def measure(
     `images_per_row` images are refused with the reason; so are those with bad images, if
     `policy.skip`.
     """
-    cache = _Cache(cache_dir, records, tokenizer, template, max_length)
+    cache = _Cache(cache_dir, records, tokenizer, template, max_length, turns)
     demands = f"{policy.max_pixels} {policy.image_size} {policy.mode}"
     faults: dict[int, RecordError] = {}
     # Nothing can change in a data set that holds its images and was found good before.
     if cache.lengths is None or cache.images_seen != f"within the data set {demands}":
-        scan = _Scan(records, tokenizer, template, max_length, policy.skip)
+        scan = _Scan(records, tokenizer, template, max_length, turns, policy.skip)
         scan.run(tokenize=cache.lengths is None, progress=progress)
         if cache.lengths is None:
             cache.lengths, cache.image_counts, cache.refused = scan.results()
@@ -116,13 +120,14 @@ def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
 class _Scan:
     """One pass over the records: checks, token counts, and the state of the image files."""
 
-    def __init__(self, records, tokenizer, template, max_length, skip_missing_images):
+    def __init__(self, records, tokenizer, template, max_length, turns, skip_missing_images):
         self._records, self._tokenizer, self._template = records, tokenizer, template
-        self._max_length, self._skip_missing = max_length, skip_missing_images
+        self._max_length, self._turns = max_length, turns
+        self._skip_missing = skip_missing_images
         self._lengths = np.zeros(len(records), np.int64)
         self._image_counts = np.zeros(len(records), np.int64)
         self._refused: dict[str, list[int]] = {}
-        self._waiting: list[tuple[int, tuple[Segment, ...]]] = []
+        self._waiting: list[tuple[int, list[tuple[Segment, ...]]]] = []
         self._files_state = hashlib.sha256()
         self.missing: dict[int, RecordError] = {}
 
@@ -143,8 +148,8 @@ class _Scan:
             if index not in self.missing:
                 self._note_files(record)
             if tokenize:
-                segments = render_record(self._template, records, record)
-                self._waiting.append((index, segments))
+                texts = render_record(self._template, records, record, self._turns)
+                self._waiting.append((index, texts))
                 if len(self._waiting) == _CHUNK:
                     self._tokenize()
         self._tokenize()
@@ -166,10 +171,13 @@ class _Scan:
                 self._files_state.update(state.encode(errors="surrogateescape"))
 
     def _tokenize(self) -> None:
-        measured = self._tokenizer.lengths([segments for _, segments in self._waiting])
-        for (index, segments), length in zip(self._waiting, measured, strict=True):
+        if self._turns == "conversation":
+            measured = self._tokenizer.lengths([texts[0] for _, texts in self._waiting])
+        else:
+            measured = [len(token_row(self._tokenizer, texts)) for _, texts in self._waiting]
+        for (index, texts), length in zip(self._waiting, measured, strict=True):
             if length > self._max_length:
-                row, reason = truncate(self._tokenizer(segments), self._max_length)
+                row, reason = truncate(token_row(self._tokenizer, texts), self._max_length)
                 length = 0 if row is None else len(row)
                 if row is None:
                     reason = f"{reason} at max_length={self._max_length}"
@@ -209,7 +217,7 @@ class _Cache:
     `images_seen`: the image files, and what was asked of them, when all were last found good.
     """
 
-    def __init__(self, folder, records, tokenizer, template, max_length):
+    def __init__(self, folder, records, tokenizer, template, max_length, turns):
         self.lengths = self.image_counts = None
         self.refused: dict[str, list[int]] = {}
         self.images_seen = ""
@@ -219,6 +227,7 @@ class _Cache:
         key = hashlib.sha256()
         for part in (
             _CACHE_VERSION, records.fingerprint(), tokenizer.fingerprint(), template, max_length,
+            turns,
         ):  # fmt: skip
             key.update(f"{part}\0".encode())
         self._path = Path(folder) / f"lengths-{key.hexdigest()[:32]}.npz"

@@ -21,18 +21,16 @@ from llava_jax.data.packing import PackPlan, pack, plan_rows
 from llava_jax.data.records import Record
 from llava_jax.data.templates import Template, get_template
 from llava_jax.data.tokenization import SegmentTokenizer, TokenRow, truncate
+from llava_jax.data.turns import TURNS, token_row
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, image_token_count
-
-_SCAN_CHUNK = 1024  # records tokenized at a time while measuring
-_CACHE_VERSION = 1  # raise it when the meaning of a cached length changes
 
 
 class Batch(NamedTuple):
     """One process's part of a batch.
 
     arrays: input_ids, labels, position_ids, segment_ids, int32 [B, T]; images, uint8
-    [B, I, S, S, 3].
+    [B, I, S, S, 3]; turn_ids, int32 [B, T], where turns are independent.
     record_ids: ids of the conversations in it. skipped: ids of those left out for a bad image.
     """
 
@@ -49,6 +47,7 @@ class TrainingData:
     max_length: tokens a row (T). images_per_row: image slots a row (I). batch_size: rows a batch,
     over all processes. Exactly one of `epochs` and `steps` says how long to go on.
     packing: several conversations a row; otherwise one.
+    turns: "conversation", or "independent": each question sees the record's images and itself.
     bad_image: "error" raises at the first image that is missing, over `max_pixels` or cannot be
     read; "skip" leaves its conversation out and raises when more than `bad_image_ceiling`
     different ones were left out (by one process). Most bad images show before the first step and
@@ -79,6 +78,7 @@ class TrainingData:
         epochs: int | None = None,
         steps: int | None = None,
         packing: bool = True,
+        turns: str = "conversation",
         bad_image: str = "error",
         bad_image_ceiling: int = 0,
         workers: int = 0,
@@ -92,6 +92,8 @@ class TrainingData:
             raise LlavaError("give either epochs or steps")
         if bad_image not in ("error", "skip"):
             raise LlavaError(f"bad_image must be 'error' or 'skip', not {bad_image!r}")
+        if turns not in TURNS:
+            raise LlavaError(f"data.turns is {turns!r}: choose one of {', '.join(TURNS)}")
         if pad_final_batch and epochs is None:
             raise LlavaError("pad_final_batch needs epochs: steps always fill their batches")
         self.batch_size, self.bad_image_ceiling = batch_size, bad_image_ceiling
@@ -111,7 +113,7 @@ class TrainingData:
         )
         measured = measure(
             records, segment_tokenizer, get_template(template), max_length, images_per_row, policy,
-            cache_dir, threads, progress,
+            turns, cache_dir, threads, progress,
         )  # fmt: skip
         self.refused, self.bad_images = measured.refused, measured.bad_images
         self.records, self.records_total = records, len(records)
@@ -124,7 +126,7 @@ class TrainingData:
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
         self._row_builder = _RowBuilder(
             records, usable, segment_tokenizer, get_template(template), max_length, images_per_row,
-            policy, model_config.image_mean,
+            policy, turns, model_config.image_mean,
         )  # fmt: skip
         self._rows = _RowStream(
             measured.lengths[usable],
@@ -230,12 +232,13 @@ class _RowBuilder:
         max_length: int,
         images_per_row: int,
         policy: ImagePolicy,
+        turns: str,
         image_mean: tuple[float, float, float],
     ):
         self._records, self._usable = records, usable
         self._tokenizer, self._template = tokenizer, template
         self._max_length, self._images_per_row = max_length, images_per_row
-        self._policy, self._image_mean = policy, image_mean
+        self._policy, self._turns, self._image_mean = policy, turns, image_mean
 
     def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
         """members: [M] numbers into `usable`. Gives the row, ids in it, ids skipped."""
@@ -255,12 +258,15 @@ class _RowBuilder:
             rows.append(self._token_row(record))
             images += pixels
             ids.append(record.id)
-        row = pack(rows, images, self._max_length, self._images_per_row, self._policy.image_size)
+        row = pack(
+            rows, images, self._max_length, self._images_per_row, self._policy.image_size,
+            self._turns == "independent",
+        )  # fmt: skip
         return row, ids, skipped
 
     def _token_row(self, record: Record) -> TokenRow:
-        segments = render_record(self._template, self._records, record)
-        row, reason = truncate(self._tokenizer(segments), self._max_length)
+        texts = render_record(self._template, self._records, record, self._turns)
+        row, reason = truncate(token_row(self._tokenizer, texts), self._max_length)
         if row is None:
             raise LlavaError(
                 f"{self._records.path}: {record.name} changed since it was measured: {reason}"

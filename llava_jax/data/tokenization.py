@@ -32,13 +32,15 @@ class TokenRow:
     input_ids, labels: int32 [T]; labels are aligned with input_ids (not shifted) and -100 where
     there is no loss. image_spans: for each image the half-open range of its placeholder ids.
     offsets: int64 [T, 2], the characters of the rendered text that each token stands for; (-1, -1)
-    for placeholders and for a BOS that the tokenizer added.
+    for placeholders and for a BOS that the tokenizer added. turn_ids: int32 [T] where the row
+    holds independent questions: 0 for what they share, then 1, 2, …; None otherwise.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     image_spans: tuple[tuple[int, int], ...]
     offsets: np.ndarray
+    turn_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -223,4 +225,5 @@ def truncate(row: TokenRow, max_length: int) -> tuple[TokenRow | None, str | Non
     if (labels == IGNORE_INDEX).all():
         return None, "no supervised token is left"
     ids, offsets = row.input_ids[:max_length], row.offsets[:max_length]
-    return TokenRow(ids, labels, row.image_spans, offsets), None
+    turn_ids = None if row.turn_ids is None else row.turn_ids[:max_length]
+    return TokenRow(ids, labels, row.image_spans, offsets, turn_ids), None

@@ -15,6 +15,7 @@ def attention_mask(
     query_segments: jax.Array,
     key_segments: jax.Array,
     sliding_window: int | None = None,
+    turns: jax.Array | None = None,
 ) -> jax.Array:
     """Who may look at whom: same segment, not later, and not further back than the window.
 
@@ -25,6 +26,8 @@ def attention_mask(
       query_positions, query_segments: int[B, T].
       key_positions, key_segments: int[B, S].
       sliding_window: number of latest positions a query sees, itself included (Mistral).
+      turns: int[B, T], with keys that are the queries: independent continuations 1, 2, … of what
+        a segment begins with (0); a query sees that beginning and its own turn.
 
     Returns:
       bool[B, 1, T, S]. Padding (segment 0) sees only padding: finite, and never used.
@@ -33,6 +36,9 @@ def attention_mask(
     mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
     if sliding_window is not None:
         mask &= distance < sliding_window
+    if turns is not None:
+        key_turns = turns[:, None, :]
+        mask &= (key_turns == 0) | (key_turns == turns[:, :, None])
     return mask[:, None]
 
 

@@ -256,6 +256,7 @@ class Decoder(nn.Module):
         position_ids: jax.Array,
         segment_ids: jax.Array,
         cache: KVCache | None = None,
+        turn_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs all layers.
 
@@ -264,6 +265,7 @@ class Decoder(nn.Module):
           position_ids: int[B, T], from 0 in each segment; with a cache they continue its lengths.
           segment_ids: int[B, T], 0 for padding; with a cache 1 for real tokens, padding last.
           cache: written behind each row's `lengths`; None in training.
+          turn_ids: int[B, T], `turns` of `attention_mask`; without a cache only.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache with these tokens added.
@@ -276,8 +278,9 @@ class Decoder(nn.Module):
             slots = jnp.arange(cache.keys.shape[2])
             key_positions = jnp.broadcast_to(slots, (len(lengths), slots.size))
             key_segments = (slots < lengths[:, None]).astype(segment_ids.dtype)
+        window = self.config.sliding_window
         mask = attention_mask(
-            position_ids, key_positions, segment_ids, key_segments, self.config.sliding_window
+            position_ids, key_positions, segment_ids, key_segments, window, turn_ids
         )
         angles = position_ids[..., None] * inverse_frequencies(self.config)  # [B, T, H // 2]
         rope = jnp.cos(angles), jnp.sin(angles)

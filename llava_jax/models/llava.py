@@ -116,10 +116,11 @@ class LlavaModel(nn.Module):
         position_ids: jax.Array,
         segment_ids: jax.Array,
         cache: KVCache | None = None,
+        turn_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Final hidden states [B, T, D] and the cache; arguments as in `Decoder`, ids int[B, T]."""
         embeddings = self.embed(input_ids, images)
-        return self.decoder(embeddings, position_ids, segment_ids, cache)
+        return self.decoder(embeddings, position_ids, segment_ids, cache, turn_ids)
 
     def attend(self, hidden_states: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""

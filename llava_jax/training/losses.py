@@ -13,13 +13,16 @@ from llava_jax.models.linear import product
 IGNORE_INDEX = -100
 
 
-def next_token_targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def next_token_targets(
+    labels: jax.Array, segment_ids: jax.Array, turn_ids: jax.Array | None = None
+) -> jax.Array:
     """Labels aligned with their tokens -> what each position must predict.
 
-    A target never comes from the next conversation of a packed row.
+    A target never comes from the next conversation of a packed row, nor from another turn.
 
     Args:
       labels, segment_ids: int[B, T].
+      turn_ids: int[B, T] where turns are independent.
 
     Returns:
       int[B, T], IGNORE_INDEX where nothing is predicted.
@@ -28,6 +31,8 @@ def next_token_targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
     targets = jnp.pad(labels[:, 1:], last, constant_values=IGNORE_INDEX)
     following = jnp.pad(segment_ids[:, 1:], last)
     same = (following == segment_ids) & (segment_ids != 0)
+    if turn_ids is not None:
+        same &= jnp.pad(turn_ids[:, 1:], last) == turn_ids
     return jnp.where(same, targets, IGNORE_INDEX)
 
 

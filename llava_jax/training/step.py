@@ -24,8 +24,10 @@ class TrainState:
 
 def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int):
     """(sum of token losses, supervised tokens) of a batch, both float32 scalars."""
-    hidden_states, _ = model.apply({"params": params}, *(batch[name] for name in MODEL_INPUTS))
-    targets = next_token_targets(batch["labels"], batch["segment_ids"])
+    turn_ids = batch.get("turn_ids")
+    inputs = [batch[name] for name in MODEL_INPUTS]
+    hidden_states, _ = model.apply({"params": params}, *inputs, turn_ids=turn_ids)
+    targets = next_token_targets(batch["labels"], batch["segment_ids"], turn_ids)
     table = output_embedding(params["decoder"])
     total = cross_entropy_sum(hidden_states, table, targets, chunk)
     return total, jnp.sum(targets != IGNORE_INDEX).astype(jnp.float32)

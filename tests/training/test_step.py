@@ -1,6 +1,8 @@
 """The training step: accumulation, packing, and what a frozen tree costs."""
 
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +36,11 @@ def data_folder(tmp_path_factory):
     return folder
 
 
-def batches(folder, **options) -> list[dict]:
-    """One epoch of eight conversations with different numbers of answers and images."""
+def batches(folder=None, records=None, **options) -> list[dict]:
+    """One epoch of `records`, or of eight conversations of various answers and images."""
     settings = {"max_length": 320, "images_per_row": 4, "batch_size": 2, "epochs": 1}
     data = TrainingData(
-        open_records(folder / "instruct.json", folder / "images"),
+        records or open_records(folder / "instruct.json", folder / "images"),
         byte_tokenizer(),
         "chatml",
         CONFIG,
@@ -54,7 +56,7 @@ def loss_and_grads(params, batch, chunk=16):
     return jax.value_and_grad(lambda p: batch_loss(MODEL, p, batch, chunk), has_aux=True)(params)
 
 
-def summed(folder, **options):
+def summed(folder=None, **options):
     """Loss, supervised tokens and gradients over the whole set."""
     params, total = random_params(CONFIG), None
     for batch in batches(folder, **options):
@@ -71,6 +73,37 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(data_folder):
     assert tokens == plain_tokens > 50
     np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
     assert_near(grads, plain_grads)
+
+
+def test_independent_turns_in_a_row_give_what_each_gives_alone(data_folder, tmp_path):
+    together, singles = [], []
+    for name, source in zip(("a.png", "b.png"), ("0.png", "1.png"), strict=True):
+        shutil.copy(data_folder / "images" / source, tmp_path / name)
+        exchanges = [("What?", "red"), ("What else?", "it is blue"), ("Sure?", "yes")]
+        together.append(conversation(name, exchanges))
+        singles += [conversation(name, [exchange]) for exchange in exchanges]
+    (tmp_path / "together.json").write_text(json.dumps(together))
+    (tmp_path / "singles.json").write_text(json.dumps(singles))
+
+    def measured(name, turns):
+        records = open_records(tmp_path / name, tmp_path)
+        return summed(records=records, turns=turns, batch_size=1)
+
+    (loss, tokens), grads = measured("together.json", "independent")
+    (plain_loss, plain_tokens), plain_grads = measured("singles.json", "conversation")
+    assert tokens == plain_tokens > 20
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
+    assert_near(grads, plain_grads)
+    (other_loss, _), _ = measured("together.json", "conversation")
+    assert abs(other_loss - loss) > 1e-3  # answers before a question do change it
+
+
+def conversation(image: str, exchanges: list[tuple[str, str]]) -> dict:
+    turns = []
+    for i, (question, answer) in enumerate(exchanges):
+        turns.append({"from": "human", "value": question if i else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"id": f"{image} {len(exchanges)}", "image": image, "conversations": turns}
 
 
 def assert_near(a, b, share: float = 1e-4) -> None:
