@@ -55,6 +55,7 @@ def check_config(config: ConfigDict) -> None:
     choices = {
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
         "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
+        "optimizer.moments_dtype": (config.optimizer.moments_dtype, ["float32", "bfloat16"]),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:

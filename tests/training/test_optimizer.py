@@ -11,6 +11,7 @@ from llava_jax.training.optimizer import (
     adamw,
     group_of,
     merge_params,
+    round_stochastically,
     split_params,
     warmup_cosine,
 )
@@ -161,3 +162,39 @@ def test_the_state_holds_moments_of_the_trainable_tree_alone():
     state = adamw({"projector": 1.0}, lambda step: 1.0, **OPTIONS).init(trainable)
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert sorted(leaf.shape for leaf in arrays) == [(4, 5), (4, 5), (5,), (5,)]
+
+
+def test_stochastic_rounding_gives_a_neighbour_and_keeps_the_mean():
+    x = jnp.array([1.0, 1.001, -3.3e-9, 0.0, 3.3e30, -1.0039])
+    draws = jax.vmap(lambda key: round_stochastically(x, key))(
+        jax.random.split(jax.random.key(0), 4000)
+    ).astype(jnp.float32)
+    assert bool((abs(draws - x) < abs(x) / 128 + 1e-12).all())
+    assert bool((draws[:, jnp.array([0, 3])] == x[jnp.array([0, 3])]).all())  # already bfloat16
+    np.testing.assert_allclose(draws.mean(axis=0), x, rtol=3e-4)
+
+
+@pytest.mark.parametrize("b2", [0.98, 0.999])
+def test_bfloat16_moments_follow_float32_ones(b2):
+    """Also where gradients shrink: rounded to nearest, the second moment would never fall."""
+    params = draw()
+    gradients = [draw() for _ in range(20)] + [draw(0.1) for _ in range(300)]
+    rates = {"projector": 1e-3, "decoder": 1e-3}
+    moved = []
+    for dtype in ("float32", "bfloat16"):
+        after = train(rates, lambda step: 1.0, gradients, params, b2=b2, moments_dtype=dtype)
+        moved.append(jax.tree.leaves(jax.tree.map(jnp.subtract, after, params)))
+    for a, b in zip(*moved, strict=True):
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 0.02
+
+
+def test_bfloat16_moments_take_half_the_memory_and_are_the_same_in_every_run():
+    optimizer = adamw({"projector": 1e-2}, lambda step: 1.0, **OPTIONS, moments_dtype="bfloat16")
+    trainable, _ = split_params(draw(), {"projector": 1.0})
+    update = jax.jit(optimizer.update)
+    (_, state), (_, again) = (
+        update(trainable, optimizer.init(trainable), trainable) for _ in range(2)
+    )
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(np.testing.assert_array_equal, state, again)
