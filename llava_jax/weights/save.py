@@ -16,7 +16,7 @@ from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights import hf_config
 from llava_jax.weights.checksums import write_checksums
-from llava_jax.weights.load import PARAMETER_DTYPES
+from llava_jax.weights.lazy import PARAMETER_DTYPES
 from llava_jax.weights.name_tables import (
     DECODERS,
     STACKED,
@@ -124,7 +124,7 @@ def _tensor(
 
 
 def to_stored(values: np.ndarray, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:
-    """One of our parameters in Hugging Face's layout; the inverse of `load.from_stored`."""
+    """One of our parameters in Hugging Face's layout; the inverse of `lazy.from_stored`."""
     if parameter.transform == "transpose":
         return values.T
     if parameter.transform == "patches":  # [p * p * 3, D] -> [D, 3, p, p]

@@ -1,0 +1,243 @@
+"""Our parameters while they are still on disk: matched with a checkpoint's tensors, then read.
+
+Matching looks at names and shapes alone and tells every fault before the first value is read; every
+tensor of a checkpoint is used, known to be unneeded, or an error. Reading takes one tensor at a
+time.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from llava_jax.errors import LlavaError
+from llava_jax.weights.name_tables import STACKED, NameTable, Parameter
+from llava_jax.weights.safetensors_files import DTYPES, StoredTensor
+
+PARAMETER_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_NAMES_IN_MESSAGE = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyParameter:
+    """One of our parameters and the tensors it is made of.
+
+    Attributes:
+      parameter: its line of the name table.
+      shape: ours; where stacked, blocks on axis 0.
+      tensors: one for each block where stacked, else one.
+    """
+
+    parameter: Parameter
+    shape: tuple[int, ...]
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def stacked(self) -> bool:
+        return self.parameter.path.startswith(STACKED)
+
+    def read(self, block: int = 0) -> np.ndarray:
+        """The values of one of `tensors` in our layout and the stored dtype, without block axis."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return from_stored(self.tensors[block].read(), self.parameter, shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The values at one slice an axis, in the stored dtype; blocks outside are not read."""
+        if not self.stacked:
+            return self.read()[index]
+        blocks = range(self.shape[0])[index[0]]
+        return np.stack([self.read(block)[index[1:]] for block in blocks])
+
+
+def match(
+    table: NameTable,
+    config: object,
+    blocks: int,
+    tensors: Mapping[str, StoredTensor],
+    where: object,
+) -> dict[str, LazyParameter]:
+    """The parameters of a component, by our path in it.
+
+    Args:
+      config: the component's, which decides sizes and which parameters there are.
+      blocks: how many of the encoder's or decoder's blocks are wanted, from the first.
+      tensors: of this component alone, by the names that a checkpoint of it alone would have.
+      where: what an error calls the checkpoint.
+    Raises:
+      LlavaError: a tensor is missing, not expected, misshapen or there twice.
+    """
+    by_key = _standard_names(table, tensors)
+    sizes = table.sizes(config)
+    found: dict[str, LazyParameter] = {}
+    missing, misshapen, used = [], [], set()
+    for parameter in table.parameters:
+        stacked = parameter.path.startswith(STACKED)
+        if not parameter.used_by(config) or (stacked and not blocks):
+            continue
+        shape, stored_shape = (
+            tuple(sizes[letter] for letter in letters.split())
+            for letters in (parameter.shape, parameter.stored_shape)
+        )
+        parts = []
+        for layer in range(blocks if stacked else 1):
+            names = [key.format(layer=layer) for key in parameter.keys]
+            held = [by_key[name] for name in names if name in by_key]
+            used.update(names)
+            if not held:
+                missing.append(names[0])
+                continue
+            if len(held) > 1:
+                raise twice(*held[:2])
+            if held[0].shape != stored_shape:
+                misshapen.append(
+                    f"{held[0].name} is {list(held[0].shape)} and not {list(stored_shape)}"
+                )
+            parts.append(held[0])
+        found[parameter.path] = LazyParameter(
+            parameter, (blocks, *shape) if stacked else shape, tuple(parts)
+        )
+    extra = [
+        tensor.name
+        for key, tensor in by_key.items()
+        if key not in used and not _unneeded(table, config, blocks, key)
+    ]
+    _report(where, missing, extra, misshapen)
+    return found
+
+
+def _report(where: object, missing: list[str], extra: list[str], misshapen: list[str]) -> None:
+    faults = [
+        f"{word} {_some(names)}"
+        for word, names in (
+            ("missing", missing),
+            ("not expected", extra),
+            ("of the wrong shape", misshapen),
+        )
+        if names
+    ]
+    if faults:
+        raise LlavaError(f"the tensors of {where} do not fit its config.json: {'; '.join(faults)}.")
+
+
+def _standard_names(
+    table: NameTable, tensors: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Tensors under the table's spelling, without those that no model of ours needs."""
+    by_key: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if any(re.fullmatch(pattern, name) for pattern in table.unused):
+            continue
+        old, new = next(pair for pair in table.prefixes if name.startswith(pair[0]))
+        key = new + name.removeprefix(old)
+        if key in by_key:
+            raise twice(by_key[key], tensor)
+        by_key[key] = tensor
+    return by_key
+
+
+def _unneeded(table: NameTable, config: object, blocks: int, key: str) -> bool:
+    """True for blocks past the last one that runs, and for the head that tied weights replace."""
+    for parameter in table.parameters:
+        if parameter.path.startswith(STACKED):
+            for spelling in parameter.keys:
+                pattern = re.escape(spelling).replace(re.escape("{layer}"), r"(\d+)")
+                found = re.fullmatch(pattern, key)
+                if found and blocks <= int(found.group(1)) < config.num_layers:
+                    return True
+        elif parameter.path == "lm_head/kernel" and key in parameter.keys:
+            return config.tie_word_embeddings
+    return False
+
+
+def read_tree(params: Mapping[str, LazyParameter], dtype: str, name: str) -> dict:
+    """Path -> parameter into a nested dict of numpy arrays of `dtype`, in the files' order.
+
+    A progress bar called `name` counts bytes when it takes more than a moment.
+    """
+    check_dtype(dtype)
+    tree: dict = {}
+    reads = []
+    for path, lazy in params.items():
+        target = np.empty(lazy.shape, PARAMETER_DTYPES[dtype])
+        _put(tree, path, target)
+        targets = target if lazy.stacked else [target]
+        reads += [(lazy, block, part) for block, part in enumerate(targets)]
+    reads.sort(
+        key=lambda read: (str(read[0].tensors[read[1]].path), read[0].tensors[read[1]].offset)
+    )
+    total = sum(stored_bytes(lazy.tensors) for lazy in params.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {name}", delay=2) as progress:
+        for lazy, block, target in reads:
+            values = lazy.read(block)
+            with np.errstate(over="ignore"):  # told below, with the tensor's name
+                _copy(values, target)
+            if dtype == "float16":
+                _check_overflow(lazy.tensors[block], values, target)
+            progress.update(stored_bytes([lazy.tensors[block]]))
+    return tree
+
+
+def check_dtype(name: str) -> None:
+    if name not in PARAMETER_DTYPES:
+        raise LlavaError(f"unknown dtype {name!r}: choose {', '.join(PARAMETER_DTYPES)}.")
+
+
+def stored_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Bytes that tensors take in their files."""
+    item = lambda tensor: DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
+    return sum(int(np.prod(tensor.shape)) * item(tensor) for tensor in tensors)
+
+
+def from_stored(values: np.ndarray, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:
+    """A Hugging Face tensor in our layout."""
+    if parameter.transform == "transpose":
+        return values.T
+    if parameter.transform == "patches":  # [D, 3, p, p] -> [p * p * 3, D]
+        return values.transpose(2, 3, 1, 0).reshape(shape)
+    return values.reshape(shape)
+
+
+def _copy(values: np.ndarray, target: np.ndarray) -> None:
+    """target[...] = values; a transposed matrix in strips that fit the cache, six times as fast."""
+    if values.ndim != 2 or values.flags.c_contiguous:
+        target[...] = values
+        return
+    strip = 16  # rows as stored: 64 bytes of float32 of each row of the target
+    for start in range(0, values.shape[1], strip):
+        target[:, start : start + strip] = values[:, start : start + strip]
+
+
+def _put(tree: dict, path: str, leaf: np.ndarray) -> None:
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = leaf
+
+
+def _check_overflow(tensor: StoredTensor, values: np.ndarray, target: np.ndarray) -> None:
+    if np.isinf(target).any() and not np.isinf(values).any():
+        raise LlavaError(
+            f"tensor {tensor.name!r} in {tensor.path} has values that float16 cannot hold: load it "
+            "as bfloat16 or float32."
+        )
+
+
+def twice(first: StoredTensor, second: StoredTensor) -> LlavaError:
+    """The error of one parameter under two names."""
+    return LlavaError(
+        f"{first.name!r} in {first.path} and {second.name!r} in {second.path} are the same "
+        "parameter: a checkpoint holds each once."
+    )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_IN_MESSAGE])
+    rest = len(names) - _NAMES_IN_MESSAGE
+    return f"{shown} and {rest} more" if rest > 0 else shown
