@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
@@ -11,10 +11,14 @@ from llava_jax.errors import LlavaError
 CHECKSUMS_FILE = "checksums.json"
 
 
-def write_checksums(folder: Path) -> None:
-    """Writes the SHA-256 of every file under `folder` to its `checksums.json`."""
+def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Writes the SHA-256 of every file under `folder` to its `checksums.json`.
+
+    `known` gives those of files that need not be read again, by their name in the folder.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS_FILE)
-    digests = {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
+    names = [p.relative_to(folder).as_posix() for p in files]
+    digests = {name: (known or {}).get(name) or _sha256(folder / name) for name in names}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
 
 

@@ -43,6 +43,10 @@ class LazyParameter:
     def stacked(self) -> bool:
         return self.parameter.path.startswith(STACKED)
 
+    def dtype(self, block: int = 0) -> np.dtype:
+        """As one of `tensors` is stored."""
+        return self.tensors[block].value_dtype
+
     def read(self, block: int = 0) -> np.ndarray:
         """The values of one of `tensors` in our layout and the stored dtype, without block axis."""
         shape = self.shape[1:] if self.stacked else self.shape
@@ -134,12 +138,16 @@ def _standard_names(
     for name, tensor in tensors.items():
         if any(re.fullmatch(pattern, name) for pattern in table.unused):
             continue
-        old, new = next(pair for pair in table.prefixes if name.startswith(pair[0]))
-        key = new + name.removeprefix(old)
+        key = _standard_name(table, name)
         if key in by_key:
             raise twice(by_key[key], tensor)
         by_key[key] = tensor
     return by_key
+
+
+def _standard_name(table: NameTable, name: str) -> str:
+    old, new = next(pair for pair in table.prefixes if name.startswith(pair[0]))
+    return new + name.removeprefix(old)
 
 
 def _unneeded(table: NameTable, config: object, blocks: int, key: str) -> bool:
@@ -154,6 +162,26 @@ def _unneeded(table: NameTable, config: object, blocks: int, key: str) -> bool:
         elif parameter.path == "lm_head/kernel" and key in parameter.keys:
             return config.tie_word_embeddings
     return False
+
+
+def idle_tensors(
+    table: NameTable, config: object, blocks: int, tensors: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """What `match` leaves aside and a model of the same class in transformers holds, by its name.
+
+    These are encoder blocks past the feature layer and what comes after the last.
+    """
+    names = {key: p.keys[0] for p in table.idle for key in p.keys}
+    for p in table.parameters:
+        if p.path.startswith(STACKED):
+            for layer in range(blocks, config.num_layers):
+                names |= {key.format(layer=layer): p.keys[0].format(layer=layer) for key in p.keys}
+    found = {}
+    for name, tensor in tensors.items():
+        key = _standard_name(table, name)
+        if key in names or any(re.fullmatch(pattern, key) for pattern in table.carried):
+            found[names.get(key, key)] = tensor
+    return found
 
 
 def read_tree(params: Mapping[str, LazyParameter], dtype: str, name: str) -> dict:

@@ -59,12 +59,17 @@ class NameTable:
       prefixes: (prefix on disk, its replacement); the first that fits makes a name comparable to
         `Parameter.keys`.
       unused: regular expressions, on names as stored, of tensors that this model never needs.
+      idle: those of them that the model's class in transformers has: written for its sake.
+      carried: regular expressions of those that the class has or not, by its config: written where
+        the source had them.
     """
 
     parameters: tuple[Parameter, ...]
     sizes: Callable[[object], dict[str, int]]
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     unused: tuple[str, ...] = ()
+    idle: tuple[Parameter, ...] = ()
+    carried: tuple[str, ...] = ()
 
 
 def _linear(path: str, keys: str | tuple[str, ...], shape: str, bias: str = "", no_bias=False):
@@ -195,11 +200,14 @@ _BESIDE_THE_TOWER = (
     r"logit_scale",
 )
 
+_POST_LAYERNORM = _norm("post_layernorm", "vision_model.post_layernorm")
+
 CLIP = NameTable(
     parameters=_clip_like(),
     sizes=_vision_sizes,
     prefixes=_VISION_MODEL_LEVEL,
     unused=(*_BESIDE_THE_TOWER, r"(visual|text)_projection\.weight"),
+    idle=_POST_LAYERNORM,
 )
 
 SIGLIP = NameTable(
@@ -207,6 +215,8 @@ SIGLIP = NameTable(
     sizes=_vision_sizes,
     prefixes=_VISION_MODEL_LEVEL,
     unused=(*_BESIDE_THE_TOWER, r"logit_bias", r"(vision_model\.)?head\..*"),
+    idle=_POST_LAYERNORM,
+    carried=(r"vision_model\.head\..*",),
 )
 
 
@@ -245,6 +255,10 @@ DINOV2 = NameTable(
         r"(dinov2\.)?embeddings\.mask_token",
         r"(dinov2\.)?layernorm\.(weight|bias)",
         r"classifier\.(weight|bias)",
+    ),
+    idle=(
+        Parameter("mask_token", "1 D", ("embeddings.mask_token",)),
+        *_norm("post_layernorm", "layernorm"),
     ),
 )
 

@@ -5,9 +5,11 @@ with the file and the tensor, and so that no more than one tensor is ever held i
 Format: https://github.com/huggingface/safetensors#format
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from llava_jax.weights.checksums import inside_folder, verify_checksums
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+SHARD_BYTES = 5_000_000_000  # of transformers 4
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -45,18 +48,23 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
 
-    def read(self) -> np.ndarray:
-        """The values, in the stored dtype."""
+    @property
+    def value_dtype(self) -> np.dtype:
+        """NumPy's form of `dtype`; LlavaError for one that no parameter has."""
         if self.dtype not in DTYPES:
             raise LlavaError(
                 f"tensor {self.name!r} in {self.path} is stored as {self.dtype}: only "
                 f"{', '.join(DTYPES)} parameters can be read."
             )
-        size = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype]
+
+    def read(self) -> np.ndarray:
+        """The values, in the stored dtype."""
+        size = math.prod(self.shape) * self.value_dtype.itemsize
         values = np.fromfile(self.path, np.uint8, size, offset=self.offset)
         if values.size != size:
             raise LlavaError(f"{self.path} ends inside tensor {self.name!r}: get the file again.")
-        return values.view(DTYPES[self.dtype]).reshape(self.shape)
+        return values.view(self.value_dtype).reshape(self.shape)
 
 
 def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
@@ -228,15 +236,66 @@ class TensorToWrite:
     dtype: np.dtype
     values: Callable[[], np.ndarray]
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-def write_file(path: Path, tensors: Iterable[TensorToWrite]) -> None:
-    """Writes one safetensors file, holding one tensor in memory at a time."""
+
+def write_checkpoint_files(
+    folder: Path,
+    tensors: Iterable[TensorToWrite],
+    progress: Callable[[int], object] = lambda count: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Writes `model.safetensors`, or shards and their index where that would be too large a file.
+
+    Args:
+      progress: called with the number of bytes of each tensor written.
+    Returns:
+      The SHA-256 of each file with tensors, by its name.
+    """
+    shards = _shards(tensors, shard_bytes)
+    names = [SINGLE_FILE]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in _from_1(shards)]
+        index = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(tensor.bytes for shard in shards for tensor in shard)
+        values = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / INDEX_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    return {
+        name: write_file(folder / name, shard, progress)
+        for name, shard in zip(names, shards, strict=True)
+    }
+
+
+def _shards(tensors: Iterable[TensorToWrite], limit: int) -> list[list[TensorToWrite]]:
+    """Tensors in order, a new shard begun where `limit` would be passed."""
+    shards, filled = [[]], 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.bytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.bytes
+    return shards
+
+
+def _from_1(items: list) -> range:
+    return range(1, len(items) + 1)
+
+
+def write_file(
+    path: Path,
+    tensors: Iterable[TensorToWrite],
+    progress: Callable[[int], object] = lambda count: None,
+) -> str:
+    """Writes one safetensors file, holding one tensor in memory at a time; returns its SHA-256."""
     tensors = list(tensors)
     spelling = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     position = 0
     for tensor in tensors:
-        end = position + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        end = position + tensor.bytes
         header[tensor.name] = {
             "dtype": spelling[np.dtype(tensor.dtype)],
             "shape": list(tensor.shape),
@@ -245,10 +304,22 @@ def write_file(path: Path, tensors: Iterable[TensorToWrite]) -> None:
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # keeps the data 8-byte aligned
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        _write_hashed(file, digest, pool, len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             values = np.asarray(tensor.values(), dtype=tensor.dtype, order="C")
             if values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name}: made {values.shape}, announced {tensor.shape}")
-            file.write(values.reshape(-1).view(np.uint8).data)
+            _write_hashed(file, digest, pool, values.reshape(-1).view(np.uint8).data)
+            progress(tensor.bytes)
+    return digest.hexdigest()
+
+
+def _write_hashed(file, digest, pool: ThreadPoolExecutor, data) -> None:
+    """Writes and hashes at the same time: neither holds Python's lock."""
+    hashed = pool.submit(digest.update, data)
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    hashed.result()

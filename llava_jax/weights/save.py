@@ -2,14 +2,19 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
@@ -24,56 +29,92 @@ from llava_jax.weights.name_tables import (
     NameTable,
     Parameter,
 )
-from llava_jax.weights.safetensors_files import SINGLE_FILE, TensorToWrite, write_file
+from llava_jax.weights.safetensors_files import (
+    SINGLE_FILE,
+    StoredTensor,
+    TensorToWrite,
+    write_file,
+)
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Gives a temporary folder that becomes `out` only if the block ends well.
 
     Checksums of all its files are added last, so an interrupted write leaves nothing that looks
     complete; a folder already at `out` is replaced in the same step.
+
+    Args:
+      digests: SHA-256 of files that were hashed as they were written; read when the block ends.
+    Raises:
+      LlavaError: another process is writing `out`, or the disk is full.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        yield temporary
-        write_checksums(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
-        old = temporary.with_name(temporary.name + ".old")
-        if out.exists():
-            os.rename(out, old)
+    partial = out.with_name(f".{out.name}.partial")
+    with _claimed(partial, out):
         try:
-            os.rename(temporary, out)
-        except OSError as error:
+            yield partial
+            write_checksums(partial, digests or {})
+            _replace(partial, out)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise LlavaError(f"the disk of {out} is full: nothing was written there.") from None
+            raise
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path, out: Path) -> Iterator[None]:
+    """Holds a lock on the empty folder `partial`; what a killed process left in it is removed.
+
+    The lock ends with the process, however that ends.
+    """
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(descriptor), os.stat(partial))
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    try:
+        if not ours:  # or it finished between our two calls
             raise LlavaError(
-                f"{out} appeared while it was being written: another run writes there too."
-            ) from error
-        shutil.rmtree(old, ignore_errors=True)
+                f"another process is writing {out}: wait for it, or choose another folder."
+            )
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _replace(partial: Path, out: Path) -> None:
+    old = partial.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_checkpoint(folder: Path, config: dict, tensors: Iterable[TensorToWrite]) -> None:
     """Writes `config.json` and `model.safetensors` into an existing folder."""
     write_file(folder / SINGLE_FILE, tensors)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_decoder(
     folder: str | Path, config: DecoderConfig, params: dict, dtype: str = "float32"
 ) -> None:
     """Writes decoder parameters as transformers' Llama, Mistral or Qwen classes read them."""
-    _refuse_existing(folder)
+    refuse_existing(folder)
     values = hf_config.decoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    tensors = _tensors(DECODERS[values["model_type"]], config, params, dtype)
+    tensors = stored_tensors(DECODERS[values["model_type"]], config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:
         write_checkpoint(temporary, values, tensors)
 
@@ -82,45 +123,111 @@ def save_vision(
     folder: str | Path, config: ViTConfig, params: dict, dtype: str = "float32"
 ) -> None:
     """Writes encoder parameters, with as many blocks as `params` has; they hold no final norm."""
-    _refuse_existing(folder)
+    refuse_existing(folder)
     config = dataclasses.replace(config, num_layers=len(params["layers"]["layer_norm1"]["scale"]))
     values = hf_config.vision_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    tensors = _tensors(VISION_ENCODERS[values["model_type"]], config, params, dtype)
+    table = dataclasses.replace(VISION_ENCODERS[values["model_type"]], idle=())
+    tensors = stored_tensors(table, config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:
         write_checkpoint(temporary, values, tensors)
 
 
-def _refuse_existing(folder: str | Path) -> None:
-    if Path(folder).exists():
+def refuse_existing(folder: str | Path) -> None:
+    """Raises LlavaError where something is already, save an empty folder."""
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise LlavaError(f"{folder} exists already: choose another folder or remove it.")
 
 
-def _tensors(table: NameTable, config: object, params: dict, dtype: str) -> list[TensorToWrite]:
+@dataclasses.dataclass(frozen=True)
+class ArrayParameter:
+    """A parameter in memory, with what `stored_tensors` needs of a LazyParameter."""
+
+    values: np.ndarray | jax.Array
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dtype(self, block: int = 0) -> np.dtype:
+        return np.dtype(self.values.dtype)
+
+    def read(self, block: int = 0) -> np.ndarray:
+        return np.asarray(self.values[block] if self.stacked else self.values)
+
+
+def array_params(tree: dict) -> dict[str, ArrayParameter]:
+    """A component's tree as the mapping that `stored_tensors` takes."""
+    flat = flatten_dict(tree, sep="/")
+    return {path: ArrayParameter(leaf, path.startswith(STACKED)) for path, leaf in flat.items()}
+
+
+def stored_tensors(
+    table: NameTable,
+    config: object,
+    params: Mapping[str, ArrayParameter],
+    dtype: str | None = None,
+    idle: Mapping[str, StoredTensor] = types.MappingProxyType({}),
+) -> list[TensorToWrite]:
+    """A component's parameters under the first of their Hugging Face names.
+
+    Args:
+      params: our path in the component -> ArrayParameter, LazyParameter or the like.
+      dtype: of the tensors; None keeps each as it is.
+      idle: tensors that the model never computes with, of `lazy.idle_tensors`. Those that it lacks
+        and transformers asks for are made up: ones for scales, zeros for all else, so that a block
+        passes its input through.
+    """
     sizes = table.sizes(config)
-    tensors = []
-    for parameter in table.parameters:
+    kept = next(iter(params.values())).dtype() if params else np.dtype(np.float32)
+    target = PARAMETER_DTYPES[dtype] if dtype else None
+    tensors, idle = [], dict(idle)
+    for parameter in (*table.parameters, *table.idle):
         if not parameter.used_by(config):
             continue
-        leaf = params
-        for name in parameter.path.split("/"):
-            leaf = leaf[name]
         shape = tuple(sizes[letter] for letter in parameter.stored_shape.split())
-        if not parameter.path.startswith(STACKED):
-            tensors.append(_tensor(parameter.keys[0], parameter, shape, dtype, leaf))
-            continue
-        for layer, block in enumerate(leaf):
+        source = params.get(parameter.path)
+        stacked = parameter.path.startswith(STACKED)
+        held = 0 if source is None else source.shape[0] if stacked else 1
+        for layer in range(config.num_layers if stacked else 1):
             key = parameter.keys[0].format(layer=layer)
-            tensors.append(_tensor(key, parameter, shape, dtype, block))
+            if layer < held:
+                read = partial(_read, source, layer, parameter, shape)
+                tensors.append(_to_write(key, shape, target, source.dtype(layer), read))
+            elif key not in idle:
+                fill = np.ones if parameter.path.endswith("scale") else np.zeros
+                tensors.append(TensorToWrite(key, shape, target or kept, partial(fill, shape)))
+    for key, tensor in idle.items():
+        tensors.append(_to_write(key, tensor.shape, target, tensor.value_dtype, tensor.read))
     return tensors
 
 
-def _tensor(
-    key: str, parameter: Parameter, shape: tuple[int, ...], dtype: str, leaf
+def _read(source, block: int, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:
+    return to_stored(source.read(block), parameter, shape)
+
+
+def _to_write(
+    key: str,
+    shape: tuple[int, ...],
+    target: np.dtype | None,
+    stored: np.dtype,
+    read: Callable[[], np.ndarray],
 ) -> TensorToWrite:
-    target = PARAMETER_DTYPES[dtype]
-    return TensorToWrite(
-        key, shape, target, lambda: to_stored(np.asarray(leaf), parameter, shape).astype(target)
-    )
+    if target is None or target == stored:
+        return TensorToWrite(key, shape, stored, read)
+
+    def cast() -> np.ndarray:
+        values = read()
+        with np.errstate(over="ignore"):  # told below, with the tensor's name
+            changed = values.astype(target)
+        if target == np.float16 and np.isinf(changed).any() and not np.isinf(values).any():
+            raise LlavaError(
+                f"tensor {key!r} has values that float16 cannot hold: choose bfloat16 or float32."
+            )
+        return changed
+
+    return TensorToWrite(key, shape, target, cast)
 
 
 def to_stored(values: np.ndarray, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:

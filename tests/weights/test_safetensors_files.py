@@ -15,6 +15,7 @@ from llava_jax.weights.safetensors_files import (
     SINGLE_FILE,
     TensorToWrite,
     open_folder,
+    write_checkpoint_files,
     write_file,
 )
 
@@ -81,6 +82,19 @@ def test_writes_what_the_package_reads(tmp_path):
     for name, values in load_file(path).items():
         np.testing.assert_array_equal(values, expected[name])
     assert open_folder(tmp_path).keys() == expected.keys()
+
+
+def test_shards(tmp_path):
+    expected = example_tensors()
+    tensors = [TensorToWrite(n, v.shape, v.dtype, lambda v=v: v) for n, v in expected.items()]
+    written = []
+    digests = write_checkpoint_files(tmp_path, tensors, written.append, shard_bytes=60)
+    assert written == [48, 10, 8, 4, 0]
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(digests) == names and index_of(tmp_path)["c"] == names[1]
+    write_checksums(tmp_path, digests)  # wrong ones would be found here
+    for name, tensor in open_folder(tmp_path).items():
+        np.testing.assert_array_equal(tensor.read(), expected[name])
 
 
 def test_truncated_file(folder):

@@ -1,6 +1,7 @@
 """Folders are written whole or not at all, and read back as they were."""
 
 import dataclasses
+import errno
 import os
 
 import flax.linen as nn
@@ -87,6 +88,7 @@ def test_transformers_loads_it_strictly(tmp_path):
 
 
 def test_an_existing_folder_is_kept(tmp_path):
+    (tmp_path / "mine").write_text("")
     with pytest.raises(LlavaError, match="exists already"):
         save_decoder(tmp_path, LLAMA, {})
 
@@ -98,19 +100,29 @@ def test_interrupted_write_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_two_writers_at_once(tmp_path, monkeypatch):
-    out, rename = tmp_path / "out", os.rename
+def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path):
+    out = tmp_path / "out"
+    with whole_folder(out) as temporary:
+        (temporary / "file").write_text("first")
+        with pytest.raises(LlavaError, match="another process is writing"), whole_folder(out):
+            pass
+    assert (out / "file").read_text() == "first" and os.listdir(tmp_path) == ["out"]
 
-    def beaten(source, target):  # the other writer finishes just before
-        monkeypatch.setattr(os, "rename", rename)
-        with whole_folder(out) as other:
-            (other / "file").write_text("fast")
-        rename(source, target)
 
-    with pytest.raises(LlavaError, match="another run"), whole_folder(out) as temporary:
-        (temporary / "file").write_text("slow")
-        monkeypatch.setattr(os, "rename", beaten)
-    assert (out / "file").read_text() == "fast" and os.listdir(tmp_path) == ["out"]
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    partial = tmp_path / ".out.partial"
+    (partial / "deep").mkdir(parents=True)
+    (partial / "model.safetensors").write_text("half")
+    with whole_folder(tmp_path / "out") as temporary:
+        assert os.listdir(temporary) == []
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_full_disk_is_told(tmp_path):
+    with pytest.raises(LlavaError, match="the disk of .*out is full"):
+        with whole_folder(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path) == []
 
 
 def test_replaced_in_one_step(tmp_path):
