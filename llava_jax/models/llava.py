@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llava_jax.models.decoder import Decoder, DecoderConfig, KVCache
 from llava_jax.models.projector import Projector
-from llava_jax.models.vit import ViT, ViTConfig
+from llava_jax.models.vit import ViT, ViTConfig, feature_states
 
 IMAGE_TOKEN_ID = -200  # IMAGE_TOKEN_INDEX of the original LLaVA: in no vocabulary
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -23,8 +23,11 @@ class LlavaConfig:
 
     Attributes:
       projector: `linear`, `mlpNx_gelu` or `identity` (LLaVA's mm_projector_type).
-      feature_layer: which of the encoder's hidden states is used (mm_vision_select_layer).
+      feature_layer: which of the encoder's hidden states is used (mm_vision_select_layer); several
+        are concatenated.
       keep_class_token: `cls_patch` of LLaVA, `full` of Hugging Face.
+      drop_first_patch: Hugging Face's `default` drops the first feature of an encoder without
+        class token too.
       image_size: side in pixels of the square the encoder is given.
       image_token_id: the id that stands for one image feature in `input_ids`.
       image_mode: `square` (resize shortest edge, centre crop), `pad` (to a square of the mean
@@ -36,8 +39,9 @@ class LlavaConfig:
     decoder: DecoderConfig
     projector: str = "mlp2x_gelu"
     projector_bias: bool = True
-    feature_layer: int = -2
+    feature_layer: int | tuple[int, ...] = -2
     keep_class_token: bool = False
+    drop_first_patch: bool = False
     image_size: int = 336
     image_token_id: int = IMAGE_TOKEN_ID
     image_mean: tuple[float, float, float] = CLIP_MEAN
@@ -45,11 +49,17 @@ class LlavaConfig:
     image_mode: str = "pad"
     use_im_start_end: bool = False
 
+    @property
+    def feature_size(self) -> int:
+        """Width of an image feature as the projector gets it."""
+        return self.vision.hidden_size * len(feature_states(self.vision, self.feature_layer))
+
 
 def image_token_count(config: LlavaConfig) -> int:
     """Placeholder ids that one image takes: the data pipeline and the model both ask here."""
     patches = (config.image_size // config.vision.patch_size) ** 2
-    return patches + int(config.keep_class_token and config.vision.class_token)
+    class_token = config.keep_class_token and config.vision.class_token
+    return patches + int(class_token) - int(config.drop_first_patch)
 
 
 def normalize_images(config: LlavaConfig, images: jax.Array) -> jax.Array:
@@ -97,7 +107,8 @@ class LlavaModel(nn.Module):
         with jax.named_scope("vision"):
             if images.dtype == jnp.uint8:
                 images = normalize_images(self.config, images)
-            return self.projector(self.vision(images))
+            features = self.vision(images)
+            return self.projector(features[:, 1:] if self.config.drop_first_patch else features)
 
     def embed(self, input_ids: jax.Array, images: jax.Array | None) -> jax.Array:
         """Token embeddings [B, T, D], the features of images [B, I, S, S, 3] in their places."""

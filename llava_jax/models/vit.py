@@ -47,15 +47,22 @@ class ViTConfig:
     layer_scale: bool
 
 
-def num_blocks(config: ViTConfig, feature_layer: int) -> int:
-    """Blocks to run for `hidden_states[feature_layer]` (index 0 is the embeddings, as in HF)."""
+def feature_states(config: ViTConfig, feature_layer: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Which hidden states are the features, counted from 0, the embeddings (as in HF)."""
     states = config.num_layers + 1
-    if not -states <= feature_layer < states:
-        raise ValueError(
-            f"feature_layer {feature_layer} does not exist: the vision encoder has {states} hidden "
-            f"states, so give a number from {-states} to {states - 1}"
-        )
-    return feature_layer % states
+    layers = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
+    for layer in layers:
+        if not -states <= layer < states:
+            raise ValueError(
+                f"feature_layer {layer} does not exist: the vision encoder has {states} hidden "
+                f"states, so give a number from {-states} to {states - 1}"
+            )
+    return tuple(layer % states for layer in layers)
+
+
+def num_blocks(config: ViTConfig, feature_layer: int | tuple[int, ...]) -> int:
+    """Blocks to run for `hidden_states[feature_layer]`."""
+    return max(feature_states(config, feature_layer))
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
@@ -130,8 +137,11 @@ class ViTMLP(nn.Module):
 
 
 class ViTBlock(nn.Module):
+    """Returns its output twice: to the next block and, where `emit`, to the list of outputs."""
+
     config: ViTConfig
     dtype: jnp.dtype
+    emit: bool
 
     @nn.compact
     def __call__(self, x, _):
@@ -147,7 +157,7 @@ class ViTBlock(nn.Module):
             ),
             "layer_scale2",
         )
-        return x, None
+        return x, x if self.emit else None
 
     def _scale(self, x, name: str):
         if not self.config.layer_scale:
@@ -163,18 +173,19 @@ class ViT(nn.Module):
     `hidden_states[feature_layer]`, before any final LayerNorm; blocks past it do not exist.
 
     Attributes:
-      feature_layer: index into Hugging Face's `hidden_states`; -2 in LLaVA.
+      feature_layer: index into Hugging Face's `hidden_states`, -2 in LLaVA; several are
+        concatenated.
       keep_class_token: leave the class token in front of the patches.
     """
 
     config: ViTConfig
-    feature_layer: int
+    feature_layer: int | tuple[int, ...]
     keep_class_token: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, H, W, 3] -> features [B, P (+1), D]."""
+        """Normalised pixels [B, H, W, 3] -> features [B, P (+1), D * layers]."""
         c = self.config
         batch, height, width, _ = pixels.shape
         rows, columns = height // c.patch_size, width // c.patch_size
@@ -186,15 +197,20 @@ class ViT(nn.Module):
         x = self._add_positions(x, rows, columns)
         if c.pre_norm:
             x = layer_norm(c, "pre_norm", self.dtype)(x)
-        blocks = num_blocks(c, self.feature_layer)
+        wanted = feature_states(c, self.feature_layer)
+        blocks, several = max(wanted), len(wanted) > 1
+        outputs, embeddings = (), x
         if blocks:
-            x, _ = nn.scan(
+            x, outputs = nn.scan(
                 ViTBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=blocks,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, self.dtype, name="layers")(x, None)
+            )(c, self.dtype, several, name="layers")(x, None)
+        if several:
+            states = [outputs[i - 1] if i else embeddings for i in wanted]
+            x = jnp.concatenate(states, axis=-1)
         return x if self.keep_class_token or not c.class_token else x[:, 1:]
 
     def _add_positions(self, x, rows: int, columns: int):

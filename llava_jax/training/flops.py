@@ -45,7 +45,7 @@ def image_flops(config: LlavaConfig) -> tuple[float, float]:
     block = 2 * tokens * weights + 4 * tokens**2 * v.hidden_size
     embed = 2 * patches * 3 * v.patch_size**2 * v.hidden_size
     depth, width = projector_depth(config.projector), config.decoder.hidden_size
-    first = v.hidden_size * width if depth else 0
+    first = config.feature_size * width if depth else 0
     projector = 2.0 * patches * (first + max(depth - 1, 0) * width**2)
     return float(num_blocks(v, config.feature_layer) * block + embed), projector
 

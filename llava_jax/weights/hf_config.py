@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.llava import CLIP_MEAN, CLIP_STD, IMAGE_TOKEN_ID, LlavaConfig
-from llava_jax.models.vit import ACTIVATIONS, ViTConfig
+from llava_jax.models.vit import ACTIVATIONS, ViTConfig, feature_states
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
 
@@ -396,6 +396,7 @@ def _side(size: object) -> int | None:
 
 # --- LLaVA ----------------------------------------------------------------------------------------
 
+_STRATEGY = "vision_feature_select_strategy"
 _LATER_FAMILIES = ("llava_next", "llava_next_video", "llava_onevision", "video_llava", "vipllava")
 
 
@@ -416,7 +417,7 @@ def llava_config(folder: Path) -> LlavaConfig:
         {
             "image_token_index": 32000,
             "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
+            _STRATEGY: "default",
             "projector_hidden_act": "gelu",
             "multimodal_projector_bias": True,
         },
@@ -431,6 +432,7 @@ def llava_config(folder: Path) -> LlavaConfig:
             f"{folder} prepares pictures of {images['image_size']} pixels for an encoder of "
             f"{vision.image_size}: only DINOv2 takes another size than its own."
         )
+    layers, drops_first = f["vision_feature_layer"], f[_STRATEGY] == "default"
     # `image_token_id` is the newer spelling of the same key.
     token_id = values.get("image_token_id", f["image_token_index"])
     return LlavaConfig(
@@ -438,8 +440,9 @@ def llava_config(folder: Path) -> LlavaConfig:
         decoder=decoder,
         projector="mlp2x_gelu",
         projector_bias=bool(f["multimodal_projector_bias"]),
-        feature_layer=f["vision_feature_layer"],
-        keep_class_token=f["vision_feature_select_strategy"] == "full",
+        feature_layer=tuple(layers) if isinstance(layers, list) else layers,
+        keep_class_token=not drops_first and vision.class_token,
+        drop_first_patch=drops_first and not vision.class_token,
         image_token_id=token_id,
         **images,
     )
@@ -462,15 +465,16 @@ def _vision_values(values: dict) -> dict:
 def _check_llava(f: _Fields, vision: ViTConfig) -> None:
     if f["projector_hidden_act"] != "gelu":
         f.refuse("projector_hidden_act", "only gelu is supported")
-    if type(f["vision_feature_layer"]) is not int:
-        f.refuse("vision_feature_layer", "features of exactly one layer are supported")
-    if f["vision_feature_select_strategy"] not in ("default", "full"):
-        f.refuse("vision_feature_select_strategy", "choose default or full")
-    if f["vision_feature_select_strategy"] == "default" and not vision.class_token:
-        f.refuse(
-            "vision_feature_select_strategy",
-            "it would drop a patch of an encoder without class token; use full",
-        )
+    layers = f["vision_feature_layer"]
+    layers = layers if isinstance(layers, list) else [layers]
+    if not layers or any(type(layer) is not int for layer in layers):
+        f.refuse("vision_feature_layer", "it must be the number of a layer, or a list of such")
+    try:
+        feature_states(vision, tuple(layers))
+    except ValueError as error:
+        f.refuse("vision_feature_layer", str(error))
+    if f[_STRATEGY] not in ("default", "full"):
+        f.refuse(_STRATEGY, "choose default or full")
 
 
 def _default_images(vision: ViTConfig) -> dict:

@@ -154,11 +154,8 @@ def _match_parts(
     parts: dict[str, dict[str, StoredTensor]],
 ) -> dict[str, LazyParameter]:
     """The parameters of the three components under our paths of the whole model."""
-    try:
-        blocks = num_blocks(config.vision, config.feature_layer)
-    except ValueError as error:
-        raise LlavaError(f"{folder / 'config.json'}: {error}") from error
-    sizes = config.vision.hidden_size, config.decoder.hidden_size
+    blocks = num_blocks(config.vision, config.feature_layer)
+    sizes = config.feature_size, config.decoder.hidden_size
     projector = projector_table(config.projector, config.projector_bias, *sizes)
     components = {
         "vision": (VISION_ENCODERS[families["vision"]], config.vision, blocks),

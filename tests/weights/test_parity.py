@@ -209,8 +209,9 @@ TEXT_FAMILIES = {
 
 def tiny_llava(text="llama", tower="clip_vision_model", **fields):
     values = TEXT | {"model_type": text} | TEXT_FAMILIES[text]
+    vision = DINOV2 if tower == "dinov2" else VISION
     config = transformers.LlavaConfig(
-        vision_config=VISION | {"model_type": tower},
+        vision_config=vision | {"model_type": tower},
         text_config=values,
         **({"image_token_index": 79} | fields),
     )
@@ -238,6 +239,13 @@ def reference_logits(model, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 LLAVAS = {
     **{family: {"text": family} for family in TEXT_FAMILIES},
     "siglip": {"tower": "siglip_vision_model", "vision_feature_select_strategy": "full"},
+    "siglip without its first patch": {"tower": "siglip_vision_model"},
+    "dinov2": {"tower": "dinov2"},
+    "several layers": {"vision_feature_layer": [-2, 0, 1]},
+    "several layers, class token kept": {
+        "vision_feature_layer": [1, -1],
+        "vision_feature_select_strategy": "full",
+    },
     "class token kept": {"vision_feature_select_strategy": "full"},
     "layer from the front": {"vision_feature_layer": 1, "multimodal_projector_bias": False},
 }
