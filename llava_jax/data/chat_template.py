@@ -10,7 +10,6 @@ import json
 
 from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.data.templates import TEMPLATES, Template
-from llava_jax.data.tokenization import IM_END_TOKEN, IM_START_TOKEN
 
 _NEVER_TRAINED = (
     "this model was trained on user and assistant messages that take turns, user first, with a "
@@ -34,23 +33,17 @@ _LONE_IMAGE_FIRST = f"""\
         {{%- set text = text | trim %}}
     {{%- endif %}}
 """
-_MARKED_IMAGES = (
-    f"    {{%- set text = text | replace('{IMAGE_TOKEN}', "
-    f"'{IM_START_TOKEN}{IMAGE_TOKEN}{IM_END_TOKEN}') %}}\n"
-)
 
 
-def chat_template(template: Template, use_im_start_end: bool = False) -> str:
+def chat_template(template: Template) -> str:
     """Jinja text that renders messages as the model was trained to read them.
 
-    Other roles, or turns out of order, raise an exception in the renderer. `use_im_start_end`:
-    see LlavaConfig.
+    Other roles, or turns out of order, raise an exception in the renderer.
     """
     before, after = template.human
     first = template.header + before if template.first_human is None else template.first_human
     question = _TEXT_OF_A_QUESTION
     question += _ONLY_IMAGES if template.image_only_question else _LONE_IMAGE_FIRST
-    question += _MARKED_IMAGES if use_im_start_end else ""
     answer_before, end, answer_after = template.gpt
     return (
         "{%- for message in messages %}\n"
@@ -77,7 +70,7 @@ def chat_template(template: Template, use_im_start_end: bool = False) -> str:
 def template_of(jinja: str) -> str | None:
     """The name of the template that `chat_template` wrote as this text, or None."""
     for name, template in TEMPLATES.items():
-        if jinja in (chat_template(template), chat_template(template, use_im_start_end=True)):
+        if jinja == chat_template(template):
             return name
     return None
 

@@ -20,8 +20,8 @@ CONVERSATIONS = {
 ROLES = ("user", "assistant")
 
 
-def rendered(name: str, messages: list, generation: bool, **options) -> str:
-    jinja = chat_template(get_template(name), **options)
+def rendered(name: str, messages: list, generation: bool) -> str:
+    jinja = chat_template(get_template(name))
     texts, _ = render_jinja_template(
         [messages], chat_template=jinja, add_generation_prompt=generation
     )
@@ -55,11 +55,6 @@ def test_equals_the_rendering_of_training(name, texts):
     assert rendered(name, as_items(texts), generation) == expected
 
 
-def test_images_between_marks():
-    text = rendered("v1", as_messages(["<image>\nHi"]), True, use_im_start_end=True)
-    assert text.endswith("USER: <im_start><image><im_end>\nHi ASSISTANT:")
-
-
 @pytest.mark.parametrize("roles", [["system", "user"], ["assistant"], ["user", "user"]])
 def test_other_roles_are_refused(roles):
     messages = [{"role": role, "content": "Hi"} for role in roles]
@@ -69,7 +64,6 @@ def test_other_roles_are_refused(roles):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_known_again(name):
-    for marks in (False, True):
-        found = template_of(chat_template(get_template(name), marks))
-        assert get_template(found) == get_template(name)
+    found = template_of(chat_template(get_template(name)))
+    assert get_template(found) == get_template(name)
     assert template_of("{{ messages }}") is None
