@@ -9,16 +9,13 @@ import functools
 import itertools
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
 
 from llava_jax import command
 from llava_jax.data.pipeline import TrainingData
@@ -26,23 +23,33 @@ from llava_jax.data.records import open_records
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
-from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, image_token_count
+from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.models.precision import compute_precision
+from llava_jax.parallel import hosts
 from llava_jax.parallel.mesh import check_batch, make_mesh
-from llava_jax.parallel.sharding import RULES, param_shardings, put_batch, put_tree, replicated
+from llava_jax.parallel.sharding import (
+    RULES,
+    process_part,
+    put_batch,
+)
 from llava_jax.training import recipe
 from llava_jax.training.checkpoint import Checkpoints
 from llava_jax.training.flops import mfu
 from llava_jax.training.loop import Loop
-from llava_jax.training.metrics import MetricsLog, plot_losses, read_log
+from llava_jax.training.metrics import MetricsLog, NoLog, plot_losses, read_log
 from llava_jax.training.optimizer import (
     adamw,
-    merge_params,
-    optimizer_shardings,
-    split_params,
     warmup_cosine,
 )
-from llava_jax.training.step import TrainState, make_eval_step, make_train_step
+from llava_jax.training.preemption import sigterm_noted
+from llava_jax.training.state import (
+    abstract_model,
+    abstract_state,
+    fresh_state,
+    joined,
+    place,
+)
+from llava_jax.training.step import make_eval_step, make_train_step
 from llava_jax.training.validation import Validation
 from llava_jax.weights.run_directory import RunModel, latest_step, write_json, write_run_model
 
@@ -70,7 +77,7 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
         built = TrainingData(
             records, tokenizer, config.model.template, model_config, **common, **length
         )
-        tqdm.write(f"{path}: {built.describe()}", file=sys.stderr)
+        hosts.tell(f"{path}: {built.describe()}")
         return built
 
     length = {"epochs": config.epochs, "steps": config.steps}
@@ -82,58 +89,54 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
     return train, build(data.validation, data.validation_split, **held_out)
 
 
-def claim_workdir(config: ConfigDict, data_fingerprint: str):
+def claim_workdir(workdir: Path, recipe_now: dict):
     """Makes the run directory this recipe's; gives the lock file, to be kept open while it runs.
 
     Raises:
       LlavaError: another train.py runs there, or it has checkpoints of another recipe.
     """
-    workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     lock = open(workdir / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LlavaError(f"another train.py is running in {workdir}: wait or stop it") from None
-    now = json.loads(config.to_json_best_effort()) | {"data_fingerprint": data_fingerprint}
     path = workdir / "config.json"
     if path.exists() and latest_step(workdir) is not None:
-        changed = recipe.differences(json.loads(path.read_text()), now)
+        changed = recipe.differences(json.loads(path.read_text()), recipe_now)
         if changed:
             raise LlavaError(
                 f"{workdir} holds the run of another recipe ({'; '.join(changed)}): choose "
                 "another config.workdir, go back to that recipe, or delete the folder"
             )
-    write_json(path, now)
+    write_json(path, recipe_now)
     return lock
 
 
-def make_state(config, mesh, model_config, optimizer, params, checkpoints):
-    """(state, frozen): the newest checkpoint's or a fresh state, spread over the mesh."""
-    groups = config.trainable.to_dict()
-    trainable, frozen = split_params(params, groups)
-    shardings = param_shardings(mesh, abstract_params(model_config))
-    trainable_shardings, frozen_shardings = split_params(shardings, groups)
-    frozen = put_tree(frozen, frozen_shardings, compute_precision(config.model.dtype)[0])
-    trainable = put_tree(trainable, trainable_shardings, jnp.float32)
-    moments = optimizer_shardings(optimizer, trainable, trainable_shardings, replicated(mesh))
-    opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)
-    state = TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), trainable, opt_state)
-    step = checkpoints.latest_step()
-    if step is None:
-        return state, frozen
-    tqdm.write(f"resuming from step {step} of {config.workdir}", file=sys.stderr)
-    return checkpoints.restore(step, state), frozen
+def make_state(run_model, sources, seed, optimizer, wanted, resumed) -> tuple:
+    """(state, frozen parameters) as `wanted`: what was resumed, or a fresh start.
+
+    Only the components that are needed are read.
+    """
+    components = set(wanted[1]) | set(() if resumed else wanted[0].params)
+    params = recipe.starting_params(run_model.config, run_model.lora, sources, components, seed)
+    frozen = place(params, wanted[1])
+    if not resumed:
+        return fresh_state(wanted[0], params, optimizer), frozen
+    hosts.tell(f"resuming from step {int(resumed.step)}")
+    return resumed, frozen
 
 
-def compile_step(config, model, optimizer, state, frozen, batch):
+def compile_step(config, model, optimizer, join, state, frozen, batch):
     """The training step compiled ahead of its first call, so that its time is seen apart."""
-    step = make_train_step(model, optimizer, config.accumulation, config.loss_chunk)
+    step = make_train_step(
+        model, optimizer, config.accumulation, config.loss_chunk, join, config.parity
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     began = time.perf_counter()
     compiled = jitted.lower(state, frozen, batch).compile()
-    tqdm.write(f"compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    hosts.tell(f"compiled in {time.perf_counter() - began:.0f} s")
     return compiled
 
 
@@ -144,18 +147,21 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True, ignore=weights)
 
 
-def make_validation(config, model, held_out, tokenizer, frozen, put, log) -> Validation | None:
+def make_validation(
+    config, model, held_out, tokenizer, join, frozen, put, part, log
+) -> Validation | None:
     """Held-out loss and sample answers, if the config names held-out data."""
     if held_out is None:
         return None
-    eval_step = jax.jit(make_eval_step(model, config.loss_chunk))
+    eval_step = jax.jit(make_eval_step(model, config.loss_chunk, join))
     answerer = Llava(model.config, {}, tokenizer, config.model.template, config.model.dtype)
     return Validation(
         held_out,
         eval_step=lambda state, batch: eval_step(state.params, frozen, batch),
         put=put,
+        part=part,
         answerer=answerer,
-        params=lambda state: merge_params(state.params, frozen),
+        params=lambda state: join(state.params, frozen),
         samples=config.samples,
         sample_tokens=config.sample_tokens,
         log=log,
@@ -165,75 +171,100 @@ def make_validation(config, model, held_out, tokenizer, frozen, put, log) -> Val
 def run(config: ConfigDict) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much at INFO
     # Everything that can be wrong is found here, before a weight is read.
+    recipe_now = json.loads(config.to_json_best_effort())
+    hosts.check_same(hosts.this_code(__file__) | recipe.flatten(recipe_now, "config."))
     recipe.check_config(config)
     workdir, groups = Path(config.workdir), config.trainable.to_dict()
     model_config = recipe.model_config(config)
+    lora = recipe.lora_config(config, model_config)
     sources = recipe.starting_sources(config)
     mesh = make_mesh(**config.mesh)
     check_batch(mesh, config.batch_size // config.accumulation)
+    part = process_part(mesh)
     tokenizer_dir = recipe.tokenizer_folder(config)
     tokenizer = load_tokenizer(tokenizer_dir)
-    data, held_out = open_data(config, model_config, tokenizer)
-    lock = claim_workdir(config, data.fingerprint)
-    if latest_step(workdir) == data.steps:
-        return finish(workdir, data.steps)
-
-    params = recipe.starting_params(model_config, sources, config.seed)
-    frozen_sources = recipe.frozen_sources(sources, split_params(params, groups)[1])
-    write_run_model(workdir, RunModel(model_config, config.model.template, frozen_sources))
-    copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
+    # The first process measures the data; the others find in the cache what it measured.
+    build = functools.partial(open_data, config, model_config, tokenizer)
+    data, held_out = hosts.first_alone(build) or build()
+    hosts.check_same({"the training data": data.fingerprint})
+    recipe_now |= {"data_fingerprint": data.fingerprint}
+    lock = hosts.first_alone(lambda: claim_workdir(workdir, recipe_now))
 
     dtype, precision = compute_precision(config.model.dtype)
-    model = LlavaModel(model_config, dtype, config.model.remat_policy)
     schedule = warmup_cosine(data.steps, config.optimizer.warmup_ratio)
     optimizer = adamw(groups, schedule, **recipe.optimizer_options(config))
+    wanted = abstract_state(mesh, abstract_model(model_config, lora), groups, optimizer, dtype)
     checkpoints = Checkpoints(workdir, config.keep)
+    resumed = checkpoints.restore_newest(wanted[0])
+    if resumed and int(resumed.step) == data.steps:
+        return finish(workdir, data.steps, data.steps)
+    run_model = RunModel(
+        model_config, config.model.template, recipe.frozen_sources(sources, wanted[1]), lora
+    )
+    if hosts.is_first():
+        write_run_model(workdir, run_model)
+        copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
+
+    state, frozen = make_state(run_model, sources, config.seed, optimizer, wanted, resumed)
+    model, join = LlavaModel(model_config, dtype, config.model.remat_policy), joined(lora)
     put = functools.partial(put_batch, mesh)
     with (
         jax.set_mesh(mesh),
         nn.logical_axis_rules(RULES),
         jax.default_matmul_precision(precision),
+        sigterm_noted() as stop,
     ):
-        state, frozen = make_state(config, mesh, model_config, optimizer, params, checkpoints)
-        del params
         done = int(state.step)
         report_start(model_config, mesh, state, frozen, data)
-        batches = data.batch_iterator(done, jax.process_index(), jax.process_count())
+        batches = data.batch_iterator(done, *part)
         first = next(batches)
-        train_step = compile_step(config, model, optimizer, state, frozen, put(first.arrays))
-        log = MetricsLog(workdir, done, config.wandb_project, config.to_dict())
+        train_step = compile_step(config, model, optimizer, join, state, frozen, put(first.arrays))
+        log = NoLog()
+        if hosts.is_first():
+            log = MetricsLog(workdir, done, config.wandb_project, config.to_dict())
+        validate = make_validation(config, model, held_out, tokenizer, join, frozen, put, part, log)
         loop = Loop(
             train_step=lambda state, batch: train_step(state, frozen, batch),
             put=put,
             rates=lambda step: {name: rate * schedule(step) for name, rate in groups.items()},
             mfu=functools.partial(mfu, model_config, set(state.params)),
-            validate=make_validation(config, model, held_out, tokenizer, frozen, put, log),
+            stop=stop,
+            validate=validate,
             log=log,
             checkpoints=checkpoints,
             config=config,
         )
-        loop.run(state, itertools.chain([first], batches), data.steps)
+        state = loop.run(state, itertools.chain([first], batches), data.steps)
         checkpoints.close()
         log.close()
-    finish(workdir, data.steps)
-    lock.close()
+    finish(workdir, int(state.step), data.steps)
+    if lock:
+        lock.close()
 
 
 def report_start(model_config, mesh, state, frozen, data) -> None:
     """What is about to run, on what: the lines to look at when something is not as expected."""
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    tqdm.write(
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
+    hosts.tell(
         f"{devices} as {dict(mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
         f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: "
         f"{model_config.image_size} pixels, {image_token_count(model_config)} tokens; "
-        f"steps: {int(state.step)} of {data.steps} done",
-        file=sys.stderr,
+        f"steps: {int(state.step)} of {data.steps} done"
     )
 
 
-def finish(workdir: Path, steps: int) -> None:
+def finish(workdir: Path, done: int, steps: int) -> None:
     """Plots the losses and says where things are."""
+    if not hosts.is_first():
+        return
+    if done < steps:
+        print(
+            f"{workdir}: stopped by SIGTERM; step {done} of {steps} is saved, start again to go on"
+        )
+        return
     plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
     lines = read_log(workdir / "metrics.jsonl")
     last = {
@@ -244,5 +275,10 @@ def finish(workdir: Path, steps: int) -> None:
     print(f"ask it: llava-jax chat --checkpoint {workdir} --image FILE")
 
 
+def main() -> None:
+    hosts.start()
+    run(CONFIG.value)
+
+
 if __name__ == "__main__":
-    command.run(lambda: run(CONFIG.value))
+    command.run(main)

@@ -31,6 +31,13 @@ def get_config() -> ConfigDict:
     # What trains, as path prefix -> peak learning rate; everything else is frozen.
     config.trainable = ConfigDict({"projector": 1e-3})
 
+    # Low-rank updates of linear layers: trained where `trainable` names lora, or a part of it such
+    # as lora/decoder. Targets are shell patterns of the layers' paths.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # 0: none
+    config.lora.alpha = 16.0  # an update weighs alpha / rank
+    config.lora.targets = ("decoder/layers/*",)
+
     config.data = ConfigDict()
     config.data.train = ""  # LLaVA .json / .jsonl, or a data set folder made by `llava-jax build`
     config.data.validation = ""  # the same, held out; empty: none
@@ -59,6 +66,9 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0  # 0: no clipping
     config.optimizer.warmup_ratio = 0.03
     config.optimizer.moments_dtype = "float32"  # | bfloat16 (stochastic rounding): half the memory
+    # As the original LLaVA: each eighth of a batch (one of its 8 GPUs) weighs the same in the loss,
+    # however many tokens it has, and gradients are not clipped.
+    config.parity = False
     config.loss_chunk = 64  # positions a row whose logits exist at once
 
     # Mesh axes; -1 takes the devices that the others leave.

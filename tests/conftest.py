@@ -1,9 +1,69 @@
-"""Eight simulated devices, for the sharding tests, and quick compilation."""
+"""Eight simulated devices, for the sharding tests, quick compilation, and a tiny trained run."""
 
+import functools
+import json
 import os
+import shutil
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with parts/, data/ and a compilation cache, to be read only."""
+    from tests import tiny_run
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny_run.write_parts(folder / "parts")
+    tiny_run.write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run(values, devices=1): `train.run` in this process; far quicker than a script."""
+    import jax
+
+    from llava_jax.parallel.mesh import make_mesh
+    from tests import tiny_run
+
+    train = tiny_run.train_module()
+
+    def run(values: dict, devices: int = 1) -> None:
+        some = functools.partial(make_mesh, devices=jax.devices()[:devices])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "make_mesh", some)
+            train.run(tiny_run.recipe({}, values))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def aligned(world, run, tmp_path_factory) -> Path:
+    """The run directory of a finished stage 1, to be read only."""
+    from tests import tiny_run
+
+    workdir = tmp_path_factory.mktemp("aligned") / "align"
+    run(tiny_run.align(world, workdir))
+    return workdir
+
+
+@pytest.fixture
+def aligned_copy(aligned, world, tmp_path) -> Path:
+    """It together with the parts it stands on, to be damaged: tmp_path/align, tmp_path/parts."""
+    shutil.copytree(world / "parts", tmp_path / "parts")
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.copytree(aligned, tmp_path / "align")
+    path = tmp_path / "align/model.json"
+    values = json.loads(path.read_text())
+    for name, source in values["sources"].items():
+        source |= {"path": str(tmp_path / "parts" / name), "relative": f"../parts/{name}"}
+    path.write_text(json.dumps(values))
+    return tmp_path / "align"

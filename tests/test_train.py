@@ -1,14 +1,11 @@
 """train.py from the outside: both stages, kill and resume, what it leaves, what it refuses."""
 
-import functools
 import json
-import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,102 +23,9 @@ from llava_jax.weights.load import load_decoder, load_vision
 from llava_jax.weights.run_directory import checkpoint_of, latest_step, load_run
 from tests import tiny_run
 from tests.tiny_model import random_image
+from tests.tiny_run import align, instruct, run_script, start_script
 
-ROOT = Path(__file__).parent.parent
 COMPONENTS = ("vision", "projector", "decoder")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A folder with parts/, data/ and a compilation cache, to be read only."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny_run.write_parts(folder / "parts")
-    tiny_run.write_data(folder / "data")
-    return folder
-
-
-def align(world: Path, workdir: Path, changes: dict | None = None) -> dict:
-    """The values of a stage 1 run, by dotted key."""
-    places = {
-        "workdir": str(workdir),
-        "init.vision": str(world / "parts/vision"),
-        "init.decoder": str(world / "parts/decoder"),
-        "data.train": str(world / "data/align.json"),
-        "data.image_root": str(world / "data/images"),
-    }
-    return {**tiny_run.ALIGN, **places, **(changes or {})}
-
-
-def instruct(world: Path, workdir: Path, start: Path, changes: dict | None = None) -> dict:
-    """The values of a stage 2 run that starts from the run directory `start`."""
-    places = {
-        "workdir": str(workdir),
-        "init.checkpoint": str(start),
-        "data.train": str(world / "data/instruct.json"),
-        "data.validation": str(world / "data/held_out.json"),
-        "data.image_root": str(world / "data/images"),
-    }
-    return {**tiny_run.INSTRUCT, **places, **(changes or {})}
-
-
-def start_script(world: Path, values: dict, *arguments: str) -> subprocess.Popen:
-    """Starts `python train.py` with a config file of these values, on one device."""
-    config = world / f"config_{abs(hash(json.dumps(values)))}.py"
-    config.write_text(
-        "from tests.tiny_run import recipe\n\n\n"
-        f"def get_config():\n    return recipe({{}}, {values!r})\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_COMPILATION_CACHE_DIR": str(world / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, "train.py", f"--config={config}", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_script(world: Path, values: dict, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `python train.py`."""
-    process = start_script(world, values, *arguments)
-    out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
-
-
-@pytest.fixture(scope="module")
-def run():
-    """run(values): `train.run` in this process on one device; far quicker than a script."""
-    train = tiny_run.train_module()
-    patch = pytest.MonkeyPatch()
-    patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-    yield lambda values: train.run(tiny_run.recipe({}, values))
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def aligned(world, run, tmp_path_factory) -> Path:
-    """The run directory of a finished stage 1, to be read only."""
-    workdir = tmp_path_factory.mktemp("aligned") / "align"
-    run(align(world, workdir))
-    return workdir
-
-
-@pytest.fixture
-def aligned_copy(aligned, world, tmp_path) -> Path:
-    """It together with the parts it stands on, to be damaged: tmp_path/align, tmp_path/parts."""
-    shutil.copytree(world / "parts", tmp_path / "parts")
-    shutil.copytree(world / "data", tmp_path / "data")
-    shutil.copytree(aligned, tmp_path / "align")
-    path = tmp_path / "align/model.json"
-    values = json.loads(path.read_text())
-    for name, source in values["sources"].items():
-        source |= {"path": str(tmp_path / "parts" / name), "relative": f"../parts/{name}"}
-    path.write_text(json.dumps(values))
-    return tmp_path / "align"
 
 
 def read_lines(path: Path) -> list[dict]:

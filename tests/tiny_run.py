@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from configs import base
 from llava_jax.weights.save import save_decoder, save_vision
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params
 
+ROOT = Path(__file__).parent.parent
 ANSWERS = ("red", "green", "light blue", "it is black and white", "yes")
 ALIGN = {
     "model.template": "plain",
@@ -121,3 +125,62 @@ def recipe(stage: dict, changes: dict | None = None) -> ConfigDict:
         else:
             place[name] = value
     return config.lock()
+
+
+def align(world: Path, workdir: Path, changes: dict | None = None) -> dict:
+    """The values of a stage 1 run, by dotted key."""
+    places = {
+        "workdir": str(workdir),
+        "init.vision": str(world / "parts/vision"),
+        "init.decoder": str(world / "parts/decoder"),
+        "data.train": str(world / "data/align.json"),
+        "data.image_root": str(world / "data/images"),
+    }
+    return {**ALIGN, **places, **(changes or {})}
+
+
+def instruct(world: Path, workdir: Path, start: Path, changes: dict | None = None) -> dict:
+    """The values of a stage 2 run that starts from the run directory `start`."""
+    places = {
+        "workdir": str(workdir),
+        "init.checkpoint": str(start),
+        "data.train": str(world / "data/instruct.json"),
+        "data.validation": str(world / "data/held_out.json"),
+        "data.image_root": str(world / "data/images"),
+    }
+    return {**INSTRUCT, **places, **(changes or {})}
+
+
+def start_script(
+    world: Path, values: dict, *arguments: str, file_size: int | None = None, **environment: str
+) -> subprocess.Popen:
+    """Starts `python train.py` with a config file of these values, on one device.
+
+    Args:
+      file_size: KiB that a file it writes may have at most.
+    """
+    config = world / f"config_{abs(hash(json.dumps(values)))}.py"
+    config.write_text(
+        "from tests.tiny_run import recipe\n\n\n"
+        f"def get_config():\n    return recipe({{}}, {values!r})\n"
+    )
+    surroundings = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_COMPILATION_CACHE_DIR": str(world / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    limit = ["bash", "-c", f'ulimit -f {file_size}; exec "$0" "$@"'] if file_size else []
+    return subprocess.Popen(
+        [*limit, sys.executable, "train.py", f"--config={config}", *arguments],
+        cwd=ROOT,
+        env=surroundings | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_script(world: Path, values: dict, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python train.py`."""
+    process = start_script(world, values, *arguments)
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err

@@ -37,7 +37,7 @@ matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _backward)
 
 
 class Linear(nn.Module):
-    """[..., in] -> [..., features].
+    """[..., in] -> [..., features]; with a low-rank update where `lora_a` and `lora_b` are.
 
     Attributes:
       axes: logical axis names of the kernel [in, features].
@@ -56,7 +56,11 @@ class Linear(nn.Module):
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = matmul(rows, kernel).reshape(*x.shape[:-1], self.features)
+        y = matmul(rows, kernel)
+        if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
+            a, b = (self.get_variable("params", f"lora_{name}") for name in "ab")
+            y += matmul(matmul(rows, a), b)
+        y = y.reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[1:])
             y += self.param("bias", bias_init, (self.features,)).astype(y.dtype)

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llava_jax.errors import LlavaError
 from llava_jax.parallel.mesh import BATCH_AXES
 
 # An axis that does not divide evenly is replicated (see `param_shardings`).
@@ -19,6 +20,7 @@ RULES = (
     ("vision_embed", "fsdp"),
     ("vision_heads", "tensor"),
     ("vision_mlp", "tensor"),
+    ("lora_rank", None),
     ("layers", None),
     ("norm", None),
     ("head_dim", None),
@@ -63,16 +65,39 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_tree(tree, shardings, dtype) -> dict:
-    """Host arrays onto the devices, each device given its slices only, floats cast to `dtype`."""
+def put(leaf, sharding: NamedSharding, dtype) -> jax.Array:
+    """A host array onto the devices, each given its slice only, cast to `dtype`."""
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: leaf[index].astype(dtype)
+    )
 
-    def put(leaf, sharding):
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: leaf[index].astype(dtype)
+
+def process_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which part of every batch this process reads, of how many equal parts.
+
+    Processes whose devices hold the same rows (the tensor axis crosses hosts) read the same part.
+
+    Raises:
+      LlavaError: devices are laid out so that processes share some rows and not others.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    places = batch_sharding(mesh).devices_indices_map((shards,))
+    rows: dict[int, set[int]] = {}
+    for device, (place,) in places.items():
+        rows.setdefault(device.process_index, set()).add(place.start or 0)
+    return equal_part(rows, jax.process_index())
+
+
+def equal_part(rows: dict[int, set[int]], process: int) -> tuple[int, int]:
+    """`process_part` for one of several processes, from the rows that each process holds."""
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sum(map(len, parts)) != len(set().union(*parts)) or len(set(map(len, parts))) > 1:
+        raise LlavaError(
+            f"the mesh spreads rows of a batch unevenly over {len(rows)} processes: make "
+            "config.mesh.tensor divide the devices of a process, or be a multiple of them"
         )
-
-    return jax.tree.map(put, tree, shardings)
+    return parts.index(tuple(sorted(rows[process]))), len(parts)
 
 
 def put_batch(mesh: Mesh, arrays: dict) -> dict:

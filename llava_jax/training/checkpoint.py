@@ -1,5 +1,6 @@
 """Saving and resuming: the trainable tree and the optimizer state as separate Orbax items."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -8,6 +9,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from llava_jax.errors import LlavaError
+from llava_jax.parallel import hosts
+from llava_jax.parallel.sharding import put
 from llava_jax.training.step import TrainState
 from llava_jax.weights.run_directory import check_complete, check_params, saved_params
 
@@ -17,57 +20,105 @@ ITEMS = ("params", "opt_state")
 class Checkpoints:
     """Asynchronous checkpoints of a run, the newest `keep` of them.
 
-    A step folder appears by one rename when it is whole, so a kill at any moment leaves the
-    earlier ones as they were.
+    A step folder appears by one rename when it is whole, and an older one goes only after that, so
+    a kill or a full disk at any moment leaves the earlier ones as they were. What goes wrong while
+    writing in the background is a LlavaError of a later call.
     """
 
     def __init__(self, workdir: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        folder = (workdir / "checkpoints").resolve()
-        self._manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._folder = (workdir / "checkpoints").resolve()
+        with self._write_errors_told():
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
     def newest_before(self, step: int) -> int | None:
         """The newest checkpoint of an earlier step, or None; waits until all are on disk."""
-        self._manager.wait_until_finished()
+        with self._write_errors_told():
+            self._manager.wait_until_finished()
         return max((s for s in self._manager.all_steps() if s < step), default=None)
 
     def save(self, state: TrainState, step: int) -> None:
         """Copies the state off the devices and writes it in the background."""
         items = {"params": state.params, "opt_state": state.opt_state}
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**saves))
+        with self._write_errors_told():
+            self._manager.save(step, args=ocp.args.Composite(**saves))
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step.
+    def check(self) -> None:
+        """Raises what went wrong in the background since the last call."""
+        with self._write_errors_told():
+            self._manager.check_for_errors()
+
+    def restore_newest(self, like: TrainState) -> TrainState | None:
+        """The state of the newest checkpoint that can be read; None where there is none at all.
+
+        A damaged one is told, put aside as STEP.damaged, and the one before it is taken.
 
         Args:
           like: arrays or ShapeDtypeStructs with the shapes and shardings wanted.
 
         Raises:
-          LlavaError: it holds other parameters than `like`, or cannot be read.
+          LlavaError: it holds other parameters than `like`, or none can be read.
         """
-        folder = Path(self._manager.directory) / str(step)
-        saved, wanted = flatten_dict(saved_params(folder)), flatten_dict(like.params)
-        check_params(str(folder), saved, wanted)
-        check_complete(str(folder), saved, wanted, list(like.params))
-        targets = {"params": like.params, "opt_state": like.opt_state}
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            state, damage = self._try_to_restore(step, like)
+            if hosts.all_true(state is not None):
+                return state
+            self._put_aside(step, damage)
+        if steps:
+            raise LlavaError(
+                f"no checkpoint in {self._folder} can be read: choose another config.workdir, or "
+                "delete the folder to start again"
+            )
+        return None
+
+    def _try_to_restore(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
+        """The state of a step, or None and what is wrong with its files."""
+        folder = self._folder / str(step)
         targets = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), targets
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            {"params": like.params, "opt_state": like.opt_state},
         )
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         try:
+            saved, wanted = flatten_dict(saved_params(folder)), flatten_dict(like.params)
+        except LlavaError as error:
+            return None, str(error)
+        check_params(str(folder), saved, wanted)
+        check_complete(str(folder), saved, wanted, list(like.params))
+        try:
             items = self._manager.restore(step, args=ocp.args.Composite(**restores))
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except (ValueError, KeyError, OSError) as error:
+            return None, f"{folder} is damaged: {str(error).splitlines()[0]}"
+        return TrainState(
+            put(step, like.step.sharding, jnp.int32), items["params"], items["opt_state"]
+        ), ""
+
+    def _put_aside(self, step: int, damage: str) -> None:
+        if hosts.is_first():
+            folder = self._folder / str(step)
+            folder.rename(folder.with_name(f"{step}.damaged"))
+            damage = damage or f"{folder} cannot be read by another process"
+        hosts.tell(f"{damage}; put aside as {step}.damaged")
+        hosts.wait("damaged checkpoint put aside")
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _write_errors_told(self):
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
             raise LlavaError(
-                f"{folder} is damaged: {str(error).splitlines()[0]}; delete it to go on from the "
-                "checkpoint before it"
-            ) from None
-        return TrainState(jnp.int32(step), items["params"], items["opt_state"])
+                f"a checkpoint could not be written to {self._folder}: "
+                f"{str(error).splitlines()[0]}. Those before it are whole: make room, and start "
+                "again to go on from the newest"
+            ) from error
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._write_errors_told():
+            self._manager.wait_until_finished()
+            self._manager.close()

@@ -28,6 +28,7 @@ class Loop:
       rates: step -> {group: learning rate} for the log.
       mfu: (counts of a step, seconds) -> share of the devices' peak, or None where unknown.
       validate: (state, step) -> None; None without held-out data.
+      stop: step -> True when the run is to save and end; asked once after every step.
       config: log_every, validate_every and save_every in steps (the last step is always logged,
         validated and saved), batch_size, data.max_length.
     """
@@ -37,12 +38,13 @@ class Loop:
     rates: Callable
     mfu: Callable
     validate: Callable | None
+    stop: Callable
     log: MetricsLog
     checkpoints: Checkpoints
     config: ConfigDict
 
     def run(self, state: TrainState, batches: Iterator[Batch], steps: int) -> TrainState:
-        """Runs until `steps` updates are done.
+        """Runs until `steps` updates are done, or until told to stop.
 
         A step's numbers are fetched while the next one computes, so the device never waits for
         the host; only validation and saving wait for the device.
@@ -68,8 +70,9 @@ class Loop:
             if pending:
                 self._finish(*pending, steps, bar)
             pending = (step, metrics, batch, waited)
-            last = step == steps
-            validate = self.validate and (step % self.config.validate_every == 0 or last)
+            self.checkpoints.check()
+            last = self.stop(step) or step == steps
+            validate = self.validate and (step % self.config.validate_every == 0 or step == steps)
             save = step % self.config.save_every == 0 or last
             if validate or save:
                 self._finish(*pending, steps, bar)
@@ -79,6 +82,8 @@ class Loop:
                 if save:
                     self.checkpoints.save(state, step)
                 self._finished_at = time.perf_counter()  # neither counts as step time
+            if last:
+                break
         bar.close()
         return state
 
@@ -122,9 +127,16 @@ class Loop:
             return
         # One step back: the parameters that this step started from may be what is wrong.
         last_good = self.checkpoints.newest_before(step - 1)
+        flags = [f"--config.trainable.{g}={r / 2:g}" for g, r in self.config.trainable.items()]
+        if last_good is not None:
+            # The checkpoint is the whole model: folders named beside it would replace parts of it.
+            flags += [f"--config.init.{k}=" for k in ("vision", "decoder") if self.config.init[k]]
+            flags.append(f"--config.init.checkpoint={self.config.workdir}/checkpoints/{last_good}")
         raise LlavaError(
             f"step {step}: {wrong[0]} is {metrics[wrong[0]]}. Records of the batch: "
             f"{', '.join(batch.record_ids)}. Last good checkpoint: "
-            f"{'none' if last_good is None else f'step {last_good}'}. Try a lower learning rate, "
-            "a longer warm-up, or look at those records with `llava-jax show`"
+            f"{'none' if last_good is None else f'step {last_good}'}. Look at those records with "
+            "`llava-jax show`, or start again from there at half the rate, with "
+            f"--config.workdir=NEW_FOLDER {' '.join(flags)}; a longer warm-up "
+            "(--config.optimizer.warmup_ratio=0.1) or another order (--config.seed=1) may do, too"
         )

@@ -37,9 +37,9 @@ def next_token_targets(
 
 
 def cross_entropy_sum(
-    hidden_states: jax.Array, table: jax.Array, targets: jax.Array, chunk: int
+    hidden_states: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> jax.Array:
-    """Sum over supervised positions of -log p(target), in float32.
+    """Weighted sum over supervised positions of -log p(target), in float32.
 
     Each row's supervised positions are moved to its front, then `chunk` positions of every row are
     projected at a time until no row has any left: memory is [B, C, V], and work follows the number
@@ -50,6 +50,7 @@ def cross_entropy_sum(
       hidden_states: [B, T, D].
       table: output embedding [V, D].
       targets: int[B, T] from `next_token_targets`.
+      weights: float32 [B], of each row; no gradient is taken of them.
       chunk: positions of each row in one piece.
     """
     length = hidden_states.shape[1]
@@ -61,15 +62,17 @@ def cross_entropy_sum(
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
     hidden_states = jnp.pad(hidden_states, ((0, 0), (0, padding), (0, 0)))
     with jax.named_scope("cross_entropy"):
-        return _front_loaded_sum(hidden_states, table, targets, chunk)
+        return _front_loaded_sum(hidden_states, table, targets, weights, chunk)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _front_loaded_sum(hidden_states, table, targets, chunk):
-    return _sum_and_grads(hidden_states, table, targets, chunk, False, False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _front_loaded_sum(hidden_states, table, targets, weights, chunk):
+    return _sum_and_grads(hidden_states, table, targets, weights, chunk, False, False)[0]
 
 
-def _sum_and_grads(hidden_states, table, targets, chunk, want_hidden: bool, want_table: bool):
+def _sum_and_grads(
+    hidden_states, table, targets, weights, chunk, want_hidden: bool, want_table: bool
+):
     """The loss sum and its gradients (None where not wanted), chunk by chunk."""
 
     def piece(state):
@@ -79,14 +82,13 @@ def _sum_and_grads(hidden_states, table, targets, chunk, want_hidden: bool, want
         h = h.reshape(-1, h.shape[-1])
         logits = product(h, table, (1, 1), jnp.float32).reshape(*t.shape, -1)  # [B, C, V]
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        supervised = t != IGNORE_INDEX
+        weight = jnp.where(t != IGNORE_INDEX, weights[:, None], 0.0)  # [B, C]
         at_target = jnp.take_along_axis(logits, jnp.maximum(t, 0)[..., None], axis=-1)[..., 0]
-        total += jnp.sum(jnp.where(supervised, log_z - at_target, 0.0))
+        total += jnp.sum(weight * (log_z - at_target))
         if want_hidden or want_table:
             d_logits = jnp.exp(logits - log_z[..., None])
             d_logits -= jax.nn.one_hot(t, logits.shape[-1], dtype=jnp.float32)
-            d_logits = jnp.where(supervised[..., None], d_logits, 0.0).astype(h.dtype)
-            d_logits = d_logits.reshape(len(h), -1)
+            d_logits = (weight[..., None] * d_logits).astype(h.dtype).reshape(len(h), -1)
         if want_hidden:
             d_h = product(d_logits, table, (1, 0), h.dtype).reshape(*t.shape, -1)
             d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, start, axis=1)
@@ -105,12 +107,13 @@ def _sum_and_grads(hidden_states, table, targets, chunk, want_hidden: bool, want
     return total, d_hidden, d_table
 
 
-def _forward(hidden_states, table, targets, chunk):
+def _forward(hidden_states, table, targets, weights, chunk):
     # A frozen output projection (stage 1) gets no gradient, and none is computed.
     total, d_hidden, d_table = _sum_and_grads(
         hidden_states.value,
         table.value,
         targets.value,
+        weights.value,
         chunk,
         hidden_states.perturbed,
         table.perturbed,
@@ -122,12 +125,12 @@ def _forward(hidden_states, table, targets, chunk):
 def _backward(chunk, residuals, cotangent):
     d_hidden, d_table, table_like = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return None, None, None
+        return None, None, None, None
     if d_hidden is not None:
         d_hidden = d_hidden * cotangent.astype(d_hidden.dtype)
     if d_table is not None:
         d_table = (d_table * cotangent).astype(table_like.dtype)
-    return d_hidden, d_table, None
+    return d_hidden, d_table, None, None
 
 
 _front_loaded_sum.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -55,6 +55,19 @@ class MetricsLog:
             self._wandb.finish()
 
 
+class NoLog:
+    """Takes what a `MetricsLog` takes, and keeps nothing: for all processes but the first."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def sample(self, step: int, values: dict[str, str]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _start_wandb(project: str, workdir: Path, config: dict):
     import wandb
 

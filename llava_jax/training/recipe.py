@@ -12,11 +12,12 @@ from llava_jax.data.images import IMAGE_MODES
 from llava_jax.data.templates import get_template
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import REMAT_POLICIES
-from llava_jax.models.llava import LlavaConfig, init_params
+from llava_jax.models.llava import LlavaConfig, abstract_params, init_params
+from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS
 from llava_jax.models.presets import preset
 from llava_jax.models.projector import projector_depth
-from llava_jax.models.vit import num_blocks
+from llava_jax.training.step import PARITY_DEVICES
 from llava_jax.weights.hf_config import composed_config
 from llava_jax.weights.run_directory import (
     COMPONENTS,
@@ -52,6 +53,11 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} rows cannot be cut into "
             f"config.accumulation={config.accumulation} equal microbatches"
         )
+    if config.parity and config.batch_size % PARITY_DEVICES:
+        raise LlavaError(
+            f"config.parity cuts a batch into {PARITY_DEVICES} equal parts, but "
+            f"config.batch_size is {config.batch_size}: make it a multiple"
+        )
     choices = {
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
         "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
@@ -70,7 +76,8 @@ def check_config(config: ConfigDict) -> None:
 
 def optimizer_options(config: ConfigDict) -> dict:
     """Arguments of `adamw` beside groups and schedule."""
-    return {k: v for k, v in config.optimizer.items() if k != "warmup_ratio"}
+    options = {k: v for k, v in config.optimizer.items() if k != "warmup_ratio"}
+    return options | ({"clip_norm": 0.0} if config.parity else {})
 
 
 def model_config(config: ConfigDict) -> LlavaConfig:
@@ -92,10 +99,9 @@ def check_model(config: LlavaConfig) -> None:
     """Raises LlavaError for settings under config.model that do not go with the parts."""
     try:
         depth = projector_depth(config.projector)
-        num_blocks(config.vision, config.feature_layer)
+        widths = config.feature_size, config.decoder.hidden_size
     except ValueError as error:
         raise LlavaError(f"config.model: {error}") from None
-    widths = config.vision.hidden_size, config.decoder.hidden_size
     if depth == 0 and widths[0] != widths[1]:
         raise LlavaError(
             f"config.model.projector is 'identity', but image features are {widths[0]} wide and "
@@ -156,16 +162,50 @@ def starting_sources(config: ConfigDict) -> dict[str, Path]:
     return sources
 
 
-def starting_params(config: LlavaConfig, sources: dict[str, Path], seed: int) -> dict:
-    """Float32 parameters of the whole model: from the sources, the projector else by its init."""
+def starting_params(
+    config: LlavaConfig,
+    lora: LoraConfig | None,
+    sources: dict[str, Path],
+    components: set[str],
+    seed: int,
+) -> dict:
+    """Float32 parameters of some components: from the sources; projector and lora else fresh."""
     params = {}
     for folder in dict.fromkeys(sources.values()):
-        components = [c for c in COMPONENTS if sources.get(c) == folder]
-        params |= load_components(folder, components, config)
-    if "projector" not in params:
-        fresh = lambda: nn.meta.unbox(init_params(config, jax.random.key(seed))["projector"])
+        here = [c for c in COMPONENTS if sources.get(c) == folder and c in components]
+        if here:
+            params |= load_components(folder, here, config)
+    key = jax.random.key(seed)
+    if "projector" in components - params.keys():
+        fresh = lambda: nn.meta.unbox(init_params(config, key)["projector"])
         params["projector"] = jax.tree.map(jax.device_get, jax.jit(fresh)()) or {}
+    if "lora" in components:
+        fresh = lambda: init_lora(abstract_lora(lora, abstract_params(config)), key)
+        params["lora"] = jax.tree.map(jax.device_get, jax.jit(fresh)())
     return params
+
+
+def lora_config(config: ConfigDict, model: LlavaConfig) -> LoraConfig | None:
+    """What config.lora asks for, or None.
+
+    Raises:
+      LlavaError: it does not go with the model, or with config.trainable.
+    """
+    trains = any(group.split("/")[0] == "lora" for group in config.trainable)
+    if config.lora.rank < 0 or trains != (config.lora.rank > 0):
+        raise LlavaError(
+            f"config.lora.rank is {config.lora.rank}, but config.trainable names "
+            f"{', '.join(config.trainable)}: LoRA needs a rank of at least 1 and a learning rate, "
+            "such as config.trainable.lora = 2e-4"
+        )
+    if not trains:
+        return None
+    lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    try:
+        abstract_lora(lora, abstract_params(model))
+    except ValueError as error:
+        raise LlavaError(f"config.lora.targets: {error}") from None
+    return lora
 
 
 def frozen_sources(sources: dict[str, Path], frozen: dict) -> dict[str, Source]:

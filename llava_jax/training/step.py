@@ -1,5 +1,7 @@
 """The jitted training step: loss and gradient of the trainable tree, then one optimizer update."""
 
+from collections.abc import Callable
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_token_targets
 from llava_jax.training.optimizer import merge_params
 
+PARITY_DEVICES = 8
 MODEL_INPUTS = ("input_ids", "images", "position_ids", "segment_ids")
 
 
@@ -22,15 +25,35 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int):
-    """(sum of token losses, supervised tokens) of a batch, both float32 scalars."""
-    turn_ids = batch.get("turn_ids")
+def batch_targets(batch: dict) -> jax.Array:
+    """int[B, T], what each position must predict."""
+    return next_token_targets(batch["labels"], batch["segment_ids"], batch.get("turn_ids"))
+
+
+def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int, weights: jax.Array):
+    """Sum of the token losses of a batch, those of each row weighted; float32.
+
+    Args:
+      weights: float32 [B].
+    """
     inputs = [batch[name] for name in MODEL_INPUTS]
-    hidden_states, _ = model.apply({"params": params}, *inputs, turn_ids=turn_ids)
-    targets = next_token_targets(batch["labels"], batch["segment_ids"], turn_ids)
+    hidden_states, _ = model.apply({"params": params}, *inputs, turn_ids=batch.get("turn_ids"))
     table = output_embedding(params["decoder"])
-    total = cross_entropy_sum(hidden_states, table, targets, chunk)
-    return total, jnp.sum(targets != IGNORE_INDEX).astype(jnp.float32)
+    return cross_entropy_sum(hidden_states, table, batch_targets(batch), weights, chunk)
+
+
+def row_weights(supervised: jax.Array, parity: bool) -> jax.Array:
+    """What a token of each row weighs in the loss of a step, float32 [B].
+
+    Every supervised token alike; or, with `parity`, every eighth of the batch alike and every token
+    alike within it: the original's mean of means over the 8 GPUs that it was trained on.
+
+    Args:
+      supervised: int[B], supervised tokens of each row.
+    """
+    parts = PARITY_DEVICES if parity else 1
+    tokens = jnp.sum(supervised.reshape(parts, -1), axis=1, dtype=jnp.float32)
+    return jnp.repeat(1 / (parts * jnp.maximum(tokens, 1)), len(supervised) // parts)
 
 
 def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
@@ -47,43 +70,52 @@ def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
     }
 
 
-def make_train_step(model: LlavaModel, optimizer, accumulation: int, chunk: int):
+def make_train_step(
+    model: LlavaModel,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    chunk: int,
+    join: Callable = merge_params,
+    parity: bool = False,
+):
     """A step function (state, frozen, batch) -> (state, metrics), to be jitted.
 
     The batch is cut into `accumulation` microbatches; loss and gradients are summed over them in
-    float32 and divided once by the number of supervised tokens of the whole batch, so the result
-    does not depend on how it was cut.
+    float32, each row weighted as `row_weights` says of the whole batch, so the result does not
+    depend on how it was cut.
+
+    Args:
+      join: (trainable, frozen) -> parameters as the model takes them.
     """
 
-    def loss_and_grads(trainable, frozen, batch):
-        def loss(trainable):
-            return batch_loss(model, merge_params(trainable, frozen), batch, chunk)
+    def loss_and_grads(trainable, frozen, batch, weights):
+        loss = lambda t: batch_loss(model, join(t, frozen), batch, chunk, weights)
+        total, grads = jax.value_and_grad(loss)(trainable)
+        return total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-        (total, tokens), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        return total, tokens, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-
-    def accumulated(trainable, frozen, batch):
+    def accumulated(trainable, frozen, batch, weights):
         if accumulation == 1:
-            return loss_and_grads(trainable, frozen, batch)
+            return loss_and_grads(trainable, frozen, batch, weights)
 
         def add(carry, microbatch):
-            return jax.tree.map(jnp.add, carry, loss_and_grads(trainable, frozen, microbatch)), None
+            found = loss_and_grads(trainable, frozen, *microbatch)
+            return jax.tree.map(jnp.add, carry, found), None
 
         # Strided, so that each microbatch spreads over all devices.
         cut = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
-        start = (jnp.float32(0), jnp.float32(0), zeros)
-        return jax.lax.scan(add, start, jax.tree.map(cut, batch))[0]
+        cuts = jax.tree.map(cut, (batch, weights))
+        return jax.lax.scan(add, (jnp.float32(0), zeros), cuts)[0]
 
     def train_step(state: TrainState, frozen: dict, batch: dict):
-        total, tokens, grads = accumulated(state.params, frozen, batch)
-        denominator = jnp.maximum(tokens, 1)
-        grads = jax.tree.map(lambda g: g / denominator, grads)
+        supervised = jnp.sum(batch_targets(batch) != IGNORE_INDEX, axis=1)  # [B]
+        weights = row_weights(supervised, parity)
+        loss, grads = accumulated(state.params, frozen, batch, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
-            "loss": total / denominator,
+            "loss": loss,
             "grad_norm": optax.tree.norm(grads),
-            "supervised_tokens": tokens,
+            "supervised_tokens": jnp.sum(supervised),
             **count_work(model.config, batch),
         }
         params = optax.apply_updates(state.params, updates)
@@ -92,10 +124,12 @@ def make_train_step(model: LlavaModel, optimizer, accumulation: int, chunk: int)
     return train_step
 
 
-def make_eval_step(model: LlavaModel, chunk: int):
+def make_eval_step(model: LlavaModel, chunk: int, join: Callable = merge_params):
     """(trainable, frozen, batch) -> (sum of token losses, supervised tokens)."""
 
     def eval_step(trainable, frozen, batch):
-        return batch_loss(model, merge_params(trainable, frozen), batch, chunk)
+        alike = jnp.ones(len(batch["labels"]), jnp.float32)
+        total = batch_loss(model, join(trainable, frozen), batch, chunk, alike)
+        return total, jnp.sum(batch_targets(batch) != IGNORE_INDEX)
 
     return eval_step

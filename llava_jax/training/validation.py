@@ -22,6 +22,7 @@ class Validation:
         first question, greedily.
       eval_step: compiled (state, batch) -> (sum of token losses, supervised tokens).
       put: host batch arrays -> device arrays.
+      part: (index, count), this process's part of a batch, as `batch_iterator` takes it.
       answerer: a `Llava` of the same model, given the current parameters each time.
       params: state -> parameters of the whole model.
     """
@@ -31,20 +32,23 @@ class Validation:
         data: TrainingData,
         eval_step: Callable,
         put: Callable,
+        part: tuple[int, int],
         answerer: Llava,
         params: Callable,
         samples: int,
         sample_tokens: int,
         log: MetricsLog,
     ):
-        self._data, self._eval_step, self._put = data, eval_step, put
+        self._data, self._eval_step, self._put, self._part = data, eval_step, put, part
         self._answerer, self._model_params, self._log = answerer, params, log
+        # Answers of a model spread over several hosts are not gathered: held-out loss alone there.
+        samples = samples if jax.process_count() == 1 else 0
         records = [data.records[i] for i in range(min(samples, len(data.records)))]
         self._records = [r for r in records if len(r.turns) > 1]
         self._sampling = SamplingParams(sample_tokens, 0.0, 1.0, 0)
 
     def __call__(self, state: TrainState, step: int) -> None:
-        batches = self._data.batch_iterator(0, jax.process_index(), jax.process_count())
+        batches = self._data.batch_iterator(0, *self._part)
         total = tokens = 0.0
         for batch in tqdm(batches, total=self._data.steps, desc="validation", leave=False, delay=2):
             loss, count = self._eval_step(state, self._put(batch.arrays))

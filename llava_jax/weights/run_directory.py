@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.lora import LoraConfig, abstract_lora, merge_lora
 from llava_jax.models.vit import ViTConfig, num_blocks
 from llava_jax.weights.hf_config import llava_config
 from llava_jax.weights.load import load_decoder, load_llava, load_vision
@@ -52,6 +53,7 @@ class RunModel:
     config: LlavaConfig
     template: str
     sources: dict[str, Source]  # component -> source, for components with frozen parameters
+    lora: LoraConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,7 @@ def write_run_model(workdir: Path, model: RunModel) -> None:
             "config": dataclasses.asdict(model.config),
             "template": model.template,
             "sources": sources,
+            "lora": model.lora and dataclasses.asdict(model.lora),
         },
     )
 
@@ -105,7 +108,9 @@ def read_run_model(workdir: Path) -> RunModel:
     try:
         values = json.loads(path.read_text())
         sources = {c: _find_source(workdir, c, s) for c, s in values["sources"].items()}
-        return RunModel(config_from_dict(values["config"]), values["template"], sources)
+        lora = values.get("lora")
+        lora = lora and LoraConfig(lora["rank"], lora["alpha"], tuple(lora["targets"]))
+        return RunModel(config_from_dict(values["config"]), values["template"], sources, lora)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise LlavaError(f"{path} is damaged ({error!r}): it is written by train.py") from None
 
@@ -206,6 +211,8 @@ def load_components(path: Path, components: list[str], config: LlavaConfig) -> d
 def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
     """The model of a checkpoint, or some of its components: base and trained tree laid over it.
 
+    LoRA is added to the kernels it belongs to.
+
     Raises:
       LlavaError: the base is gone or changed since the run, or the checkpoint does not fit it.
     """
@@ -219,16 +226,22 @@ def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
                 f"trained on them: its {component} would not be the model that was trained"
             )
         params |= load_components(source.path, [component], run.config)
-    trained = flatten_dict(_read_trained(step_folder, run.config))
-    trained = {path: leaf for path, leaf in trained.items() if path[0] in components}
-    merged = {**flatten_dict(params), **trained}
-    check_complete(str(step_folder), merged, _expected(run.config), components)
-    return run, unflatten_dict(merged)
+    trained = flatten_dict(_read_trained(step_folder, run))
+    here = lambda path: path[1 if path[0] == "lora" else 0] in components
+    merged = {**flatten_dict(params), **{p: leaf for p, leaf in trained.items() if here(p)}}
+    check_complete(str(step_folder), merged, _expected(run.config, run.lora), components)
+    tree = unflatten_dict(merged)
+    return run, merge_lora(tree, run.lora) if "lora" in tree else tree
 
 
-def _expected(config: LlavaConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+def _expected(
+    config: LlavaConfig, lora: LoraConfig | None = None
+) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of the model."""
-    return flatten_dict(nn.meta.unbox(abstract_params(config)))
+    boxed = abstract_params(config)
+    if lora is not None:
+        boxed = boxed | {"lora": abstract_lora(lora, boxed)}
+    return flatten_dict(nn.meta.unbox(boxed))
 
 
 def saved_params(step_folder: Path) -> dict:
@@ -243,11 +256,11 @@ def saved_params(step_folder: Path) -> dict:
     return saved.tree
 
 
-def _read_trained(step_folder: Path, config: LlavaConfig) -> dict:
+def _read_trained(step_folder: Path, run: RunModel) -> dict:
     """The trained tree of a checkpoint, on the default device, after checking names and shapes."""
     saved = saved_params(step_folder)
-    check_params(str(step_folder), flatten_dict(saved), _expected(config))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    check_params(str(step_folder), flatten_dict(saved), _expected(run.config, run.lora))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
     )

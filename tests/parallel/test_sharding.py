@@ -9,19 +9,23 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params
 from llava_jax.models.presets import PRESETS
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import (
     RULES,
     batch_sharding,
+    equal_part,
     param_shardings,
+    process_part,
+    put,
     put_batch,
-    put_tree,
     replicated,
 )
 from llava_jax.training.optimizer import adamw, optimizer_shardings, split_params, warmup_cosine
-from llava_jax.training.step import TrainState, make_train_step
+from llava_jax.training.state import abstract_state, fresh_state, place
+from llava_jax.training.step import make_train_step
 from tests.tiny_model import CONFIG, VISION, random_params
 
 GROUPS = {"projector": 1e-2, "decoder": 1e-2}
@@ -96,16 +100,12 @@ def batch(config: LlavaConfig, rows: int = 8) -> dict:
 
 def train(config: LlavaConfig, mesh, steps: int = 2, accumulation: int = 1):
     """Host copies of (losses, trained parameters) after some steps on a mesh."""
-    trainable, frozen = split_params(random_params(config), GROUPS)
-    shardings = split_params(param_shardings(mesh, abstract_params(config)), GROUPS)
     optimizer = adamw(GROUPS, warmup_cosine(5, 0.0), **OPTIONS)
-    losses = []
+    losses, boxed = [], abstract_params(config)
+    wanted, frozen = abstract_state(mesh, boxed, GROUPS, optimizer, jnp.float32)
+    state = fresh_state(wanted, random_params(config), optimizer)
+    frozen = place(random_params(config), frozen)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        trainable = put_tree(trainable, shardings[0], jnp.float32)
-        frozen = put_tree(frozen, shardings[1], jnp.float32)
-        moments = optimizer_shardings(optimizer, trainable, shardings[0], replicated(mesh))
-        opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)
-        state = TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), trainable, opt_state)
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = jax.jit(
             make_train_step(LlavaModel(config), optimizer, accumulation, 8),
@@ -162,7 +162,9 @@ def test_moments_lie_where_their_parameters_do():
 def test_a_device_holds_its_slice_alone():
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     shardings = param_shardings(mesh, abstract_params(CONFIG))
-    params = put_tree(random_params(CONFIG), shardings, jnp.bfloat16)
+    params = jax.tree.map(
+        lambda leaf, sharding: put(leaf, sharding, jnp.bfloat16), random_params(CONFIG), shardings
+    )
     kernel = params["decoder"]["layers"]["mlp"]["gate_proj"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 4, 48 // 2)}
@@ -177,3 +179,19 @@ def test_rows_of_a_batch_are_split_over_data_and_fsdp():
     shapes = {shard.data.shape for shard in arrays["images"].addressable_shards}
     assert shapes == {(2, 2, 8, 8, 3)}
     np.testing.assert_array_equal(arrays["labels"], batch(CONFIG)["labels"])
+
+
+def test_processes_read_the_rows_that_their_devices_hold():
+    assert process_part(make_mesh(data=2, fsdp=2, tensor=2)) == (0, 1)
+    apart = {0: {0, 1}, 1: {2, 3}, 2: {4, 5}}
+    assert [equal_part(apart, p) for p in apart] == [(0, 3), (1, 3), (2, 3)]
+    shared = {0: {0}, 1: {4}, 2: {0}, 3: {4}}  # the tensor axis crosses processes
+    assert [equal_part(shared, p) for p in shared] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    mixed = {0: {0, 3}, 1: {1, 2}}
+    assert [equal_part(mixed, p) for p in mixed] == [(0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("rows", [{0: {0, 1}, 1: {1, 2}}, {0: {0, 1}, 1: {2}}])
+def test_rows_unevenly_over_processes_are_refused(rows):
+    with pytest.raises(LlavaError, match="unevenly over 2 processes: make config.mesh.tensor"):
+        equal_part(rows, 0)

@@ -16,6 +16,9 @@ HIDDEN = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 TABLE = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
 
 
+ONES = jnp.ones(B)
+
+
 def targets(*counts: int) -> np.ndarray:
     """[B, T] with so many supervised positions in each row, at random places."""
     result = np.full((B, T), IGNORE_INDEX)
@@ -35,7 +38,7 @@ def plain_sum(hidden, table, targets):
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def chunked(hidden, table, targets, chunk):
-    return jax.value_and_grad(cross_entropy_sum, (0, 1))(hidden, table, targets, chunk)
+    return jax.value_and_grad(cross_entropy_sum, (0, 1))(hidden, table, targets, ONES, chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 10, 64])
@@ -56,6 +59,18 @@ def test_nothing_supervised_is_zero_with_gradients_of_zero():
     assert not any(np.asarray(g).any() for g in grads)
 
 
+def test_each_row_weighs_as_told():
+    wanted, weights = targets(7, 0, 4), jnp.array([0.5, 3.0, 2.0])
+    weighted = jax.value_and_grad(cross_entropy_sum, (0, 1))
+    total, grads = jax.jit(weighted, static_argnums=4)(HIDDEN, TABLE, wanted, weights, 3)
+    rows = [np.where(np.arange(B)[:, None] == row, wanted, IGNORE_INDEX) for row in range(B)]
+    alone = [chunked(HIDDEN, TABLE, row, 3) for row in rows]
+    np.testing.assert_allclose(total, sum(w * t for w, (t, _) in zip(weights, alone, strict=True)))
+    for i in range(2):
+        expected = sum(w * g[i] for w, (_, g) in zip(weights, alone, strict=True))
+        np.testing.assert_allclose(grads[i], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_large_logits_stay_finite():
     total, grads = chunked(HIDDEN * 1e4, TABLE, targets(3, 3, 3), 3)
     assert np.isfinite(total) and all(np.isfinite(g).all() for g in grads)
@@ -63,7 +78,7 @@ def test_large_logits_stay_finite():
 
 def test_gradients_scale_with_what_comes_from_above():
     wanted = targets(5, 5, 2)
-    scaled = jax.grad(lambda h, t: 3.0 * cross_entropy_sum(h, t, wanted, 4), (0, 1))
+    scaled = jax.grad(lambda h, t: 3.0 * cross_entropy_sum(h, t, wanted, ONES, 4), (0, 1))
     _, grads = chunked(HIDDEN, TABLE, wanted, 4)
     for found, one in zip(jax.jit(scaled)(HIDDEN, TABLE), grads, strict=True):
         np.testing.assert_allclose(found, 3 * one, rtol=1e-5, atol=1e-6)
@@ -74,7 +89,7 @@ def traced(wanted, chunk):
     function = functools.partial(cross_entropy_sum, chunk=chunk)
     if wanted:
         function = jax.grad(function, wanted)
-    return jax.make_jaxpr(function)(HIDDEN, TABLE, targets(4, 4, 4))
+    return jax.make_jaxpr(function)(HIDDEN, TABLE, targets(4, 4, 4), ONES)
 
 
 def test_a_frozen_output_projection_gets_no_gradient_and_none_is_computed():

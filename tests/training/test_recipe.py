@@ -101,7 +101,10 @@ def test_parts_never_start_from_random_numbers_but_the_projector(parts):
 def test_starting_parameters_are_those_of_the_folders_and_a_seeded_projector(parts):
     model = recipe.model_config(config(parts))
     sources = recipe.starting_sources(config(parts))
-    one, same, other = (recipe.starting_params(model, sources, seed) for seed in (0, 0, 1))
+    one, same, other = (
+        recipe.starting_params(model, None, sources, {"vision", "projector", "decoder"}, seed)
+        for seed in (0, 0, 1)
+    )
     jax.tree.map(np.testing.assert_array_equal, one, same)
     kernel = lambda params: params["projector"]["linear_0"]["kernel"]
     assert (kernel(one) != kernel(other)).any()

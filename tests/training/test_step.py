@@ -14,8 +14,8 @@ from jax.interpreters import partial_eval
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
 from llava_jax.models.llava import LlavaModel
-from llava_jax.training.optimizer import adamw, merge_params, split_params
-from llava_jax.training.step import TrainState, batch_loss, count_work, make_train_step
+from llava_jax.training.optimizer import adamw, split_params
+from llava_jax.training.step import TrainState, count_work, make_eval_step, make_train_step
 from tests import tiny_run
 from tests.jaxprs import product_flops
 from tests.tiny_model import CONFIG, byte_tokenizer, random_params
@@ -53,7 +53,9 @@ def batches(folder=None, records=None, **options) -> list[dict]:
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def loss_and_grads(params, batch, chunk=16):
-    return jax.value_and_grad(lambda p: batch_loss(MODEL, p, batch, chunk), has_aux=True)(params)
+    """((sum of token losses, supervised tokens), gradients of the sum)."""
+    total = lambda p: make_eval_step(MODEL, chunk)(p, {}, batch)
+    return jax.value_and_grad(total, has_aux=True)(params)
 
 
 def summed(folder=None, **options):
@@ -180,6 +182,25 @@ def test_the_loss_is_the_mean_over_supervised_tokens():
     np.testing.assert_allclose(metrics["loss"], total / tokens, rtol=1e-6)
 
 
+def test_parity_is_the_mean_over_eighths_of_the_mean_over_their_tokens():
+    batch = jax.tree.map(lambda x: np.concatenate([x] * 4), uneven_batch())
+    batch["labels"][5] = batch["labels"][7]  # parts of 1, 16, 17 and 22 tokens among others
+    step = make_train_step(MODEL, optax.sgd(0.1), 2, 16, parity=True)
+    state, metrics = jax.jit(step)(*start("instruct"), batch)
+    params = random_params(CONFIG)
+
+    def mean(part: int):
+        rows = jax.tree.map(lambda x: x[2 * part : 2 * part + 2], batch)
+        (total, tokens), grads = loss_and_grads(params, rows)
+        return jax.tree.map(lambda x: x / max(tokens, 1), (total, grads))
+
+    means = [mean(part) for part in range(8)]
+    loss, grads = jax.tree.map(lambda *x: sum(x) / 8, *means)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    wanted = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert_near(state.params, split_params(wanted, STAGES["instruct"])[0], share=1e-5)
+
+
 def test_a_batch_with_nothing_supervised_changes_nothing():
     batch = uneven_batch() | {"labels": np.full((4, 16), -100, np.int32)}
     state, metrics = one_step("instruct", 2, batch)
@@ -248,7 +269,7 @@ def test_no_gradient_of_a_frozen_parameter_is_computed(stage):
     trainable, frozen = split_params(random_params(CONFIG), STAGES[stage])
 
     def grads(trainable, frozen, batch):
-        total = lambda t: batch_loss(MODEL, merge_params(t, frozen), batch, chunk=16)[0]
+        total = lambda t: make_eval_step(MODEL, 16)(t, frozen, batch)[0]
         return jax.grad(total)(trainable)
 
     traced = jax.make_jaxpr(grads)(trainable, frozen, uneven_batch())

@@ -1,0 +1,112 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank updates of chosen linear layers.
+
+One more tree beside the model's, `{"lora": {path of a linear layer: {lora_a, lora_b}}}`: it trains,
+is saved and sharded like any other, and `Linear` adds it where `attach_lora` has put it.
+
+R rank; the layers axis, where there is one, comes first.
+"""
+
+import dataclasses
+import fnmatch
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_jax.models.projector import torch_linear_init
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which layers are adapted, and how much.
+
+    Attributes:
+      rank: of the update.
+      alpha: the update is scaled by alpha / rank.
+      targets: shell patterns of layers' paths; `*` stands for any part, slashes too. The output
+        projection cannot be adapted.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def abstract_lora(lora: LoraConfig, boxed_params: dict) -> dict:
+    """Shapes and logical axes of the update, from those of the model (`abstract_params`).
+
+    Raises:
+      ValueError: a target matches no linear layer.
+    """
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    flat = flatten_dict(boxed_params, is_leaf=lambda _, leaf: is_box(leaf))
+    kernels = {
+        path[:-1]: box
+        for path, box in flat.items()
+        if path[-1] == "kernel" and path[-2] != "lm_head"
+    }
+    tree = {}
+    for target in lora.targets:
+        matching = [path for path in kernels if fnmatch.fnmatchcase("/".join(path), target)]
+        if not matching:
+            raise ValueError(
+                f"{target!r} matches no linear layer: there are "
+                f"{', '.join('/'.join(path) for path in kernels)}"
+            )
+        for path in matching:
+            tree |= _pair(path, kernels[path], lora.rank)
+    return unflatten_dict(tree)
+
+
+def _pair(path: tuple[str, ...], kernel: nn.LogicallyPartitioned, rank: int) -> dict:
+    *layers, rows, columns = kernel.value.shape
+    *layer_axis, into, out = kernel.names
+
+    def box(shape, names):
+        value = jax.ShapeDtypeStruct((*layers, *shape), jnp.float32)
+        return nn.LogicallyPartitioned(value, (*layer_axis, *names))
+
+    return {
+        (*path, "lora_a"): box((rows, rank), (into, "lora_rank")),
+        (*path, "lora_b"): box((rank, columns), ("lora_rank", out)),
+    }
+
+
+def init_lora(boxed_lora: dict, key: jax.Array) -> dict:
+    """Fresh parameters as PEFT draws them: lora_a uniform by its inputs, lora_b zero."""
+    flat = flatten_dict(nn.meta.unbox(boxed_lora))
+    keys = jax.random.split(key, len(flat))
+
+    def draw(path, leaf, key):
+        if path[-1] == "lora_b":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return torch_linear_init(leaf.shape[-2])(key, leaf.shape, leaf.dtype)
+
+    return unflatten_dict(
+        {path: draw(path, leaf, k) for (path, leaf), k in zip(flat.items(), keys, strict=True)}
+    )
+
+
+def attach_lora(params: dict, lora: LoraConfig) -> dict:
+    """The model's tree with `lora` taken apart: each pair beside its kernel, lora_b scaled."""
+    flat = flatten_dict({name: tree for name, tree in params.items() if name != "lora"})
+    for path, leaf in flatten_dict(params["lora"]).items():
+        flat[path] = leaf * lora.scale if path[-1] == "lora_b" else leaf
+    return unflatten_dict(flat)
+
+
+def merge_lora(params: dict, lora: LoraConfig) -> dict:
+    """The model's tree with the update added to the kernels, in float32: a model without LoRA."""
+    flat = flatten_dict({name: tree for name, tree in params.items() if name != "lora"})
+    pairs = flatten_dict(params["lora"])
+    for path in [path[:-1] for path in pairs if path[-1] == "lora_a"]:
+        kernel = flat[*path, "kernel"]
+        with jax.default_matmul_precision("highest"):
+            update = jnp.matmul(pairs[*path, "lora_a"], pairs[*path, "lora_b"]) * lora.scale
+        flat[*path, "kernel"] = (kernel + update).astype(kernel.dtype)
+    return unflatten_dict(flat)

@@ -1,0 +1,123 @@
+"""Several hosts: how their processes find each other, and that they run the same thing."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from llava_jax.errors import LlavaError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+_NO_CLUSTER = "coordinator_address should be defined"
+
+
+def start() -> None:
+    """Joins the processes of a run over several hosts; does nothing where there is one alone.
+
+    JAX finds the others on Cloud TPU, Slurm, Kubernetes (JobSet, indexed Job) and Open MPI.
+    Elsewhere each process is told by JAX_COORDINATOR_ADDRESS (host:port of the first),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Must run before anything else asks JAX for a device.
+
+    Raises:
+      LlavaError: the surroundings name other processes, but not all that is needed to join them.
+    """
+    in_job = "JOB_COMPLETION_INDEX" in os.environ
+    if "KUBERNETES_SERVICE_HOST" in os.environ and not in_job:
+        return  # a pod by itself, such as a notebook
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    try:
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
+        )
+    except ValueError as error:
+        if _NO_CLUSTER not in str(error):
+            raise LlavaError(f"the processes of this run cannot join: {error}") from None
+        if in_job:
+            raise LlavaError(
+                "this pod is one of a Kubernetes Job, but cannot find the others: "
+                "pip install 'jax[k8s]'"
+            ) from None
+
+
+def is_first() -> bool:
+    """True in the one process that writes logs and tells what happens."""
+    return jax.process_index() == 0
+
+
+def tell(text: str) -> None:
+    """A line on standard error, from process 0 alone."""
+    if is_first():
+        tqdm.write(text, file=sys.stderr)
+
+
+def wait(name: str) -> None:
+    """Waits until all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def all_true(value: bool) -> bool:
+    """True where it is on every process; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def first_alone(action: Callable[[], object]):
+    """Process 0 does `action` and gets its result while the others wait, and get None.
+
+    Raises:
+      LlavaError: process 0 did; the others then end as well.
+    """
+    result = error = None
+    if is_first():
+        try:
+            result = action()
+        except LlavaError as told:
+            error = told
+    if not all_true(error is None):
+        raise error or LlavaError("process 0 cannot go on: its message says why")
+    return result
+
+
+def this_code(script: str) -> dict[str, str]:
+    """SHA-256 of this package's source with the script run, and the versions it stands on."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in (Path(script), *sorted(root.rglob("*.py"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return {"code": digest.hexdigest()} | {f"{p}'s version": version(p) for p in _PACKAGES}
+
+
+def check_same(facts: dict[str, object]) -> None:
+    """Refuses to go on where processes differ in `facts`.
+
+    Args:
+      facts: name -> value that JSON can hold: whatever must be the same everywhere.
+
+    Raises:
+      LlavaError: on every process, naming one that differs from process 0, and in what.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(facts, sort_keys=True).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = text
+    every = multihost_utils.process_allgather(padded)
+    told = [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
+    for process, other in enumerate(told):
+        keys = sorted(k for k in other.keys() | told[0].keys() if other.get(k) != told[0].get(k))
+        if keys:
+            raise LlavaError(
+                f"process {process} differs from process 0 in "
+                + "; ".join(f"{k}: {other.get(k)!r} and not {told[0].get(k)!r}" for k in keys[:5])
+                + ": start the same code with the same command on every host"
+            )

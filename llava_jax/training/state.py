@@ -1,0 +1,72 @@
+"""The state of a stage before its first step, spread over the mesh from the moment it exists."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.lora import LoraConfig, abstract_lora, attach_lora
+from llava_jax.parallel.sharding import param_shardings, put, replicated
+from llava_jax.training.optimizer import merge_params, optimizer_shardings, split_params
+from llava_jax.training.step import TrainState
+
+
+def abstract_model(config: LlavaConfig, lora: LoraConfig | None) -> dict:
+    """Shapes and logical axes of all parameters: vision, projector, decoder, and lora if any."""
+    boxed = abstract_params(config)
+    return boxed if lora is None else boxed | {"lora": abstract_lora(lora, boxed)}
+
+
+def abstract_state(
+    mesh: Mesh,
+    boxed_params: dict,
+    groups: dict[str, float],
+    optimizer: optax.GradientTransformation,
+    frozen_dtype: jnp.dtype,
+) -> tuple[TrainState, dict]:
+    """Shapes, dtypes and shardings of (state, frozen parameters); nothing is computed.
+
+    Args:
+      boxed_params: from `abstract_model`.
+      groups: what trains, as `split_params` takes it.
+    """
+    shapes = split_params(nn.meta.unbox(boxed_params), groups)
+    places = split_params(param_shardings(mesh, boxed_params), groups)
+    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    trainable = jax.tree.map(placed, shapes[0], places[0])
+    frozen = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype, sharding=sharding),
+        shapes[1],
+        places[1],
+    )
+    moments = optimizer_shardings(optimizer, trainable, places[0], replicated(mesh))
+    opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), moments)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step, trainable, opt_state), frozen
+
+
+def place(params: dict, like: dict) -> dict:
+    """Those of the host's parameters that `like` names, each device given its slices alone."""
+    flat = flatten_dict(params)
+    chosen = unflatten_dict({path: flat[path] for path in flatten_dict(like)})
+    return jax.tree.map(lambda leaf, to: put(leaf, to.sharding, to.dtype), chosen, like)
+
+
+def fresh_state(like: TrainState, params: dict, optimizer) -> TrainState:
+    """Step 0: parameters from the host, moments made where they belong."""
+    trainable = place(params, like.params)
+    moments = jax.tree.map(lambda leaf: leaf.sharding, like.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)
+    return TrainState(put(0, like.step.sharding, jnp.int32), trainable, opt_state)
+
+
+def joined(lora: LoraConfig | None) -> Callable[[dict, dict], dict]:
+    """(trainable, frozen) -> parameters as the model takes them."""
+    if lora is None:
+        return merge_params
+    return lambda trainable, frozen: attach_lora(merge_params(trainable, frozen), lora)
