@@ -46,8 +46,17 @@ class TokenRow:
         return len(self.input_ids)
 
 
-def load_tokenizer(path: str | os.PathLike):
-    """A Hugging Face tokenizer from a local folder; LlavaError naming the folder otherwise."""
+def load_tokenizer(
+    path: str | os.PathLike, vocab_size: int | None = None, added_tokens: Sequence[str] = ()
+):
+    """A Hugging Face tokenizer from a local folder.
+
+    Args:
+      vocab_size: rows of the model's embedding table, where the tokenizer is to be checked for it.
+      added_tokens: special tokens that it must learn first, in this order.
+    Raises:
+      LlavaError: naming the folder: it holds no tokenizer, or one with ids past the table.
+    """
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():
@@ -58,6 +67,14 @@ def load_tokenizer(path: str | os.PathLike):
         first_line = str(error).strip().split("\n")[0]
         raise LlavaError(f"cannot load a tokenizer from {path}: {first_line}") from None
     _backend(tokenizer)
+    tokenizer.add_tokens(list(added_tokens), special_tokens=True)
+    if vocab_size is not None:
+        past = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+        if past:
+            raise LlavaError(
+                f"the tokenizer in {path} does not fit the model: its token {past[max(past)]!r} is "
+                f"{max(past)}, and the embedding table has {vocab_size} rows"
+            )
     return tokenizer
 
 

@@ -51,6 +51,19 @@ class _Fields:
             raise LlavaError(f"{self.source} has {key}={value!r}: it must be a number.")
         return float(value)
 
+    def check_plain(self) -> None:
+        """Refuses settings that change the numbers and that no model of ours has."""
+        if self["quantization_config"]:
+            self.refuse("quantization_config", "save the weights in float32, bfloat16 or float16")
+        rope = self["rope_parameters"] or self["rope_scaling"] or {}
+        inside = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+        if (inside or self["partial_rotary_factor"] or 1) != 1:
+            factor = inside or self["partial_rotary_factor"]
+            raise LlavaError(
+                f"{self.source} has partial_rotary_factor={factor}: only rotation of the whole "
+                "head is supported."
+            )
+
     def refuse(self, key: str, reason: str):
         raise LlavaError(f"{self.source} has {key}={self[key]!r}: {reason}.")
 
@@ -129,6 +142,7 @@ DECODER_FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen
 
 
 def _decoder(f: _Fields, **variants) -> DecoderConfig:
+    f.check_plain()
     if f["hidden_act"] != "silu":
         f.refuse("hidden_act", "only silu is supported")
     heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")
@@ -238,6 +252,7 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict | None:
 
 # --- vision encoders ------------------------------------------------------------------------------
 
+VISION_FAMILIES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2")
 _CLIP_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -297,6 +312,7 @@ def _dinov2(f: _Fields) -> ViTConfig:
 
 
 def _vit(f: _Fields, **variants: bool) -> ViTConfig:
+    f.check_plain()
     if f["hidden_act"] not in ACTIVATIONS:
         f.refuse("hidden_act", f"the vision encoder has {', '.join(ACTIVATIONS)}")
     if f["num_channels"] != 3:
@@ -397,21 +413,68 @@ def _side(size: object) -> int | None:
 # --- LLaVA ----------------------------------------------------------------------------------------
 
 _STRATEGY = "vision_feature_select_strategy"
-_LATER_FAMILIES = ("llava_next", "llava_next_video", "llava_onevision", "video_llava", "vipllava")
+# Models that read pictures in other ways than LLaVA-1.5, by model_type or how it begins.
+_OTHER_FAMILIES = {
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "llava_qwen": "LLaVA-OneVision",
+    "video_llava": "Video-LLaVA",
+    "vipllava": "ViP-LLaVA",
+    "blip": "BLIP",
+    "instructblip": "InstructBLIP",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "idefics": "Idefics",
+    "smolvlm": "SmolVLM",
+    "paligemma": "PaliGemma",
+    "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4",
+    "internvl": "InternVL",
+    "mllama": "Llama 3.2 Vision",
+    "llama4": "Llama 4",
+    "mistral3": "Mistral 3",
+    "pixtral": "Pixtral",
+    "kosmos": "Kosmos",
+    "fuyu": "Fuyu",
+    "florence": "Florence",
+    "aya_vision": "Aya Vision",
+    "deepseek_vl": "DeepSeek-VL",
+}
+
+
+def _refuse_family(values: dict, source: str) -> None:
+    """Raises LlavaError for the config.json of anything but a Hugging Face LLaVA."""
+    family = values.get("model_type")
+    if family == "llava" and "text_config" in values:
+        return
+    if family in DECODER_FAMILIES:
+        raise LlavaError(
+            f"{source} is of a {family} language model alone: give the folder of a vision encoder "
+            "too (--vision_tower DIR, or vision_tower=)."
+        )
+    if family in VISION_FAMILIES:
+        raise LlavaError(
+            f"{source} is of a {family} vision encoder alone: give the language model's folder, "
+            "and this one as --vision_tower (vision_tower=)."
+        )
+    names = [name for start, name in _OTHER_FAMILIES.items() if str(family).startswith(start)]
+    if names:
+        raise LlavaError(
+            f"{source} is a {names[0]} checkpoint (model_type {family}): that family is not "
+            "supported yet; LLaVA 1 and 1.5 are."
+        )
+    raise LlavaError(
+        f"{source} has model_type={family!r}: LLaVA 1 and 1.5 can be read, in Hugging Face form "
+        "(model_type llava, with text_config and vision_config) or the original's (mm_* keys)."
+    )
 
 
 def llava_config(folder: Path) -> LlavaConfig:
     """The LlavaConfig of a folder with a `LlavaForConditionalGeneration` of transformers."""
     source = str(folder / "config.json")
     values = read_json(folder / "config.json")
-    family = values.get("model_type")
-    if family in _LATER_FAMILIES:
-        raise LlavaError(f"{source} is a {family} checkpoint: that family is not supported yet.")
-    if family != "llava" or "text_config" not in values:
-        raise LlavaError(
-            f"{source} has model_type={family!r}: this reader takes LLaVA in Hugging Face form "
-            "(model_type llava, with text_config and vision_config)."
-        )
+    _refuse_family(values, source)
     f = _Fields(
         values,
         {
@@ -426,7 +489,7 @@ def llava_config(folder: Path) -> LlavaConfig:
     vision = vision_config(_vision_values(values), f"{source} (vision_config)")
     decoder = decoder_config(values["text_config"] or {}, f"{source} (text_config)")
     _check_llava(f, vision)
-    images = image_settings(folder) or _default_images(vision)
+    images = image_settings(folder) or default_images(vision)
     if images["image_size"] != vision.image_size and not vision.layer_scale:
         raise LlavaError(
             f"{folder} prepares pictures of {images['image_size']} pixels for an encoder of "
@@ -463,6 +526,7 @@ def _vision_values(values: dict) -> dict:
 
 
 def _check_llava(f: _Fields, vision: ViTConfig) -> None:
+    f.check_plain()
     if f["projector_hidden_act"] != "gelu":
         f.refuse("projector_hidden_act", "only gelu is supported")
     layers = f["vision_feature_layer"]
@@ -477,7 +541,7 @@ def _check_llava(f: _Fields, vision: ViTConfig) -> None:
         f.refuse(_STRATEGY, "choose default or full")
 
 
-def _default_images(vision: ViTConfig) -> dict:
+def default_images(vision: ViTConfig) -> dict:
     if vision.class_token:
         mean, std, mode = CLIP_MEAN, CLIP_STD, "square"
     else:
@@ -497,6 +561,6 @@ def composed_config(vision_folder: Path, decoder_folder: Path, **fields) -> Llav
         "vision": vision,
         "decoder": decoder_config(read_json(decoder_source), str(decoder_source)),
         "image_token_id": IMAGE_TOKEN_ID,
-        **(image_settings(vision_folder) or _default_images(vision)),
+        **(image_settings(vision_folder) or default_images(vision)),
     }
     return LlavaConfig(**(values | fields))

@@ -77,7 +77,9 @@ def match(
     Raises:
       LlavaError: a tensor is missing, not expected, misshapen or there twice.
     """
-    by_key = _standard_names(table, tensors)
+    by_key = standard_names(table, tensors)
+    # What the names on disk have before the table's, for the sake of messages.
+    root = next((t.name.removesuffix(k) for k, t in by_key.items() if t.name.endswith(k)), "")
     sizes = table.sizes(config)
     found: dict[str, LazyParameter] = {}
     missing, misshapen, used = [], [], set()
@@ -95,7 +97,7 @@ def match(
             held = [by_key[name] for name in names if name in by_key]
             used.update(names)
             if not held:
-                missing.append(names[0])
+                missing.append(root + names[0])
                 continue
             if len(held) > 1:
                 raise twice(*held[:2])
@@ -130,7 +132,7 @@ def _report(where: object, missing: list[str], extra: list[str], misshapen: list
         raise LlavaError(f"the tensors of {where} do not fit its config.json: {'; '.join(faults)}.")
 
 
-def _standard_names(
+def standard_names(
     table: NameTable, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Tensors under the table's spelling, without those that no model of ours needs."""

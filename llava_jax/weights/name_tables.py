@@ -75,7 +75,9 @@ class NameTable:
 def _linear(path: str, keys: str | tuple[str, ...], shape: str, bias: str = "", no_bias=False):
     """A dense layer: kernel [in, out], and a bias that may hang on the config field `bias`."""
     keys = (keys,) if isinstance(keys, str) else keys
-    weights, biases = (tuple(f"{k}.{end}" for k in keys) for end in ("weight", "bias"))
+    weights, biases = (
+        tuple(f"{k}.{end}".removeprefix(".") for k in keys) for end in ("weight", "bias")
+    )
     kernel = Parameter(f"{path}/kernel", shape, weights, "transpose")
     if no_bias:
         return (kernel,)
@@ -285,13 +287,21 @@ LLAVA_ROOTS = (
 LLAVA_HEAD = "lm_head."  # beside the roots in the second form
 
 
-def projector_table(kind: str, use_bias: bool, features_in: int, features_out: int) -> NameTable:
-    """Names of LLaVA's projector: `linear_1` in Hugging Face is our `linear_0`."""
+def projector_table(
+    kind: str, use_bias: bool, features_in: int, features_out: int, original: bool = False
+) -> NameTable:
+    """Names of LLaVA's projector in Hugging Face form, or in the original's.
+
+    Our `linear_0`, `linear_1` are `linear_1`, `linear_2` there, and the members 0, 2 of a sequence
+    of layers here; a `linear` projector of the original has no level of names.
+    """
+
+    def key(i: int) -> str:
+        return f"linear_{i + 1}" if not original else "" if kind == "linear" else str(2 * i)
+
     parameters = [
         parameter
         for i in range(projector_depth(kind))
-        for parameter in _linear(
-            f"linear_{i}", f"linear_{i + 1}", "O O" if i else "I O", no_bias=not use_bias
-        )
+        for parameter in _linear(f"linear_{i}", key(i), "O O" if i else "I O", no_bias=not use_bias)
     ]
     return NameTable(tuple(parameters), lambda _: {"I": features_in, "O": features_out})

@@ -89,7 +89,7 @@ def test_unknown_dtype(llama_copy):
 
 def test_wrong_kind_of_model(llama_copy):
     refused(llama_copy, "llama", "clip", load=load_vision)
-    refused(llama_copy, "llama", "llava", load=load_llava)
+    refused(llama_copy, "language model alone", "--vision_tower", load=load_llava)
 
 
 def test_no_config(llama_copy):
