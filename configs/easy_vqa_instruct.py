@@ -14,13 +14,13 @@ def get_config():
     config.data.train = f"{ROOT}/easy_vqa/instruct.json"
     config.data.validation = f"{ROOT}/easy_vqa/val_instruct.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
-    # The first three or four questions of a picture; the later ones are cut off: the answers before
-    # them give most of theirs away.
-    config.data.max_length = 96
-    config.data.images_per_row = 1
-    config.batch_size = 6
-    config.steps = 220
-    config.loss_chunk = 8  # a row has about nine supervised tokens
-    config.validate_every = 110
-    config.save_every = 110
+    # Whole conversations: from as many questions each on its own, yes/no stayed at the blind score.
+    # 448 tokens hold the longest conversation, or two of average length.
+    config.data.max_length = 448
+    config.data.images_per_row = 4
+    config.batch_size = 4
+    config.steps = 160
+    config.loss_chunk = 48  # a row has about 40 supervised tokens
+    config.validate_every = 80
+    config.save_every = 80
     return config
