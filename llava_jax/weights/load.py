@@ -157,7 +157,7 @@ def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Checkp
     values = hf_config.read_json(paths["base"] / "config.json")
     config, families, parts = _huggingface(paths["base"], values, allow_pickle)
     adapter = _split_llava(folder, open_adapter(folder, allow_pickle), whole=False)
-    for name, (table, _, _) in _components(config, families).items():
+    for name, (table, _, _) in components(config, families).items():
         held, added = standard_names(table, parts[name]), standard_names(table, adapter[name])
         idle = {key: tensor for key, tensor in parts[name].items() if tensor not in held.values()}
         parts[name] = idle | merge_lora(folder, held, added)
@@ -172,7 +172,7 @@ def _composed(folder: Path, vision_tower: Path, allow_pickle: bool) -> Checkpoin
     config = hf_config.composed_config(vision_tower, folder)
     types = {"vision": vision_tower, "decoder": folder}
     families = {p: hf_config.read_json(f / "config.json")["model_type"] for p, f in types.items()}
-    table, _, _ = _components(config, families)["projector"]
+    table, _, _ = components(config, families)["projector"]
     sizes, rng = table.sizes(config), np.random.default_rng(0)
     projector = {}
     for parameter in table.parameters:
@@ -253,10 +253,15 @@ def _check_expected(folder: Path, found: object, expected: object | None) -> Non
     raise LlavaError(f"{folder} is not the model asked for: {'; '.join(differing)}.")
 
 
-def _components(
+def components(
     config: LlavaConfig, families: dict[str, str], original: bool = False
 ) -> dict[str, tuple[NameTable, object, int]]:
-    """Component -> its name table, its config and how many blocks of it run."""
+    """Component -> its name table, its config and how many blocks of it run.
+
+    Args:
+      families: model types of `vision` and `decoder`.
+      original: the projector's names are those of the original form.
+    """
     blocks = num_blocks(config.vision, config.feature_layer)
     sizes = config.feature_size, config.decoder.hidden_size
     projector = projector_table(config.projector, config.projector_bias, *sizes, original)
@@ -275,13 +280,13 @@ def _checkpoint(
     original: bool = False,
 ) -> Checkpoint:
     """Matches the tensors of each component with its parameters."""
-    components = _components(config, families, original)
+    tables = components(config, families, original)
     params = {
         f"{part}/{path}": lazy
-        for part, (table, sub_config, count) in components.items()
+        for part, (table, sub_config, count) in tables.items()
         for path, lazy in match(table, sub_config, count, parts[part], folder).items()
     }
-    idle = idle_tensors(*components["vision"], parts["vision"])
+    idle = idle_tensors(*tables["vision"], parts["vision"])
     jinja = _chat_template(folder)
     ours = template_of(jinja) if jinja else None
     return Checkpoint(
@@ -289,7 +294,7 @@ def _checkpoint(
         config,
         params,
         idle,
-        template=ours or HF_TEMPLATES[families["decoder"]],
+        template=ours or HF_TEMPLATES.get(families["decoder"], "v1"),
         tokenizer_dir=folder if has_tokenizer(folder) else None,
         chat_template=None if ours else jinja,
     )
