@@ -2,8 +2,9 @@
 
     python eval.py --config=configs/eval/easy_vqa.py --checkpoint=runs/llava
 
-Writes predictions.jsonl and metrics.json below --output and prints the scores. Interrupted, the
-same command continues.
+Writes answers, scores and a page of failures below --output, and report.md over all benchmarks
+there. Interrupted, the same command continues. --shard=i/n answers one of n parts, on as many
+machines as there are; the command without it then takes their answers together.
 """
 
 from pathlib import Path
@@ -12,41 +13,56 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from llava_jax import command
-from llava_jax.errors import LlavaError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the benchmark", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "work directory of train.py, one step of it, or a Hugging Face folder"
 )
-OUTPUT = flags.DEFINE_string("output", None, "folder of the results; default: below CHECKPOINT")
+OUTPUT = flags.DEFINE_string("output", None, "folder of all results; default: CHECKPOINT/eval")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "drop the answers of another run in OUTPUT")
+LIMIT = flags.DEFINE_integer("limit", None, "ask only the first questions")
+SHARD = flags.DEFINE_string("shard", None, "i/n: answer only the i-th of n parts, i from 1")
 
 
 def main() -> None:
     # Late: loading JAX takes seconds that a mistyped flag should not cost.
-    from llava_jax.evaluation import BENCHMARKS, evaluate, table
+    from llava_jax.evaluation import (
+        Shard,
+        check_images,
+        comparison,
+        evaluate,
+        load_benchmark,
+        table,
+        write_report,
+    )
     from llava_jax.inference.model import Llava
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells much at INFO
     config = CONFIG.value
-    if config.benchmark not in BENCHMARKS:
-        raise LlavaError(
-            f"unknown benchmark {config.benchmark!r}: choose one of {', '.join(BENCHMARKS)}"
-        )
-    benchmark = BENCHMARKS[config.benchmark](config.data, config.image_root or None)
+    shard = Shard.parse(SHARD.value) if SHARD.value else None
+    benchmark = load_benchmark(config.benchmark, config.data_root, config.options.to_dict())
+    if LIMIT.value is not None:
+        benchmark = benchmark.first(LIMIT.value)
+    check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
     model = Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype)
-    output = Path(OUTPUT.value or default_output(Path(CHECKPOINT.value), benchmark.name))
+    root = Path(OUTPUT.value or default_output(Path(CHECKPOINT.value)))
+    output = root / benchmark.name
     scores = evaluate(
-        model, benchmark, output, config.max_new_tokens, config.batch_size, OVERWRITE.value
+        model, benchmark, output, config.max_new_tokens, config.batch_size, OVERWRITE.value, shard
     )
-    print(table(scores))
-    print(f"answers: {output / 'predictions.jsonl'}")
+    if shard:
+        print(f"answers: {output / shard.folder}; without --shard all parts are taken together")
+        return
+    if scores:
+        print(table(scores))
+    print(comparison(benchmark.name, scores))
+    print(f"answers: {output / 'predictions.jsonl'}\nreport: {write_report(root)}")
 
 
-def default_output(checkpoint: Path, benchmark: str) -> Path:
-    """eval/BENCHMARK in the work directory of the checkpoint, of which it may be one step."""
+def default_output(checkpoint: Path) -> Path:
+    """eval in the work directory of the checkpoint, of which it may be one step."""
     is_step = checkpoint.parent.name == "checkpoints"
-    return (checkpoint.parent.parent if is_step else checkpoint) / "eval" / benchmark
+    return (checkpoint.parent.parent if is_step else checkpoint) / "eval"
 
 
 if __name__ == "__main__":

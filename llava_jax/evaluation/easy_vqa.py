@@ -6,23 +6,21 @@ each score: most questions can be answered without looking.
 """
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax.data.records import IMAGE_TOKEN, check_record, open_records
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, score_by_kind
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, graded
 
 
-def load(data: str | os.PathLike, image_root: str | os.PathLike | None = None) -> Benchmark:
-    """The benchmark over a file of one-question records that also have a `kind`.
+def load(root: Path, split: str) -> Benchmark:
+    """The benchmark over one-question records that also have a `kind`, in `split`.json.
 
-    Args:
-      data: `test.json` or `test_1000.json` of the quickstart, or records of the same form.
-      image_root: where image paths start; default `images` beside the file.
+    split: `test` or `test_1000` of the quickstart; image paths start in `images` beside the file.
     """
-    path = Path(data)
-    records = open_records(path, image_root or path.parent / "images")
+    path = Path(root) / f"{split}.json"
+    records = open_records(path, path.parent / "images")
     questions = []
     for item, record in zip(json.loads(path.read_text(encoding="utf-8")), records, strict=True):
         check_record(record, records.image_root)
@@ -44,14 +42,21 @@ def load(data: str | os.PathLike, image_root: str | os.PathLike | None = None) -
         )
     blind = blind_accuracy(path)
 
-    def score(predictions) -> list[Score]:
-        right = [
-            normalize(text) == normalize(question.reference)
-            for text, question in zip(predictions, questions, strict=True)
+    def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
+        lines = graded(grade)["score"](questions, predictions)
+        return [
+            Score(line.kind, line.count, {**line.values, **blind.get(line.kind, {})})
+            for line in lines
         ]
-        return score_by_kind(questions, right, blind)
 
-    return Benchmark(f"easy_vqa/{path.stem}", records.fingerprint(), questions, score)
+    source = "the quickstart writes it: make quickstart"
+    return Benchmark(
+        f"easy_vqa/{split}", source, questions, grade, score, fingerprint=records.fingerprint()
+    )
+
+
+def grade(question: Question, text: str) -> float:
+    return float(normalize(text) == normalize(question.reference))
 
 
 def normalize(text: str) -> str:
@@ -59,13 +64,13 @@ def normalize(text: str) -> str:
     return text.strip().lower().removesuffix(".").strip()
 
 
-def blind_accuracy(path: Path) -> dict[str, float]:
-    """By kind, from `blind.json` beside the questions; nothing where it is missing."""
+def blind_accuracy(path: Path) -> dict[str, dict[str, float]]:
+    """By kind, from `blind.json` beside the questions, in percent; nothing where it is missing."""
     blind = path.with_name("blind.json")
     if not blind.exists():
         return {}
     try:
         scores = json.loads(blind.read_text(encoding="utf-8")).get(path.stem, {})
-        return {kind: float(score["accuracy"]) for kind, score in scores.items()}
+        return {kind: {"blind": 100 * float(s["accuracy"])} for kind, s in scores.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise LlavaError(f"cannot read the blind baseline {blind}: {error}") from None

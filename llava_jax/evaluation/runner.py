@@ -1,25 +1,52 @@
 """Asks a model the questions of a benchmark and writes answers and scores; resumes where it ended.
 
 The folder of a result holds `run.json` (what was asked of which model), `predictions.jsonl` (one
-line a question, in order) and, at the end, `metrics.json`.
+line a question, in order) and, at the end, `metrics.json`, the file for the benchmark's server and
+`failures.html`. Shards of a run lie in folders of their own below it.
 """
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score
+from llava_jax.evaluation.failures import write_failures
 from llava_jax.evaluation.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.weights.run_directory import write_json
 
 BATCHES_AT_A_TIME = 4  # questions sorted by shape together, and the most a kill can lose
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` equal parts of a benchmark, `index` from 1."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """`2/8` -> the second of eight."""
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            raise LlavaError(f"--shard must be i/n with i from 1 to n, such as 1/4, not {text!r}")
+        return cls(int(index), int(count))
+
+    def of(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """Neighbours stay together: they are often about one picture."""
+        start, end = ((len(questions) * i) // self.count for i in (self.index - 1, self.index))
+        return questions[start:end]
+
+    @property
+    def folder(self) -> str:
+        return f"shard-{self.index}-of-{self.count}"
 
 
 def evaluate(
@@ -29,17 +56,17 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
     overwrite: bool = False,
+    shard: Shard | None = None,
 ) -> list[Score]:
     """Greedy answers to every question of `benchmark`, written below `output`, and their scores.
 
-    An interrupted run continues. LlavaError where `output` holds answers of another model or of
-    other questions, unless `overwrite`.
+    An interrupted run continues, and takes over what shards of it have answered; a shard only
+    answers. LlavaError where `output` holds answers of another model or of other questions,
+    unless `overwrite`.
     """
     if batch_size < 1:
         raise LlavaError(f"batch_size must be at least 1, not {batch_size}")
     params = SamplingParams(max_new_tokens)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     run = {
         "benchmark": benchmark.name,
         "questions": benchmark.fingerprint,
@@ -48,40 +75,61 @@ def evaluate(
         "dtype": model.dtype,
         "max_new_tokens": max_new_tokens,
     }
-    path = output / "predictions.jsonl"
-    _claim(output, run, overwrite)
-    done = _finished(path, benchmark.questions)
-    predictions = [line["prediction"] for line in done]
+    questions = shard.of(benchmark.questions) if shard else benchmark.questions
+    output = Path(output) / shard.folder if shard else Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    folders = [output] if shard else [output, *sorted(output.glob("shard-*-of-*"))]
+    for folder in folders:
+        _claim(folder, run, overwrite)
+    (output / "metrics.json").unlink(missing_ok=True)
+    ids = {question.id for question in questions}
+    done = {}
+    for folder in folders:
+        done |= _finished(folder / "predictions.jsonl", ids, repair=folder == output)
+    done |= _answer(model, benchmark.name, questions, done, output, params, batch_size)
+    _write_lines(output / "predictions.jsonl", [done[question.id] for question in questions])
+    if shard:
+        return []
+    return _conclude(benchmark, run, [done[q.id]["prediction"] for q in questions], output)
+
+
+def _answer(model, name, questions, done, output, params, batch_size) -> dict[str, dict]:
+    """Asks what is not in `done`, appending each window of answers to predictions.jsonl."""
+    todo = [(i, q) for i, q in enumerate(questions) if q.id not in done]
     window = BATCHES_AT_A_TIME * batch_size
-    total = len(benchmark.questions)
+    new = {}
     with (
-        open(path, "a", encoding="utf-8") as file,
-        tqdm(total=total, initial=len(done), unit="question", desc=benchmark.name) as bar,
+        open(output / "predictions.jsonl", "a", encoding="utf-8") as file,
+        tqdm(
+            total=len(questions), initial=len(questions) - len(todo), unit="question", desc=name
+        ) as bar,
     ):
-        for start in range(len(done), total, window):
-            questions = benchmark.questions[start : start + window]
+        for start in range(0, len(todo), window):
+            part = todo[start : start + window]
             requests = [
-                model.request(q.prompt, q.images, params, where=f"question {start + i} ({q.id}): ")
-                for i, q in enumerate(questions)
+                model.request(q.prompt, q.images, params, where=f"question {i} ({q.id}): ")
+                for i, q in part
             ]
             texts = model.answer(requests, batch_size, bar.update)
-            for question, text in zip(questions, texts, strict=True):
-                file.write(json.dumps(_line(question, text), ensure_ascii=False) + "\n")
+            lines = [_line(q, text) for (_, q), text in zip(part, texts, strict=True)]
+            file.writelines(map(_dump, lines))
             file.flush()
-            predictions += texts
-    scores = benchmark.score(predictions)
-    metrics = {**run, "scores": {score.kind: asdict(score) for score in scores}}
+            new |= {line["id"]: line for line in lines}
+    return new
+
+
+def _conclude(benchmark: Benchmark, run: dict, predictions: list[str], output: Path):
+    """Scores and writes what is made of all answers."""
+    questions = benchmark.questions
+    scores = benchmark.score(questions, predictions) if benchmark.score else []
+    metrics = {**run, "scores": {s.kind: {"count": s.count, **s.values} for s in scores}}
+    metrics["answers"] = len(predictions)
+    if benchmark.submit:
+        metrics["submission"] = benchmark.submit(questions, predictions, output).name
+    if benchmark.grade:
+        write_failures(output / "failures.html", benchmark, predictions)
     write_json(output / "metrics.json", metrics)
     return scores
-
-
-def table(scores: Sequence[Score]) -> str:
-    """Scores as lines of text: kind, n, accuracy, and the blind baseline where it is known."""
-    lines = [f"{'kind':<10} {'n':>7} {'accuracy':>9} {'blind':>7}"]
-    for score in scores:
-        blind = "" if score.blind_accuracy is None else f"{score.blind_accuracy:.1%}"
-        lines.append(f"{score.kind:<10} {score.count:>7,} {score.accuracy:>9.1%} {blind:>7}")
-    return "\n".join(lines)
 
 
 def _line(question: Question, prediction: str) -> dict:
@@ -94,9 +142,21 @@ def _line(question: Question, prediction: str) -> dict:
     }
 
 
-def _claim(output: Path, run: dict, overwrite: bool) -> None:
+def _dump(line: dict) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _write_lines(path: Path, lines: list[dict]) -> None:
+    """Writes the file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(map(_dump, lines))
+    os.replace(partial, path)
+
+
+def _claim(folder: Path, run: dict, overwrite: bool) -> None:
     """Marks the folder as this run's; LlavaError if it is another's."""
-    mark, predictions = output / "run.json", output / "predictions.jsonl"
+    mark, predictions = folder / "run.json", folder / "predictions.jsonl"
     if overwrite:
         predictions.unlink(missing_ok=True)
     elif predictions.exists():
@@ -110,25 +170,27 @@ def _claim(output: Path, run: dict, overwrite: bool) -> None:
                 f"{predictions} holds answers of another run (different: {', '.join(changed)}): "
                 "give another --output, or --overwrite to ask again"
             )
-    (output / "metrics.json").unlink(missing_ok=True)
     write_json(mark, run)
 
 
-def _finished(path: Path, questions: Sequence[Question]) -> list[dict]:
-    """The lines that an earlier run completed; what a kill left behind them is cut off."""
+def _finished(path: Path, ids: set[str], repair: bool) -> dict[str, dict]:
+    """By id, the lines that an earlier run completed.
+
+    repair: cut off what a kill left behind them. Not in a shard, which may be writing still.
+    """
+    lines, size = {}, 0
     if not path.exists():
-        return []
-    lines, size = [], 0
+        return lines
     with open(path, "rb") as file:
         for raw in file:
             try:
                 line = json.loads(raw)
             except ValueError:
                 break
-            at = len(lines)
-            if not raw.endswith(b"\n") or at == len(questions) or line["id"] != questions[at].id:
+            if not raw.endswith(b"\n") or line["id"] not in ids:
                 break
-            lines.append(line)
+            lines[line["id"]] = line
             size += len(raw)
-    os.truncate(path, size)
+    if repair:
+        os.truncate(path, size)
     return lines

@@ -59,7 +59,7 @@ def quickstart(full: bool) -> None:
     python(
         "eval.py",
         "--config=configs/eval/easy_vqa.py",
-        f"--config.data={ROOT}/easy_vqa/{split}.json",
+        f"--config.options.split={split}",
         f"--checkpoint={run}",
     )
     headline("5/5 a question about one test picture")

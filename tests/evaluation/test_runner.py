@@ -1,4 +1,4 @@
-"""easy-VQA: its questions, its metric, the runner's files, and continuing after a kill."""
+"""The runner on easy-VQA: its files, continuing after a kill, shards, and the command line."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation import BENCHMARKS, evaluate, runner, table
+from llava_jax.evaluation import BENCHMARKS, Shard, evaluate, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
 from llava_jax.evaluation.fingerprint import weights_fingerprint
 from tests.tiny_model import CONFIG, random_image, random_params, tiny_llava
@@ -47,20 +47,22 @@ def predictions(folder: Path) -> list[dict]:
 
 def run(llava, data, out, **options):
     settings = {"max_new_tokens": 4, "batch_size": 1, **options}
-    return evaluate(llava, load(data), out, **settings)
+    return evaluate(llava, load(data.parent, "test"), out, **settings)
 
 
 def test_the_metric_ignores_case_space_and_a_full_stop_only(data):
     assert normalize(" Blue. \n") == normalize("blue") == "blue"
     assert normalize("light blue") != "blue" and normalize("blue!") != "blue"
     right = ["blue", "Blue.", " BLUE "] * 3 + ["red", "blue is"]
-    scores = {score.kind: score for score in load(data).score(right)}
+    benchmark = load(data.parent, "test")
+    scores = {score.kind: score for score in benchmark.score(benchmark.questions, right)}
     assert list(scores) == [*KINDS, "overall"]
     assert [scores[kind].count for kind in scores] == [4, 4, 3, 11]
-    assert scores["yes/no"].accuracy == 0.75 and scores["overall"].accuracy == 9 / 11
-    assert scores["shape"].blind_accuracy == 0.25 and scores["color"].blind_accuracy is None
+    assert scores["yes/no"].values == {"accuracy": 75}
+    assert scores["overall"].values == {"accuracy": pytest.approx(900 / 11), "blind": 50}
+    assert scores["shape"].values["blind"] == 25 and "blind" not in scores["color"].values
     text = table(list(scores.values()))
-    assert "81.8%" in text and "50.0%" in text and "overall" in text
+    assert "81.8" in text and "50.0" in text and "overall" in text
 
 
 def test_predictions_are_the_models_answers_in_order(llava, data, tmp_path):
@@ -106,6 +108,52 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_file(
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_shards_together_are_the_whole_run(llava, data, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    scores = run(llava, data, whole)
+    for index in (3, 1):
+        assert run(llava, data, parts, shard=Shard(index, 3)) == []
+    assert [line["id"] for line in predictions(parts / "shard-3-of-3")] == [
+        f"q-{i}" for i in (7, 8, 9, 10)
+    ]
+    assert not (parts / "metrics.json").exists()
+    # A shard that is still writing is taken as far as its lines are whole, and left alone.
+    unfinished = parts / "shard-3-of-3" / "predictions.jsonl"
+    unfinished.write_bytes(unfinished.read_bytes()[:-4])
+    cut = unfinished.read_bytes()
+    asked, answer = [], llava.answer
+
+    def counting(requests, *rest):
+        asked.append(len(requests))
+        return answer(requests, *rest)
+
+    monkeypatch.setattr(llava, "answer", counting)
+    assert run(llava, data, parts) == scores
+    assert sum(asked) == 4 + 1 and unfinished.read_bytes() == cut
+    for name in ("predictions.jsonl", "metrics.json", "run.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_every_question_is_in_one_shard():
+    questions = list(range(11))
+    for count in (1, 2, 4, 11, 13):
+        parts = [Shard.parse(f"{i}/{count}").of(questions) for i in range(1, count + 1)]
+        assert sum(parts, []) == questions
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for text in ("0/4", "5/4", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(LlavaError, match="--shard must be i/n"):
+            Shard.parse(text)
+
+
+def test_a_limited_run_has_a_folder_name_of_its_own(llava, data, tmp_path):
+    benchmark = load(data.parent, "test")
+    first = benchmark.first(4)
+    assert first.name == "easy_vqa/test-first-4" and len(first.questions) == 4
+    assert evaluate(llava, first, tmp_path / "out", 4, 1)[-1].count == 4
+    with pytest.raises(LlavaError, match=r"different: benchmark, questions"):
+        run(llava, data, tmp_path / "out")
+
+
 def test_a_finished_run_asks_nothing_again(llava, data, tmp_path, monkeypatch):
     run(llava, data, tmp_path / "out")
     before = (tmp_path / "out" / "metrics.json").read_bytes()
@@ -146,7 +194,7 @@ def test_records_that_are_no_questions_are_refused(data):
     ]:
         data.write_text(json.dumps([*records[:2], {**records[2], **change}]))
         with pytest.raises(LlavaError, match=message):
-            load(data)
+            load(data.parent, "test")
 
 
 def test_the_fingerprint_sees_every_value_and_no_device_layout():
@@ -169,12 +217,16 @@ def test_the_fingerprint_sees_every_value_and_no_device_layout():
         (["--config.batch_sizes=3"], "unknown config key: batch_sizes. Did you mean"),
         (["--config.batch_size=many"], "batch_size"),
         (["--config.benchmark=mmlu"], "unknown benchmark 'mmlu': choose one of easy_vqa"),
-        (["--config.data=no/such.json"], "no data file or data set at no/such.json"),
+        (["--config.data_root=no/such"], "no data file or data set at no/such/test_1000.json"),
+        (["--shard=0/4"], "--shard must be i/n with i from 1 to n, such as 1/4, not '0/4'"),
+        (["--limit=0", "--config.data_root=DATA", "--config.options.split=test"],
+         "--limit must be at least 1"),
         (["--nonsense"], "nonsense"),
         (["stray"], "unexpected argument 'stray'"),
     ],
 )
-def test_wrong_command_lines_are_told_in_a_sentence(arguments, message):
+def test_wrong_command_lines_are_told_in_a_sentence(arguments, message, data):
+    arguments = [argument.replace("DATA", str(data.parent)) for argument in arguments]
     command = [sys.executable, "eval.py", "--config=configs/eval/easy_vqa.py", "--checkpoint=none"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and message in done.stderr
@@ -184,3 +236,23 @@ def test_wrong_command_lines_are_told_in_a_sentence(arguments, message):
 def test_every_benchmark_has_a_config():
     names = {path.stem for path in (ROOT / "configs" / "eval").glob("*.py")}
     assert set(BENCHMARKS) <= names
+
+
+def test_eval_answers_scores_and_reports(data, tmp_path, aligned):
+    """The command on a run of train.py: a part, then the whole; one report over both."""
+    command = [sys.executable, "eval.py", "--config=configs/eval/easy_vqa.py"]
+    command += [f"--checkpoint={aligned}", f"--output={tmp_path / 'out'}"]
+    command += [f"--config.data_root={data.parent}", "--config.options.split=test"]
+    for arguments, text in [
+        ([], "easy_vqa/test: overall accuracy 0.0 (none published)"),
+        (["--limit=3"], "easy_vqa/test-first-3: overall accuracy 0.0 (none published)"),
+    ]:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and text in done.stdout, done.stderr
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| easy_vqa/test | 11 | accuracy, overall | 0.0 |  |  |" in report
+    assert set(json.loads((tmp_path / "out" / "report.json").read_text())) == {
+        "easy_vqa/test",
+        "easy_vqa/test-first-3",
+    }
+    assert "11 of 11 answers" in (tmp_path / "out/easy_vqa/test/failures.html").read_text()

@@ -1,0 +1,10 @@
+"""GQA: questions on scene graphs, the balanced test-dev ones, by exact match."""
+
+from configs.eval import base
+
+
+def get_config():
+    config = base.get_config()
+    config.benchmark = "gqa"
+    config.data_root = "data/eval/gqa"
+    return config

@@ -1,0 +1,10 @@
+"""MME: two yes/no questions a picture in fourteen categories, points up to 2,000 and 800."""
+
+from configs.eval import base
+
+
+def get_config():
+    config = base.get_config()
+    config.benchmark = "mme"
+    config.data_root = "data/eval/mme"
+    return config

@@ -1,0 +1,46 @@
+"""Boxes as LLaVA-1.5 writes them: [x1, y1, x2, y2] from 0 to 1 on the picture padded square."""
+
+import re
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """Every box written in a text, in its order, as it is written."""
+    return [tuple(map(float, match)) for match in _BOX.findall(text)]
+
+
+def to_pixels(box: Box, size: tuple[int, int]) -> Box:
+    """A box on the padded square to pixels of the picture of (width, height) in its middle."""
+    width, height = size
+    side = max(size)
+    left, top = (side - width) // 2, (side - height) // 2
+    x1, y1, x2, y2 = (side * value for value in box)
+    return x1 - left, y1 - top, x2 - left, y2 - top
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union; a box whose corners are swapped has no area."""
+    overlap = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    union = _area(a) + _area(b) - overlap
+    return overlap / union if union else 0.0
+
+
+def _area(box: Box) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], colour: str) -> Image.Image:
+    """A copy of the picture with boxes (pixels) drawn, corners put in order."""
+    image = image.copy()
+    pen = ImageDraw.Draw(image)
+    for x1, y1, x2, y2 in boxes:
+        corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        pen.rectangle(corners, outline=colour, width=max(2, max(image.size) // 150))
+    return image

@@ -1,0 +1,71 @@
+"""COCO captions: one sentence about a picture, scored by CIDEr."""
+
+import importlib.util
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_jax.errors import LlavaError
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask
+from llava_jax.evaluation.files import Folder, questions_of
+
+CAPTION = "Provide a one-sentence caption for the provided image."
+
+
+def load(root: Path, split: str) -> Benchmark:
+    """The pictures of val2014 or val2017 with their five captions.
+
+    `submit` writes a results file in COCO's form.
+    """
+    if split not in ("val2014", "val2017"):
+        raise LlavaError(f"unknown COCO split {split!r}: choose val2014 or val2017")
+    _require_scorer()
+    folder = Folder(root, "https://cocodataset.org/#download")
+    name = f"annotations/captions_{split}.json"
+    data = folder.json(name)
+    captions = defaultdict(list)
+    for item in data["annotations"]:
+        captions[item["image_id"]].append(item["caption"])
+
+    def make(image) -> Question:
+        references = captions[image["id"]]
+        return ask(
+            image["id"],
+            CAPTION,
+            str(root / split / image["file_name"]),
+            reference=" / ".join(references),
+            label=tuple(references),
+        )
+
+    def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
+        pairs = zip(questions, predictions, strict=True)
+        rows = [{"image_id": int(q.id), "caption": text} for q, text in pairs]
+        path = output / f"captions_{split}_llava_results.json"
+        path.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    questions = questions_of(data["images"], root / name, make)
+    return Benchmark(f"coco_captions/{split}", folder.source, questions, score=score, submit=submit)
+
+
+def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
+    """CIDEr x 100 (https://arxiv.org/abs/1411.5726), by the COCO evaluation's own package."""
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    tokenizer = PTBTokenizer()
+    pairs = list(zip(questions, predictions, strict=True))
+    references = {q.id: [{"caption": text} for text in q.label] for q, _ in pairs}
+    answers = {q.id: [{"caption": text}] for q, text in pairs}
+    value, _ = Cider().compute_score(tokenizer.tokenize(references), tokenizer.tokenize(answers))
+    return [Score("overall", len(questions), {"CIDEr": 100 * float(value)})]
+
+
+def _require_scorer() -> None:
+    """LlavaError if what scores captions is missing: told before the model is asked."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise LlavaError("CIDEr needs pycocoevalcap: pip install 'llava_jax[captions]'")
+    if shutil.which("java") is None:
+        raise LlavaError("CIDEr's tokenizer is a Java program and there is no `java`: install one")

@@ -1,0 +1,110 @@
+"""A benchmark's published files: read, and told where to get when they are not there."""
+
+import contextlib
+import csv
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_jax.errors import LlavaError
+from llava_jax.evaluation.benchmark import Question
+
+# What reading a record of another form than the published one raises.
+NOT_AS_EXPECTED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder that holds a benchmark's files.
+
+    Attributes:
+      root: as the user named it (`config.data_root`).
+      source: where the files are published.
+    """
+
+    root: Path
+    source: str
+
+    def path(self, *names: str) -> Path:
+        """The first of `names` that exists below the folder; LlavaError if none does."""
+        for name in names:
+            if (self.root / name).exists():
+                return self.root / name
+        raise LlavaError(
+            f"{self.root / names[0]} is missing: it is published at {self.source}; put it there "
+            "or set config.data_root to the folder that holds it"
+        )
+
+    def json(self, *names: str) -> Any:
+        path = self.path(*names)
+        with readable(path):
+            return json.loads(path.read_text(encoding="utf-8-sig"))
+
+    def json_lines(self, *names: str) -> list[Any]:
+        path = self.path(*names)
+        with readable(path):
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            return [json.loads(line) for line in lines if line.strip()]
+
+    def tsv(self, *names: str) -> list[dict[str, str]]:
+        """Rows by column name, quoted as pandas writes them."""
+        path = self.path(*names)
+        csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
+        with readable(path), open(path, encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, delimiter="\t"))
+
+    def plain_pickle(self, *names: str) -> Any:
+        """A pickle of numbers, texts, lists and dicts; one that names any class is refused."""
+        path = self.path(*names)
+        with readable(path), open(path, "rb") as file:
+            try:
+                return _PlainUnpickler(file, encoding="utf-8").load()
+            except (pickle.UnpicklingError, EOFError, *NOT_AS_EXPECTED) as error:
+                raise ValueError(error) from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no data file needs")
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong inside is told as a fault of the file at `path`."""
+    try:
+        yield
+    except (OSError, ValueError, csv.Error) as error:
+        raise LlavaError(f"cannot read {path}: {error}") from None
+
+
+def questions_of(
+    records: Sequence[Any], path: Path | str, make: Callable[[Any], Question]
+) -> list[Question]:
+    """`make` of each record; a record of another form is told by its number."""
+    if not isinstance(records, Sequence) or not records:
+        raise LlavaError(f"{path} holds no list of records: is it the published file?")
+    questions = []
+    for i, record in enumerate(records):
+        try:
+            questions.append(make(record))
+        except LlavaError as error:
+            raise LlavaError(f"{path}, record {i}: {error}") from None
+        except NOT_AS_EXPECTED as error:
+            fault = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise LlavaError(f"{path}, record {i}: {fault}: is it the published file?") from None
+    return questions
+
+
+def check_images(questions: Sequence[Question], source: str) -> None:
+    """LlavaError if a picture that will be asked about is not there."""
+    paths = {path for q in questions for path in q.images if isinstance(path, str)}
+    missing = sorted(path for path in paths if not os.path.exists(path))
+    if missing:
+        raise LlavaError(
+            f"{len(missing):,} of {len(paths):,} pictures are missing, {missing[0]} for one: they "
+            f"are published at {source}"
+        )

@@ -1,0 +1,91 @@
+"""Results as text: the table of one benchmark, and one report over all in a folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llava_jax.errors import LlavaError
+from llava_jax.evaluation.benchmark import Score
+from llava_jax.weights.run_directory import write_json
+
+# LLaVA-1.5 7B and 13B, from its model zoo (https://github.com/haotian-liu/LLaVA). The last two
+# were graded by GPT-4 of the time, which no later grading reproduces.
+PUBLISHED = {
+    "vqav2/test-dev2015": (78.5, 80.0),
+    "gqa": (62.0, 63.3),
+    "vizwiz": (50.0, 53.6),
+    "scienceqa": (66.8, 71.6),
+    "textvqa": (58.2, 61.3),
+    "pope": (85.9, 85.9),
+    "mme": (1510.7, 1531.3),
+    "mmbench/mmbench_dev_20230712": (64.3, 67.7),
+    "mmbench/mmbench_dev_cn_20231003": (58.3, 63.6),
+    "seed": (58.6, 61.6),
+    "llava_bench": (65.4, 72.5),
+    "mmvet": (31.1, 36.1),
+}
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Scores as lines of text: kind, n, and a column a metric."""
+    names = list(dict.fromkeys(name for score in scores for name in score.values))
+    width = max(10, *(len(score.kind) for score in scores))
+    lines = [f"{'kind':<{width}} {'n':>7}" + "".join(f" {name:>10}" for name in names)]
+    for score in scores:
+        cells = (f"{score.values[name]:.1f}" if name in score.values else "" for name in names)
+        row = "".join(f" {cell:>10}" for cell in cells)
+        lines.append(f"{score.kind:<{width}} {score.count:>7,}{row}".rstrip())
+    return "\n".join(lines)
+
+
+def comparison(benchmark: str, scores: Sequence[Score]) -> str:
+    """One line: the score beside what LLaVA-1.5 published, where it did."""
+    here = "not scored here"
+    if scores:
+        name, value = next(iter(scores[-1].values.items()))
+        here = f"{scores[-1].kind} {name} {value:.1f}"
+    published = PUBLISHED.get(benchmark)
+    beside = "LLaVA-1.5 7B {:.1f}, 13B {:.1f}".format(*published) if published else "none published"
+    return f"{benchmark}: {here} ({beside})"
+
+
+def write_report(folder: Path) -> Path:
+    """report.md and report.json over every finished benchmark below `folder`."""
+    results = {}
+    for path in sorted(folder.rglob("metrics.json")):
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            results[metrics["benchmark"]] = metrics
+        except (ValueError, KeyError, TypeError) as error:
+            raise LlavaError(f"cannot read the result {path}: {error}; delete it") from None
+    write_json(folder / "report.json", results)
+    path = folder / "report.md"
+    path.write_text(_markdown(results), encoding="utf-8")
+    return path
+
+
+def _markdown(results: Mapping[str, Mapping]) -> str:
+    lines = [
+        "| benchmark | questions | metric | score | LLaVA-1.5 7B | 13B |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
+    details = []
+    for benchmark, metrics in results.items():
+        scores = _scores(metrics)
+        metric, value = "to be graded", metrics.get("submission", "")
+        if scores:
+            name, number = next(iter(scores[-1].values.items()))
+            metric, value = f"{name}, {scores[-1].kind}", f"{number:.1f}"
+            details.append(f"## {benchmark}\n\n```\n{table(scores)}\n```\n")
+        published = [f"{number:.1f}" for number in PUBLISHED.get(benchmark, ())] or ["", ""]
+        cells = (benchmark, f"{metrics['answers']:,}", metric, value, *published)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n" + "\n".join(details)
+
+
+def _scores(metrics: Mapping) -> list[Score]:
+    """The lines of a metrics.json."""
+    return [
+        Score(kind, values["count"], {k: v for k, v in values.items() if k != "count"})
+        for kind, values in metrics["scores"].items()
+    ]

@@ -1,0 +1,154 @@
+"""VQAv2, GQA, VizWiz and TextVQA: questions answered in a word or a phrase."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_jax.errors import LlavaError
+from llava_jax.evaluation.answer_accuracy import m4c_accuracy, normalize_answer, vqa_accuracy
+from llava_jax.evaluation.benchmark import Benchmark, Question, ask, graded
+from llava_jax.evaluation.files import Folder, questions_of
+
+SHORT = "Answer the question using a single word or phrase."
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+def load_vqav2(root: Path, split: str) -> Benchmark:
+    """VQAv2 (https://visualqa.org): `test-dev2015`, whose labels are hidden, or `val2014`.
+
+    The submission has an answer for every question of test2015, empty for those not asked, as the
+    server wants it.
+    """
+    if split not in ("test-dev2015", "val2014"):
+        raise LlavaError(f"unknown VQAv2 split {split!r}: choose test-dev2015 or val2014")
+    folder = Folder(root, "https://visualqa.org/download.html")
+    name = f"v2_OpenEnded_mscoco_{split}_questions.json"
+    items = folder.json(name)["questions"]
+    image_set = split.replace("-dev", "")
+    labels = {}
+    if split == "val2014":
+        annotations = folder.json(f"v2_mscoco_{split}_annotations.json")["annotations"]
+        labels = {item["question_id"]: item for item in annotations}
+
+    def make(item) -> Question:
+        label = labels.get(item["question_id"])
+        answers = tuple(a["answer"] for a in label["answers"]) if label else ()
+        picture = f"{image_set}/COCO_{image_set}_{item['image_id']:012d}.jpg"
+        return ask(
+            item["question_id"],
+            f"{item['question']}\n{SHORT}",
+            str(root / picture),
+            reference=summary(answers),
+            kind=label["answer_type"] if label else "all",
+            label=answers,
+        )
+
+    questions = questions_of(items, root / name, make)
+    if split == "val2014":
+        # The answer is normalised before it is handed in, also where it is scored here.
+        metric = graded(lambda q, text: vqa_accuracy(normalize_answer(text), q.label))
+        return Benchmark(f"vqav2/{split}", folder.source, questions, **metric)
+    every = folder.json("v2_OpenEnded_mscoco_test2015_questions.json")["questions"]
+    ids = [item["question_id"] for item in every]
+
+    def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
+        given = {int(q.id): text for q, text in zip(questions, predictions, strict=True)}
+        answers = ((i, normalize_answer(given.get(i, ""))) for i in ids)
+        rows = [{"question_id": i, "answer": answer} for i, answer in answers]
+        return write_rows(output / "vqav2_submission.json", rows)
+
+    return Benchmark(f"vqav2/{split}", folder.source, questions, submit=submit)
+
+
+def load_gqa(root: Path) -> Benchmark:
+    """GQA's balanced test-dev questions (https://cs.stanford.edu/people/dorarad/gqa).
+
+    Exact match, after lower case and the full stops at the end dropped. `submit` writes what the
+    official eval.py reads.
+    """
+    folder = Folder(root, "https://cs.stanford.edu/people/dorarad/gqa/download.html")
+    name = "testdev_balanced_questions.json"
+    path = folder.path(name, f"questions1.2/{name}", f"data/{name}")
+    items = folder.json(str(path.relative_to(root)))
+    images = folder.path("images", "data/images", "allImages/images")
+
+    def make(pair) -> Question:
+        id, item = pair
+        return ask(
+            id,
+            f"{item['question']}\n{SHORT}",
+            str(images / f"{item['imageId']}.jpg"),
+            reference=item["answer"],
+            kind="open" if item["types"]["structural"] == "query" else "binary",
+            label=item["answer"],
+        )
+
+    def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
+        pairs = zip(questions, predictions, strict=True)
+        rows = [{"questionId": q.id, "prediction": gqa_answer(text)} for q, text in pairs]
+        return write_rows(output / "testdev_balanced_predictions.json", rows)
+
+    questions = questions_of(list(items.items()), path, make)
+    metric = graded(lambda q, text: float(gqa_answer(text) == q.label))
+    return Benchmark("gqa", folder.source, questions, submit=submit, **metric)
+
+
+def gqa_answer(text: str) -> str:
+    """A prediction as LLaVA hands it to GQA's scorer."""
+    return text.rstrip(".").lower()
+
+
+def load_vizwiz(root: Path) -> Benchmark:
+    """VizWiz-VQA's test questions (https://vizwiz.org), whose labels are hidden."""
+    folder = Folder(root, "https://vizwiz.org/tasks-and-datasets/vqa")
+    items = folder.json("test.json", "Annotations/test.json")
+
+    def make(item) -> Question:
+        text = f"{item['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
+        return ask(item["image"], text, str(root / "test" / item["image"]), label=item["image"])
+
+    def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
+        pairs = zip(questions, predictions, strict=True)
+        rows = [{"image": q.label, "answer": normalize_answer(text)} for q, text in pairs]
+        return write_rows(output / "vizwiz_submission.json", rows)
+
+    questions = questions_of(items, root / "test.json", make)
+    return Benchmark("vizwiz", folder.source, questions, submit=submit)
+
+
+def load_textvqa(root: Path) -> Benchmark:
+    """TextVQA's validation questions (https://textvqa.org) with M4C's soft accuracy.
+
+    As LLaVA-1.5 was measured, the question comes with the words that Rosetta OCR read.
+    """
+    folder = Folder(root, "https://textvqa.org/dataset")
+    name = "TextVQA_0.5.1_val.json"
+    read = folder.json("TextVQA_Rosetta_OCR_v0.2_val.json")["data"]
+    words = {item["image_id"]: item["ocr_tokens"] for item in read}
+
+    def make(item) -> Question:
+        if len(item["answers"]) != 10:
+            raise LlavaError(f"{len(item['answers'])} answers, not ten")
+        ocr = ", ".join(words[item["image_id"]])
+        text = f"{item['question'].capitalize()}\nReference OCR token: {ocr}\n{SHORT}"
+        return ask(
+            item["question_id"],
+            text,
+            str(root / "train_images" / f"{item['image_id']}.jpg"),
+            reference=summary(item["answers"]),
+            label=tuple(item["answers"]),
+        )
+
+    questions = questions_of(folder.json(name)["data"], root / name, make)
+    metric = graded(lambda q, text: m4c_accuracy(text, q.label))
+    return Benchmark("textvqa", folder.source, questions, **metric)
+
+
+def summary(answers: Sequence[str]) -> str:
+    """Ten people's answers for the eye: each once, the commonest first."""
+    return " / ".join(sorted(dict.fromkeys(answers), key=answers.count, reverse=True))
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
