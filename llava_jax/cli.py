@@ -12,6 +12,8 @@ COMMANDS = {
     "chat": ("llava_jax.inference.chat", "ask a model about pictures"),
     "build": ("llava_jax.data.build", "make a TFDS ArrayRecord data set of LLaVA records"),
     "validate": ("llava_jax.data.validate", "check every record and image of a data set"),
+    "convert": ("llava_jax.weights.convert", "make one checked folder of any LLaVA checkpoint"),
+    "export": ("llava_jax.weights.export", "write a trained model for other programs to load"),
     "show": ("llava_jax.data.show", "print one record as the model sees it"),
 }
 

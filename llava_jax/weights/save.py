@@ -195,12 +195,17 @@ def stored_tensors(
             if layer < held:
                 read = partial(_read, source, layer, parameter, shape)
                 tensors.append(_to_write(key, shape, target, source.dtype(layer), read))
-            elif key not in idle:
+            elif key in idle:
+                tensors.append(_idle_to_write(key, idle.pop(key), target))
+            else:
                 fill = np.ones if parameter.path.endswith("scale") else np.zeros
                 tensors.append(TensorToWrite(key, shape, target or kept, partial(fill, shape)))
-    for key, tensor in idle.items():
-        tensors.append(_to_write(key, tensor.shape, target, tensor.value_dtype, tensor.read))
+    tensors += [_idle_to_write(key, tensor, target) for key, tensor in idle.items()]
     return tensors
+
+
+def _idle_to_write(key: str, tensor: StoredTensor, target: np.dtype | None) -> TensorToWrite:
+    return _to_write(key, tensor.shape, target, tensor.value_dtype, tensor.read)
 
 
 def _read(source, block: int, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:
