@@ -1,0 +1,17 @@
+"""LLaVA-1.5 7B, stage 2 with LoRA on every linear layer of the language model.
+
+Rank, alpha and the two rates are the published ones; its dropout of 0.05 is left out.
+"""
+
+from configs import llava15_7b_instruct
+from configs.llava15_7b_align import ROOT
+
+
+def get_config():
+    config = llava15_7b_instruct.get_config()
+    config.workdir = f"{ROOT}/instruct_lora"
+    config.trainable = {"projector": 2e-5, "lora": 2e-4}
+    config.lora.rank = 128
+    config.lora.alpha = 256.0
+    config.lora.targets = ("decoder/layers/*",)
+    return config
