@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
     config.model.image_mode = placeholder(str)  # square | pad | resize
     config.model.template = "v1"
     config.model.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
-    config.model.remat_policy = "none"  # none | dots | full: less memory, more compute
+    config.model.attention = "auto"  # xla | cudnn (GPU) | splash (TPU) | auto: by the devices
+    # none | dots | attention | full: from most memory and least compute to the opposite.
+    config.model.remat_policy = "none"
 
     # Where parameters start: Hugging Face folders, or the run directory of an earlier stage.
     config.init = ConfigDict()

@@ -6,7 +6,47 @@ B rows, T query length, S key length, N heads, K kv heads, H head size.
 import jax
 import jax.numpy as jnp
 
+from llava_jax.models.flash_attention import (
+    SPLASH_TILE,
+    PackedCausal,
+    cudnn_attention,
+    splash_attention,
+)
 from llava_jax.models.precision import product_dtype
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+
+
+def choose_attention(name: str, platform: str, dtype, length: int, turns: bool) -> str:
+    """The implementation that `name` means for training on a platform.
+
+    Args:
+      name: one of IMPLEMENTATIONS, or `auto`: the platform's kernel where it can do the work.
+      platform: of the mesh's devices: tpu, gpu, cpu.
+      length: tokens of a row.
+      turns: rows hold independent turns.
+
+    Raises:
+      ValueError: the one asked for cannot do the work.
+    """
+    cannot = {
+        "xla": {},
+        "cudnn": {
+            "it runs on NVIDIA GPUs": platform not in ("gpu", "cuda"),
+            "it takes bfloat16": jnp.dtype(dtype) != jnp.bfloat16,
+        },
+        "splash": {
+            "it runs on TPUs": platform != "tpu",
+            f"a row's length must be a multiple of {SPLASH_TILE}": bool(length % SPLASH_TILE),
+            "it cannot keep independent turns apart": turns,
+        },
+    }
+    if name == "auto":
+        return next(n for n in ("splash", "cudnn", "xla") if not any(cannot[n].values()))
+    reasons = [reason for reason, holds in cannot[name].items() if holds]
+    if reasons:
+        raise ValueError(f"{name} attention cannot be used here: {'; '.join(reasons)}")
+    return name
 
 
 def attention_mask(
@@ -43,18 +83,30 @@ def attention_mask(
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | PackedCausal | None = None,
+    implementation: str = "xla",
 ) -> jax.Array:
     """Scaled dot-product attention with grouped kv heads, softmax in float32.
+
+    The one entry to every implementation.
 
     Args:
       query: [B, T, N, H].
       key, value: [B, S, K, H] with N a multiple of K.
-      mask: bool[B, 1, T, S], or None where every query sees every key (vision).
+      mask: bool[B, 1, T, S], or None where every query sees every key (vision); splash takes
+        `PackedCausal` in its place.
+      implementation: one of IMPLEMENTATIONS.
 
     Returns:
       [B, T, N, H] in the query's dtype.
     """
+    if implementation == "splash":
+        return splash_attention(query, key, value, mask)
+    if implementation == "cudnn":
+        return cudnn_attention(query, key, value, mask)
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
     operands = product_dtype(query.dtype)

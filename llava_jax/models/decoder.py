@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.models.attention import apply_rope, attention, attention_mask
+from llava_jax.models.flash_attention import SAVED_NAME, PackedCausal
 from llava_jax.models.linear import Linear
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),  # of splash
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -121,6 +123,7 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x, rope, mask, layer, cache: KVCache | None):  # x [B, T, D]
@@ -141,7 +144,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             cache, k, v = write_cache(cache, layer, k, v)
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.implementation)
         out = out.reshape(batch, length, c.num_heads * c.head_dim)
         out = linear(c.hidden_size, ("heads", "embed"), c.o_bias, self.dtype, "o_proj")(out)
         return out, cache
@@ -194,12 +197,14 @@ class MLP(nn.Module):
 class DecoderBlock(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, carry, layer, rope, mask):
         x, cache = carry
         norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.dtype, name=name)
-        out, cache = Attention(self.config, self.dtype, name="self_attn")(
+        implementation = self.attention if cache is None else "xla"
+        out, cache = Attention(self.config, self.dtype, implementation, name="self_attn")(
             norm("input_layernorm")(x), rope, mask, layer, cache
         )
         x = x + out
@@ -215,11 +220,13 @@ class Decoder(nn.Module):
 
     Attributes:
       remat_policy: which activations the backward pass recomputes, a key of REMAT_POLICIES.
+      attention: implementation where there is no cache; one of IMPLEMENTATIONS.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     remat_policy: str = "none"
+    attention: str = "xla"
 
     def setup(self):
         c = self.config
@@ -241,7 +248,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.dtype)
+        )(c, self.dtype, self.attention)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
             self.lm_head = linear(c.vocab_size, ("embed", "vocab"), False, self.dtype, "lm_head")
@@ -279,9 +286,14 @@ class Decoder(nn.Module):
             key_positions = jnp.broadcast_to(slots, (len(lengths), slots.size))
             key_segments = (slots < lengths[:, None]).astype(segment_ids.dtype)
         window = self.config.sliding_window
-        mask = attention_mask(
-            position_ids, key_positions, segment_ids, key_segments, window, turn_ids
-        )
+        if cache is None and self.attention == "splash":
+            if turn_ids is not None:
+                raise ValueError("splash attention cannot keep independent turns apart: use xla")
+            mask = PackedCausal(segment_ids, window)
+        else:
+            mask = attention_mask(
+                position_ids, key_positions, segment_ids, key_segments, window, turn_ids
+            )
         angles = position_ids[..., None] * inverse_frequencies(self.config)  # [B, T, H // 2]
         rope = jnp.cos(angles), jnp.sin(angles)
         x = nn.with_logical_constraint(embeddings, ("batch", "length", "act_embed"))

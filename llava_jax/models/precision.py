@@ -13,15 +13,16 @@ PRECISIONS = {
 }
 
 
-def compute_precision(name: str) -> tuple[jnp.dtype, str | None]:
+def compute_precision(name: str, platform: str | None = None) -> tuple[jnp.dtype, str | None]:
     """Dtype of activations, and `jax.default_matmul_precision` to go with it.
 
     Args:
       name: a key of PRECISIONS, or `auto` for what pays: bfloat16 on TPU and GPU, mixed on a CPU
         that multiplies bfloat16, float32 on others.
+      platform: of the devices; None: of those that JAX uses.
     """
     if name == "auto":
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = (platform or jax.default_backend()) == "cpu"
         name = ("mixed" if cpu_multiplies_bfloat16() else "float32") if on_cpu else "bfloat16"
     dtype, precision = PRECISIONS[name]
     return jnp.dtype(dtype), precision

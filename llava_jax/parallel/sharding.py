@@ -31,6 +31,7 @@ RULES = (
     ("batch", BATCH_AXES),
     ("length", None),
     ("act_embed", None),
+    ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
 )
 

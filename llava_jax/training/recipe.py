@@ -6,15 +6,17 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax.data.images import IMAGE_MODES
 from llava_jax.data.templates import get_template
 from llava_jax.errors import LlavaError
+from llava_jax.models.attention import IMPLEMENTATIONS, choose_attention
 from llava_jax.models.decoder import REMAT_POLICIES
-from llava_jax.models.llava import LlavaConfig, abstract_params, init_params
+from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, init_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
-from llava_jax.models.precision import PRECISIONS
+from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
 from llava_jax.models.projector import projector_depth
 from llava_jax.training.step import PARITY_DEVICES
@@ -32,7 +34,7 @@ from llava_jax.weights.run_directory import (
 MODEL_OVERRIDES = ("projector", "feature_layer", "image_size", "image_mode")
 # What may differ when a run is resumed: it changes speed, logs or place, never the result.
 FREE_KEYS = ("workdir", "accumulation", "mesh", "log_every", "save_every", "keep", "wandb_project")
-FREE_KEYS += ("model.remat_policy", "data.workers", "loss_chunk")
+FREE_KEYS += ("model.remat_policy", "model.attention", "data.workers", "loss_chunk")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -61,6 +63,7 @@ def check_config(config: ConfigDict) -> None:
     choices = {
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
         "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
+        "model.attention": (config.model.attention, ["auto", *IMPLEMENTATIONS]),
         "optimizer.moments_dtype": (config.optimizer.moments_dtype, ["float32", "bfloat16"]),
     }
     for key, (value, allowed) in choices.items():
@@ -93,6 +96,20 @@ def model_config(config: ConfigDict) -> LlavaConfig:
     model = dataclasses.replace(base, **changes)
     check_model(model)
     return model
+
+
+def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaModel:
+    """The module that a stage trains, with what suits the mesh's devices where config says auto."""
+    platform, data = mesh.devices.flat[0].platform, config.data
+    dtype, _ = compute_precision(config.model.dtype, platform)
+    turns = data.turns == "independent"
+    try:
+        attention = choose_attention(
+            config.model.attention, platform, dtype, data.max_length, turns
+        )
+    except ValueError as error:
+        raise LlavaError(f"config.model.attention: {error}; choose auto") from None
+    return LlavaModel(model, dtype, config.model.remat_policy, attention)
 
 
 def check_model(config: LlavaConfig) -> None:

@@ -124,6 +124,16 @@ def make_train_step(
     return train_step
 
 
+def lower_step(config, model: LlavaModel, optimizer, join: Callable, state, frozen, batch):
+    """The training step of a config traced for these arguments, or shapes: to be compiled."""
+    step = make_train_step(
+        model, optimizer, config.accumulation, config.loss_chunk, join, config.parity
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted.lower(state, frozen, batch)
+
+
 def make_eval_step(model: LlavaModel, chunk: int, join: Callable = merge_params):
     """(trainable, frozen, batch) -> (sum of token losses, supervised tokens)."""
 

@@ -1,0 +1,100 @@
+"""Attention that never holds the matrix of scores: splash on TPU, cuDNN on NVIDIA GPUs.
+
+Each kernel takes one description of a packed row and gives what `attention` gives: the same
+numbers to rounding, for real tokens. B rows, T length, N heads, K kv heads, H head size.
+"""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+SPLASH_TILE = 128  # a row's length must be a multiple
+SAVED_NAME = "attention_out"  # what a remat policy calls the kernel's output
+
+
+@flax.struct.dataclass
+class PackedCausal:
+    """Who may look at whom in a packed row, said in T numbers in place of T x T.
+
+    Attributes:
+      segment_ids: int[B, T]; a query sees the keys of its segment that are not behind it.
+      sliding_window: number of latest positions a query sees, itself included.
+    """
+
+    segment_ids: jax.Array
+    sliding_window: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def splash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: PackedCausal, interpret: bool = False
+) -> jax.Array:
+    """Attention by JAX's block-sparse TPU kernel, one program for each shard of the mesh.
+
+    Rows lie on the mesh axes of `batch`, heads on those of `act_heads`; without a mesh the kernel
+    runs on one device. Blocks that causality or the window rule out are never read.
+
+    Args:
+      query: [B, T, N, H], T a multiple of SPLASH_TILE.
+      key, value: [B, T, K, H] with N a multiple of K.
+      interpret: run the kernel's program step by step on any device (tests).
+
+    Returns:
+      [B, T, N, H] in the query's dtype.
+    """
+    run = functools.partial(_splash, window=mask.sliding_window, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return run(query, key, value, mask.segment_ids)
+    heads = flax.linen.logical_to_mesh_axes(("batch", None, "act_heads", None))
+    rows = flax.linen.logical_to_mesh_axes(("batch", None))
+    if heads[2] is not None and key.shape[2] % mesh.shape[heads[2]]:
+        # Fewer kv heads than shards: each query head takes its own copy along.
+        groups = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    sharded = jax.shard_map(
+        run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )
+    return sharded(query, key, value, mask.segment_ids)
+
+
+def _splash(query, key, value, segment_ids, window: int | None, interpret: bool) -> jax.Array:
+    _, length, heads, size = query.shape
+    attend = _splash_kernel(length, heads, window, interpret)
+    query, key, value = (x.swapaxes(1, 2) for x in (query * size**-0.5, key, value))
+    segments = kernel.SegmentIds(segment_ids, segment_ids)
+    out = jax.vmap(attend)(query, key, value, segments)  # [B, N, T, H]
+    return out.swapaxes(1, 2).astype(query.dtype)
+
+
+def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool):
+    """The kernel for rows of `length`, with tiles that divide it."""
+    block = max(b for b in (128, 256, 512, 1024) if length % b == 0)
+    local = masks.LocalMask((length, length), (window and window - 1, 0), 0)
+    blocks = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=min(block, 512),
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=min(block, 512),
+        use_fused_bwd_kernel=True,
+    )
+    return kernel.make_splash_mha(
+        masks.MultiHeadMask([local] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED_NAME,
+        interpret=interpret,
+    )
+
+
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Attention by cuDNN's fused kernel, float16 or bfloat16; arguments as in `attention`."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
