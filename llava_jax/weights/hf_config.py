@@ -138,7 +138,34 @@ def _qwen3(values: dict, source: str) -> DecoderConfig:
     return _decoder(f, qkv_bias=bias, o_bias=bias, qk_norm=True, sliding_window=window)
 
 
-DECODER_FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+def _seed_oss(values: dict, source: str) -> DecoderConfig:
+    defaults = _DECODER_DEFAULTS | {
+        "vocab_size": 155136,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 524288,
+        "attention_bias": True,
+        "attention_out_bias": False,
+    }
+    f = _Fields(values, defaults, source)
+    biases = {
+        "qkv_bias": bool(f["attention_bias"]),
+        "o_bias": bool(f["attention_out_bias"]),
+        "mlp_bias": bool(f["mlp_bias"]),
+    }
+    return _decoder(f, **biases)
+
+
+DECODER_FAMILIES = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "seed_oss": _seed_oss,
+}
 
 
 def _decoder(f: _Fields, **variants) -> DecoderConfig:
@@ -147,13 +174,15 @@ def _decoder(f: _Fields, **variants) -> DecoderConfig:
         f.refuse("hidden_act", "only silu is supported")
     heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")
     theta, scaling = _rope(f)
+    # Null means one for each head in every family; only an absent key means the family's default.
+    grouped = f["num_key_value_heads"] and f.values.get("num_key_value_heads", 0) is not None
     return DecoderConfig(
         vocab_size=f.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=f.integer("intermediate_size"),
         num_layers=f.integer("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=f.integer("num_key_value_heads") if f["num_key_value_heads"] else heads,
+        num_kv_heads=f.integer("num_key_value_heads") if grouped else heads,
         head_dim=f.integer("head_dim") if f["head_dim"] else hidden // heads,
         rope_theta=theta,
         rope_scaling=scaling,
@@ -211,8 +240,10 @@ def decoder_to_hf(config: DecoderConfig) -> dict:
         family, name = "qwen2", "Qwen2"
     elif config.sliding_window:
         family, name = "mistral", "Mistral"
-    else:
+    elif config.qkv_bias == config.o_bias:
         family, name = "llama", "Llama"
+    else:
+        family, name = "seed_oss", "SeedOss"
     values = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": family,
@@ -230,6 +261,7 @@ def decoder_to_hf(config: DecoderConfig) -> dict:
         "rope_scaling": _rope_to_hf(config.rope_scaling),
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": config.qkv_bias,
+        "attention_out_bias": config.o_bias,
         "mlp_bias": config.mlp_bias,
         "sliding_window": config.sliding_window,
     }

@@ -49,15 +49,17 @@ class LazyParameter:
 
     def read(self, block: int = 0) -> np.ndarray:
         """The values of one of `tensors` in our layout and the stored dtype, without block axis."""
-        shape = self.shape[1:] if self.stacked else self.shape
-        return from_stored(self.tensors[block].read(), self.parameter, shape)
+        return self._in_our_layout(self.tensors[block].read())
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The values at one slice an axis, in the stored dtype; blocks outside are not read."""
+        """The values at one slice an axis, in the stored dtype; no others are read."""
         if not self.stacked:
-            return self.read()[index]
-        blocks = range(self.shape[0])[index[0]]
-        return np.stack([self.read(block)[index[1:]] for block in blocks])
+            return _copied(self._in_our_layout(self.tensors[0].map())[index])
+        tensors = self.tensors[index[0]]
+        return np.stack([_copied(self._in_our_layout(t.map())[index[1:]]) for t in tensors])
+
+    def _in_our_layout(self, values: np.ndarray) -> np.ndarray:
+        return from_stored(values, self.parameter, self.shape[1:] if self.stacked else self.shape)
 
 
 def match(
@@ -101,6 +103,7 @@ def match(
                 continue
             if len(held) > 1:
                 raise twice(*held[:2])
+            _ = held[0].value_dtype  # LlavaError for one that no parameter has
             if held[0].shape != stored_shape:
                 misshapen.append(
                     f"{held[0].name} is {list(held[0].shape)} and not {list(stored_shape)}"
@@ -232,6 +235,12 @@ def from_stored(values: np.ndarray, parameter: Parameter, shape: tuple[int, ...]
     if parameter.transform == "patches":  # [D, 3, p, p] -> [p * p * 3, D]
         return values.transpose(2, 3, 1, 0).reshape(shape)
     return values.reshape(shape)
+
+
+def _copied(values: np.ndarray) -> np.ndarray:
+    target = np.empty(values.shape, values.dtype)
+    _copy(values, target)
+    return target
 
 
 def _copy(values: np.ndarray, target: np.ndarray) -> None:

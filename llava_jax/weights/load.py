@@ -195,41 +195,43 @@ def load_llava(folder: str | Path, dtype: str = "float32", **options) -> tuple[L
     return checkpoint.config, checkpoint.read(dtype)
 
 
-def load_decoder(
-    folder: str | Path, config: DecoderConfig | None = None, dtype: str = "float32"
-) -> tuple[DecoderConfig, dict]:
-    """Reads a Llama-family language model.
+def open_decoder(
+    folder: str | Path, config: DecoderConfig | None = None
+) -> tuple[DecoderConfig, dict[str, LazyParameter]]:
+    """Opens a Llama-family language model.
 
     Args:
       folder: `config.json` and safetensors as `LlamaForCausalLM.save_pretrained` writes them.
       config: what the caller expects; a folder that differs is an error.
-      dtype: of the parameters returned: float32, bfloat16 or float16.
     Returns:
-      The config and the tree of numpy arrays that `Decoder` takes.
+      The config and, by our path in `Decoder`, where its parameters lie.
     Raises:
       LlavaError: anything wrong with the folder, naming file and tensor.
     """
-    check_dtype(dtype)
     folder = Path(folder)
     values = hf_config.read_json(folder / "config.json")
     found = hf_config.decoder_config(values, str(folder / "config.json"))
     _check_expected(folder, found, config)
     table = DECODERS[values.get("model_type", "llama")]
-    params = match(table, found, found.num_layers, open_weights(folder), folder)
-    return found, read_tree(params, dtype, folder.name)
+    return found, match(table, found, found.num_layers, open_weights(folder), folder)
 
 
-def load_vision(
-    folder: str | Path,
-    num_blocks: int | None = None,
-    config: ViTConfig | None = None,
-    dtype: str = "float32",
-) -> tuple[ViTConfig, dict]:
-    """Reads the first `num_blocks` blocks (default: all) of a CLIP, SigLIP or DINOv2 encoder.
-
-    Arguments, result and errors as in `load_decoder`; the tree is the one that `ViT` takes.
-    """
+def load_decoder(
+    folder: str | Path, config: DecoderConfig | None = None, dtype: str = "float32"
+) -> tuple[DecoderConfig, dict]:
+    """The config and the parameters of `open_decoder`, as float32, bfloat16 or float16 arrays."""
     check_dtype(dtype)
+    found, params = open_decoder(folder, config)
+    return found, read_tree(params, dtype, Path(folder).name)
+
+
+def open_vision(
+    folder: str | Path, num_blocks: int | None = None, config: ViTConfig | None = None
+) -> tuple[ViTConfig, dict[str, LazyParameter]]:
+    """Opens the first `num_blocks` blocks (default: all) of a CLIP, SigLIP or DINOv2 encoder.
+
+    Arguments, result and errors as in `open_decoder`; the paths are those in `ViT`.
+    """
     folder = Path(folder)
     values = hf_config.read_json(folder / "config.json")
     found = hf_config.vision_config(values, str(folder / "config.json"))
@@ -238,8 +240,19 @@ def load_vision(
     if not 0 <= blocks <= found.num_layers:
         raise LlavaError(f"{folder} has {found.num_layers} blocks, not {blocks}.")
     table = VISION_ENCODERS[values.get("model_type", "clip_vision_model")]
-    params = match(table, found, blocks, open_weights(folder), folder)
-    return found, read_tree(params, dtype, folder.name)
+    return found, match(table, found, blocks, open_weights(folder), folder)
+
+
+def load_vision(
+    folder: str | Path,
+    num_blocks: int | None = None,
+    config: ViTConfig | None = None,
+    dtype: str = "float32",
+) -> tuple[ViTConfig, dict]:
+    """The config and the parameters of `open_vision`, as float32, bfloat16 or float16 arrays."""
+    check_dtype(dtype)
+    found, params = open_vision(folder, num_blocks, config)
+    return found, read_tree(params, dtype, Path(folder).name)
 
 
 def _check_expected(folder: Path, found: object, expected: object | None) -> None:

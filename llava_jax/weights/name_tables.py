@@ -150,7 +150,13 @@ LLAMA = NameTable(
     unused=(r".*rotary_emb\.inv_freq",),
 )
 
-DECODERS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+DECODERS = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "seed_oss": LLAMA,
+}
 
 # --- vision encoders ------------------------------------------------------------------------------
 

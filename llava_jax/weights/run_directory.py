@@ -25,12 +25,17 @@ from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, merge_lora
 from llava_jax.models.vit import ViTConfig, num_blocks
-from llava_jax.weights.hf_config import llava_config
-from llava_jax.weights.load import load_decoder, load_llava, load_vision
+from llava_jax.weights.checksums import CHECKSUMS_FILE, read_checksums, sha256
+from llava_jax.weights.hub import local_folder
+from llava_jax.weights.lazy import LazyParameter, read_tree
+from llava_jax.weights.load import (
+    is_llava_folder,
+    open_decoder,
+    open_llava,
+    open_vision,
+)
 
 COMPONENTS = ("vision", "projector", "decoder")
-# How the llava-hf checkpoints of each language model family were tuned.
-HF_TEMPLATES = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "chatml", "qwen3": "chatml"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,8 @@ class LoadedModel:
     params: dict
     tokenizer_dir: Path
     template: str
+    added_tokens: tuple[str, ...] = ()  # see weights.load.Checkpoint
+    chat_template: str | None = None
 
 
 def config_from_dict(values: dict) -> LlavaConfig:
@@ -155,57 +162,69 @@ def checkpoint_of(path: str | Path) -> Path:
 
 
 def weights_checksum(folder: Path) -> str:
-    """SHA-256 over the weight files of a source: safetensors, or an Orbax params item."""
+    """SHA-256 over those of a source's weight files: safetensors, or an Orbax params item.
+
+    Digests that the folder lists itself are taken from there: they are verified when it is opened.
+    """
     if (folder / "params").is_dir():
         files = [p for p in (folder / "params").rglob("*") if p.is_file()]
     else:
         files = list(folder.glob("*.safetensors"))
+    listed = read_checksums(folder) if (folder / CHECKSUMS_FILE).exists() else {}
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        name = path.relative_to(folder).as_posix()
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(listed.get(name) or sha256(path)))
     return digest.hexdigest()
 
 
-def is_llava_folder(path: Path) -> bool:
-    """True for a folder with a Hugging Face config.json that has a text_config."""
-    try:
-        return "text_config" in json.loads((path / "config.json").read_text())
-    except (OSError, json.JSONDecodeError, TypeError):
-        return False
-
-
 def source_config(path: Path) -> LlavaConfig:
-    """The model config of a run, a step folder, or a Hugging Face LLaVA folder."""
+    """The model config of a run, a step folder, or a LLaVA folder of others."""
     if is_llava_folder(path):
-        return llava_config(path)
+        return open_llava(path).config
     return read_run_model(checkpoint_of(path).parent.parent).config
 
 
-def load_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
-    """Float32 parameters of some components, from any kind of source, checked to fit.
+def open_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
+    """Parameters of some components, from any kind of source, checked to fit but not yet read.
 
     Args:
-      path: a Hugging Face folder (encoder, language model or LLaVA), a run, or a step of one.
+      path: a LLaVA folder, one of an encoder or of a language model alone, a run, or a step of one.
       config: the model wanted.
+    Returns:
+      A nested dict of LazyParameter; from a run, which is read, of float32 arrays.
     """
     if is_llava_folder(path):
-        found = load_llava(path)[1]
+        found = open_llava(path).params
     elif not (path / "config.json").is_file() or (path / "model.json").is_file():
-        found = load_run(checkpoint_of(path), components)[1]
+        found = flatten_dict(load_run(checkpoint_of(path), components)[1], sep="/")
     elif components == ["vision"]:
         blocks = num_blocks(config.vision, config.feature_layer)
-        found = {"vision": load_vision(path, blocks, config.vision)[1]}
+        found = _below("vision", open_vision(path, blocks, config.vision)[1])
     elif components == ["decoder"]:
-        found = {"decoder": load_decoder(path, config.decoder)[1]}
+        found = _below("decoder", open_decoder(path, config.decoder)[1])
     else:
         raise LlavaError(f"{path} is not a whole LLaVA: it cannot give the {components[-1]}")
-    found = {component: found[component] for component in components}
+    found = {tuple(name.split("/")): leaf for name, leaf in found.items()}
+    found = {name: leaf for name, leaf in found.items() if name[0] in components}
     expected = _expected(config)
-    check_params(str(path), flatten_dict(found), expected)
-    check_complete(str(path), flatten_dict(found), expected, components)
-    return found
+    check_params(str(path), found, expected)
+    check_complete(str(path), found, expected, components)
+    return {component: {} for component in components} | unflatten_dict(found)
+
+
+def _below(component: str, params: dict) -> dict:
+    return {f"{component}/{name}": leaf for name, leaf in params.items()}
+
+
+def load_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
+    """What `open_components` finds, read: float32 arrays."""
+    found = flatten_dict(open_components(path, components, config), sep="/")
+    lazy = {name: leaf for name, leaf in found.items() if isinstance(leaf, LazyParameter)}
+    held = {name: leaf for name, leaf in found.items() if name not in lazy}
+    read = flatten_dict(read_tree(lazy, "float32", path.name), sep="/")
+    return {component: {} for component in components} | unflatten_dict(held | read, sep="/")
 
 
 def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
@@ -311,18 +330,31 @@ def _names(paths: list[tuple[str, ...]]) -> str:
     return shown + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def load_model(path: str | Path, dtype: str = "float32") -> LoadedModel:
-    """A model from a run directory, one of its step folders, or a Hugging Face LLaVA folder.
+def load_model(path: str | Path, dtype: str = "float32", **options) -> LoadedModel:
+    """A model from a run directory, one of its step folders, or a LLaVA folder of others.
 
     Args:
       dtype: of the parameters: float32 or bfloat16.
+      options: of `weights.load.open_llava`, for a folder of others.
     """
-    path = Path(path)
-    if is_llava_folder(path):
-        config, params = load_llava(path, dtype)
-        family = json.loads((path / "config.json").read_text())["text_config"].get("model_type")
-        return LoadedModel(config, jax.device_put(params), path, HF_TEMPLATES[family or "llama"])
+    path = local_folder(path, options.get("allow_pickle", False))
+    if is_llava_folder(path) or options.get("vision_tower"):
+        checkpoint = open_llava(path, **options)
+        if checkpoint.tokenizer_dir is None:
+            raise LlavaError(
+                f"{path} has no tokenizer: copy tokenizer.json or tokenizer.model there"
+            )
+        return LoadedModel(
+            checkpoint.config,
+            jax.device_put(checkpoint.read(dtype)),
+            checkpoint.tokenizer_dir,
+            checkpoint.template,
+            checkpoint.added_tokens,
+            checkpoint.chat_template,
+        )
     step_folder = checkpoint_of(path)
+    if any(options.values()):
+        raise LlavaError(f"{path} is a run of train.py: leave out {', '.join(options)}")
     run, params = load_run(step_folder)
     params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
     return LoadedModel(run.config, params, step_folder.parent.parent / "tokenizer", run.template)

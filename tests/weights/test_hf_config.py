@@ -149,6 +149,12 @@ def test_rope_of_transformers_4_and_5():
     assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 2.0))
 
 
+def test_key_value_heads():
+    heads = lambda **values: decoder_config({"num_attention_heads": 32} | values).num_kv_heads
+    assert heads() == heads(model_type="mistral", num_key_value_heads=None) == 32
+    assert heads(model_type="mistral") == 8
+
+
 def test_mistral_window():
     assert decoder_config({"model_type": "mistral"}).sliding_window == 4096
     assert decoder_config({"model_type": "mistral", "sliding_window": None}).sliding_window is None
@@ -163,6 +169,8 @@ VARIANTS = [
     {"qkv_bias": True, "sliding_window": 64},
     {"qk_norm": True},
     {"sliding_window": 64},
+    {"o_bias": True},
+    {"qkv_bias": True, "mlp_bias": True},
 ]
 
 
@@ -175,7 +183,7 @@ def test_decoder_config_round_trip(variant):
 
 def test_decoder_config_without_a_family():
     with pytest.raises(LlavaError, match="combination"):
-        decoder_to_hf(dataclasses.replace(SMOLLM2_135M, o_bias=True))
+        decoder_to_hf(dataclasses.replace(SMOLLM2_135M, qk_norm=True, mlp_bias=True))
 
 
 def test_vision_config_round_trip():

@@ -47,6 +47,7 @@ DECODERS = {
         "Qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0
     ),
     "qwen3": lambda: causal("Qwen3", head_dim=16),
+    "seed_oss": lambda: causal("SeedOss", head_dim=16, attention_out_bias=True),
 }
 
 
@@ -148,7 +149,12 @@ def features_of(config, layer: int, params: dict, pixels: np.ndarray) -> np.ndar
     return np.asarray(jax.jit(encoder.apply)({"params": params}, images))
 
 
-CASES = [(name, -2) for name in ENCODERS] + [("clip", -1), ("clip", 1), ("dinov2", 0)]
+CASES = [(name, -2) for name in ENCODERS] + [
+    ("clip", -1),
+    ("siglip", -1),
+    ("clip", 1),
+    ("dinov2", 0),
+]
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
@@ -174,15 +180,19 @@ def test_vision_names_of_transformers_4_and_5(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
-def test_dinov2_at_another_size(tmp_path):
-    model = ENCODERS["dinov2"]()
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("size", [(49, 21), (60, 44)])
+def test_vision_features_at_other_sizes(name, size, tmp_path):
+    """Positions are interpolated; what is less than a patch at the right and below is cut off."""
+    model = ENCODERS[name]()
     model.save_pretrained(tmp_path)
     config, params = load_vision(tmp_path)
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 49, 21), np.float32)
+    pixels = np.random.default_rng(0).standard_normal((1, 3, *size), np.float32)
+    options = {} if name == "dinov2" else {"interpolate_pos_encoding": True}
     with torch.no_grad():
-        expected = model(torch.tensor(pixels), output_hidden_states=True).hidden_states[-1]
-    features = features_of(config, -1, params, pixels)
-    np.testing.assert_allclose(features, expected.numpy(), atol=TOLERANCE)
+        outputs = model(torch.tensor(pixels), output_hidden_states=True, **options)
+    features = features_of(config, -2, params, pixels)
+    np.testing.assert_allclose(features, outputs.hidden_states[-2].numpy(), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["CLIP", "Siglip"])
@@ -207,8 +217,8 @@ TEXT_FAMILIES = {
 }
 
 
-def tiny_llava(text="llama", tower="clip_vision_model", **fields):
-    values = TEXT | {"model_type": text} | TEXT_FAMILIES[text]
+def tiny_llava(text="llama", tower="clip_vision_model", vocab_size=80, **fields):
+    values = TEXT | {"model_type": text, "vocab_size": vocab_size} | TEXT_FAMILIES[text]
     vision = DINOV2 if tower == "dinov2" else VISION
     config = transformers.LlavaConfig(
         vision_config=vision | {"model_type": tower},
