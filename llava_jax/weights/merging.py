@@ -38,6 +38,8 @@ class ComputedTensor(StoredTensor):
     def read(self) -> np.ndarray:
         return self.values()
 
+    map = read
+
 
 def computed(
     tensor: StoredTensor, values: Callable[[], np.ndarray], shape: tuple[int, ...] | None = None
