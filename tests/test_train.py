@@ -291,6 +291,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, run, tmp_path):
     assert message.count("caption-") >= 2
     # After step 2 the parameters were huge: what step 1 left is the last known to be sound.
     assert "Last good checkpoint: step 1" in message
+    flags = "--config.trainable.projector=5e+29 "
+    flags += f"--config.init.checkpoint={tmp_path}/run/checkpoints/1"
+    for flag in ("--config.workdir=NEW_FOLDER", *flags.split(), "--config.init.decoder= "):
+        assert flag in message
     assert [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
 
 
@@ -374,7 +378,8 @@ def cut_arrays(item: Path) -> None:
 def test_a_damaged_checkpoint_is_told(world, run, aligned_copy):
     shutil.rmtree(aligned_copy / "checkpoints/4")
     cut_arrays(aligned_copy / "checkpoints/2/opt_state")
-    with pytest.raises(LlavaError, match="checkpoints/2 is damaged: .*; delete it to") as error:
+    message = "checkpoints/2 is damaged: .*, and there is none before it"
+    with pytest.raises(LlavaError, match=message) as error:
         run(align(world, aligned_copy))
     assert "\n" not in str(error.value)
     cut_arrays(aligned_copy / "checkpoints/2/params")

@@ -1,6 +1,7 @@
 """Saving and resuming: the trainable tree and the optimizer state as separate Orbax items."""
 
 import contextlib
+import logging
 from pathlib import Path
 
 import jax
@@ -17,6 +18,11 @@ from llava_jax.weights.run_directory import check_complete, check_params, saved_
 ITEMS = ("params", "opt_state")
 
 
+def told_by_us(record: logging.LogRecord) -> bool:
+    """A log filter: without the traceback that Orbax logs for an error it raises later on."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
 class Checkpoints:
     """Asynchronous checkpoints of a run, the newest `keep` of them.
 
@@ -30,6 +36,7 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._folder = (workdir / "checkpoints").resolve()
+        logging.getLogger("absl").addFilter(told_by_us)
         with self._write_errors_told():
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
@@ -54,7 +61,7 @@ class Checkpoints:
     def restore_newest(self, like: TrainState) -> TrainState | None:
         """The state of the newest checkpoint that can be read; None where there is none at all.
 
-        A damaged one is told, put aside as STEP.damaged, and the one before it is taken.
+        One that is damaged is told and put aside as STEP.damaged.
 
         Args:
           like: arrays or ShapeDtypeStructs with the shapes and shardings wanted.
@@ -62,16 +69,17 @@ class Checkpoints:
         Raises:
           LlavaError: it holds other parameters than `like`, or none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             state, damage = self._try_to_restore(step, like)
             if hosts.all_true(state is not None):
+                self._put_aside(damaged)
                 return state
-            self._put_aside(step, damage)
-        if steps:
+            damaged[step] = damage or f"{self._folder / str(step)} fails in another process"
+        if damaged:
             raise LlavaError(
-                f"no checkpoint in {self._folder} can be read: choose another config.workdir, or "
-                "delete the folder to start again"
+                f"{next(iter(damaged.values()))}, and there is none before it that can be read: "
+                f"choose another config.workdir, or delete {self._folder} to start again"
             )
         return None
 
@@ -97,14 +105,16 @@ class Checkpoints:
             put(step, like.step.sharding, jnp.int32), items["params"], items["opt_state"]
         ), ""
 
-    def _put_aside(self, step: int, damage: str) -> None:
-        if hosts.is_first():
+    def _put_aside(self, damaged: dict[int, str]) -> None:
+        """Renames step folders, and tells what is wrong with each."""
+        for step, damage in damaged.items():
             folder = self._folder / str(step)
-            folder.rename(folder.with_name(f"{step}.damaged"))
-            damage = damage or f"{folder} cannot be read by another process"
-        hosts.tell(f"{damage}; put aside as {step}.damaged")
-        hosts.wait("damaged checkpoint put aside")
-        self._manager.reload()
+            if hosts.is_first():
+                folder.rename(folder.with_name(f"{step}.damaged"))
+            hosts.tell(f"{damage}; put aside as {step}.damaged")
+        if damaged:
+            hosts.wait("damaged checkpoints put aside")
+            self._manager.reload()
 
     @contextlib.contextmanager
     def _write_errors_told(self):

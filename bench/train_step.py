@@ -1,0 +1,340 @@
+"""Our training step against Hugging Face's with PyTorch: same model, batches and dtype, one run.
+
+    python -m bench.train_step --config=configs/easy_vqa_align.py --config.model.dtype=float32
+
+Each side is a process of its own; they take turns at a few steps, and the one that is not on turn
+sleeps. Both see the same packed batches. Where config.init names an encoder and a decoder both
+start from them, and the losses of the first steps show that both compute the same; elsewhere
+parameters and batches are random in the shapes of the recipe.
+
+The other side is LlavaForConditionalGeneration in eager mode, sdpa attention with a mask that keeps
+packed conversations apart, images of real slots alone, fused AdamW with float32 state. Prints real
+tokens a second (all blocks' median and best), the ratio, and peak memory while stepping.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from llava_jax import command
+from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.training import recipe
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to time.", lock_config=True)
+BLOCKS = flags.DEFINE_integer("blocks", 5, "Turns of each side.")
+STEPS = flags.DEFINE_integer("steps", 3, "Steps a turn.")
+THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "Threads of PyTorch on CPU.")
+
+
+def real_batches(config: ConfigDict, model: LlavaConfig, count: int) -> list[dict]:
+    """The first packed batches of the stage."""
+    from llava_jax.data.pipeline import TrainingData
+    from llava_jax.data.records import open_records
+    from llava_jax.data.tokenization import load_tokenizer
+
+    d = config.data
+    data = TrainingData(
+        open_records(d.train, d.image_root or None, d.train_split),
+        load_tokenizer(recipe.tokenizer_folder(config)),
+        config.model.template,
+        model,
+        max_length=d.max_length,
+        images_per_row=d.images_per_row,
+        batch_size=config.batch_size,
+        packing=d.packing,
+        steps=count,
+    )
+    return [batch.arrays for batch in data.batch_iterator()]
+
+
+def random_batch(config: ConfigDict, model: LlavaConfig) -> dict:
+    """Full rows of one conversation: pictures first, the last third supervised."""
+    rng, rows, length = np.random.default_rng(0), config.batch_size, config.data.max_length
+    images = min(config.data.images_per_row, length // image_token_count(model))
+    ids = rng.integers(0, model.decoder.vocab_size - 1, (rows, length)).astype(np.int32)
+    ids[:, : images * image_token_count(model)] = model.image_token_id
+    supervised = np.arange(length) >= max(images * image_token_count(model), length * 2 // 3)
+    size = (rows, images, model.image_size, model.image_size, 3)
+    return {
+        "input_ids": ids,
+        "labels": np.where(supervised, ids, -100).astype(np.int32),
+        "position_ids": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones_like(ids),
+        "images": rng.integers(0, 256, size, np.uint8),
+    }
+
+
+def start_ours(config: ConfigDict, batches: list[dict]):
+    """(function that runs step i and gives its loss, function for peak bytes on the device)."""
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from llava_jax.models.llava import LlavaModel, abstract_params, init_params
+    from llava_jax.models.precision import compute_precision
+    from llava_jax.parallel.mesh import make_mesh
+    from llava_jax.training.optimizer import adamw
+    from llava_jax.training.state import abstract_state, fresh_state, place
+    from llava_jax.training.step import make_train_step
+
+    shape, groups = recipe.model_config(config), config.trainable.to_dict()
+    dtype, precision = compute_precision(config.model.dtype)
+    optimizer = adamw(groups, lambda _: 1.0, **recipe.optimizer_options(config))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    wanted, frozen = abstract_state(mesh, abstract_params(shape), groups, optimizer, dtype)
+    if config.init.vision:
+        components = {"vision", "projector", "decoder"}
+        params = recipe.starting_params(
+            shape, None, recipe.starting_sources(config), components, config.seed
+        )
+    else:
+        params = jax.jit(lambda: nn.meta.unbox(init_params(shape, jax.random.key(0))))()
+    state, frozen = fresh_state(wanted, params, optimizer), place(params, frozen)
+    del params
+    model = LlavaModel(shape, dtype, config.model.remat_policy)
+    step = make_train_step(model, optimizer, config.accumulation, config.loss_chunk)
+    with jax.default_matmul_precision(precision):
+        step = jax.jit(step, donate_argnums=0).lower(state, frozen, batches[0]).compile()
+
+    def run(i: int) -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batches[i % len(batches)]))
+        return float(metrics["loss"])
+
+    device = jax.devices()[0]
+    return run, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def huggingface_config(shape: LlavaConfig):
+    """The transformers config of our shape; its image token is an id of its own, the last."""
+    import transformers
+
+    v, d = shape.vision, shape.decoder
+    common = dict(
+        hidden_size=v.hidden_size,
+        num_hidden_layers=v.num_layers,
+        num_attention_heads=v.num_heads,
+        patch_size=v.patch_size,
+        image_size=v.image_size,
+        hidden_act=v.hidden_act,
+        layer_norm_eps=v.layer_norm_eps,
+    )
+    if v.layer_scale:
+        vision = transformers.Dinov2Config(**common, mlp_ratio=v.intermediate_size // v.hidden_size)
+    else:
+        vision = transformers.CLIPVisionConfig(**common, intermediate_size=v.intermediate_size)
+    text = transformers.LlamaConfig(
+        vocab_size=d.vocab_size + 1,
+        hidden_size=d.hidden_size,
+        intermediate_size=d.intermediate_size,
+        num_hidden_layers=d.num_layers,
+        num_attention_heads=d.num_heads,
+        num_key_value_heads=d.num_kv_heads,
+        head_dim=d.head_dim,
+        rms_norm_eps=d.rms_norm_eps,
+        rope_theta=d.rope_theta,
+        tie_word_embeddings=d.tie_word_embeddings,
+        max_position_embeddings=d.max_position_embeddings,
+    )
+    return transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=d.vocab_size,
+        vision_feature_layer=shape.feature_layer,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=d.tie_word_embeddings,
+    )
+
+
+def make_huggingface(config: ConfigDict, shape: LlavaConfig, projector: dict, device: str):
+    """Their model, with the recipe's parameters where it names some."""
+    import torch
+    import transformers
+
+    with torch.device(device):
+        model = transformers.LlavaForConditionalGeneration._from_config(
+            huggingface_config(shape), attn_implementation="sdpa", dtype=torch.float32
+        )
+    if not config.init.vision:
+        return model
+    inner = model.model
+    vision = transformers.AutoModel.from_pretrained(config.init.vision)
+    missing, extra = inner.vision_tower.load_state_dict(vision.state_dict(), strict=False)
+    assert set(missing) <= {"embeddings.mask_token"} and not extra
+    decoder = transformers.AutoModelForCausalLM.from_pretrained(config.init.decoder)
+    rows = shape.decoder.vocab_size
+    with torch.no_grad():
+        for name, tensor in decoder.model.state_dict().items():
+            inner.language_model.get_parameter(name)[: len(tensor)] = tensor
+        if not shape.decoder.tie_word_embeddings:
+            model.lm_head.weight[:rows] = decoder.lm_head.weight
+        for i, layer in enumerate(("linear_1", "linear_2")):
+            ours = projector[f"linear_{i}"]
+            theirs = getattr(inner.multi_modal_projector, layer)
+            theirs.weight.copy_(torch.from_numpy(ours["kernel"].T.copy()))
+            theirs.bias.copy_(torch.from_numpy(ours["bias"].copy()))
+    return model
+
+
+def prepare(batch: dict, shape: LlavaConfig, device: str) -> dict:
+    """One of our packed batches as their model takes it."""
+    import torch
+
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    same = segments[:, :, None] == segments[:, None, :]
+    allowed = np.tril(same) if len(ids) else same
+    used = (ids == shape.image_token_id).sum(1) // image_token_count(shape)
+    images = np.concatenate([row[:n] for row, n in zip(batch["images"], used, strict=True)])
+    pixels = (images / np.float32(255) - shape.image_mean) / shape.image_std
+    arrays = {
+        "input_ids": np.where(ids == shape.image_token_id, shape.decoder.vocab_size, ids),
+        "labels": batch["labels"],
+        "position_ids": batch["position_ids"],
+        "attention_mask": allowed[:, None],
+        "pixel_values": pixels.transpose(0, 3, 1, 2).astype(np.float32),
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    for name in ("input_ids", "labels", "position_ids"):
+        tensors[name] = tensors[name].long()
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def start_theirs(config: ConfigDict, batches: list[dict], projector: dict, threads: int):
+    """The same as `start_ours`, with transformers and PyTorch."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # else its steps slow down many times over
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    shape, o = recipe.model_config(config), config.optimizer
+    model = make_huggingface(config, shape, projector, device).train()
+    names = {
+        "vision": "model.vision_tower",
+        "projector": "model.multi_modal_projector",
+        "decoder": ("model.language_model", "lm_head"),
+    }
+    groups = []
+    model.requires_grad_(False)
+    for component, rate in config.trainable.items():
+        chosen = [p for n, p in model.named_parameters() if n.startswith(names[component])]
+        groups.append({"params": [p.requires_grad_(True) for p in chosen], "lr": rate})
+    trained = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(
+        groups, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+    )
+    if config.model.remat_policy != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepared = [prepare(batch, shape, device) for batch in batches]
+
+    def run(i: int) -> float:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = model(**prepared[i % len(prepared)]).loss
+        loss.backward()
+        if o.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trained, o.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return run, lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def side(start, connection, *arguments) -> None:
+    """A process: prepares, then runs the steps it is told to and answers (losses, seconds)."""
+    run, device_peak = start(*arguments)
+    losses = [run(0), run(1)]  # the first calls are slower
+    gc.collect()
+    forget_peak()
+    connection.send(losses)
+    step = 2
+    while (count := connection.recv()) is not None:
+        began = time.perf_counter()
+        for _ in range(count):
+            run(step)
+            step += 1
+        connection.send(time.perf_counter() - began)
+    connection.send(device_peak() or host_peak())
+
+
+def forget_peak() -> None:
+    """Starts the process's peak of resident memory anew, where Linux lets it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def host_peak() -> int:
+    """Peak resident bytes since `forget_peak`."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    config = CONFIG.value
+    shape = recipe.model_config(config)
+    if config.init.vision:
+        batches = real_batches(config, shape, 4)
+        projector = recipe.starting_params(shape, None, {}, {"projector"}, config.seed)["projector"]
+    else:
+        batches, projector = [random_batch(config, shape)], {}
+    tokens = [int((batch["segment_ids"] != 0).sum()) for batch in batches]
+    context = multiprocessing.get_context("spawn")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    sides = {}
+    for name, start, more in (
+        ("llava_jax", start_ours, ()),
+        ("pytorch", start_theirs, (projector, THREADS.value)),
+    ):
+        here, there = context.Pipe()
+        process = context.Process(target=side, args=(start, there, config, batches, *more))
+        process.start()
+        sides[name] = process, here
+        print(f"{name}: losses of the first two steps {here.recv()}", flush=True)
+    speeds = {name: [] for name in sides}
+    for block in range(BLOCKS.value):
+        done = 2 + block * STEPS.value
+        work = sum(tokens[i % len(tokens)] for i in range(done, done + STEPS.value))
+        for name, (_, pipe) in sides.items():
+            pipe.send(STEPS.value)
+            speeds[name].append(work / pipe.recv())
+    report(speeds, {name: stop(*s) for name, s in sides.items()})
+
+
+def stop(process, pipe) -> int:
+    """Ends a side; gives its peak bytes."""
+    pipe.send(None)
+    peak = pipe.recv()
+    process.join()
+    return peak
+
+
+def report(speeds: dict, peaks: dict) -> None:
+    print(f"{'':10} {'tokens/s':>10} {'best':>10} {'peak GB':>8}")
+    for name, found in speeds.items():
+        print(
+            f"{name:10} {statistics.median(found):10,.0f} {max(found):10,.0f} "
+            f"{peaks[name] / 1e9:8.2f}"
+        )
+    pairs = list(zip(speeds["llava_jax"], speeds["pytorch"], strict=True))
+    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+    memory = peaks["llava_jax"] / peaks["pytorch"]
+    print(f"speed ratio {ratio:.2f} (median over turns), memory ratio {memory:.2f}")
+    print(json.dumps({"speed_ratio": ratio, "memory_ratio": memory, "tokens_per_second": speeds}))
+
+
+if __name__ == "__main__":
+    command.run(main)
