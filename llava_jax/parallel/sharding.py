@@ -67,8 +67,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put(leaf, sharding: NamedSharding, dtype) -> jax.Array:
-    """A host array onto the devices, each given its slice only, cast to `dtype`."""
-    leaf = np.asarray(leaf)
+    """A host array onto the devices, each given its slice only, cast to `dtype`.
+
+    leaf: an array, a number, or what has a shape and gives arrays for slices (LazyParameter), of
+    which no more is read than this process's devices hold.
+    """
+    if isinstance(leaf, jax.Array | int | float):
+        leaf = np.asarray(leaf)
     return jax.make_array_from_callback(
         leaf.shape, sharding, lambda index: leaf[index].astype(dtype)
     )

@@ -26,7 +26,7 @@ from llava_jax.weights.run_directory import (
     Source,
     checkpoint_of,
     is_llava_folder,
-    load_components,
+    open_components,
     source_config,
     weights_checksum,
 )
@@ -186,12 +186,15 @@ def starting_params(
     components: set[str],
     seed: int,
 ) -> dict:
-    """Float32 parameters of some components: from the sources; projector and lora else fresh."""
+    """Parameters of some components, to be placed on devices; projector and lora else fresh.
+
+    Those from a folder are LazyParameter: each device's slices are read when they are placed.
+    """
     params = {}
     for folder in dict.fromkeys(sources.values()):
         here = [c for c in COMPONENTS if sources.get(c) == folder and c in components]
         if here:
-            params |= load_components(folder, here, config)
+            params |= open_components(folder, here, config)
     key = jax.random.key(seed)
     if "projector" in components - params.keys():
         fresh = lambda: nn.meta.unbox(init_params(config, key)["projector"])

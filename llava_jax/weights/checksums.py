@@ -1,14 +1,19 @@
 """`checksums.json`: the SHA-256 of every file of a folder, written last and checked first."""
 
+import functools
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import jax
 
 from llava_jax.errors import LlavaError
 
 CHECKSUMS_FILE = "checksums.json"
+_SETTLED = 2_000_000_000  # nanoseconds; file times are coarser than two writes can be
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
@@ -18,12 +23,14 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS_FILE)
     names = [p.relative_to(folder).as_posix() for p in files]
-    digests = {name: (known or {}).get(name) or _sha256(folder / name) for name in names}
+    digests = {name: (known or {}).get(name) or sha256(folder / name) for name in names}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
 
 
 def verify_checksums(folder: Path) -> frozenset[str] | None:
     """Compares every file named in `checksums.json` with its bytes.
+
+    Of several processes of one program, each reads its part of the files.
 
     Returns:
       The names of the files covered, or None when the folder carries no checksums.
@@ -33,16 +40,25 @@ def verify_checksums(folder: Path) -> frozenset[str] | None:
     listing = folder / CHECKSUMS_FILE
     if not listing.exists():
         return None
-    for name, expected in _read_listing(listing).items():
-        path = folder / name
-        if not path.is_file():
-            raise LlavaError(f"{path} is missing, although {listing} lists it: make {folder} anew.")
-        if _sha256(path) != expected:
+    digests = read_checksums(folder)
+    for name in digests:
+        if not (folder / name).is_file():
             raise LlavaError(
-                f"{path} has changed since it was written (its SHA-256 is not the one in "
+                f"{folder / name} is missing, although {listing} lists it: make {folder} anew."
+            )
+    for name in _part_of_this_process(sorted(digests)):
+        if sha256(folder / name) != digests[name]:
+            raise LlavaError(
+                f"{folder / name} has changed since it was written (its SHA-256 is not the one in "
                 f"{listing}): make {folder} anew."
             )
-    return frozenset(_read_listing(listing))
+    return frozenset(digests)
+
+
+def _part_of_this_process(names: list[str]) -> list[str]:
+    if not jax.distributed.is_initialized():
+        return names
+    return names[jax.process_index() :: jax.process_count()]
 
 
 def is_whole(folder: Path, log: Callable[[str], None] = print) -> bool:
@@ -57,7 +73,9 @@ def is_whole(folder: Path, log: Callable[[str], None] = print) -> bool:
     return True
 
 
-def _read_listing(listing: Path) -> dict[str, str]:
+def read_checksums(folder: Path) -> dict[str, str]:
+    """File -> SHA-256 as `checksums.json` has it, the files unread; LlavaError if it is damaged."""
+    listing = folder / CHECKSUMS_FILE
     try:
         digests = json.loads(listing.read_text())
         sound = isinstance(digests, dict) and all(
@@ -77,6 +95,19 @@ def inside_folder(name: object) -> bool:
     return not name.startswith("/") and ".." not in name.split("/")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes; those of a file that has lain still are read once in a program's life."""
+    status = path.stat()
+    if time.time_ns() - status.st_mtime_ns < _SETTLED:
+        return _digest(path)
+    return _known_digest(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache
+def _known_digest(path: Path, size: int, mtime: int, inode: int) -> str:
+    return _digest(path)

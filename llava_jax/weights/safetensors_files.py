@@ -66,6 +66,14 @@ class StoredTensor:
             raise LlavaError(f"{self.path} ends inside tensor {self.name!r}: get the file again.")
         return values.view(self.value_dtype).reshape(self.shape)
 
+    def map(self) -> np.ndarray:
+        """The values as a view of the file, of which only what is indexed is read."""
+        size = math.prod(self.shape) * self.value_dtype.itemsize
+        if not size:
+            return self.read()
+        data = np.memmap(self.path, np.uint8, "r", self.offset, (size,))
+        return np.asarray(data).view(self.value_dtype).reshape(self.shape)
+
 
 def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
     """Lists the tensors of a checkpoint folder, single-file or sharded, without reading values.
