@@ -60,7 +60,10 @@ class ProcessorPrompt:
     def _render(self, messages: list[dict]) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, self.chat_template, tokenize=False, add_generation_prompt=True
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:  # a template may raise anything
             raise LlavaError(
