@@ -8,6 +8,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llava_jax.errors import LlavaError
 
 
+DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
+
+
 def group_of(path: tuple[str, ...], groups: dict[str, float]) -> str | None:
     """The longest key of `groups` that is a prefix of the parameter's path, or None (frozen)."""
     matches = [g for g in groups if path[: g.count("/") + 1] == tuple(g.split("/"))]
@@ -82,7 +85,7 @@ def adamw(
 
     def decayed(params):
         flat = flatten_dict(params)
-        return unflatten_dict({p: p[-1] in ("kernel", "embedding") for p in flat})
+        return unflatten_dict({p: p[-1] in DECAYED for p in flat})
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),

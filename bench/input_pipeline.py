@@ -1,0 +1,111 @@
+"""Images a second of the input pipeline: decode, resize, tokenize and pack, by number of workers.
+
+    python -m bench.input_pipeline --config=configs/easy_vqa_instruct.py --workers=0,1,2
+
+Reads the recipe's data as training does (`data.workers` aside), a moment to warm up and then
+`seconds` for each number of workers; 0 is threads of this process. `--pictures=640x480` makes
+JPEGs of that size and reads those in place of the recipe's data: the size of COCO's pictures.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from PIL import Image
+
+from llava_jax import command
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.records import open_records
+from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.training import recipe
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The stage whose data to read.")
+WORKERS = flags.DEFINE_list("workers", ["0", str(os.cpu_count())], "Numbers of worker processes.")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "Measured for each of them.")
+PICTURES = flags.DEFINE_string("pictures", "", "WIDTHxHEIGHT of JPEGs to make; empty: real data.")
+
+
+def make_pictures(folder: Path, width: int, height: int, count: int = 64) -> None:
+    """Photo-like JPEGs (smooth, with some noise) with one question each, as data.json."""
+    rng, records = np.random.default_rng(0), []
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{i}.jpg", quality=90)
+        turns = [("human", "<image>\nWhat is this?"), ("gpt", f"Picture {i} of many.")]
+        conversation = [{"from": who, "value": text} for who, text in turns]
+        records.append({"id": str(i), "image": f"{i}.jpg", "conversations": conversation})
+    (folder / "data.json").write_text(json.dumps(records))
+
+
+def open_data(config: ConfigDict, workers: int) -> TrainingData:
+    d = config.data
+    return TrainingData(
+        open_records(d.train, d.image_root or None, d.train_split),
+        load_tokenizer(recipe.tokenizer_folder(config)),
+        config.model.template,
+        recipe.model_config(config),
+        max_length=d.max_length,
+        images_per_row=d.images_per_row,
+        batch_size=config.batch_size,
+        packing=d.packing,
+        turns=d.turns,
+        steps=10**6,
+        workers=workers,
+        progress=False,
+    )
+
+
+def measure(data: TrainingData, image_id: int, tokens_an_image: int, seconds: float) -> dict:
+    """Rates over `seconds`, and the median and longest wait for a batch."""
+    batches = data.batch_iterator()
+    for _ in range(3):
+        next(batches)
+    images = tokens = 0
+    waits, began = [], time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        asked = time.perf_counter()
+        arrays = next(batches).arrays
+        waits.append(time.perf_counter() - asked)
+        images += int((arrays["input_ids"] == image_id).sum()) // tokens_an_image
+        tokens += int((arrays["segment_ids"] != 0).sum())
+    elapsed = time.perf_counter() - began
+    return {
+        "images_per_second": images / elapsed,
+        "tokens_per_second": tokens / elapsed,
+        "median_wait_seconds": statistics.median(waits),
+        "longest_wait_seconds": max(waits),
+    }
+
+
+def main() -> None:
+    from llava_jax.models.llava import image_token_count
+
+    config = CONFIG.value
+    with tempfile.TemporaryDirectory() as folder:
+        if PICTURES.value:
+            make_pictures(Path(folder), *map(int, PICTURES.value.split("x")))
+            config.data.train, config.data.image_root = f"{folder}/data.json", folder
+        shape, results = recipe.model_config(config), {}
+        print(
+            f"{'workers':>8} {'images/s':>10} {'tokens/s':>10} {'median wait':>12} {'longest':>9}"
+        )
+        for workers in map(int, WORKERS.value):
+            data = open_data(config, workers)
+            found = measure(data, shape.image_token_id, image_token_count(shape), SECONDS.value)
+            results[workers] = found
+            rates, waits = list(found.values())[:2], list(found.values())[2:]
+            print(f"{workers:8} {rates[0]:10,.1f} {rates[1]:10,.0f} ", end="")
+            print(f"{waits[0]:10.3f} s {waits[1]:7.3f} s", flush=True)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    command.run(main)
