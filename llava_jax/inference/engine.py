@@ -1,21 +1,32 @@
-"""The host side of generation: requests into shape buckets, tokens out chunk by chunk."""
+"""The host side of generation: requests into rows of a batch, tokens out chunk by chunk."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.answer import Answer
-from llava_jax.inference.buckets import count_bucket, length_bucket
-from llava_jax.inference.decoding import NO_TOKEN, all_logits, decode, prefill
-from llava_jax.inference.sampling import Sampling, SamplingParams
-from llava_jax.models.llava import LlavaConfig, LlavaModel
+from llava_jax.inference import decoding
+from llava_jax.inference.answer import Answer, TokenLogprob
+from llava_jax.inference.buckets import (
+    ROWS,
+    cache_bucket,
+    count_bucket,
+    length_bucket,
+    row_bucket,
+)
+from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState, Prompts
+from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, Sampling, SamplingParams
+from llava_jax.inference.slots import ImageSlots, RowSlots, common_prefix
+from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.models.precision import compute_precision
+
+WORTH_SHARING = 16  # tokens in common that are worth a wait for another prompt's prefill
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Request:
     Attributes:
       input_ids: int32[T] with the placeholder ids of the images.
       images: for each image, in the order of the placeholders, a function that gives it as
-        uint8[side, side, 3]; called when the request's batch is put together.
+        uint8[side, side, 3]; called when the request's turn comes.
     """
 
     input_ids: np.ndarray
@@ -33,38 +44,128 @@ class Request:
     params: SamplingParams
 
 
-class Engine:
-    """Answers batches of requests with one prefill and a few decode calls, all compiled once.
+@dataclass
+class Counts:
+    """What an engine did so far.
 
     Attributes:
-      params: the model's parameters; others of the same shapes may be put in their place.
-      compilations: how many device functions were compiled so far; it stops growing once each
-        bucket of shapes was seen.
+      prompt_tokens: of all requests; `shared_tokens` of them were copied and not computed.
+      images: that requests had; `encoded_images` of them went through the vision encoder.
+      compilations: device functions compiled; it stops growing once each bucket was seen.
     """
 
-    def __init__(self, config: LlavaConfig, params: dict, dtype: str, stop_ids: Sequence[int]):
+    requests: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    answer_tokens: int = 0
+    images: int = 0
+    encoded_images: int = 0
+    compilations: int = 0
+
+
+@dataclass
+class _Job:
+    """A request on its way: what it waits with, then the row it is answered in.
+
+    Attributes:
+      contents: int64[T], its prompt as `RowSlots` compares them.
+      feature_ids: int32[T], as in `Prompts`.
+      produced: tokens so far.
+    """
+
+    request: Request
+    answer: Answer
+    images: list[np.ndarray]
+    contents: np.ndarray | None = None
+    feature_ids: np.ndarray | None = None
+    donor: int = 0
+    shared: int = 0
+    row: int = 0
+    produced: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.request.input_ids)
+
+
+class Engine:
+    """Answers streams of requests: rows that end are given to waiting requests at once.
+
+    Prompts that begin like one already in the cache copy it and compute only what follows;
+    pictures are encoded once for as long as they stay in the feature store.
+
+    Args:
+      dtype: a key of `PRECISIONS`, or auto; the attribute is that of the activations.
+      stop_ids: the model's own ends of an answer.
+      kv_dtype: of the cache: None for that of the activations, or int8.
+      image_slots: pictures whose features are kept.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        params: dict,
+        dtype: str,
+        stop_ids: Sequence[int],
+        kv_dtype: str | None = None,
+        image_slots: int = 64,
+    ):
         self.config = config
-        self.compilations = 0
         self.stop_ids = tuple(stop_ids)
-        self.params = params  # an argument of every call: a closure would compile it in
+        self.counts = Counts()
         dtype, self._precision = compute_precision(dtype)
+        self.dtype = dtype.name
         self._model = LlavaModel(config, dtype)
-        self._prefill = self._compile(prefill, static_argnames="cache_size")
-        self._decode = self._compile(decode, donate_argnums=1)
-        self._all_logits = self._compile(all_logits)
+        self._kv_dtype = jnp.dtype(kv_dtype or dtype)
+        self._image_slots = image_slots
+        self.params = params
+        self._encode = self._compile(decoding.encode, donate_argnums=1)
+        self._prefill = self._compile(decoding.prefill, donate_argnums=1)
+        self._decode = self._compile(decoding.decode, donate_argnums=1, static_argnames="window")
+        self._prompt_logprobs = self._compile(decoding.prompt_logprobs)
+        self._all_logits = self._compile(decoding.all_logits)
+
+    @property
+    def params(self) -> dict:
+        """The model's parameters; others of the same shapes may be put in their place."""
+        return self._params
+
+    @params.setter
+    def params(self, params: dict) -> None:
+        self._params = params  # an argument of every call: a closure would compile it in
+        self.forget()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that the engine is set up for; 0 before the first request."""
+        return self._rows.count
+
+    def forget(self) -> None:
+        """Drops all that was computed from pictures and prompts."""
+        self._state: DecodeState | None = None
+        self._rows = RowSlots(0)
+        self._size = 0
+        self._store: jax.Array | None = None
+        self._images = ImageSlots(self._image_slots)
 
     def _compile(self, function, **options):
         @functools.wraps(function)
         def counted(*arguments, **keywords):
-            self.compilations += 1  # runs when JAX traces, not when it calls
+            self.counts.compilations += 1  # runs when JAX traces, not when it calls
             with jax.default_matmul_precision(self._precision):
                 return function(self._model, *arguments, **keywords)
 
         return jax.jit(counted, **options)
 
+    def stops(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        own = () if params.ignore_eos else self.stop_ids
+        return tuple(sorted({*own, *params.stop_token_ids}))
+
     def check(self, request: Request) -> None:
-        """Raises LlavaError where the prompt leaves no position for an answer."""
+        """Raises LlavaError where a request cannot be answered, whatever its pictures are."""
         length, limit = len(request.input_ids), self.config.decoder.max_position_embeddings
+        vocabulary = self.config.decoder.vocab_size
         if not length:
             raise LlavaError("the prompt is empty: there is no token to answer")
         if length >= limit:
@@ -72,74 +173,290 @@ class Engine:
                 f"the prompt has {length} tokens and leaves no room for an answer: the model reads "
                 f"at most {limit}; shorten it or give fewer images"
             )
+        if len(request.images) > self._image_slots:
+            raise LlavaError(
+                f"the prompt has {len(request.images)} images: at most {self._image_slots}"
+            )
+        stops = self.stops(request.params)
+        if len(stops) > MAX_STOP_IDS:
+            raise LlavaError(
+                f"{len(stops)} stop tokens, the model's own included: at most {MAX_STOP_IDS}"
+            )
+        if stops and max(stops) >= vocabulary:
+            raise LlavaError(
+                f"stop token {max(stops)} is none of the model's: its ids go from 0 to "
+                f"{vocabulary - 1}"
+            )
 
-    def stream(self, requests: Sequence[Request], answers: Sequence[Answer]) -> Iterator[None]:
-        """Extends each request's answer as tokens come, and yields after each device call.
+    def run(self, requests: Iterable[tuple[Request, Answer]], batch_size: int) -> Iterator[Answer]:
+        """Extends the answers of any number of requests, at most `batch_size` at a time.
 
-        All requests make one batch. Ends when every answer is done or out of tokens.
+        Requests are taken from `requests` as rows become free. Yields an answer each time it grew,
+        the last time with `done` set. An answer whose request is wrong, or whose picture cannot be
+        read, has its `error` set; the others are not touched.
         """
-        batch, cache_size = self._batch(requests)
-        stop_ids = jnp.array(self.stop_ids, jnp.int32)
-        first, state = self._prefill(self.params, **batch, stop_ids=stop_ids, cache_size=cache_size)
-        budget = batch["budget"] - 1
-        chunk = np.asarray(first)[:, None]
-        while True:
-            for answer, tokens in zip(answers, chunk, strict=False):
-                answer.extend(tokens[tokens != NO_TOKEN])
-            yield
-            stopped = np.ones(len(budget), bool)
-            stopped[: len(answers)] = [answer.done for answer in answers]
-            if (stopped | (budget <= 0)).all():
+        source, waiting, running = iter(requests), deque(), {}
+        try:
+            while True:
+                yield from self._take(source, waiting, batch_size)
+                yield from self._admit(waiting, running, batch_size)
+                if running:
+                    yield from self._advance(running, more=bool(waiting))
+                elif not waiting:
+                    return
+        except GeneratorExit:  # the caller had enough
+            raise
+        except BaseException:
+            self.forget()  # a call that was interrupted has taken the state with it
+            raise
+
+    def warm_up(self, batch_size: int, size: int) -> None:
+        """Compiles all that requests need whose prompt and answer have at most `size` tokens.
+
+        Then they compile nothing, in any number and mixture, at this batch size (log probabilities
+        of prompts excepted).
+        """
+        self._reserve(count_bucket(batch_size), size, busy=False)
+        blank = np.zeros((self.config.image_size, self.config.image_size, 3), np.uint8)
+        nowhere = self._image_slots
+        for rows in ROWS:
+            self._encode_images({nowhere + i: blank for i in range(rows)})
+        for length in sorted({length_bucket(n) for n in range(1, size + 1)}):
+            most = row_bucket(batch_size, length)
+            for slots in [s for s in self._windows() if s >= length]:
+                for rows in [r for r in ROWS if r <= most]:
+                    self._call_prefill(self._prompts([], rows, length, slots))
+        for window in self._windows():
+            self._call_decode(np.zeros(self._rows.count, bool), 1, window)
+
+    def _windows(self) -> list[int]:
+        """The numbers of cache slots that a call may look at."""
+        return sorted({cache_bucket(n) for n in range(1, self._size + 1)})
+
+    def _call_prefill(self, prompts: Prompts):
+        """First tokens and their log probabilities; the state goes on."""
+        *told, self._state = self._prefill(self.params, self._state, self._store, prompts)
+        return told
+
+    def _call_decode(self, running: np.ndarray, fewest: int, window: int):
+        """More tokens and their log probabilities; the state goes on."""
+        fewest = np.int32(fewest)
+        *told, self._state = self._decode(self.params, self._state, running, fewest, window=window)
+        return told
+
+    def _take(self, source: Iterator, waiting: deque[_Job], count: int) -> Iterator[Answer]:
+        """Fills `waiting` up to `count` requests; yields the answers of those that are wrong."""
+        while len(waiting) < count:
+            request, answer = next(source, (None, None))
+            if request is None:
                 return
-            tokens, state = self._decode(self.params, state, stopped, stop_ids)
-            chunk = np.asarray(tokens)
-            budget = budget - chunk.shape[1]
+            self.counts.requests += 1
+            answer.prompt_tokens = len(request.input_ids)
+            try:
+                self.check(request)
+                waiting.append(_Job(request, answer, [image() for image in request.images]))
+            except LlavaError as error:
+                answer.fail(error)
+                yield answer
 
-    def _batch(self, requests: Sequence[Request]) -> tuple[dict, int]:
-        """Arguments of `prefill` and the cache size, padded to the buckets of the largest."""
-        rows = count_bucket(len(requests))
-        lengths = _column([len(r.input_ids) for r in requests], rows, np.int32)
-        room = self.config.decoder.max_position_embeddings - lengths
-        budget = _column([r.params.max_new_tokens for r in requests], rows, np.int32)
-        budget = np.minimum(budget, room)
-        input_ids = np.zeros((rows, length_bucket(int(lengths.max()))), np.int32)
-        for row, request in enumerate(requests):
-            input_ids[row, : lengths[row]] = request.input_ids
-        batch = {
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "images": self._image_slots([[image() for image in r.images] for r in requests], rows),
-            "budget": budget,
-            "sampling": Sampling(
-                _column([r.params.temperature for r in requests], rows, np.float32),
-                _column([r.params.top_p for r in requests], rows, np.float32),
-                _column([r.params.seed for r in requests], rows, np.uint32),
-            ),
-        }
-        return batch, length_bucket(input_ids.shape[1] + int(budget.max()))
+    def _admit(
+        self, waiting: deque[_Job], running: dict[int, _Job], batch_size: int
+    ) -> Iterator[Answer]:
+        """Gives free rows to waiting requests, until none is left of either."""
+        rows = count_bucket(batch_size)
+        while waiting and len(running) < batch_size:
+            if not self._reserve(rows, max(map(self._need, waiting)), busy=bool(running)):
+                return
+            free = set(range(rows)) - set(running)
+            wave = self._wave(waiting, free, batch_size - len(running))
+            wave.sort(key=lambda job: job.shared - job.length)  # the longest suffix first
+            while wave:
+                yield from self._read_some(wave, running)
 
-    def _image_slots(self, images: Sequence[Sequence[np.ndarray]], rows: int):
-        """Each row's images, zeros behind them: [rows, I, ...], or None where no row has one."""
-        slots = count_bucket(max(len(row) for row in images))
-        if not slots:
-            return None
-        first = next(row[0] for row in images if len(row))
-        batch = np.zeros((rows, slots, *first.shape), first.dtype)
-        for row, of_row in enumerate(images):
-            batch[row, : len(of_row)] = of_row if len(of_row) else 0
-        return batch
+    def _need(self, job: _Job) -> int:
+        """Cache slots for a prompt and its answer."""
+        limit = self.config.decoder.max_position_embeddings
+        return min(job.length + job.request.params.max_tokens, limit)
 
-    def run(
-        self, requests: Sequence[Request], answers: Sequence[Answer], batch_size: int
-    ) -> Iterator[int]:
-        """Answers any number of requests, those of like shape together.
+    def _reserve(self, rows: int, need: int, busy: bool) -> bool:
+        """Makes a state of `rows` with room for `need` tokens; False while another is busy."""
+        size = cache_bucket(need)
+        if self._state is not None and self._rows.count == rows and size <= self._size:
+            return True
+        if not busy:
+            self._state = None  # its memory must be free before the new one is made
+            self._state = DecodeState.empty(self._model, rows, size, self._kv_dtype)
+            self._rows, self._size = RowSlots(rows), size
+        return not busy
 
-        Yields after each batch how many were in it.
+    def _wave(self, waiting: deque[_Job], free: set[int], count: int) -> list[_Job]:
+        """Takes at most `count` requests that can be read now, and a row of `free` for each.
+
+        One that has much in common with another of the wave stays: in the next it will find that
+        one's prefix in the cache.
         """
-        for rows in like_shapes(requests, batch_size):
-            for _ in self.stream([requests[row] for row in rows], [answers[row] for row in rows]):
-                pass
-            yield len(rows)
+        wave, pinned, images, staying = [], set(), {}, []
+        while waiting and len(wave) < count:
+            job = waiting.popleft()
+            if not self._place_images(job, pinned, images):
+                staying.append(job)
+                break
+            common = max((common_prefix(job.contents, other.contents) for other in wave), default=0)
+            taken = {other.row for other in wave}
+            job.donor, job.shared = self._rows.donor(job.contents, taken)
+            # A row that another request copies from must stay as it is.
+            needed = {other.donor for other in wave if other.shared}
+            if common >= job.shared + WORTH_SHARING or not free - taken - needed:
+                staying.append(job)
+                continue
+            others = free - taken - needed - {job.donor if job.shared else -1}
+            job.row = self._rows.oldest(others or free - taken - needed)
+            wave.append(job)
+        waiting.extendleft(reversed(staying))
+        self.counts.encoded_images += len(images)
+        self._encode_images(images)
+        return wave
+
+    def _place_images(self, job: _Job, pinned: set[int], images: dict[int, np.ndarray]) -> bool:
+        """Finds slots for a request's pictures; those to be encoded go into `images`, by slot.
+
+        False where the wave before it needs all slots.
+        """
+        tokens, slots, numbers = image_token_count(self.config), [], []
+        for image in job.images:
+            digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode() + image.tobytes())
+            found = self._images.find(digest.digest())
+            if found is None:
+                found = self._images.add(digest.digest(), pinned)
+                if found is None:
+                    return False
+                images[found[0]] = image
+            pinned.add(found[0])
+            slots.append(found[0])
+            numbers.append(found[1])
+        job.contents = job.request.input_ids.astype(np.int64)
+        job.feature_ids = np.full(job.length, NO_TOKEN, np.int32)
+        places = job.request.input_ids == self.config.image_token_id
+        if slots:
+            job.contents[places] = -np.repeat(numbers, tokens)
+            job.feature_ids[places] = (
+                np.array(slots)[:, None] * tokens + np.arange(tokens)
+            ).ravel()
+        return True
+
+    def _encode_images(self, images: dict[int, np.ndarray]) -> None:
+        """Fills slots of the feature store."""
+        store = self._store
+        if store is None:
+            shape = (self._image_slots, image_token_count(self.config))
+            store = jnp.zeros((*shape, self.config.decoder.hidden_size), self._model.dtype)
+        waiting = list(images.items())
+        while waiting:
+            rows = row_bucket(len(waiting), length=1)
+            some, waiting = waiting[:rows], waiting[rows:]
+            pixels = np.zeros((rows, *some[0][1].shape), np.uint8)
+            slots = np.full(rows, self._image_slots, np.int32)
+            for i, (slot, image) in enumerate(some):
+                pixels[i], slots[i] = image, slot
+            store = self._encode(self.params, store, pixels, slots)
+        self._store = store
+
+    def _read_some(self, wave: list[_Job], running: dict[int, _Job]) -> Iterator[Answer]:
+        """One prefill, of the first requests of a wave."""
+        length = length_bucket(wave[0].length - wave[0].shared)
+        rows = row_bucket(len(wave), length)
+        jobs = wave[:rows]
+        del wave[:rows]
+        size = min(cache_bucket(max(job.length for job in jobs)), self._size)
+        tokens, logprobs = self._call_prefill(self._prompts(jobs, rows, length, size))
+        tokens, logprobs = jax.device_get((tokens[:, None], _shown(jobs, logprobs)))
+        if logprobs is not None:
+            logprobs = jax.tree.map(lambda x: x[:, None], logprobs)
+        for i, job in enumerate(jobs):
+            self._rows.put(job.row, job.contents)
+            running[job.row] = job
+            self.counts.images += len(job.images)
+            self.counts.prompt_tokens += job.length
+            self.counts.shared_tokens += job.shared
+            self._tell_prompt(job)
+            self._extend(job, i, tokens, logprobs, running)
+            yield job.answer
+
+    def _prompts(
+        self, jobs: Sequence[_Job], rows: int, length: int, size: int, share: bool = True
+    ) -> Prompts:
+        """The prompts of jobs as arrays, behind what each shares; the other rows only fill up."""
+        column = lambda value: np.full(rows, value, np.int32)
+        wide = lambda width: np.full((rows, width), NO_TOKEN, np.int32)
+        prompts = Prompts(
+            rows=column(self._rows.count),
+            donors=column(0),
+            shared=column(0),
+            input_ids=wide(length),
+            feature_ids=wide(length),
+            lengths=column(0),
+            whole=wide(size),
+            budget=column(0),
+            sampling=Sampling.zeros(rows),
+        )
+        for i, job in enumerate(jobs):
+            params, shared = job.request.params, job.shared if share else 0
+            rest = job.length - shared
+            prompts.rows[i], prompts.donors[i], prompts.shared[i] = job.row, job.donor, shared
+            prompts.input_ids[i, :rest] = job.request.input_ids[shared:]
+            prompts.feature_ids[i, :rest] = job.feature_ids[shared:]
+            prompts.lengths[i] = rest
+            prompts.whole[i, : job.length] = job.request.input_ids
+            prompts.budget[i] = self._need(job) - job.length
+            prompts.sampling.fill(i, params, self.stops(params), job.length)
+        return prompts
+
+    def _tell_prompt(self, job: _Job) -> None:
+        """Log probabilities of the prompt, where they were asked for: a pass of their own."""
+        count = job.request.params.prompt_logprobs
+        if count is None:
+            return
+        length = length_bucket(job.length)
+        length = -(-length // decoding.POSITIONS_AT_A_TIME) * decoding.POSITIONS_AT_A_TIME
+        prompts = self._prompts([job], 1, length, job.length, share=False)
+        targets = np.roll(prompts.input_ids, -1, axis=1)
+        # `whole` is not read there, and of its own length would compile for each.
+        prompts = prompts.replace(whole=prompts.whole[:, :1])
+        told = self._prompt_logprobs(self.params, self._store, prompts, targets)
+        told = jax.device_get(told)
+        tokens = job.request.input_ids[1:]
+        job.answer.prompt_logprobs = _token_logprobs(told, 0, tokens, count)
+
+    def _advance(self, running: dict[int, _Job], more: bool) -> Iterator[Answer]:
+        """One decode call; with `more` requests waiting it ends when a quarter of the rows do."""
+        longest = max(job.length + len(job.produced) for job in running.values())
+        window = min(cache_bucket(longest + TOKENS_PER_CALL), self._size)
+        mask = np.zeros(self._rows.count, bool)
+        mask[list(running)] = True
+        fewest = len(running) - len(running) // 4 if more else 1
+        tokens, logprobs = self._call_decode(mask, fewest, window)
+        tokens, logprobs = jax.device_get((tokens, _shown(running.values(), logprobs)))
+        for row, job in list(running.items()):
+            self._extend(job, row, tokens, logprobs, running)
+            yield job.answer
+
+    def _extend(
+        self, job: _Job, i: int, tokens: np.ndarray, logprobs: Logprobs | None, running: dict
+    ) -> None:
+        """Gives a job the tokens of row `i`; frees its row when the answer is done."""
+        new = tokens[i][tokens[i] != NO_TOKEN].tolist()
+        count = job.request.params.logprobs
+        told = () if count is None else _token_logprobs(logprobs, i, new, count)
+        job.produced += new
+        self.counts.answer_tokens += len(new)
+        job.answer.extend(new, told)
+        if len(job.produced) >= self._need(job) - job.length:
+            job.answer.end()
+        if job.answer.done:
+            # The last token was never read.
+            contents = np.concatenate([job.contents, np.array(job.produced[:-1], np.int64)])
+            self._rows.put(job.row, contents)
+            del running[job.row]
 
     def logits(
         self, input_ids: np.ndarray, images: Sequence[np.ndarray], attention_mask: np.ndarray
@@ -156,29 +473,37 @@ class Engine:
         logits = self._all_logits(
             self.params,
             np.pad(input_ids.astype(np.int32), padding),
-            self._image_slots(images, rows + padding[0][1]),
+            _image_slots(images, rows + padding[0][1]),
             np.pad(attention_mask.astype(np.int32), padding),
         )
         return logits[:rows, :length]
 
 
-def like_shapes(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-    """Indices of at most `batch_size` requests at a time, of like shape, so little is padding."""
-
-    def slots(row):
-        return count_bucket(len(requests[row].images))
-
-    def shape(row):
-        return slots(row), length_bucket(len(requests[row].input_ids))
-
-    for _, group in groupby(sorted(range(len(requests)), key=shape), key=slots):
-        rows = list(group)
-        for start in range(0, len(rows), batch_size):
-            yield rows[start : start + batch_size]
+def _shown(jobs: Iterable[_Job], logprobs: Logprobs) -> Logprobs | None:
+    """None, which need not be fetched, where no job asked for them."""
+    return logprobs if any(job.request.params.logprobs is not None for job in jobs) else None
 
 
-def _column(values: Sequence, rows: int, dtype) -> np.ndarray:
-    """One value a row, zeros in the rows that fill up the bucket."""
-    column = np.zeros(rows, dtype)
-    column[: len(values)] = values
-    return column
+def _token_logprobs(told: Logprobs, row: int, tokens, count: int) -> list[TokenLogprob]:
+    """Those of `tokens`, in the first places of a row of [R, T] log probabilities."""
+    return [
+        TokenLogprob(
+            int(token),
+            float(told.chosen[row, i]),
+            dict(zip(told.top_ids[row, i, :count].tolist(), told.top[row, i, :count].tolist(),
+                     strict=True)),
+        )
+        for i, token in enumerate(tokens)
+    ]  # fmt: skip
+
+
+def _image_slots(images: Sequence[Sequence[np.ndarray]], rows: int):
+    """Each row's images, zeros behind them: [rows, I, ...], or None where no row has one."""
+    slots = count_bucket(max(len(row) for row in images))
+    if not slots:
+        return None
+    first = next(row[0] for row in images if len(row))
+    batch = np.zeros((rows, slots, *first.shape), first.dtype)
+    for row, of_row in enumerate(images):
+        batch[row, : len(of_row)] = of_row if len(of_row) else 0
+    return batch

@@ -3,30 +3,35 @@
 B rows, T length, N images in all, S image side, V vocabulary.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import functools
+import itertools
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.processor_prompt import ProcessorPrompt
 from llava_jax.data.records import IMAGE_TOKEN, Turn
 from llava_jax.data.templates import get_template, render
 from llava_jax.data.tokenization import SegmentTokenizer, load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine, Request
+from llava_jax.inference.quantization import pack_kernels, quantize_kernels
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.inference.sources import ImageSource, fetch, source_name
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.models.precision import PRECISIONS, compute_precision
 
 DTYPES = ("auto", *PRECISIONS)
 
-ImageSource = str | os.PathLike | bytes | Image.Image
 History = Sequence[tuple[str, str]]
 
 
@@ -46,54 +51,95 @@ class Llava:
       tokenizer: a Hugging Face fast tokenizer.
       template: name of the conversation template it was trained with.
       dtype: float32, mixed (float32 with bfloat16 products), bfloat16, or auto: what pays here.
+      weights: int8 keeps the language model's kernels in eight bits, a scale a channel; None as
+        they are.
+      kv_cache: int8 keeps keys and values in eight bits, a scale a token and head; None in dtype.
+      allow_urls: images may be http(s) addresses.
+      chat_template: a Hugging Face processor's, to be followed in place of `template`; the latter
+        still tells where answers end.
     """
 
     def __init__(
-        self, config: LlavaConfig, params: dict, tokenizer, template: str, dtype: str = "float32"
+        self,
+        config: LlavaConfig,
+        params: dict,
+        tokenizer,
+        template: str,
+        dtype: str = "float32",
+        weights: str | None = None,
+        kv_cache: str | None = None,
+        allow_urls: bool = False,
+        chat_template: str | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
         self.template = get_template(template)
         self.dtype = check_dtype(dtype)
+        self.allow_urls = allow_urls
         self._tokenize = SegmentTokenizer(
             tokenizer, image_token_count(config), config.image_token_id, config.use_im_start_end
         )
-        self.engine = Engine(config, params, dtype, self._stop_ids())
+        self._processor_prompt = chat_template and ProcessorPrompt(
+            tokenizer, chat_template, image_token_count(config), config.image_token_id
+        )
+        for name, value in (("weights", weights), ("kv_cache", kv_cache)):
+            if value not in (None, "int8"):
+                raise LlavaError(f"{name} must be int8 or None, not {value!r}")
+        if weights:
+            params = quantize_kernels(params)
+        self.engine = Engine(config, params, dtype, self._stop_ids(), kv_cache)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, dtype: str = "float32") -> "Llava":
-        """Loads a work directory of train.py, one step of it, or a Hugging Face LLaVA folder."""
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        dtype: str = "float32",
+        weights: str | None = None,
+        kv_cache: str | None = None,
+        allow_urls: bool = False,
+        **options,
+    ) -> "Llava":
+        """Loads a work directory of train.py, one step of it, or a LLaVA folder of others.
+
+        options: of `weights.load.open_llava`, for a folder of others.
+        """
         from llava_jax.weights.run_directory import load_model
 
-        loaded = load_model(path, compute_precision(check_dtype(dtype))[0].name)
-        tokenizer = load_tokenizer(loaded.tokenizer_dir)
-        return cls(loaded.config, loaded.params, tokenizer, loaded.template, dtype)
+        loaded = load_model(path, compute_precision(check_dtype(dtype))[0].name, **options)
+        rows = loaded.config.decoder.vocab_size
+        tokenizer = load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens)
+        params = loaded.params
+        arrays, products = compute_precision(dtype)
+        if jax.default_backend() == "cpu" and "bfloat16" in (arrays.name, products):
+            params = pack_kernels(params)
+        return cls(
+            loaded.config,
+            params,
+            tokenizer,
+            loaded.template,
+            dtype,
+            weights,
+            kv_cache,
+            allow_urls,
+            loaded.chat_template,
+        )
 
     def chat(
         self,
         question: str,
         images: Sequence[ImageSource] | ImageSource | None = None,
         history: History | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **sampling,
     ) -> str:
         """One answer; arguments as in `stream_chat`."""
-        pieces = self.stream_chat(
-            question, images, history, max_new_tokens, temperature, top_p, seed
-        )
-        return "".join(pieces)
+        return "".join(self.stream_chat(question, images, history, **sampling))
 
     def stream_chat(
         self,
         question: str,
         images: Sequence[ImageSource] | ImageSource | None = None,
         history: History | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **sampling,
     ) -> Iterator[str]:
         """One answer as pieces of text, each yielded as soon as it is sure.
 
@@ -101,62 +147,94 @@ class Llava:
           question: the user's text.
           images: paths, encoded bytes or Pillow images, for all `<image>` of history and question
             in their order. Where none is written, they stand before the first turn.
-          history: (question, answer) pairs that came before.
-          max_new_tokens: the answer's length limit; it also ends where the model's positions do.
-          temperature: 0 takes the likeliest token each time; otherwise tokens are drawn.
-          top_p: draw only among the likeliest tokens that together reach this probability.
-          seed: the same seed draws the same answer.
+          history: (question, answer) pairs that came before; what the engine read of them for the
+            last answer is not read again.
+          sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names, but `n`.
         """
-        params = SamplingParams(max_new_tokens, temperature, top_p, seed)
+        params = SamplingParams.from_names(sampling)
+        if params.n != 1:
+            raise LlavaError("a chat has one answer: for several give n to generate")
         # Made here and not at the first piece, so the caller sees an error at the call.
-        return self._stream(self.request(question, images, params, history or ()))
-
-    def _stream(self, request: Request) -> Iterator[str]:
-        answer = self._answer()
-        for _ in self.engine.stream([request], [answer]):
-            if piece := answer.take():
-                yield piece
-        if piece := answer.take(final=True):
-            yield piece
+        request = self.request(question, images, params, history or ())
+        return (piece for _, piece in self._stream([request], 1))
 
     def generate(
         self,
         prompts: str | Sequence[str],
         images: Sequence | ImageSource | None = None,
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
         batch_size: int = 32,
-    ) -> str | list[str]:
+        **sampling,
+    ) -> str | list[str] | list[list[str]]:
         """Answers single questions, many at a time, in the order given.
 
         Args:
-          prompts: questions; a single str gives a single str.
+          prompts: questions; a single str gives a single result.
           images: for each prompt None, one image or a list (path, encoded bytes, Pillow image).
             Where a prompt has no `<image>`, its images stand before it.
-          max_new_tokens, temperature, top_p: as in `stream_chat`.
-          seed: one for all prompts, or one a prompt. An answer depends on its prompt and its seed
-            alone, so several draws for one prompt need several seeds.
           batch_size: most prompts computed at once.
+          sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names. `seed` may be one for
+            all or one a prompt: an answer depends on its prompt and its seed alone.
+
+        Returns:
+          A text a prompt; with n over 1 a list of n texts.
         """
         if isinstance(prompts, str):
             images = None if images is None else [images]
-            return self.generate(
-                [prompts], images, max_new_tokens, temperature, top_p, seed, batch_size
-            )[0]
+            return self.generate([prompts], images, batch_size, **sampling)[0]
+        answers = self.complete(prompts, images, batch_size, **sampling)
+        texts = [[answer.text for answer in of_prompt] for of_prompt in answers]
+        return (
+            texts
+            if sampling.get("n", sampling.get("num_return_sequences", 1)) > 1
+            else [text for (text,) in texts]
+        )
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        images: Sequence | None = None,
+        batch_size: int = 32,
+        **sampling,
+    ) -> list[list[Answer]]:
+        """As `generate`, but n `Answer`s a prompt, with tokens, log probabilities and reasons."""
+        return self.answers(self._requests(prompts, images, batch_size, sampling), batch_size)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        images: Sequence | None = None,
+        batch_size: int = 32,
+        **sampling,
+    ) -> Iterator[tuple[int, str]]:
+        """As `generate`, but (number of the prompt, piece of its text) as soon as it is sure."""
+        requests = self._requests(prompts, images, batch_size, sampling)
+        if any(request.params.n != 1 for request in requests):
+            raise LlavaError("a stream has one answer a prompt: for several give n to generate")
+        return self._stream(requests, batch_size)
+
+    def _stream(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, str]]:
+        entries = [self.entries(request)[0] for request in requests]
+        numbers = {id(answer): number for number, (_, answer) in enumerate(entries)}
+        for answer in self._run(entries, batch_size):
+            if piece := answer.take(final=answer.done):
+                yield numbers[id(answer)], piece
+
+    def _requests(self, prompts, images, batch_size: int, sampling: dict) -> list[Request]:
+        if isinstance(prompts, str):
+            raise LlavaError("prompts must be a list of texts")
         prompts = list(prompts)
         sources = self._sources(prompts, images)
-        seeds = [seed] * len(prompts) if isinstance(seed, numbers.Integral) else list(seed)
+        seeds = sampling.pop("seed", 0)
+        seeds = [seeds] * len(prompts) if isinstance(seeds, numbers.Integral) else list(seeds)
         if len(seeds) != len(prompts):
             raise LlavaError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
         if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise LlavaError(f"batch_size must be a whole number from 1, not {batch_size!r}")
         requests = []
         for i, prompt in enumerate(prompts):
-            params = SamplingParams(max_new_tokens, temperature, top_p, seeds[i])
+            params = SamplingParams.from_names({**sampling, "seed": seeds[i]})
             requests.append(self.request(prompt, sources[i], params, where=f"prompt {i}: "))
-        return self.answer(requests, batch_size)
+        return requests
 
     def answer(
         self,
@@ -164,14 +242,46 @@ class Llava:
         batch_size: int,
         progress: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
-        """The answers to requests made by `request`, in their order.
+        """The text for each request made by `request`, in their order; `progress` as below."""
+        return [answers[0].text for answers in self.answers(requests, batch_size, progress)]
 
-        `progress` is called after each batch with the number of requests in it.
+    def answers(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> list[list[Answer]]:
+        """The n answers to each request made by `request`, in their order.
+
+        `progress` is called with a number of answers that are done since its last call.
         """
-        answers = [self._answer() for _ in requests]
-        for count in self.engine.run(requests, answers, batch_size):
-            progress(count)
-        return [answer.text for answer in answers]
+        groups = [self.entries(request) for request in requests]
+        for answer in self._run(list(itertools.chain(*groups)), batch_size):
+            if answer.done:
+                progress(1)
+        return [[answer for _, answer in entries] for entries in groups]
+
+    def _run(self, entries: Sequence[tuple[Request, Answer]], batch_size: int) -> Iterator[Answer]:
+        # A batch that is set up serves fewer requests too: another size would be compiled.
+        if not len(entries) <= self.engine.rows <= batch_size:
+            batch_size = min(batch_size, len(entries))
+        for answer in self.engine.run(entries, batch_size):
+            if answer.error:
+                raise answer.error
+            yield answer
+
+    def entries(self, request: Request) -> list[tuple[Request, Answer]]:
+        """What `Engine.run` takes: the request and its answer, once for each of its n draws."""
+        params = request.params
+        texts = () if params.ignore_eos else self.template.stop
+        entries = []
+        for i in range(params.n):
+            draw = dataclasses.replace(params, n=1, seed=(params.seed + i) % 2**32)
+            answer = Answer(
+                self.tokenizer, self.engine.stops(params), (*texts, *params.stop), params.min_tokens
+            )
+            entries.append((dataclasses.replace(request, params=draw), answer))
+        return entries
 
     def request(
         self,
@@ -230,7 +340,10 @@ class Llava:
                 f"the text has {written} {IMAGE_TOKEN} but {images} image(s) were given: write one "
                 f"{IMAGE_TOKEN} for each image, or none to have them first"
             )
-        ids = self._tokenize(render(self.template, turns, generation=True)).input_ids
+        if self._processor_prompt:
+            ids = self._processor_prompt(turns)
+        else:
+            ids = self._tokenize(render(self.template, turns, generation=True)).input_ids
         self._check_vocabulary(ids[None])
         return ids
 
@@ -240,9 +353,6 @@ class Llava:
         for stop in self.template.stop:
             ids.add(self.tokenizer.get_vocab().get(stop))
         return sorted(ids - {None})
-
-    def _answer(self) -> Answer:
-        return Answer(self.tokenizer, self.engine.stop_ids, self.template.stop)
 
     def _sources(self, prompts: Sequence[str], images) -> Sequence:
         """One entry a prompt."""
@@ -259,10 +369,9 @@ class Llava:
     def _load_image(self, source: ImageSource, name: str, where: str) -> np.ndarray:
         """uint8[S, S, 3]; `where` begins the message of an error."""
         c = self.config
-        if isinstance(source, str | os.PathLike):
-            name = source = os.fspath(source)
+        name = source_name(source, name)
         with told_of(where):
-            image = load_image(source, name)
+            image = load_image(fetch(source, self.allow_urls), name)
             return preprocess(image, c.image_size, c.image_mode, c.image_mean, name)
 
     def _check_vocabulary(self, input_ids: np.ndarray) -> None:
@@ -298,6 +407,38 @@ class Llava:
             )
         ends = np.cumsum(placeholders // tokens)[:-1]
         return np.split(pixels.transpose(0, 2, 3, 1).astype(np.float32), ends)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the commands that ask a model have in common."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="of train.py, or Hugging Face"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--weights", choices=["int8"], help="eight bits a weight")
+    parser.add_argument("--kv_cache", choices=["int8"], help="eight bits a key or value")
+    parser.add_argument("--allow_urls", action="store_true", help="images from http(s) addresses")
+
+
+def load_from_arguments(args: argparse.Namespace) -> Llava:
+    """The model of `add_model_arguments`; what is compiled for it is kept for the next time."""
+    if not Path(args.checkpoint).is_dir():
+        raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
+    keep_compilations()
+    return Llava.from_pretrained(
+        args.checkpoint,
+        dtype=args.dtype,
+        weights=args.weights,
+        kv_cache=args.kv_cache,
+        allow_urls=args.allow_urls,
+    )
+
+
+def keep_compilations() -> None:
+    """Turns JAX's persistent compilation cache on, below ~/.cache, unless it is set up already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "llava_jax" / "compiled"))
 
 
 def check_dtype(dtype: str) -> str:

@@ -1,76 +1,216 @@
 """The choice of the next token from its logits.
 
-B rows, V vocabulary.
+B rows, V vocabulary, K logprobs told.
 """
 
+import dataclasses
+import difflib
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_jax.errors import LlavaError
 
+MAX_STOP_IDS = 32  # a fixed width, so that no request compiles anything
+MAX_LOGPROBS = 20
+# Hugging Face's names -> vLLM's, which are ours; `do_sample` is read in `from_names`.
+ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+}
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one answer is chosen; LlavaError for a value out of its range.
+    """How one answer is chosen, in vLLM's names; LlavaError for a value out of its range.
 
     Attributes:
-      max_new_tokens: length limit; an answer also ends where the model's positions do.
+      max_tokens: length limit; an answer also ends where the model's positions do.
       temperature: 0 takes the likeliest token each time; otherwise tokens are drawn.
       top_p: draw only among the likeliest tokens that together reach this probability.
       seed: the same prompt and seed draw the same answer, whatever else is in the batch.
+      top_k: draw only among this many; 0 or -1 for no limit.
+      min_p: draw only tokens at least this likely, relative to the likeliest.
+      repetition_penalty: over 1 makes tokens of the prompt and the answer less likely
+        (https://arxiv.org/abs/1909.05858).
+      min_tokens: neither a stop token nor a stop text ends the answer before.
+      stop: texts that end the answer and are no part of it, beside the template's.
+      stop_token_ids: tokens that end it, beside the model's own.
+      ignore_eos: the model's and the template's own ends do not count.
+      n: answers to one prompt, drawn with the seeds seed, seed + 1, ...
+      logprobs: for each token of the answer tell its log probability (before temperature and
+        penalties) and those of this many likeliest tokens; None tells nothing.
+      prompt_logprobs: the same of each token of the prompt but the first.
     """
 
-    max_new_tokens: int
+    max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self):
-        whole, real = numbers.Integral, numbers.Real
-        if not isinstance(self.max_new_tokens, whole) or self.max_new_tokens < 1:
-            raise LlavaError(
-                f"max_new_tokens must be a whole number from 1, not {self.max_new_tokens!r}"
-            )
-        if not isinstance(self.temperature, real) or not 0 <= self.temperature < math.inf:
-            raise LlavaError(f"temperature must be a number from 0, not {self.temperature!r}")
-        if not isinstance(self.top_p, real) or not 0 < self.top_p <= 1:
-            raise LlavaError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
-        if not isinstance(self.seed, whole) or not 0 <= self.seed < 2**32:
-            raise LlavaError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _whole("max_tokens", self.max_tokens, 1)
+        _number("temperature", self.temperature, "a number from 0", lambda x: 0 <= x < math.inf)
+        _number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        _whole("seed", self.seed, 0, 2**32 - 1)
+        _whole("top_k", self.top_k, -1)
+        _number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
+        penalty = self.repetition_penalty
+        _number("repetition_penalty", penalty, "above 0", lambda x: 0 < x < math.inf)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise LlavaError(f"stop must be texts, none empty, not {self.stop!r:.80}")
+        for token in self.stop_token_ids:
+            _whole("each of stop_token_ids", token, 0)
+        if not isinstance(self.ignore_eos, bool):
+            raise LlavaError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        _whole("n", self.n, 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    @classmethod
+    def from_names(cls, *names: dict) -> "SamplingParams":
+        """From keywords in vLLM's or Hugging Face's names, later dicts over earlier ones."""
+        values = {}
+        for some in names:
+            values |= resolve_names(some)
+        return cls(**values)
+
+
+def resolve_names(names: dict) -> dict:
+    """Keywords in vLLM's or Hugging Face's names -> ours; LlavaError for one that is neither.
+
+    `do_sample` false is temperature 0; true is temperature 1 unless one is given.
+    """
+    values = {}
+    known = [field.name for field in dataclasses.fields(SamplingParams)]
+    for name, value in names.items():
+        ours = ALIASES.get(name, name)
+        if ours not in (*known, "do_sample"):
+            close = difflib.get_close_matches(name, [*known, *ALIASES, "do_sample"], 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise LlavaError(f"unknown sampling parameter {name!r}: {hint}")
+        if ours in values:
+            raise LlavaError(f"{name} and {ours} mean the same: give one of them")
+        values[ours] = value
+    if "do_sample" in values:
+        drawn, temperature = values.pop("do_sample"), values.get("temperature")
+        if not isinstance(drawn, bool):
+            raise LlavaError(f"do_sample must be true or false, not {drawn!r}")
+        if drawn and temperature == 0:
+            raise LlavaError("do_sample is true but temperature is 0: give one of them")
+        values["temperature"] = (1.0 if temperature is None else temperature) if drawn else 0.0
+    return values
+
+
+def _whole(name: str, value, low: int, high: int | None = None) -> None:
+    right = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low
+    if not right or (high is not None and value > high):
+        limits = f"from {low}" + ("" if high is None else f" to {high}")
+        raise LlavaError(f"{name} must be a whole number {limits}, not {value!r}")
+
+
+def _number(name: str, value, wanted: str, fits) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not fits(value):
+        raise LlavaError(f"{name} must be {wanted}, not {value!r}")
 
 
 @flax.struct.dataclass
 class Sampling:
-    """The settings of a whole batch, on the device.
+    """The settings of rows, as arrays; fields as in SamplingParams where not told.
 
     Attributes:
-      temperature: float32[B]; 0 takes the likeliest token.
-      top_p: float32[B] in (0, 1]; only the likeliest tokens that together reach it may be drawn.
+      temperature, top_p, min_p, repetition_penalty: float32[B].
+      top_k: int32[B], 0 for no limit.
       seed: uint32[B]. Nothing else enters a row's random numbers but the position of the token,
         so a row is drawn the same whatever it is batched with.
+      stop_ids: int32[B, MAX_STOP_IDS], -1 behind the last.
+      first_end: int32[B], the first position where one of them may stand.
+      logprobs: bool[B].
     """
 
     temperature: jax.Array
     top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    top_k: jax.Array
     seed: jax.Array
+    stop_ids: jax.Array
+    first_end: jax.Array
+    logprobs: jax.Array
+
+    @classmethod
+    def zeros(cls, rows: int) -> "Sampling":
+        """Greedy and endless, as NumPy arrays to be filled in."""
+        real = lambda value: np.full(rows, value, np.float32)
+        whole = lambda dtype: np.zeros(rows, dtype)
+        stop_ids = np.full((rows, MAX_STOP_IDS), -1, np.int32)
+        return cls(
+            real(0), real(1), real(0), real(1), whole(np.int32), whole(np.uint32), stop_ids,
+            whole(np.int32), whole(bool),
+        )  # fmt: skip
+
+    def fill(self, row: int, params: SamplingParams, stop_ids: Sequence[int], length: int) -> None:
+        """Puts an answer's settings into a row of NumPy arrays; `length` is its prompt's."""
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "seed"):
+            getattr(self, name)[row] = getattr(params, name)
+        self.top_k[row] = max(params.top_k, 0)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(stop_ids)] = stop_ids
+        self.first_end[row] = length + params.min_tokens
+        self.logprobs[row] = params.logprobs is not None
 
 
-def sample(logits: jax.Array, sampling: Sampling, positions: jax.Array) -> jax.Array:
+def sample(
+    logits: jax.Array, sampling: Sampling, positions: jax.Array, seen: jax.Array
+) -> jax.Array:
     """Next tokens int32[B].
 
     Args:
       logits: float32[B, V].
       positions: int[B], where in its row each token will stand.
+      seen: bool[B, V], tokens of the prompt and of the answer so far.
     """
-    # A greedy batch, the usual case, must not pay for sorting the vocabulary.
+    penalized = (sampling.repetition_penalty != 1) | (positions < sampling.first_end)
+    # A plain greedy batch, the usual case, must pay neither for penalties nor for sorting.
+    logits = jax.lax.cond(
+        jnp.any(penalized), _penalize, lambda logits, *_: logits, logits, sampling, positions, seen
+    )
     return jax.lax.cond(
         jnp.any(sampling.temperature > 0), _draw, _greedy, logits, sampling, positions
     )
+
+
+def _penalize(logits, sampling: Sampling, positions, seen):
+    """Seen tokens less likely by the penalty, ends impossible before their first position."""
+    penalty = sampling.repetition_penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    early = (positions < sampling.first_end)[:, None]
+    vocabulary = logits.shape[1]
+    # Negative numbers would count from the end: past it, they are dropped.
+    ends = jnp.where(early & (sampling.stop_ids >= 0), sampling.stop_ids, vocabulary)
+    return logits.at[jnp.arange(len(logits))[:, None], ends].set(-jnp.inf, mode="drop")
 
 
 def _greedy(logits, sampling, positions):
@@ -81,7 +221,7 @@ def _greedy(logits, sampling, positions):
 def _draw(logits, sampling: Sampling, positions):
     hot = sampling.temperature > 0
     scaled = logits / jnp.where(hot, sampling.temperature, 1.0)[:, None]
-    kept = keep_top_p(scaled, sampling.top_p)
+    kept = keep_likely(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
     keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(
         sampling.seed, positions
     )
@@ -89,14 +229,48 @@ def _draw(logits, sampling: Sampling, positions):
     return jnp.where(hot, drawn, _greedy(logits, sampling, positions))
 
 
-def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits [B, V] with all but the smallest set of probability >= top_p [B] at -inf.
+def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array):
+    """Logits [B, V] with all but the tokens that may be drawn at -inf; limits [B].
 
-    Nucleus sampling (https://arxiv.org/abs/1904.09751); tokens as likely as the last one kept stay.
+    In vLLM's order: at least `min_p` of the likeliest token's probability
+    (https://arxiv.org/abs/2407.01082), then the `top_k` likeliest, then the smallest set of them
+    that reaches `top_p` (https://arxiv.org/abs/1904.09751). Tokens as likely as the last stay.
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
-    probability = jax.nn.softmax(ranked, axis=-1)
+    rank = jnp.arange(logits.shape[-1])
+    inside = ranked >= ranked[:, :1] + jnp.log(min_p)[:, None]
+    inside &= (rank < top_k[:, None]) | (top_k[:, None] <= 0)
+    probability = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    inside &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
     threshold = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+@flax.struct.dataclass
+class Logprobs:
+    """Log probabilities at some tokens: of the token itself, and the likeliest there.
+
+    Attributes:
+      chosen: float32[...].
+      top_ids, top: int32 and float32 [..., MAX_LOGPROBS], likeliest first.
+    """
+
+    chosen: jax.Array
+    top_ids: jax.Array
+    top: jax.Array
+
+    @classmethod
+    def zeros(cls, *shape: int) -> "Logprobs":
+        wide = (*shape, MAX_LOGPROBS)
+        return cls(jnp.zeros(shape), jnp.zeros(wide, jnp.int32), jnp.zeros(wide))
+
+
+def logprobs_of(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """Of tokens int[B] under logits float32[B, V]."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    count = min(MAX_LOGPROBS, logits.shape[-1])
+    top, ids = jax.lax.top_k(logprobs, count)
+    pad = ((0, 0), (0, MAX_LOGPROBS - count))
+    return Logprobs(chosen, jnp.pad(ids, pad), jnp.pad(top, pad, constant_values=-jnp.inf))

@@ -66,17 +66,43 @@ class KVCache:
     Attributes:
       keys, values: [L, B, S, K, H].
       lengths: int32[B], tokens each row holds.
+      scales: float32[2, L, B, S, K], what int8 keys and values are to be multiplied by; or None.
+      window: attention looks at this many first slots, None for all.
     """
 
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
+    scales: jax.Array | None = None
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def empty(cls, config: DecoderConfig, rows: int, size: int, dtype) -> "KVCache":
+        """Room for `size` tokens in each of `rows`; int8 keeps a scale a token and head."""
         shape = (config.num_layers, rows, size, config.num_kv_heads, config.head_dim)
-        zeros = jnp.zeros(shape, dtype)
-        return cls(zeros, zeros, jnp.zeros((rows,), jnp.int32))
+        scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else None
+        # Two arrays of zeros: a donated one must not be given twice.
+        lengths = jnp.zeros((rows,), jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths, scales)
+
+    def rows(self, rows: jax.Array, size: int) -> "KVCache":
+        """A copy of the first `size` slots of some rows, int[R]."""
+        scales = None if self.scales is None else self.scales[:, :, rows, :size]
+        keys, values = self.keys[:, rows, :size], self.values[:, rows, :size]
+        return KVCache(keys, values, self.lengths[rows], scales)
+
+    def put(self, rows: jax.Array, cache: "KVCache") -> "KVCache":
+        """`cache` over the first slots of rows int[R]; a row that does not exist is dropped."""
+        size = cache.keys.shape[2]
+        scales = self.scales
+        if scales is not None:
+            scales = scales.at[:, :, rows, :size].set(cache.scales, mode="drop")
+        return self.replace(
+            keys=self.keys.at[:, rows, :size].set(cache.keys, mode="drop"),
+            values=self.values.at[:, rows, :size].set(cache.values, mode="drop"),
+            lengths=self.lengths.at[rows].set(cache.lengths, mode="drop"),
+            scales=scales,
+        )
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -151,13 +177,30 @@ class Attention(nn.Module):
 
 
 def write_cache(cache: KVCache, layer, k, v):
-    """Puts k, v [B, T, K, H] behind each row's tokens; returns the cache and the layer's k, v."""
+    """Puts k, v [B, T, K, H] behind each row's tokens.
+
+    Returns the cache, and the layer's keys and values [B, C, K, H] in the slots of its window.
+    """
     rows = jnp.arange(k.shape[0])[:, None]
     slots = cache.lengths[:, None] + jnp.arange(k.shape[1])
     # Slots past the end belong to padding of a full row: dropped.
-    keys = cache.keys.at[layer, rows, slots].set(k.astype(cache.keys.dtype), mode="drop")
-    values = cache.values.at[layer, rows, slots].set(v.astype(cache.values.dtype), mode="drop")
-    return cache.replace(keys=keys, values=values), keys[layer], values[layer]
+    place = lambda old, new: old.at[layer, rows, slots].set(new.astype(old.dtype), mode="drop")
+    seen = lambda stored: stored[layer, :, : cache.window]
+    if cache.scales is None:
+        cache = cache.replace(keys=place(cache.keys, k), values=place(cache.values, v))
+        return cache, seen(cache.keys), seen(cache.values)
+    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+    scales = cache.scales.at[:, layer, rows, slots].set(jnp.stack([k_scale, v_scale]), mode="drop")
+    cache = cache.replace(keys=place(cache.keys, k), values=place(cache.values, v), scales=scales)
+    key_scales, value_scales = scales[:, layer, :, : cache.window, :, None]
+    return cache, seen(cache.keys) * key_scales, seen(cache.values) * value_scales
+
+
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., H] -> int8 [..., H] and the float32 scale [...] that gives x back, nearly."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-30) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
 @jax.custom_vjp
@@ -282,7 +325,7 @@ class Decoder(nn.Module):
             lengths = None
         else:
             lengths = cache.lengths + (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
-            slots = jnp.arange(cache.keys.shape[2])
+            slots = jnp.arange(cache.window or cache.keys.shape[2])
             key_positions = jnp.broadcast_to(slots, (len(lengths), slots.size))
             key_segments = (slots < lengths[:, None]).astype(segment_ids.dtype)
         window = self.config.sliding_window

@@ -56,7 +56,12 @@ class Linear(nn.Module):
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        if kernel.dtype == jnp.uint16:  # the bits of bfloat16: see `pack_kernels`
+            kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
         y = matmul(rows, kernel)
+        if self.has_variable("params", "kernel_scale"):  # put there by `quantize_kernels`
+            scale = self.get_variable("params", "kernel_scale")
+            y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
             a, b = (self.get_variable("params", f"lora_{name}") for name in "ab")
             y += matmul(matmul(rows, a), b)

@@ -6,7 +6,6 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
@@ -37,10 +36,34 @@ VISION = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+# name -> changes to the text, the vision and the LLaVA config
+MODELS = {
+    "llama, clip": ({}, {}, {}),
+    "mistral with a window, siglip without its first patch": (
+        {"model_type": "mistral", "sliding_window": 24},
+        {"model_type": "siglip_vision_model"},
+        {},
+    ),
+    "tied qwen2, several layers of clip with class token": (
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+        {},
+        {"vision_feature_layer": [-2, 1], "vision_feature_select_strategy": "full"},
+    ),
+    "qwen3, dinov2, no projector bias": (
+        {"model_type": "qwen3", "head_dim": 16},
+        {"model_type": "dinov2", "mlp_ratio": 2},
+        {"multimodal_projector_bias": False, "vision_feature_layer": -1},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
     """(their model, their processor, ours) of one saved folder of random weights."""
     folder = tmp_path_factory.mktemp("llava")
+    text, vision, fields = MODELS[request.param]
+    strategy = fields.get("vision_feature_select_strategy", "default")
+    class_token = vision.get("model_type") != "siglip_vision_model"
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.pad_token, tokenizer.padding_side = "<|endoftext|>", "left"
@@ -48,12 +71,12 @@ def pair(tmp_path_factory):
         image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
         tokenizer=tokenizer,
         patch_size=7,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(class_token),
     )
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     config = transformers.LlavaConfig(
-        text_config=TEXT, vision_config=VISION, image_token_index=image_id
+        text_config=TEXT | text, vision_config=VISION | vision, image_token_index=image_id, **fields
     )
     model = transformers.LlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(0)
@@ -66,16 +89,18 @@ def pair(tmp_path_factory):
     return model, processor, Llava.from_pretrained(folder)
 
 
-def batch(processor):
-    """Rows of no, one and two pictures, padded on the left as for generation."""
+def batch(processor, side: str = "left"):
+    """Rows of no, one and two pictures, padded on the left as for generation, or on the right."""
+    processor.tokenizer.padding_side = side
     texts = ["A longer text without any picture", "<image> what?", "<image> and <image> differ?"]
     pictures = [random_image(i, (40 + i, 31)) for i in range(3)]
     return processor(text=texts, images=pictures, padding=True, return_tensors="pt")
 
 
-def test_logits_of_what_a_processor_returns(pair):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_what_a_processor_returns(side, pair):
     theirs, processor, ours = pair
-    inputs = batch(processor)
+    inputs = batch(processor, side)
     with torch.no_grad():
         expected = theirs(**inputs).logits.numpy()
     real = inputs["attention_mask"].numpy() == 1
@@ -88,16 +113,14 @@ def test_greedy_tokens(pair):
     theirs, processor, ours = pair
     inputs = batch(processor)
     with torch.no_grad():
-        expected = theirs.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)
+        expected = theirs.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=None)
     pictures = [random_image(i, (40 + i, 31)) for i in range(3)]
     images, requests = iter(pictures), []
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         ids = ids[mask == 1].numpy()
         count = (ids == ours.config.image_token_id).sum() // image_token_count(ours.config)
         load = (partial(ours._load_image, image, "", "") for image in islice(images, count))
-        requests.append(Request(ids, tuple(load), SamplingParams(20)))
-    ours.engine.stop_ids = ()
-    answers = [Answer(ours.tokenizer, (), ()) for _ in requests]
-    list(ours.engine.run(requests, answers, batch_size=8))
-    for answer, tokens in zip(answers, expected, strict=True):
+        requests.append(Request(ids, tuple(load), SamplingParams(64, ignore_eos=True)))
+    for answer, tokens in zip(ours.answers(requests, 8), expected, strict=True):
+        (answer,) = answer
         assert answer.tokens == tokens[inputs["input_ids"].shape[1] :].tolist()
