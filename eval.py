@@ -13,6 +13,14 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from llava_jax import command
+from llava_jax.evaluation import (
+    Shard,
+    check_images,
+    comparison,
+    load_benchmark,
+    table,
+    write_report,
+)
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the benchmark", lock_config=True)
 CHECKPOINT = flags.DEFINE_string(
@@ -25,18 +33,6 @@ SHARD = flags.DEFINE_string("shard", None, "i/n: answer only the i-th of n parts
 
 
 def main() -> None:
-    # Late: loading JAX takes seconds that a mistyped flag should not cost.
-    from llava_jax.evaluation import (
-        Shard,
-        check_images,
-        comparison,
-        evaluate,
-        load_benchmark,
-        table,
-        write_report,
-    )
-    from llava_jax.inference.model import Llava
-
     logging.set_verbosity(logging.WARNING)  # Orbax tells much at INFO
     config = CONFIG.value
     shard = Shard.parse(SHARD.value) if SHARD.value else None
@@ -44,6 +40,11 @@ def main() -> None:
     if LIMIT.value is not None:
         benchmark = benchmark.first(LIMIT.value)
     check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
+    # Late: loading JAX takes seconds that a mistyped flag or a missing file should not cost.
+    from llava_jax.evaluation.runner import evaluate
+    from llava_jax.inference.model import Llava, keep_compilations
+
+    keep_compilations()
     model = Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype)
     root = Path(OUTPUT.value or default_output(Path(CHECKPOINT.value)))
     output = root / benchmark.name

@@ -1,4 +1,7 @@
-"""Benchmarks: the questions and the metric of each, and one runner for all."""
+"""Benchmarks: the questions and the metric of each, and one runner for all.
+
+`runner` has what asks a model; nothing else here needs JAX.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +16,9 @@ from llava_jax.evaluation import (
     short_answers,
     yes_no,
 )
-from llava_jax.evaluation.benchmark import Benchmark
+from llava_jax.evaluation.benchmark import Benchmark, Shard
 from llava_jax.evaluation.files import NOT_AS_EXPECTED, check_images
 from llava_jax.evaluation.report import comparison, table, write_report
-from llava_jax.evaluation.runner import Shard, evaluate
 
 # name -> load(root, **options); a benchmark's config has its options under `options`.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
@@ -56,7 +58,6 @@ __all__ = [
     "Shard",
     "check_images",
     "comparison",
-    "evaluate",
     "load_benchmark",
     "table",
     "write_report",

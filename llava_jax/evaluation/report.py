@@ -6,7 +6,6 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Score
-from llava_jax.weights.run_directory import write_json
 
 # LLaVA-1.5 7B and 13B, from its model zoo (https://github.com/haotian-liu/LLaVA). The last two
 # were graded by GPT-4 of the time, which no later grading reproduces.
@@ -58,7 +57,8 @@ def write_report(folder: Path) -> Path:
             results[metrics["benchmark"]] = metrics
         except (ValueError, KeyError, TypeError) as error:
             raise LlavaError(f"cannot read the result {path}: {error}; delete it") from None
-    write_json(folder / "report.json", results)
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
     path = folder / "report.md"
     path.write_text(_markdown(results), encoding="utf-8")
     return path

@@ -7,14 +7,12 @@ line a question, in order) and, at the end, `metrics.json`, the file for the ben
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, Shard
 from llava_jax.evaluation.failures import write_failures
 from llava_jax.evaluation.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
@@ -22,31 +20,6 @@ from llava_jax.inference.sampling import SamplingParams
 from llava_jax.weights.run_directory import write_json
 
 BATCHES_AT_A_TIME = 4  # questions sorted by shape together, and the most a kill can lose
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of `count` equal parts of a benchmark, `index` from 1."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """`2/8` -> the second of eight."""
-        index, _, count = text.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-            raise LlavaError(f"--shard must be i/n with i from 1 to n, such as 1/4, not {text!r}")
-        return cls(int(index), int(count))
-
-    def of(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """Neighbours stay together: they are often about one picture."""
-        start, end = ((len(questions) * i) // self.count for i in (self.index - 1, self.index))
-        return questions[start:end]
-
-    @property
-    def folder(self) -> str:
-        return f"shard-{self.index}-of-{self.count}"
 
 
 def evaluate(

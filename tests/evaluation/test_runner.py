@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation import BENCHMARKS, Shard, evaluate, runner, table
+from llava_jax.evaluation import BENCHMARKS, Shard, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
 from llava_jax.evaluation.fingerprint import weights_fingerprint
+from llava_jax.evaluation.runner import evaluate
 from tests.tiny_model import CONFIG, random_image, random_params, tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -219,8 +220,10 @@ def test_the_fingerprint_sees_every_value_and_no_device_layout():
         (["--config.benchmark=mmlu"], "unknown benchmark 'mmlu': choose one of easy_vqa"),
         (["--config.data_root=no/such"], "no data file or data set at no/such/test_1000.json"),
         (["--shard=0/4"], "--shard must be i/n with i from 1 to n, such as 1/4, not '0/4'"),
-        (["--limit=0", "--config.data_root=DATA", "--config.options.split=test"],
-         "--limit must be at least 1"),
+        (
+            ["--limit=0", "--config.data_root=DATA", "--config.options.split=test"],
+            "--limit must be at least 1",
+        ),
         (["--nonsense"], "nonsense"),
         (["stray"], "unexpected argument 'stray'"),
     ],

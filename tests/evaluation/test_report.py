@@ -1,0 +1,53 @@
+"""Result tables, the line beside what was published, and the report over several benchmarks."""
+
+import json
+
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.evaluation.benchmark import Score
+from llava_jax.evaluation.report import comparison, table, write_report
+
+POPE = [
+    Score("random", 10, {"F1": 87.25, "accuracy": 88.0}),
+    Score("mean", 30, {"F1": 85.0, "accuracy": 86.0}),
+]
+
+
+def test_a_table_has_a_column_a_metric():
+    lines = table([Score("existence", 60, {"points": 190.0, "accuracy": 95.0}),
+                   Score("perception", 60, {"points": 1510.7})]).splitlines()  # fmt: skip
+    assert lines[0].split() == ["kind", "n", "points", "accuracy"]
+    assert lines[1].split() == ["existence", "60", "190.0", "95.0"]
+    assert lines[2].split() == ["perception", "60", "1510.7"]
+
+
+def test_the_score_stands_beside_the_published_one():
+    assert comparison("pope", POPE) == "pope: mean F1 85.0 (LLaVA-1.5 7B 85.9, 13B 85.9)"
+    assert comparison("refcoco/val", POPE) == "refcoco/val: mean F1 85.0 (none published)"
+
+
+def test_one_report_over_all(tmp_path):
+    def write(folder, benchmark, scores, **more):
+        (tmp_path / folder).mkdir(parents=True)
+        scores = {s.kind: {"count": s.count, **s.values} for s in scores}
+        metrics = {"benchmark": benchmark, "scores": scores, "answers": 1234, **more}
+        (tmp_path / folder / "metrics.json").write_text(json.dumps(metrics))
+
+    write("pope", "pope", POPE)
+    write("vqav2/test-dev2015", "vqav2/test-dev2015", [], submission="vqav2_submission.json")
+    path = write_report(tmp_path)
+    text = path.read_text()
+    assert "| pope | 1,234 | F1, mean | 85.0 | 85.9 | 85.9 |" in text
+    assert (
+        "| vqav2/test-dev2015 | 1,234 | to be graded | vqav2_submission.json | 78.5 | 80.0 |"
+        in (text)
+    )
+    assert "## pope" in text and table(POPE) in text
+    assert set(json.loads((tmp_path / "report.json").read_text())) == {
+        "pope",
+        "vqav2/test-dev2015",
+    }
+    (tmp_path / "pope/metrics.json").write_text("{")
+    with pytest.raises(LlavaError, match=r"cannot read the result .*metrics.json"):
+        write_report(tmp_path)
