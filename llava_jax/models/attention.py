@@ -3,6 +3,8 @@
 B rows, T query length, S key length, N heads, K kv heads, H head size.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ from llava_jax.models.flash_attention import (
     cudnn_attention,
     splash_attention,
 )
-from llava_jax.models.precision import product_dtype
+from llava_jax.models.precision import product_dtype, transposed
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
@@ -115,20 +117,35 @@ def attention(
     q = q.reshape(batch, kv_heads, -1, size).astype(operands)  # [B, K, N / K * T, H]
     k, v = (x.swapaxes(1, 2).astype(operands) for x in (key, value))  # [B, K, S, H]
     with jax.named_scope("attention"):
-        scores = _batched_product(q, k, (3, 3)) * size**-0.5  # [B, K, N / K * T, S]
+        scores = _batched_product(q, k, 3) * size**-0.5  # [B, K, N / K * T, S]
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
         if mask is not None:
             scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:3], -1)
-        out = _batched_product(weights.astype(operands), v, (3, 2)).astype(query.dtype)
+        out = _batched_product(weights.astype(operands), v, 2).astype(query.dtype)
     out = out.reshape(batch, kv_heads, -1, length, size).transpose(0, 3, 1, 2, 4)
     return out.reshape(query.shape)
 
 
-def _batched_product(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """float32 products of two stacks of matrices, [B, K, ...] each, over one axis of each."""
-    axes = ((contracted[:1], contracted[1:]), ((0, 1), (0, 1)))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _batched_product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
+    """float32 products of two stacks of matrices, [B, K, ...] each, x over its last axis."""
+    axes = (((3,), (y_axis,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+
+
+def _batched_product_backward(y_axis, operands, d_out):
+    x, y = operands
+    d_out = d_out.astype(x.dtype)
+    d_x = _batched_product(d_out, y, 2 if y_axis == 3 else 3)
+    rows, columns = (d_out, x) if y_axis == 3 else (x, d_out)
+    d_y = _batched_product(transposed(rows), columns, 2)
+    return d_x.astype(x.dtype), d_y.astype(y.dtype)
+
+
+_batched_product.defvjp(
+    lambda x, y, y_axis: (_batched_product(x, y, y_axis), (x, y)), _batched_product_backward
+)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

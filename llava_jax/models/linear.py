@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llava_jax.models.precision import product_dtype
+from llava_jax.models.precision import product_dtype, transposed
 
 
 @jax.custom_vjp
@@ -23,8 +23,10 @@ def product(x: jax.Array, y: jax.Array, contracted: tuple[int, int], dtype) -> j
     float32 is asked for and rounded afterwards: XLA's CPU compiler multiplies in bfloat16 only so.
     """
     operands = product_dtype(x.dtype)
-    axes = ((contracted[:1], contracted[1:]), ((), ()))
     x, y = x.astype(operands), y.astype(operands)
+    if contracted[0] == 0:
+        x, contracted = transposed(x), (1, contracted[1])
+    axes = ((contracted[:1], contracted[1:]), ((), ()))
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32).astype(dtype)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # name -> dtype of activations, `jax.default_matmul_precision` that goes with it
 PRECISIONS = {
@@ -46,3 +47,17 @@ def product_dtype(dtype) -> jnp.dtype:
     if jax.config.jax_default_matmul_precision == "bfloat16":
         return jnp.dtype(jnp.bfloat16)
     return jnp.dtype(dtype)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """[..., m, n] -> [..., n, m], as the first operand of a product over its last axis.
+
+    XLA's CPU compiler folds a transpose into the product, and that form it multiplies in float32.
+    Written out in memory first, the product is one of bfloat16, twice as fast. Arrays spread over
+    devices are left as they are: the constraint would gather them.
+    """
+    x = x.swapaxes(-1, -2)
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.config.jax_default_matmul_precision != "bfloat16" or not (mesh.empty or mesh.size == 1):
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
