@@ -19,8 +19,8 @@ def get_config():
     config.data.max_length = 128  # six captions of 21 tokens, 5 of them supervised
     config.data.images_per_row = 6
     config.batch_size = 2
-    config.steps = 200
+    config.steps = 300
     config.loss_chunk = 16
-    config.validate_every = 100
-    config.save_every = 100
+    config.validate_every = 150
+    config.save_every = 150
     return config
