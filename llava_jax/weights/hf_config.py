@@ -13,6 +13,7 @@ from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.llava import CLIP_MEAN, CLIP_STD, IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.models.vit import ACTIVATIONS, ViTConfig, feature_states
 
+MAX_LAYERS = 1000
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
 
 
@@ -39,10 +40,12 @@ class _Fields:
         value = self.values.get(key)
         return self.defaults.get(key) if value is None else value
 
-    def integer(self, key: str) -> int:
+    def integer(self, key: str, most: int = 2**31 - 1) -> int:
         value = self[key]
-        if type(value) is not int or value <= 0:
-            raise LlavaError(f"{self.source} has {key}={value!r}: it must be a positive integer.")
+        if type(value) is not int or not 0 < value <= most:
+            raise LlavaError(
+                f"{self.source} has {key}={value!r}: it must be an integer from 1 to {most}."
+            )
         return value
 
     def number(self, key: str) -> float:
@@ -100,7 +103,7 @@ def decoder_config(values: dict, source: str = "config.json") -> DecoderConfig:
     Raises:
       LlavaError: a model type, activation or rotary scaling that the decoder does not have.
     """
-    family = values.get("model_type", "llama")
+    family = str(values.get("model_type", "llama"))
     if family not in DECODER_FAMILIES:
         raise LlavaError(
             f"{source} has model_type={family!r}: the language model must be one of "
@@ -174,16 +177,22 @@ def _decoder(f: _Fields, **variants) -> DecoderConfig:
         f.refuse("hidden_act", "only silu is supported")
     heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")
     theta, scaling = _rope(f)
+    head_dim = f.integer("head_dim") if f["head_dim"] else hidden // heads
     # Null means one for each head in every family; only an absent key means the family's default.
     grouped = f["num_key_value_heads"] and f.values.get("num_key_value_heads", 0) is not None
+    kv_heads = f.integer("num_key_value_heads") if grouped else heads
+    if heads % kv_heads:
+        f.refuse("num_key_value_heads", f"it must divide num_attention_heads={heads}")
+    if head_dim % 2 or not head_dim:
+        f.refuse("num_attention_heads", f"heads of {head_dim} numbers cannot be rotated in pairs")
     return DecoderConfig(
         vocab_size=f.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=f.integer("intermediate_size"),
-        num_layers=f.integer("num_hidden_layers"),
+        num_layers=f.integer("num_hidden_layers", MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=f.integer("num_key_value_heads") if grouped else heads,
-        head_dim=f.integer("head_dim") if f["head_dim"] else hidden // heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=f.number("rms_norm_eps"),
@@ -196,7 +205,7 @@ def _decoder(f: _Fields, **variants) -> DecoderConfig:
 def _qwen_window(f: _Fields) -> int | None:
     if not f["use_sliding_window"] or not f["sliding_window"]:
         return None
-    layers = f.integer("num_hidden_layers")
+    layers = f.integer("num_hidden_layers", MAX_LAYERS)
     kinds = f["layer_types"] or [
         "sliding_attention" if i >= f["max_window_layers"] else "full_attention"
         for i in range(layers)
@@ -317,7 +326,7 @@ def vision_config(values: dict, source: str = "config.json") -> ViTConfig:
     Raises:
       LlavaError: another model type, or a variant that the encoder does not have.
     """
-    family = values.get("model_type", "clip_vision_model")
+    family = str(values.get("model_type", "clip_vision_model"))
     if family in ("clip", "siglip"):  # text and image model together
         values = values.get("vision_config") or values.get("vision_config_dict") or {}
     if family in ("clip", "clip_vision_model"):
@@ -345,14 +354,18 @@ def _dinov2(f: _Fields) -> ViTConfig:
 
 def _vit(f: _Fields, **variants: bool) -> ViTConfig:
     f.check_plain()
-    if f["hidden_act"] not in ACTIVATIONS:
+    if str(f["hidden_act"]) not in ACTIVATIONS:
         f.refuse("hidden_act", f"the vision encoder has {', '.join(ACTIVATIONS)}")
     if f["num_channels"] != 3:
         f.refuse("num_channels", "pictures have 3")
+    if f.integer("hidden_size") % f.integer("num_attention_heads"):
+        f.refuse("num_attention_heads", f"it must divide hidden_size={f['hidden_size']}")
+    if f.integer("image_size") < f.integer("patch_size"):
+        f.refuse("image_size", f"a patch alone has {f['patch_size']} pixels")
     return ViTConfig(
         hidden_size=f.integer("hidden_size"),
         intermediate_size=f.integer("intermediate_size"),
-        num_layers=f.integer("num_hidden_layers"),
+        num_layers=f.integer("num_hidden_layers", MAX_LAYERS),
         num_heads=f.integer("num_attention_heads"),
         patch_size=f.integer("patch_size"),
         image_size=f.integer("image_size"),
@@ -427,11 +440,19 @@ def image_settings(folder: Path) -> dict | None:
         f.refuse("size", "pictures must become squares of one size")
     default_mean, default_std = (CLIP_MEAN, CLIP_STD) if clip_like else ((0.5,) * 3, (0.5,) * 3)
     return {
-        "image_mean": tuple(map(float, f["image_mean"] or default_mean)),
-        "image_std": tuple(map(float, f["image_std"] or default_std)),
+        "image_mean": _channels(f, "image_mean", default_mean),
+        "image_std": _channels(f, "image_std", default_std),
         "image_mode": mode,
         "image_size": side,
     }
+
+
+def _channels(f: _Fields, key: str, default: tuple) -> tuple[float, float, float]:
+    values = default if f[key] is None else f[key]
+    numbers = isinstance(values, list | tuple) and all(type(v) in (int, float) for v in values)
+    if not numbers or len(values) != 3 or (key == "image_std" and 0 in values):
+        f.refuse(key, "it must be three numbers, one a colour")
+    return tuple(map(float, values))
 
 
 def _side(size: object) -> int | None:
@@ -477,8 +498,11 @@ _OTHER_FAMILIES = {
 
 def _refuse_family(values: dict, source: str) -> None:
     """Raises LlavaError for the config.json of anything but a Hugging Face LLaVA."""
-    family = values.get("model_type")
+    family = str(values.get("model_type"))
     if family == "llava" and "text_config" in values:
+        for key in ("text_config", "vision_config"):
+            if not isinstance(values.get(key), dict | None):
+                raise LlavaError(f"{source} has {key}={values[key]!r}: it must be an object.")
         return
     if family in DECODER_FAMILIES:
         raise LlavaError(
@@ -524,12 +548,18 @@ def llava_config(folder: Path) -> LlavaConfig:
     images = image_settings(folder) or default_images(vision)
     if images["image_size"] != vision.image_size and not vision.layer_scale:
         raise LlavaError(
-            f"{folder} prepares pictures of {images['image_size']} pixels for an encoder of "
-            f"{vision.image_size}: only DINOv2 takes another size than its own."
+            f"{source} has an encoder for pictures of {vision.image_size} pixels, and the folder's "
+            f"preprocessor makes {images['image_size']}: only DINOv2 takes another size."
         )
     layers, drops_first = f["vision_feature_layer"], f[_STRATEGY] == "default"
     # `image_token_id` is the newer spelling of the same key.
-    token_id = values.get("image_token_id", f["image_token_index"])
+    token_id = f["image_token_id"]
+    token_id = f["image_token_index"] if token_id is None else token_id
+    if type(token_id) is not int or not 0 <= token_id < decoder.vocab_size:
+        raise LlavaError(
+            f"{source} has image_token_index={token_id!r}: it must be a token of the vocabulary of "
+            f"{decoder.vocab_size}."
+        )
     return LlavaConfig(
         vision=vision,
         decoder=decoder,

@@ -90,7 +90,7 @@ def open_original(
     source = str(folder / "config.json")
     values = read_json(folder / "config.json")
     _refuse_later(values, source)
-    family = values.get("model_type")
+    family = str(values.get("model_type"))
     if family not in _DECODERS:
         raise LlavaError(
             f"{source} has model_type={family!r}: of the original LLaVA, those with the model "
@@ -146,7 +146,7 @@ def _config(values: dict, source: str, vision: ViTConfig, images: dict, family: 
         raise LlavaError(
             f"{source} has mm_vision_select_feature={feature!r}: choose patch or cls_patch."
         )
-    projector = values.get("mm_projector_type") or "linear"
+    projector = str(values.get("mm_projector_type") or "linear")
     layer = values.get("mm_vision_select_layer", -2)
     if type(layer) is not int:
         raise LlavaError(f"{source} has mm_vision_select_layer={layer!r}: it must be a number.")
@@ -198,7 +198,7 @@ def _template(values: dict, family: str) -> str:
 
 def _tower_folder(values: dict, folder: Path, given: Path | None) -> Path | None:
     """Where the encoder's folder is: as told, or where `mm_vision_tower` leads from here."""
-    name = values.get("mm_vision_tower") or values.get("vision_tower") or ""
+    name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if given is not None:
         return given
     last = Path(name).name
@@ -210,13 +210,13 @@ def _vision(
     values: dict, source: str, tower: Path | None, has_weights: bool
 ) -> tuple[ViTConfig, str, dict]:
     """The encoder's config, its model type, and how it takes pictures."""
-    name = values.get("mm_vision_tower") or values.get("vision_tower")
+    name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if tower is not None:
         found = read_json(tower / "config.json")
         vision = vision_config(found, str(tower / "config.json"))
         images = image_settings(tower) or default_images(vision)
         return vision, found.get("model_type", "clip_vision_model"), images
-    vision = _KNOWN_TOWERS.get(Path(name or "").name)
+    vision = _KNOWN_TOWERS.get(Path(name).name)
     if vision is None or not has_weights:
         lacking = "shape" if has_weights else "weights"
         raise LlavaError(

@@ -97,6 +97,7 @@ def test_no_vision_config_means_clip_large(tmp_path):
         ({"vision_feature_layer": [-2, 25]}, "25 does not exist"),
         ({"vision_feature_select_strategy": "cls"}, "default or full"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
+        ({"image_token_index": 32064}, "image_token_index=32064.*vocabulary of 32064"),
         ({"vision_config": {"model_type": "pixtral"}}, "pixtral"),
         ({"text_config": {"model_type": "gemma"}}, "gemma"),
     ],
@@ -105,6 +106,34 @@ def test_llavas_that_are_not_supported(change, word, tmp_path):
     with pytest.raises(LlavaError, match=word) as error:
         llava_config(write(tmp_path, LLAVA_15 | change))
     assert "config.json" in str(error.value)
+
+
+ODD = [None, True, -1, 0, 3, 0.5, 7.5, "x", [], [1, "y"], {}, {"z": 1}, 10**30]
+FULL = json.loads(json.dumps(LLAVA_15)) | {"image_token_id": None, "quantization_config": None}
+FULL["text_config"] |= decoder_to_hf(DecoderConfig(32064, 64, 96, 2, 4, 2, 16))
+FULL["vision_config"] |= vision_to_hf(clip_large(336))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "seed_oss"])
+def test_any_value_is_read_or_told(family, tmp_path):
+    """Never a crash, whatever a config holds."""
+    write(tmp_path, FULL, CLIP_PIXELS)
+    llava_config(tmp_path)
+    for section in (None, "text_config", "vision_config", "pixels"):
+        for key in (
+            FULL if section is None else CLIP_PIXELS if section == "pixels" else FULL[section]
+        ):
+            for value in ODD:
+                config, pixels = json.loads(json.dumps(FULL)), dict(CLIP_PIXELS)
+                config["text_config"]["model_type"] = family
+                (pixels if section == "pixels" else config[section] if section else config)[key] = (
+                    value
+                )
+                write(tmp_path, config, pixels)
+                try:
+                    llava_config(tmp_path)
+                except LlavaError as error:
+                    assert ".json" in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +147,8 @@ def test_llavas_that_are_not_supported(change, word, tmp_path):
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": "big"}, "hidden_size"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5.*divide"),
+        ({"head_dim": 9}, "heads of 9"),
         ({"rms_norm_eps": None, "num_hidden_layers": 0}, "num_hidden_layers"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "window"),
     ],
@@ -133,6 +164,8 @@ def test_decoders_that_are_not_supported(values, word):
         ({"model_type": "dinov2", "use_swiglu_ffn": True}, "use_swiglu_ffn"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"num_channels": 1}, "num_channels"),
+        ({"num_attention_heads": 7}, "num_attention_heads=7.*divide hidden_size=768"),
+        ({"image_size": 16}, "image_size=16.*patch alone has 32"),
         ({"model_type": "vit"}, "vit"),
     ],
 )
