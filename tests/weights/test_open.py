@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from llava_jax.data.chat_template import chat_template  # noqa: E402
+from llava_jax.data.records import Turn  # noqa: E402
 from llava_jax.data.templates import get_template  # noqa: E402
 from llava_jax.errors import LlavaError  # noqa: E402
 from llava_jax.inference.model import Llava  # noqa: E402
@@ -147,19 +148,11 @@ def test_from_pretrained_asks_as_the_processor(tmp_path):
     with_tokenizer(tmp_path, 300)
     (tmp_path / "chat_template.jinja").write_text(USER_ONLY)
     model = Llava.from_pretrained(tmp_path)
-    request = model.request("red?", [np_image()], None)
-    count = (request.input_ids == 299).sum()
-    assert count == 16
-    assert model.tokenizer.decode(request.input_ids) == "user: " + "<image>" * count + "red?>"
+    ids = model.prompt_ids([Turn("human", "red?")], images=1)
+    assert model.tokenizer.decode(ids) == "user: " + "<image>" * 16 + "red?>"
     with_tokenizer(tmp_path, 303)
     with pytest.raises(LlavaError, match="does not fit the model.*<image>.*302.*300 rows"):
         Llava.from_pretrained(tmp_path)
-
-
-def np_image():
-    from PIL import Image
-
-    return Image.fromarray(np.zeros((20, 20, 3), np.uint8))
 
 
 def test_from_pretrained_of_the_original_form(tmp_path):
