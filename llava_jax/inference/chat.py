@@ -1,16 +1,20 @@
 """`llava-jax chat`: one question, or a conversation, about pictures in the terminal."""
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from llava_jax.data.images import load_image
 from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.errors import LlavaError
-from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.model import Llava, add_model_arguments, load_from_arguments
+from llava_jax.inference.sources import fetch, source_name
 
-HELP = "/image FILE adds a picture, /reset starts over, /quit ends"
+HELP = "/image FILE adds a picture, /reset starts over, /save FILE writes it down, /quit ends"
 
 
 @dataclass
@@ -21,19 +25,42 @@ class Conversation:
     to the same prompt each time.
     """
 
+    allow_urls: bool = False
     history: list[tuple[str, str]] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     waiting: int = 0
 
-    def add_image(self, path: str) -> None:
+    def add_image(self, source: str) -> None:
         """Shows a picture with the next question; LlavaError if it cannot be read."""
-        load_image(path)
-        self.images.append(path)
+        name = source_name(source, "picture")
+        self.images.append(load_image(fetch(source, self.allow_urls), name))
+        self.names.append(name)
         self.waiting += 1
 
     def reset(self) -> None:
         """Forgets everything, pictures too."""
-        self.history, self.images, self.waiting = [], [], 0
+        self.history, self.images, self.names, self.waiting = [], [], [], 0
+
+    def save(self, path: str) -> None:
+        """Writes it as a LLaVA record, which `llava-jax show` and training read."""
+        turns = [
+            {"from": role, "value": text}
+            for pair in self.history
+            for role, text in zip(("human", "gpt"), pair, strict=True)
+        ]
+        if not turns:
+            raise LlavaError("nothing was said yet: there is nothing to save")
+        shown = self.names[: len(self.names) - self.waiting]
+        record = {"id": Path(path).stem} | ({"image": shown} if shown else {})
+        try:
+            Path(path).write_text(
+                json.dumps([record | {"conversations": turns}], ensure_ascii=False, indent=2)
+                + "\n",
+                encoding="utf-8",
+            )
+        except OSError as error:
+            raise LlavaError(f"cannot write {path!r}: {error.strerror}") from None
 
     def ask(self, model: Llava, question: str, **settings):
         """Yields the pieces of the answer and remembers it."""
@@ -49,12 +76,7 @@ class Conversation:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="of train.py, or Hugging Face",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="may be given several times"
     )
@@ -63,17 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
 
 def main(args: argparse.Namespace) -> int:
     """Answers `--prompt`, or talks until /quit or the end of the input; returns the exit code."""
-    conversation = Conversation()
+    conversation = Conversation(args.allow_urls)
     for path in args.image:
         conversation.add_image(path)
-    if not Path(args.checkpoint).is_dir():
-        raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
-    model = Llava.from_pretrained(args.checkpoint, dtype=args.dtype)
+    model = load_from_arguments(args)
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -112,6 +131,8 @@ def _one_line(model: Llava, conversation: Conversation, line: str, settings: dic
         conversation.reset()
     elif command == "/image":
         conversation.add_image(rest.strip())
+    elif command == "/save":
+        conversation.save(rest.strip())
     elif command.startswith("/"):
         print(f"unknown command {command}: {HELP}", file=sys.stderr)
     elif line:

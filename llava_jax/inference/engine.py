@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference import decoding
@@ -21,6 +22,7 @@ from llava_jax.inference.buckets import (
     row_bucket,
 )
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState, Prompts
+from llava_jax.inference.placement import place_state
 from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, Sampling, SamplingParams
 from llava_jax.inference.slots import ImageSlots, RowSlots, common_prefix
 from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
@@ -98,6 +100,7 @@ class Engine:
       dtype: a key of `PRECISIONS`, or auto; the attribute is that of the activations.
       stop_ids: the model's own ends of an answer.
       kv_dtype: of the cache: None for that of the activations, or int8.
+      mesh: of the devices that `params` are spread over; None for one device.
       image_slots: pictures whose features are kept.
     """
 
@@ -108,6 +111,7 @@ class Engine:
         dtype: str,
         stop_ids: Sequence[int],
         kv_dtype: str | None = None,
+        mesh: Mesh | None = None,
         image_slots: int = 64,
     ):
         self.config = config
@@ -117,6 +121,7 @@ class Engine:
         self.dtype = dtype.name
         self._model = LlavaModel(config, dtype)
         self._kv_dtype = jnp.dtype(kv_dtype or dtype)
+        self._mesh = mesh
         self._image_slots = image_slots
         self.params = params
         self._encode = self._compile(decoding.encode, donate_argnums=1)
@@ -153,9 +158,16 @@ class Engine:
         def counted(*arguments, **keywords):
             self.counts.compilations += 1  # runs when JAX traces, not when it calls
             with jax.default_matmul_precision(self._precision):
-                return function(self._model, *arguments, **keywords)
+                told = function(self._model, *arguments, **keywords)
+            # The state must come out as it went in: elsewhere, the next call would compile again.
+            is_state = lambda leaf: isinstance(leaf, DecodeState)
+            place = lambda leaf: self._place(leaf) if is_state(leaf) else leaf
+            return jax.tree.map(place, told, is_leaf=is_state)
 
         return jax.jit(counted, **options)
+
+    def _place(self, state: DecodeState) -> DecodeState:
+        return state if self._mesh is None else place_state(state, self._mesh)
 
     def stops(self, params: SamplingParams) -> tuple[int, ...]:
         """The tokens that end an answer."""
@@ -285,7 +297,7 @@ class Engine:
             return True
         if not busy:
             self._state = None  # its memory must be free before the new one is made
-            self._state = DecodeState.empty(self._model, rows, size, self._kv_dtype)
+            self._state = self._place(DecodeState.empty(self._model, rows, size, self._kv_dtype))
             self._rows, self._size = RowSlots(rows), size
         return not busy
 

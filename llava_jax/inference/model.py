@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.processor_prompt import ProcessorPrompt
@@ -27,8 +28,9 @@ from llava_jax.inference.engine import Engine, Request
 from llava_jax.inference.quantization import pack_kernels, quantize_kernels
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.inference.sources import ImageSource, fetch, source_name
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.llava import LlavaConfig, abstract_params, image_token_count
 from llava_jax.models.precision import PRECISIONS, compute_precision
+from llava_jax.parallel.sharding import param_shardings
 
 DTYPES = ("auto", *PRECISIONS)
 
@@ -57,6 +59,8 @@ class Llava:
       allow_urls: images may be http(s) addresses.
       chat_template: a Hugging Face processor's, to be followed in place of `template`; the latter
         still tells where answers end.
+      mesh: of several devices (`llava_jax.parallel.mesh.make_mesh`): parameters are spread over it
+        by the rules of training, rows of a batch over data and fsdp, kv heads over tensor.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Llava:
         kv_cache: str | None = None,
         allow_urls: bool = False,
         chat_template: str | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
@@ -85,9 +90,11 @@ class Llava:
         for name, value in (("weights", weights), ("kv_cache", kv_cache)):
             if value not in (None, "int8"):
                 raise LlavaError(f"{name} must be int8 or None, not {value!r}")
+        if mesh is not None:
+            params = jax.device_put(params, param_shardings(mesh, abstract_params(config)))
         if weights:
             params = quantize_kernels(params)
-        self.engine = Engine(config, params, dtype, self._stop_ids(), kv_cache)
+        self.engine = Engine(config, params, dtype, self._stop_ids(), kv_cache, mesh)
 
     @classmethod
     def from_pretrained(
@@ -97,6 +104,7 @@ class Llava:
         weights: str | None = None,
         kv_cache: str | None = None,
         allow_urls: bool = False,
+        mesh: Mesh | None = None,
         **options,
     ) -> "Llava":
         """Loads a work directory of train.py, one step of it, or a LLaVA folder of others.
@@ -110,7 +118,8 @@ class Llava:
         tokenizer = load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens)
         params = loaded.params
         arrays, products = compute_precision(dtype)
-        if jax.default_backend() == "cpu" and "bfloat16" in (arrays.name, products):
+        one_cpu = jax.default_backend() == "cpu" and mesh is None
+        if one_cpu and "bfloat16" in (arrays.name, products):
             params = pack_kernels(params)
         return cls(
             loaded.config,
@@ -122,6 +131,7 @@ class Llava:
             kv_cache,
             allow_urls,
             loaded.chat_template,
+            mesh,
         )
 
     def chat(

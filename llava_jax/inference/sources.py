@@ -44,7 +44,7 @@ def source_name(source: ImageSource, default: str) -> str:
 def _decode(source: str) -> bytes:
     head, comma, data = source.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise LlavaError(f"{head:.40!r} must be data:image/...;base64, and the encoded picture")
+        raise LlavaError(f"{head[:40]!r} must be data:image/...;base64, and the encoded picture")
     try:
         return base64.b64decode(data, validate=True)
     except binascii.Error as error:

@@ -2,12 +2,15 @@
 
 import argparse
 import io
+import json
 import sys
 
 import pytest
 
+from llava_jax.data.images import load_image
 from llava_jax.errors import LlavaError
 from llava_jax.inference import chat
+from llava_jax.inference import model as model_module
 from llava_jax.inference.model import Llava
 from tests.tiny_model import random_image
 
@@ -19,7 +22,8 @@ class Recorder:
         self.calls = []
 
     def stream_chat(self, question, images, history, **settings):
-        self.calls.append((question, list(images), list(history), settings))
+        pictures = [image.tobytes() for image in images]
+        self.calls.append((question, pictures, list(history), settings))
         if "fail" in question:
             raise LlavaError("too long")
         yield "answer "
@@ -30,6 +34,7 @@ class Recorder:
 def model(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(Llava, "from_pretrained", lambda *_, **__: recorder)
+    monkeypatch.setattr(model_module, "keep_compilations", lambda: None)
     return recorder
 
 
@@ -39,6 +44,10 @@ def pictures(tmp_path):
     for i, path in enumerate(paths):
         random_image(i).save(path)
     return paths
+
+
+def shown(paths) -> list[bytes]:
+    return [load_image(path).tobytes() for path in paths]
 
 
 def run(*arguments, lines=None, monkeypatch=None):
@@ -54,7 +63,7 @@ def test_prompt_prints_only_the_answer(model, pictures, tmp_path, capsys):
     code = run(*arguments, "--prompt", "Which?", "--max_new_tokens", "7", "--temperature", "0.5")
     assert code == 0 and capsys.readouterr().out == "answer 1\n"
     question, images, history, settings = model.calls[0]
-    assert question == "<image>\n<image>\nWhich?" and images == pictures and history == []
+    assert question == "<image>\n<image>\nWhich?" and images == shown(pictures) and history == []
     assert settings == {"max_new_tokens": 7, "temperature": 0.5, "top_p": 1.0, "seed": 0}
 
 
@@ -67,16 +76,34 @@ def test_conversation_keeps_turns_and_pictures(model, pictures, tmp_path, capsys
     assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
     one, two = ("<image>\nOne?", "answer 1"), ("<image>\nTwo ?", "answer 2")
     assert [call[:3] for call in model.calls] == [
-        ("<image>\nOne?", pictures[:1], []),
-        ("<image>\nTwo ?", pictures, [one]),
-        ("fail", pictures, [one, two]),
-        ("Three?", pictures, [one, two]),
+        ("<image>\nOne?", shown(pictures[:1]), []),
+        ("<image>\nTwo ?", shown(pictures), [one]),
+        ("fail", shown(pictures), [one, two]),
+        ("Three?", shown(pictures), [one, two]),
         ("Four?", [], []),
     ]
     out, err = capsys.readouterr()
     assert out == "answer 1\nanswer 2\nanswer 4\nanswer 5\n"
     assert "error: too long" in err and "unknown command /nonsense" in err
     assert "no/such.png" in err
+
+
+def test_a_saved_conversation_is_a_llava_record(model, pictures, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "talk.json"
+    lines = [f"/save {path}", "One?", f"/image {pictures[1]}", f"/save {path}", "/save no/such/x"]
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0]]
+    assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
+    (record,) = json.loads(path.read_text())
+    assert record == {
+        "id": "talk",
+        "image": pictures[:1],  # the second was in no question yet
+        "conversations": [
+            {"from": "human", "value": "<image>\nOne?"},
+            {"from": "gpt", "value": "answer 1"},
+        ],
+    }
+    err = capsys.readouterr().err
+    assert "nothing was said yet" in err and "cannot write 'no/such/x'" in err
 
 
 def test_end_of_input_ends_the_conversation(model, tmp_path, monkeypatch):

@@ -1,0 +1,77 @@
+"""Questions a second on many questions a picture: ours against Hugging Face generate, in one run.
+
+python -m bench.eval_throughput --checkpoint=FOLDER --data=runs/quickstart/easy_vqa/test.json
+
+FOLDER is a LLaVA in Hugging Face's layout (`llava-jax export` writes one). Hugging Face is given
+each of --hf_batch_sizes and its best is compared; both read the same token ids and pixels.
+"""
+
+import time
+from pathlib import Path
+
+from absl import flags
+
+from bench.huggingface import HuggingFace
+from llava_jax import command
+from llava_jax.evaluation import easy_vqa
+from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.sampling import SamplingParams
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a LLaVA folder in Hugging Face's layout")
+DATA = flags.DEFINE_string("data", None, "test.json of easy-VQA, as the quickstart writes it")
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "ours")
+HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "theirs; default: ours")
+LIMIT = flags.DEFINE_integer("limit", 256, "questions")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "ours")
+HF_BATCH_SIZES = flags.DEFINE_list("hf_batch_sizes", ["8", "32", "64"], "tried for theirs")
+TOKENS = flags.DEFINE_integer("tokens", 8, "of an answer at most")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "of each, in turns")
+
+
+def main() -> None:
+    ours = Llava.from_pretrained(CHECKPOINT.value, DTYPE.value)
+    dtype = HF_DTYPE.value or ours.engine.dtype
+    theirs = HuggingFace(CHECKPOINT.value, dtype, ours)
+    data = Path(DATA.value)
+    questions = easy_vqa.load(data.parent, data.stem).questions[: LIMIT.value]
+    params = SamplingParams(TOKENS.value)
+    requests = [ours.request(q.prompt, q.images, params) for q in questions]
+    pictures = len({q.images for q in questions})
+    print(f"{len(questions)} questions about {pictures} pictures: ours {DTYPE.value}, "
+          f"Hugging Face {dtype}")  # fmt: skip
+
+    def run_ours(count):
+        ours.engine.forget()
+        return [a.tokens for (a,) in ours.answers(requests[:count], BATCH_SIZE.value)]
+
+    def run_theirs(batch, count):
+        told = []
+        for start in range(0, count, batch):
+            told += theirs.generate(requests[start : min(start + batch, count)], TOKENS.value, True)
+        return told
+
+    sides = {"ours": run_ours} | {
+        f"Hugging Face, batch {size}": lambda count, size=int(size): run_theirs(size, count)
+        for size in HF_BATCH_SIZES.value
+    }
+    best, told = dict.fromkeys(sides, float("inf")), {}
+    for name, run in sides.items():  # compiles
+        run(len(requests) if name == "ours" else 64)
+    for _ in range(ROUNDS.value):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            told[name] = run(len(requests))
+            best[name] = min(best[name], time.perf_counter() - start)
+    for name, seconds in best.items():
+        print(f"{name:<24}{len(requests) / seconds:>8.1f} questions/s")
+    names = [name for name in sides if name != "ours"]
+    rival = min(names, key=best.get)
+    same = sum(a == b for a, b in zip(told["ours"], told[rival], strict=True))
+    c = ours.engine.counts
+    print(f"ratio to the best of theirs: {best[rival] / best['ours']:.2f}x; "
+          f"{same} of {len(requests)} answers token for token the same; "
+          f"{c.shared_tokens / c.prompt_tokens:.0%} of prompt tokens shared")  # fmt: skip
+
+
+if __name__ == "__main__":
+    command.run(main, required=("checkpoint", "data"))

@@ -1,0 +1,157 @@
+"""`llava-jax generate`: order, errors among good requests, resuming, settings."""
+
+import argparse
+import base64
+import json
+
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.inference import generate, model
+from tests.tiny_model import random_image, tiny_llava
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+@pytest.fixture
+def run(llava, tmp_path, monkeypatch):
+    """Runs the command with more arguments; gives the lines of the answers."""
+    monkeypatch.setattr(model.Llava, "from_pretrained", lambda *_, **__: llava)
+    monkeypatch.setattr(model, "keep_compilations", lambda: None)
+    for i in range(2):
+        random_image(i).save(tmp_path / f"{i}.png")
+
+    def command(*arguments) -> list[dict]:
+        parser = argparse.ArgumentParser()
+        generate.add_arguments(parser)
+        files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+        given = [*files, "--checkpoint", str(tmp_path), "--batch_size", "4", *arguments]
+        assert generate.main(parser.parse_args(given)) == 0
+        return [json.loads(line) for line in open(tmp_path / "out.jsonl", encoding="utf-8")]
+
+    return command
+
+
+def write(path, lines) -> None:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(text + "\n" for text in texts))
+
+
+def good(count: int) -> list[dict]:
+    """Requests whose answers differ in length, so that they end out of order."""
+    return [
+        {"id": f"q{i}", "prompt": f"{i}?", "max_tokens": 1 + 5 * (i % 3), "ignore_eos": True,
+         "images": [[], "0.png", ["1.png"]][i % 3]}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_answers_stand_in_the_order_of_the_requests(run, llava, tmp_path, capsys):
+    requests = good(9)
+    write(tmp_path / "in.jsonl", requests)
+    lines = run()
+    assert [line["id"] for line in lines] == [request["id"] for request in requests]
+    for request, line in zip(requests, lines, strict=True):
+        names = request["images"]
+        images = [tmp_path / name for name in ([names] if isinstance(names, str) else names)]
+        ((answer,),) = llava.complete(
+            [request["prompt"]], [images], max_tokens=request["max_tokens"], ignore_eos=True
+        )
+        assert line["text"] == answer.text and line["finish_reason"] == "length"
+        assert line["completion_tokens"] == request["max_tokens"]
+        assert line["prompt_tokens"] == answer.prompt_tokens
+    assert "requests/s" in capsys.readouterr().err
+
+
+def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path):
+    data = "data:image/png;base64,"
+    picture = base64.b64encode((tmp_path / "0.png").read_bytes()).decode()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    wrong = {
+        "{not json": "not a line of JSON",
+        '"text"': "must be a JSON object",
+        '{"id": 5}': "a text 'prompt'",
+        '{"prompt": "a", "images": "no.png"}': "no.png",
+        '{"prompt": "a", "images": "broken.png"}': "broken.png",
+        '{"prompt": "a", "images": [7]}': "images must be paths",
+        '{"prompt": "a", "images": "http://localhost/a.png"}': "allow addresses",
+        '{"prompt": "a <image>"}': "1 <image> but 0",
+        '{"prompt": "a", "temprature": 1}': "did you mean temperature",
+        '{"prompt": "a", "max_tokens": 0}': "max_tokens must be",
+        '{"prompt": "a", "history": "b"}': "history must be",
+        '{"prompt": "a", "history": [["b"]]}': "pairs",
+        json.dumps({"prompt": "a" * 600}): "leaves no room",
+        "": "not a line of JSON",
+    }
+    fine = {"prompt": "a?", "images": data + picture, "max_tokens": 3}
+    lines = [entry for text in wrong for entry in (text, fine)]
+    write(tmp_path / "in.jsonl", lines)
+    told = run()
+    assert len(told) == len(lines)
+    for at, message in enumerate(wrong.values()):
+        assert message in told[2 * at]["error"], told[2 * at]
+    texts = {line["text"] for line in told[1::2]}
+    assert len(texts) == 1 and told[4]["id"] == 5 and told[1]["id"] == 1
+
+
+def test_a_killed_run_continues_and_repairs_its_last_line(run, llava, tmp_path):
+    write(tmp_path / "in.jsonl", good(9))
+    whole = run()
+    raw = (tmp_path / "out.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(raw) if byte == ord("\n")]
+    for keep in (0, 1, ends[2], ends[2] + 7, ends[3] - 1, ends[-1] - 1, len(raw)):
+        (tmp_path / "out.jsonl").write_bytes(raw[:keep])
+        before = llava.engine.counts.requests
+        assert run() == whole
+        assert (tmp_path / "out.jsonl").read_bytes() == raw
+        done = sum(end <= keep for end in ends)
+        assert llava.engine.counts.requests - before == 9 - done
+
+
+def test_answers_of_another_run_are_not_continued(run, tmp_path):
+    write(tmp_path / "in.jsonl", good(2))
+    first = run("--sampling", '{"max_tokens": 4}')
+    with pytest.raises(LlavaError, match="another run .different: sampling.*--overwrite"):
+        run("--sampling", '{"max_tokens": 5}')
+    write(tmp_path / "in.jsonl", good(3))
+    with pytest.raises(LlavaError, match="different: input, sampling"):
+        run()
+    assert len(run("--overwrite")) == 3 and len(first) == 2
+
+
+def test_settings_of_the_command_line_give_way_to_the_requests(run, llava, tmp_path):
+    requests = [
+        {"prompt": "a?"},
+        {"prompt": "a?", "max_new_tokens": 2},
+        {"prompt": "a?", "n": 2, "temperature": 1.0, "logprobs": 1, "prompt_logprobs": 0},
+    ]
+    defaults = {"max_tokens": 3, "ignore_eos": True, "temperature": 2.0, "seed": 1}
+    write(tmp_path / "in.jsonl", [*requests, {"prompt": "a?", "do_sample": False, "seed": 9}])
+    lines = run("--sampling", json.dumps(defaults))
+    greedy = llava.generate("a?", max_tokens=3, ignore_eos=True)
+    assert lines.pop()["text"] == greedy != lines[0]["text"]
+    assert [line["completion_tokens"] for line in lines] == [3, 2, 6]
+    last = lines[2]
+    assert len(last["texts"]) == 2 and last["texts"][0] == last["text"]
+    assert [len(told) for told in last["logprobs"]] == [3, 3]
+    assert set(last["logprobs"][0][0]) == {"token", "logprob", "top"}
+    assert len(last["prompt_logprobs"]) == last["prompt_tokens"] - 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--input", "no/such.jsonl"], "no file of requests at no/such.jsonl"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--sampling", "[]"], "--sampling must be a JSON object"),
+        (["--sampling", '{"top": 1}'], "unknown sampling parameter 'top'"),
+        (["--checkpoint", "no/such"], "no checkpoint folder at no/such"),
+    ],
+)
+def test_wrong_arguments_are_told_at_the_start(run, tmp_path, arguments, message):
+    write(tmp_path / "in.jsonl", good(1))
+    with pytest.raises(LlavaError, match=message):
+        run(*arguments)

@@ -1,0 +1,82 @@
+"""Pictures from paths, addresses, base64 and Pillow."""
+
+import base64
+import http.server
+import io
+import threading
+
+import pytest
+
+from llava_jax.data.images import load_image
+from llava_jax.errors import LlavaError
+from llava_jax.inference.sources import fetch
+from tests.tiny_model import random_image
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    random_image(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def server():
+    """An address that serves one picture, a redirect to it, one to ftp, and nothing else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            to = {"/moved": "/a.png", "/ftp": "ftp://localhost/a.png"}.get(self.path)
+            self.send_response(302 if to else 200 if self.path == "/a.png" else 404)
+            if to:
+                self.send_header("Location", to)
+            self.end_headers()
+            self.wfile.write(png(0))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_every_kind_of_source_is_the_same_picture(server, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    data = "data:image/png;base64," + base64.b64encode(png(0)).decode()
+    sources = [
+        str(tmp_path / "a.png"), tmp_path / "a.png", data, png(0), random_image(0),
+        f"{server}/a.png", f"{server}/moved",
+    ]  # fmt: skip
+    pictures = [load_image(fetch(source, allow_urls=True)).tobytes() for source in sources]
+    assert set(pictures) == {random_image(0).tobytes()}
+
+
+def test_addresses_are_off_unless_allowed(server):
+    with pytest.raises(LlavaError, match="is an address: download it, or allow addresses"):
+        fetch(f"{server}/a.png", allow_urls=False)
+
+
+@pytest.mark.parametrize(
+    "path, message", [("/no.png", "cannot download .*404"), ("/ftp", "cannot download")]
+)
+def test_what_cannot_be_downloaded_is_told(server, path, message):
+    with pytest.raises(LlavaError, match=message):
+        fetch(server + path, allow_urls=True)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("data:image/png;base64,@@@", "base64 data cannot be decoded"),
+        ("data:image/png,abc", "must be data:image/...;base64,"),
+        ("http://127.0.0.1:9/a.png", "cannot download"),
+        ("http://[broken", "cannot download"),
+    ],
+)
+def test_wrong_addresses_are_told(source, message):
+    with pytest.raises(LlavaError, match=message):
+        fetch(source, allow_urls=True)
