@@ -79,7 +79,7 @@ def start_ours(config: ConfigDict, batches: list[dict]):
     import jax
     import jax.numpy as jnp
 
-    from llava_jax.models.llava import LlavaModel, abstract_params, init_params
+    from llava_jax.models.llava import abstract_params, init_params
     from llava_jax.models.precision import compute_precision
     from llava_jax.parallel.mesh import make_mesh
     from llava_jax.training.optimizer import adamw
@@ -100,7 +100,7 @@ def start_ours(config: ConfigDict, batches: list[dict]):
         params = jax.jit(lambda: nn.meta.unbox(init_params(shape, jax.random.key(0))))()
     state, frozen = fresh_state(wanted, params, optimizer), place(params, frozen)
     del params
-    model = LlavaModel(shape, dtype, config.model.remat_policy)
+    model = recipe.training_model(config, shape, mesh)
     step = make_train_step(model, optimizer, config.accumulation, config.loss_chunk)
     with jax.default_matmul_precision(precision):
         step = jax.jit(step, donate_argnums=0).lower(state, frozen, batches[0]).compile()
@@ -190,8 +190,7 @@ def prepare(batch: dict, shape: LlavaConfig, device: str) -> dict:
     import torch
 
     ids, segments = batch["input_ids"], batch["segment_ids"]
-    same = segments[:, :, None] == segments[:, None, :]
-    allowed = np.tril(same) if len(ids) else same
+    allowed = np.tril(segments[:, :, None] == segments[:, None, :])
     used = (ids == shape.image_token_id).sum(1) // image_token_count(shape)
     images = np.concatenate([row[:n] for row, n in zip(batch["images"], used, strict=True)])
     pixels = (images / np.float32(255) - shape.image_mean) / shape.image_std
@@ -199,9 +198,10 @@ def prepare(batch: dict, shape: LlavaConfig, device: str) -> dict:
         "input_ids": np.where(ids == shape.image_token_id, shape.decoder.vocab_size, ids),
         "labels": batch["labels"],
         "position_ids": batch["position_ids"],
-        "attention_mask": allowed[:, None],
         "pixel_values": pixels.transpose(0, 3, 1, 2).astype(np.float32),
     }
+    if (segments != 1).any():  # whole rows of one conversation need no mask: flash attention
+        arrays["attention_mask"] = allowed[:, None]
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     for name in ("input_ids", "labels", "position_ids"):
         tensors[name] = tensors[name].long()
@@ -215,9 +215,11 @@ def start_theirs(config: ConfigDict, batches: list[dict], projector: dict, threa
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # else its steps slow down many times over
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     shape, o = recipe.model_config(config), config.optimizer
     model = make_huggingface(config, shape, projector, device).train()
+    autocast = config.model.dtype != "float32"
+    if autocast and o.moments_dtype != "float32":  # parameters and state in 16 bits, to fit
+        model, autocast = model.to(torch.bfloat16), False
     names = {
         "vision": "model.vision_tower",
         "projector": "model.multi_modal_projector",
@@ -235,9 +237,11 @@ def start_theirs(config: ConfigDict, batches: list[dict], projector: dict, threa
     if config.model.remat_policy != "none":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     prepared = [prepare(batch, shape, device) for batch in batches]
+    for arrays in prepared:
+        arrays["pixel_values"] = arrays["pixel_values"].to(model.dtype)
 
     def run(i: int) -> float:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = model(**prepared[i % len(prepared)]).loss
         loss.backward()
         if o.clip_norm:

@@ -60,8 +60,7 @@ def test_sigterm_saves_the_step_and_exits_0(world, run, aligned, tmp_path):
 
 OTHERS = {
     "8 devices": (8, {"mesh.data": 2, "mesh.fsdp": 4}),
-    "tensor": (4, {"mesh.fsdp": 2, "mesh.tensor": 2}),
-    "microbatches": (2, {"mesh.data": 2, "accumulation": 4}),
+    "tensor axis and microbatches": (4, {"mesh.fsdp": 2, "mesh.tensor": 2, "accumulation": 4}),
 }
 
 
@@ -124,7 +123,12 @@ def every_step(world, run, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+QUICK = ("moments cut", "item gone", "metadata cut", "all empty")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in DAMAGE]
+)
 def test_a_damaged_newest_checkpoint_is_put_aside(name, world, run, every_step, tmp_path, capsys):
     workdir = tmp_path / "align"
     shutil.copytree(every_step, workdir)
