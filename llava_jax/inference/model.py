@@ -118,8 +118,8 @@ class Llava:
         tokenizer = load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens)
         params = loaded.params
         arrays, products = compute_precision(dtype)
-        one_cpu = jax.default_backend() == "cpu" and mesh is None
-        if one_cpu and "bfloat16" in (arrays.name, products):
+        on_cpu = jax.default_backend() == "cpu" and mesh is None
+        if on_cpu and weights is None and "bfloat16" in (arrays.name, products):
             params = pack_kernels(params)
         return cls(
             loaded.config,
@@ -272,10 +272,11 @@ class Llava:
         return [[answer for _, answer in entries] for entries in groups]
 
     def _run(self, entries: Sequence[tuple[Request, Answer]], batch_size: int) -> Iterator[Answer]:
+        at_once = min(batch_size, len(entries))
         # A batch that is set up serves fewer requests too: another size would be compiled.
-        if not len(entries) <= self.engine.rows <= batch_size:
-            batch_size = min(batch_size, len(entries))
-        for answer in self.engine.run(entries, batch_size):
+        if at_once < self.engine.rows <= batch_size:
+            at_once = self.engine.rows
+        for answer in self.engine.run(entries, at_once):
             if answer.error:
                 raise answer.error
             yield answer

@@ -11,6 +11,7 @@ import pytest
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
+from llava_jax.inference.quantization import pack_kernels
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.inference.slots import ImageSlots, RowSlots
 from llava_jax.parallel.mesh import make_mesh
@@ -245,6 +246,25 @@ def test_eight_bits_answer_and_are_near(llava):
     assert isinstance(low.generate("a?", random_image(0), max_tokens=4), str)
     with pytest.raises(LlavaError, match="weights must be int8"):
         Llava(CONFIG, {}, byte_tokenizer(), "chatml", weights="int3")
+
+
+def test_packed_kernels_compute_the_same():
+    params, ids = random_params(CONFIG), np.arange(20)[None]
+    plain, packed = (
+        Llava(CONFIG, tree, byte_tokenizer(), TEMPLATE, dtype="mixed")
+        for tree in (params, pack_kernels(params))
+    )
+    kernel = packed.engine.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.dtype == jnp.uint16
+    picture = [np.array(random_image(0, (8, 8)))[None]]
+    ids[0, 2:6] = CONFIG.image_token_id
+    mask = np.ones_like(ids)
+    np.testing.assert_allclose(
+        packed.engine.logits(ids, picture, mask),
+        plain.engine.logits(ids, picture, mask),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_a_model_on_a_mesh_gives_the_same_tokens_and_stays_where_it_is(llava):
