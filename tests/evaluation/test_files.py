@@ -82,6 +82,7 @@ def test_the_fingerprint_sees_what_is_asked_and_expected():
 
     base = of(0, "a?", None, reference="x")
     assert base == of(0, "a?", None, reference="x")
+    assert of(0, "a?", "/here/p.jpg") == of(0, "a?", "/there/p.jpg") != of(0, "a?", "/here/q.jpg")
     others = [of(1, "a?", None, reference="x"), of(0, "b?", None, reference="x")]
     others += [of(0, "a?", "p.jpg", reference="x"), of(0, "a?", None, reference="y")]
     assert base not in others

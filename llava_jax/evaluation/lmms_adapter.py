@@ -1,0 +1,174 @@
+"""Our engine as a model of lmms-eval, so that its tasks run on it.
+
+    python -m lmms_eval --model llava_jax --model_args pretrained=runs/llava --tasks pope
+
+lmms-eval finds the classes here through the entry point `lmms_eval.models`; it is needed to import
+this module and nothing else of ours. It decides what is asked and scored; the prompt's template,
+the pictures' preprocessing and the batches are ours. Run it as one process: the engine takes all
+devices itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm import tqdm
+
+from llava_jax.data.records import IMAGE_TOKEN
+from llava_jax.errors import LlavaError
+from llava_jax.inference.engine import Request
+from llava_jax.inference.model import Llava
+from llava_jax.inference.sampling import SamplingParams
+
+BATCHES_AT_A_TIME = 8  # whose pictures are in memory together
+FROM_LMMS_EVAL = {"device", "max_batch_size"}  # what it passes to every model; jax chooses devices
+
+
+def manifest() -> ModelManifest:
+    """What the entry point tells lmms-eval."""
+    return ModelManifest(
+        model_id="llava_jax",
+        simple_class_path=f"{__name__}.LlavaJaxSimple",
+        chat_class_path=f"{__name__}.LlavaJax",
+    )
+
+
+class LlavaJax(lmms):
+    """The chat model, lmms-eval's default: messages with pictures between their texts.
+
+    Args:
+      pretrained: what `Llava.from_pretrained` takes.
+      dtype: of computation, as there.
+      batch_size: most questions computed at once.
+      use_until: end answers at a task's `until` texts. lmms-eval gives every task a blank line as
+        one, and its own LLaVA ignores them all; so does this unless told otherwise.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "auto",
+        batch_size: int | str = 32,
+        use_until: bool = False,
+        **others,
+    ):
+        super().__init__()
+        if unknown := sorted(set(others) - FROM_LMMS_EVAL):
+            raise LlavaError(
+                f"unknown model_args {', '.join(unknown)}: known are pretrained, dtype, "
+                "batch_size, use_until"
+            )
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise LlavaError(f"batch_size must be a whole number from 1, not {batch_size!r}")
+        self.model = Llava.from_pretrained(pretrained, dtype=dtype)
+        self.batch_size = int(batch_size)
+        self.use_until = use_until
+
+    def generate_until(self, requests: Sequence) -> list[GenerationResult]:
+        """Answers in the order of the requests; each window goes to lmms-eval's cache."""
+        results, window = [], BATCHES_AT_A_TIME * self.batch_size
+        with tqdm(total=len(requests), unit="question", desc="llava_jax") as bar:
+            for start in range(0, len(requests), window):
+                part = [instance.args for instance in requests[start : start + window]]
+                asked = [self._request(*args, seed=start + i) for i, args in enumerate(part)]
+                texts = self.model.answer(asked, self.batch_size, bar.update)
+                for args, request, text in zip(part, asked, texts, strict=True):
+                    self.cache_hook.add_partial("generate_until", args[:2], text)
+                    counts = TokenCounts(input_tokens=len(request.input_ids))
+                    results.append(GenerationResult(text, counts))
+        return results
+
+    def _request(
+        self,
+        context: str,
+        doc_to_messages: Callable[[Any], list[dict]],
+        settings: Mapping,
+        doc_id: Any,
+        task: str,
+        split: str,
+        seed: int,
+    ) -> Request:
+        messages = doc_to_messages(self.task_dict[task][split][doc_id])
+        *history, (question, answer), images = read_messages(messages)
+        if answer:
+            raise LlavaError(f"{task}, {doc_id}: the last message must be the user's")
+        params = self._sampling(settings, seed)
+        where = f"{task}, {doc_id}: "
+        return self.model.request(question, images, params, history, where=where)
+
+    def _sampling(self, settings: Mapping, seed: int) -> SamplingParams:
+        """A task's generation_kwargs as ours; what only shapes other models' input is not read."""
+        if settings.get("num_beams") not in (None, 1):
+            raise LlavaError(f"there is no beam search: num_beams is {settings['num_beams']}")
+        drawn = settings.get("do_sample", True)
+        until = settings.get("until") or ()
+        return SamplingParams(
+            settings.get("max_new_tokens") or 1024,
+            temperature=(settings.get("temperature") or 0.0) if drawn else 0.0,
+            top_p=settings.get("top_p") or 1.0,
+            seed=seed,
+            stop=until if self.use_until else (),
+        )
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError("llava_jax answers generate_until tasks; not loglikelihood")
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("llava_jax answers generate_until tasks; not multi-round ones")
+
+
+class LlavaJaxSimple(LlavaJax):
+    """The simple model (`--force_simple`): a text and its pictures, which stand before it."""
+
+    is_simple = True
+
+    def _request(
+        self,
+        context: str,
+        settings: Mapping,
+        doc_to_visual: Callable[[Any], Sequence],
+        doc_id: Any,
+        task: str,
+        split: str,
+        seed: int,
+    ) -> Request:
+        images = list(doc_to_visual(self.task_dict[task][split][doc_id]) or ())
+        if context.count(IMAGE_TOKEN) != len(images):
+            context = context.replace(IMAGE_TOKEN, "")
+        params = self._sampling(settings, seed)
+        return self.model.request(context, images, params, where=f"{task}, {doc_id}: ")
+
+
+def read_messages(messages: Sequence[Mapping]) -> list:
+    """Chat messages -> [(question, answer) pairs..., the list of pictures].
+
+    The last pair's answer is empty where a question waits. A system message goes before the first
+    question: the template has a system text of its own.
+    """
+    pairs, images, system = [], [], ""
+    for message in messages:
+        text = ""
+        for item in message["content"]:
+            if item["type"] == "image":
+                images.append(item["url"])
+                text += f"{IMAGE_TOKEN}\n"
+            elif item["type"] == "text":
+                text += item["text"].replace(IMAGE_TOKEN, "")
+            else:
+                raise LlavaError(f"a message has {item['type']}: LLaVA reads text and pictures")
+        if message["role"] == "system":
+            system += f"{text}\n"
+        elif message["role"] == "user":
+            pairs.append((system + text, ""))
+            system = ""
+        elif pairs:
+            pairs[-1] = (pairs[-1][0], text)
+        else:
+            raise LlavaError("the first message is an answer: a user's must come before")
+    if not pairs:
+        raise LlavaError("there is no user's message")
+    return [*pairs, images]
