@@ -16,6 +16,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -193,12 +194,12 @@ def open_components(path: Path, components: list[str], config: LlavaConfig) -> d
       path: a LLaVA folder, one of an encoder or of a language model alone, a run, or a step of one.
       config: the model wanted.
     Returns:
-      A nested dict of LazyParameter; from a run, which is read, of float32 arrays.
+      A nested dict of LazyParameter; what a run trained is read, as float32 arrays.
     """
     if is_llava_folder(path):
         found = open_llava(path).params
     elif not (path / "config.json").is_file() or (path / "model.json").is_file():
-        found = flatten_dict(load_run(checkpoint_of(path), components)[1], sep="/")
+        found = flatten_dict(open_run(checkpoint_of(path), components)[1], sep="/")
     elif components == ["vision"]:
         blocks = num_blocks(config.vision, config.feature_layer)
         found = _below("vision", open_vision(path, blocks, config.vision)[1])
@@ -220,17 +221,29 @@ def _below(component: str, params: dict) -> dict:
 
 def load_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
     """What `open_components` finds, read: float32 arrays."""
-    found = flatten_dict(open_components(path, components, config), sep="/")
-    lazy = {name: leaf for name, leaf in found.items() if isinstance(leaf, LazyParameter)}
-    held = {name: leaf for name, leaf in found.items() if name not in lazy}
-    read = flatten_dict(read_tree(lazy, "float32", path.name), sep="/")
-    return {component: {} for component in components} | unflatten_dict(held | read, sep="/")
+    found = open_components(path, components, config)
+    return {component: {} for component in components} | _read_lazy(found, path.name)
+
+
+def _read_lazy(params: dict, name: str) -> dict:
+    """A tree with every LazyParameter in it read, in float32."""
+    flat = flatten_dict(params, sep="/")
+    lazy = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LazyParameter)}
+    read = flatten_dict(read_tree(lazy, "float32", name), sep="/")
+    return unflatten_dict(flat | read, sep="/")
 
 
 def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
+    """What `open_run` finds, read: float32 arrays."""
+    run, params = open_run(step_folder, components)
+    return run, _read_lazy(params, step_folder.parent.parent.name)
+
+
+def open_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
     """The model of a checkpoint, or some of its components: base and trained tree laid over it.
 
-    LoRA is added to the kernels it belongs to.
+    What it was trained on is LazyParameter, not yet read; the trained tree is read. LoRA is added
+    to the kernels it belongs to, which are read for that.
 
     Raises:
       LlavaError: the base is gone or changed since the run, or the checkpoint does not fit it.
@@ -244,13 +257,22 @@ def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
                 f"the weights in {source.path} changed since {step_folder.parent.parent} was "
                 f"trained on them: its {component} would not be the model that was trained"
             )
-        params |= load_components(source.path, [component], run.config)
-    trained = flatten_dict(_read_trained(step_folder, run))
+        params |= open_components(source.path, [component], run.config)
+    trained = flatten_dict(read_trained(step_folder, run))
     here = lambda path: path[1 if path[0] == "lora" else 0] in components
     merged = {**flatten_dict(params), **{p: leaf for p, leaf in trained.items() if here(p)}}
     check_complete(str(step_folder), merged, _expected(run.config, run.lora), components)
-    tree = unflatten_dict(merged)
-    return run, merge_lora(tree, run.lora) if "lora" in tree else tree
+    if any(path[0] == "lora" for path in merged):
+        merged = _with_lora(merged, run.lora, step_folder.parent.parent.name)
+    return run, unflatten_dict(merged)
+
+
+def _with_lora(flat: dict, lora: LoraConfig, name: str) -> dict:
+    """Paths -> parameters with the update added; of the lazy ones its kernels alone are read."""
+    adapted = {(*path[1:-1], "kernel") for path in flat if path[0] == "lora"}
+    chosen = {p: leaf for p, leaf in flat.items() if p[0] == "lora" or p in adapted}
+    merged = flatten_dict(merge_lora(_read_lazy(unflatten_dict(chosen), name), lora))
+    return {p: leaf for p, leaf in flat.items() if p not in chosen} | merged
 
 
 def _expected(
@@ -275,17 +297,15 @@ def saved_params(step_folder: Path) -> dict:
     return saved.tree
 
 
-def _read_trained(step_folder: Path, run: RunModel) -> dict:
-    """The trained tree of a checkpoint, on the default device, after checking names and shapes."""
+def read_trained(step_folder: Path, run: RunModel) -> dict:
+    """The trained tree of a checkpoint, on the host, after checking names and shapes."""
     saved = saved_params(step_folder)
     check_params(str(step_folder), flatten_dict(saved), _expected(run.config, run.lora))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
-    )
-    with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    with _orbax_warnings_off(), ocp.PyTreeCheckpointer() as reader:
         try:
-            return reader.restore(step_folder.resolve() / "params", targets)
+            restore = ocp.args.PyTreeRestore(restore_args=on_host)
+            return reader.restore(step_folder.resolve() / "params", args=restore)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise LlavaError(f"{step_folder} is damaged: {str(error).splitlines()[0]}") from None
 
