@@ -114,7 +114,7 @@ class LlavaModel(nn.Module):
     def embed(self, input_ids: jax.Array, images: jax.Array | None) -> jax.Array:
         """Token embeddings [B, T, D], the features of images [B, I, S, S, 3] in their places."""
         is_image = input_ids == self.config.image_token_id
-        embeddings = self.decoder.embed(jnp.where(is_image, 0, input_ids))
+        embeddings = self.decoder.embed(jnp.maximum(input_ids, 0))  # -200 is in no table
         if images is None:
             return embeddings
         features = self.encode_images(images.reshape(-1, *images.shape[2:]))

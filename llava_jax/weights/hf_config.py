@@ -552,14 +552,6 @@ def llava_config(folder: Path) -> LlavaConfig:
             f"preprocessor makes {images['image_size']}: only DINOv2 takes another size."
         )
     layers, drops_first = f["vision_feature_layer"], f[_STRATEGY] == "default"
-    # `image_token_id` is the newer spelling of the same key.
-    token_id = f["image_token_id"]
-    token_id = f["image_token_index"] if token_id is None else token_id
-    if type(token_id) is not int or not 0 <= token_id < decoder.vocab_size:
-        raise LlavaError(
-            f"{source} has image_token_index={token_id!r}: it must be a token of the vocabulary of "
-            f"{decoder.vocab_size}."
-        )
     return LlavaConfig(
         vision=vision,
         decoder=decoder,
@@ -568,9 +560,20 @@ def llava_config(folder: Path) -> LlavaConfig:
         feature_layer=tuple(layers) if isinstance(layers, list) else layers,
         keep_class_token=not drops_first and vision.class_token,
         drop_first_patch=drops_first and not vision.class_token,
-        image_token_id=token_id,
+        image_token_id=_image_token(f, decoder),
         **images,
     )
+
+
+def _image_token(f: _Fields, decoder: DecoderConfig) -> int:
+    token_id = f["image_token_id"]  # the newer spelling of the same key
+    token_id = f["image_token_index"] if token_id is None else token_id
+    if type(token_id) is not int or not 0 <= token_id < decoder.vocab_size:
+        raise LlavaError(
+            f"{f.source} has image_token_index={token_id!r}: it must be a token of the vocabulary "
+            f"of {decoder.vocab_size}."
+        )
+    return token_id
 
 
 def _vision_values(values: dict) -> dict:

@@ -80,11 +80,9 @@ def match(
       LlavaError: a tensor is missing, not expected, misshapen or there twice.
     """
     by_key = standard_names(table, tensors)
-    # What the names on disk have before the table's, for the sake of messages.
-    root = next((t.name.removesuffix(k) for k, t in by_key.items() if t.name.endswith(k)), "")
     sizes = table.sizes(config)
     found: dict[str, LazyParameter] = {}
-    missing, misshapen, used = [], [], set()
+    faults = _Faults(where, by_key)
     for parameter in table.parameters:
         stacked = parameter.path.startswith(STACKED)
         if not parameter.used_by(config) or (stacked and not blocks):
@@ -93,46 +91,62 @@ def match(
             tuple(sizes[letter] for letter in letters.split())
             for letters in (parameter.shape, parameter.stored_shape)
         )
-        parts = []
-        for layer in range(blocks if stacked else 1):
-            names = [key.format(layer=layer) for key in parameter.keys]
-            held = [by_key[name] for name in names if name in by_key]
-            used.update(names)
-            if not held:
-                missing.append(root + names[0])
-                continue
-            if len(held) > 1:
-                raise twice(*held[:2])
-            _ = held[0].value_dtype  # LlavaError for one that no parameter has
-            if held[0].shape != stored_shape:
-                misshapen.append(
-                    f"{held[0].name} is {list(held[0].shape)} and not {list(stored_shape)}"
-                )
-            parts.append(held[0])
-        found[parameter.path] = LazyParameter(
-            parameter, (blocks, *shape) if stacked else shape, tuple(parts)
-        )
-    extra = [
-        tensor.name
-        for key, tensor in by_key.items()
-        if key not in used and not _unneeded(table, config, blocks, key)
-    ]
-    _report(where, missing, extra, misshapen)
+        layers = range(blocks if stacked else 1)
+        held = tuple(faults.tensor(parameter, layer, stored_shape) for layer in layers)
+        shape = (blocks, *shape) if stacked else shape
+        found[parameter.path] = LazyParameter(parameter, shape, held)
+    used = {tensor for lazy in found.values() for tensor in lazy.tensors}
+    for key, tensor in by_key.items():
+        if tensor not in used and not _unneeded(table, config, blocks, key):
+            faults.extra.append(faults.place(tensor))
+    faults.report()
     return found
 
 
-def _report(where: object, missing: list[str], extra: list[str], misshapen: list[str]) -> None:
-    faults = [
-        f"{word} {_some(names)}"
-        for word, names in (
-            ("missing", missing),
-            ("not expected", extra),
-            ("of the wrong shape", misshapen),
-        )
-        if names
-    ]
-    if faults:
-        raise LlavaError(f"the tensors of {where} do not fit its config.json: {'; '.join(faults)}.")
+class _Faults:
+    """What is wrong with the tensors of a component, gathered to be told in one sentence."""
+
+    def __init__(self, where: object, by_key: dict[str, StoredTensor]):
+        files = {tensor.path for tensor in by_key.values()}
+        self.one_file = len(files) == 1
+        self.where, self.by_key = files.pop() if self.one_file else where, by_key
+        # What the names on disk have before the table's.
+        roots = (t.name.removesuffix(k) for k, t in by_key.items() if t.name.endswith(k))
+        self.root = next(roots, "")
+        self.missing, self.extra, self.misshapen = [], [], []
+
+    def place(self, tensor: StoredTensor) -> str:
+        return tensor.name if self.one_file else f"{tensor.name} (in {tensor.path.name})"
+
+    def tensor(
+        self, parameter: Parameter, layer: int, stored_shape: tuple[int, ...]
+    ) -> StoredTensor | None:
+        """The tensor of one block's parameter; None, with a fault noted, where there is none."""
+        names = [key.format(layer=layer) for key in parameter.keys]
+        held = [self.by_key[name] for name in names if name in self.by_key]
+        if not held:
+            self.missing.append(self.root + names[0])
+            return None
+        if len(held) > 1:
+            raise twice(*held[:2])
+        _ = held[0].value_dtype  # LlavaError for one that no parameter has
+        if held[0].shape != stored_shape:
+            shapes = f"is {list(held[0].shape)} and not {list(stored_shape)}"
+            self.misshapen.append(f"{self.place(held[0])} {shapes}")
+        return held[0]
+
+    def report(self) -> None:
+        """Raises LlavaError where there are faults."""
+        kinds = {
+            "missing": self.missing,
+            "not expected": self.extra,
+            "of the wrong shape": self.misshapen,
+        }
+        faults = [f"{word} {_some(names)}" for word, names in kinds.items() if names]
+        if faults:
+            raise LlavaError(
+                f"the tensors of {self.where} do not fit its config.json: {'; '.join(faults)}."
+            )
 
 
 def standard_names(

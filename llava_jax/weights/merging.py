@@ -150,13 +150,7 @@ def merge_lora(
     Raises:
       LlavaError: a variant of LoRA that is not this sum, or an adapter that does not fit the base.
     """
-    settings = read_json(folder / ADAPTER_CONFIG)
-    for key, fine in _PLAIN_LORA.items():
-        if settings.get(key) not in fine:
-            raise LlavaError(
-                f"{folder / ADAPTER_CONFIG} has {key}={settings[key]!r}: only plain LoRA can be "
-                "merged; merge it with PEFT first."
-            )
+    settings = _plain_settings(folder)
     merged = dict(base)
     for name, tensor in adapter.items():
         target, is_lora, kind = name.partition(".lora_")
@@ -180,6 +174,18 @@ def merge_lora(
                 _scale(settings, folder, target, tensor),
             )
     return merged
+
+
+def _plain_settings(folder: Path) -> dict:
+    settings = read_json(folder / ADAPTER_CONFIG)
+    for key, fine in _PLAIN_LORA.items():
+        value = settings.get(key)
+        if value not in fine:
+            raise LlavaError(
+                f"{folder / ADAPTER_CONFIG} has {key}={value!r}: only plain LoRA can be merged; "
+                "merge it with PEFT first."
+            )
+    return settings
 
 
 def _scale(settings: dict, folder: Path, target: str, down: StoredTensor) -> float:
