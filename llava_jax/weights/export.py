@@ -21,8 +21,9 @@ from llava_jax.weights.checksums import CHECKSUMS_FILE
 from llava_jax.weights.hf_config import decoder_to_hf, read_json, vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES
 from llava_jax.weights.load import Checkpoint, components, is_llava_folder, open_llava
-from llava_jax.weights.run_directory import checkpoint_of, load_run
-from llava_jax.weights.safetensors_files import INDEX_FILE, TensorToWrite, write_checkpoint_files
+from llava_jax.weights.peft_folder import write_adapter
+from llava_jax.weights.run_directory import checkpoint_of, open_run
+from llava_jax.weights.safetensors_files import TensorToWrite, write_checkpoint_files
 from llava_jax.weights.save import (
     array_params,
     refuse_existing,
@@ -62,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="run directory, step of one, or LLaVA folder"
     )
-    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=(*FORMATS, "peft"),
+        help="Hugging Face's, the original LLaVA's (both with LoRA merged), or LoRA alone for PEFT",
+    )
     add_output_arguments(parser)
 
 
@@ -75,22 +81,25 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
+    if args.format == "peft":
+        write_adapter(args.checkpoint, Path(args.out), args.dtype)
+        return 0
     checkpoint = open_checkpoint(args.checkpoint)
     write_folder(FORMATS[args.format](checkpoint, args.dtype), Path(args.out))
     return 0
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A LLaVA folder, opened; or a run or one of its steps, read into memory, LoRA merged."""
+    """A LLaVA folder; or a run or one of its steps: what it trained is read, LoRA merged."""
     path = Path(path)
     if is_llava_folder(path):
         return open_llava(path)
     step_folder = checkpoint_of(path)
-    run, tree = load_run(step_folder)
+    run, tree = open_run(step_folder)
     params = {
-        f"{part}/{name}": array
+        f"{part}/{name}": parameter
         for part, branch in tree.items()
-        for name, array in array_params(branch).items()
+        for name, parameter in array_params(branch).items()
     }
     tokenizer = step_folder.parent.parent / "tokenizer"
     return Checkpoint(step_folder, run.config, params, {}, run.template, tokenizer)
@@ -267,7 +276,7 @@ def _grown(tensor: TensorToWrite, rows: int) -> TensorToWrite:
 def _copy_side_files(source: Path, values: dict, dtype: str, folder: Path) -> None:
     """Everything beside the weights, config.json told of their dtype."""
     for path in source.iterdir():
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
-            if path.name not in (CHECKSUMS_FILE, INDEX_FILE):
-                shutil.copyfile(path, folder / path.name)
+        of_weights = path.name == CHECKSUMS_FILE or path.name.endswith(".index.json")
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and not of_weights:
+            shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", values | hf_folder.dtype_keys(dtype))

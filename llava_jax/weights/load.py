@@ -124,9 +124,10 @@ def open_llava(
 def _original(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Checkpoint:
     found = open_original(folder, allow_pickle=allow_pickle, **paths)
     checkpoint = _checkpoint(folder, found.config, found.families, found.parts, original=True)
+    jinja = _chat_template(folder)
     return dataclasses.replace(
         checkpoint,
-        template=found.template,
+        template=(jinja and template_of(jinja)) or found.template,
         tokenizer_dir=found.tokenizer_dir,
         added_tokens=found.added_tokens,
         chat_template=None,

@@ -21,7 +21,7 @@ from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights import hf_config
 from llava_jax.weights.checksums import write_checksums
-from llava_jax.weights.lazy import PARAMETER_DTYPES
+from llava_jax.weights.lazy import PARAMETER_DTYPES, LazyParameter
 from llava_jax.weights.name_tables import (
     DECODERS,
     STACKED,
@@ -47,11 +47,14 @@ def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterato
     Args:
       digests: SHA-256 of files that were hashed as they were written; read when the block ends.
     Raises:
-      LlavaError: another process is writing `out`, or the disk is full.
+      LlavaError: another process is writing `out`, or there is no room or no right to write.
     """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlavaError(f"{out} cannot be written: {error.strerror}.") from error
     with _claimed(partial, out):
         try:
             yield partial
@@ -70,18 +73,19 @@ def _claimed(partial: Path, out: Path) -> Iterator[None]:
 
     The lock ends with the process, however that ends.
     """
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
+    busy = f"another process is writing {out}: wait for it, or choose another folder."
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(descriptor), os.stat(partial))
-    except (BlockingIOError, FileNotFoundError):
-        ours = False
+        descriptor = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:  # it finished since we looked
+        raise LlavaError(busy) from None
     try:
-        if not ours:  # or it finished between our two calls
-            raise LlavaError(
-                f"another process is writing {out}: wait for it, or choose another folder."
-            )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(descriptor), os.stat(partial))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise LlavaError(busy)
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
@@ -157,23 +161,27 @@ class ArrayParameter:
         return np.asarray(self.values[block] if self.stacked else self.values)
 
 
-def array_params(tree: dict) -> dict[str, ArrayParameter]:
-    """A component's tree as the mapping that `stored_tensors` takes."""
-    flat = flatten_dict(tree, sep="/")
-    return {path: ArrayParameter(leaf, path.startswith(STACKED)) for path, leaf in flat.items()}
+def array_params(tree: dict) -> dict[str, ArrayParameter | LazyParameter]:
+    """A component's tree of arrays, or of LazyParameter, as what `stored_tensors` takes."""
+    return {
+        path: leaf
+        if isinstance(leaf, LazyParameter)
+        else ArrayParameter(leaf, path.startswith(STACKED))
+        for path, leaf in flatten_dict(tree, sep="/").items()
+    }
 
 
 def stored_tensors(
     table: NameTable,
     config: object,
-    params: Mapping[str, ArrayParameter],
+    params: Mapping[str, ArrayParameter | LazyParameter],
     dtype: str | None = None,
     idle: Mapping[str, StoredTensor] = types.MappingProxyType({}),
 ) -> list[TensorToWrite]:
     """A component's parameters under the first of their Hugging Face names.
 
     Args:
-      params: our path in the component -> ArrayParameter, LazyParameter or the like.
+      params: by our path in the component.
       dtype: of the tensors; None keeps each as it is.
       idle: tensors that the model never computes with, of `lazy.idle_tensors`. Those that it lacks
         and transformers asks for are made up: ones for scales, zeros for all else, so that a block

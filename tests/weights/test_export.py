@@ -10,6 +10,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
@@ -21,11 +22,17 @@ from llava_jax import cli
 from llava_jax.data.records import Turn
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.llava import LlavaConfig, abstract_params, image_token_count
+from llava_jax.models.lora import LoraConfig, abstract_lora
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.export import hugging_face, original, write_folder
 from llava_jax.weights.load import Checkpoint, open_llava
-from llava_jax.weights.run_directory import RunModel, write_run_model
+from llava_jax.weights.run_directory import (
+    RunModel,
+    Source,
+    weights_checksum,
+    write_run_model,
+)
 from llava_jax.weights.safetensors_files import SINGLE_FILE
 from llava_jax.weights.save import array_params
 from tests.tiny_model import CONFIG, byte_tokenizer, config_with, random_image, random_params
@@ -154,7 +161,7 @@ def test_what_serving_engines_look_for(exported):
 @pytest.mark.parametrize("projector", ["linear", "mlp3x_gelu"])
 def test_original_form(projector, tmp_path):
     config = dataclasses.replace(CONFIG, vision=CLIP, projector=projector, use_im_start_end=False)
-    checkpoint, tree = in_memory(tmp_path / "tokenizer", config, "v1")
+    checkpoint, tree = in_memory(tmp_path / "tokenizer", config, "chatml")
     out = tmp_path / "out"
     write_folder(original(checkpoint, None), out)
     names = load_file(out / SINGLE_FILE).keys()
@@ -162,7 +169,7 @@ def test_original_form(projector, tmp_path):
     assert {"model.embed_tokens.weight", "lm_head.weight", f"model.mm_projector.{last}"} < names
     assert "model.vision_tower.vision_tower.vision_model.post_layernorm.weight" in names
     opened = open_llava(out)
-    assert opened.config == config and opened.template == "v1"
+    assert opened.config == config and opened.template == "chatml"
     jax.tree.map(np.testing.assert_array_equal, opened.read(), jax.tree.map(np.asarray, tree))
     with pytest.raises(LlavaError, match=f"{projector}.*--format llava"):
         hugging_face(checkpoint, None)
@@ -203,9 +210,13 @@ def write_run(folder: Path) -> dict:
     _, tree = in_memory(folder / "tokenizer", CONFIG, "chatml")
     shutil.rmtree(folder / "tokenizer" / "step", ignore_errors=True)
     write_run_model(folder, RunModel(CONFIG, "chatml", {}))
-    with ocp.StandardCheckpointer() as writer:
-        writer.save((folder / "checkpoints" / "3" / "params").resolve(), tree)
+    save_step(folder, 3, tree)
     return tree
+
+
+def save_step(folder: Path, step: int, tree: dict) -> None:
+    with ocp.StandardCheckpointer() as writer:
+        writer.save((folder / "checkpoints" / str(step) / "params").resolve(), tree)
 
 
 def test_a_run_by_the_command(tmp_path, capsys):
@@ -221,6 +232,30 @@ def test_a_run_by_the_command(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert cli.main(command) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_lora_apart(tmp_path, capsys):
+    """Merged with the base by the reader of PEFT's adapters, it is the run with LoRA merged."""
+    run, base, adapter, merged = (tmp_path / n for n in ("run", "base", "adapter", "merged"))
+    run.mkdir()
+    lora = LoraConfig(2, 3.0, ("decoder/*", "vision/layers/mlp/fc1"))
+    tree = write_run(run)
+    assert cli.main(["export", str(run), "--format", "hf", "--out", str(base)]) == 0
+    shapes = nn.meta.unbox(abstract_lora(lora, abstract_params(CONFIG)))
+    rng = np.random.default_rng(0)
+    pairs = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+    projector = jax.tree.map(lambda leaf: leaf + 1, tree["projector"])
+    save_step(run, 4, {"lora": pairs, "projector": projector})
+    frozen = {c: Source(base, weights_checksum(base)) for c in ("vision", "decoder")}
+    # The base of a run keeps its vocabulary, and its image id, when they are those of the run.
+    write_run_model(run, RunModel(open_llava(base).config, "chatml", frozen, lora))
+    for name, out in (("peft", adapter), ("hf", merged)):
+        assert cli.main(["export", str(run), "--format", name, "--out", str(out)]) == 0
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert "model.language_model.layers.1.mlp.up_proj" in settings["target_modules"]
+    found, expected = open_llava(adapter, base=base).read(), open_llava(merged).read()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert cli.main(["export", str(base), "--format", "peft", "--out", str(tmp_path / "no")]) == 1
 
 
 def refused(command: list[str], capsys, *words: str) -> None:

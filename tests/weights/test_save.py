@@ -125,6 +125,13 @@ def test_a_full_disk_is_told(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LlavaError, match="out cannot be written: Not a directory"):
+        with whole_folder(tmp_path / "file" / "out"):
+            pass
+
+
 def test_replaced_in_one_step(tmp_path):
     for text in ("old", "new"):
         with whole_folder(tmp_path / "out") as temporary:

@@ -1,0 +1,121 @@
+"""`llava-jax convert` against `cp` of the same bytes, in turns: seconds, and peak memory.
+
+python -m bench.convert --folder=DIR [--preset=llava-1.5-7b] [--rounds=2]
+
+DIR gets a checkpoint of random bfloat16 weights (13.5 GB for 7B) under the tensor names that
+transformers holds in memory, so that every name is changed, and twice its size is needed beside it.
+All of it is removed at the end but the source, which a later run takes again.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from absl import flags
+
+from llava_jax import command
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.presets import PRESETS, preset
+from llava_jax.weights import hf_folder
+from llava_jax.weights.load import components
+from llava_jax.weights.name_tables import STACKED
+from llava_jax.weights.safetensors_files import TensorToWrite, write_checkpoint_files
+from llava_jax.weights.save import whole_folder, write_json
+
+FOLDER = flags.DEFINE_string("folder", None, "on the disk to measure")
+PRESET = flags.DEFINE_enum("preset", "llava-1.5-7b", list(PRESETS), "whose shape")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "of each, in turns")
+
+IN_MEMORY_ROOTS = {
+    "vision": "model.vision_tower.",
+    "projector": "model.multi_modal_projector.",
+    "decoder": "",
+}
+
+
+def random_values(shape: tuple[int, ...]) -> np.ndarray:
+    """Normal bfloat16 numbers, a short stretch of them over and over: drawing more takes longer."""
+    stretch = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    return np.resize(stretch.astype(ml_dtypes.bfloat16), math.prod(shape)).reshape(shape)
+
+
+def tensors(config: LlavaConfig) -> list[TensorToWrite]:
+    made = []
+    for part, (table, sub_config, _) in components(config, families(config)).items():
+        sizes = table.sizes(sub_config)
+        for parameter in (*table.parameters, *table.idle):
+            shape = tuple(sizes[letter] for letter in parameter.stored_shape.split())
+            layers = sub_config.num_layers if parameter.path.startswith(STACKED) else 1
+            for layer in range(layers if parameter.used_by(sub_config) else 0):
+                key = parameter.keys[0].format(layer=layer)
+                if part == "decoder" and key.startswith("model."):
+                    key = f"model.language_model.{key.removeprefix('model.')}"
+                name, values = IN_MEMORY_ROOTS[part] + key, partial(random_values, shape)
+                made.append(TensorToWrite(name, shape, np.dtype(ml_dtypes.bfloat16), values))
+    return made
+
+
+def families(config: LlavaConfig) -> dict[str, str]:
+    values = hf_folder.config_json(config, {}, "bfloat16")
+    return {
+        "vision": values["vision_config"]["model_type"],
+        "decoder": values["text_config"]["model_type"],
+    }
+
+
+def make_source(folder: Path, config: LlavaConfig) -> None:
+    with whole_folder(folder) as partial_folder:
+        write_json(partial_folder / "config.json", hf_folder.config_json(config, {}, "bfloat16"))
+        images = hf_folder.preprocessor_config_json(config)
+        write_json(partial_folder / "preprocessor_config.json", images)
+        write_checkpoint_files(partial_folder, tensors(config))
+    (folder / "checksums.json").unlink()  # as a checkpoint of others comes
+
+
+def measured(arguments: list[str]) -> tuple[float, float]:
+    """(seconds, peak resident GB) of a command that must end well."""
+    began = time.perf_counter()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"error: {' '.join(arguments)} ended with {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1e6
+
+
+def removed_after(path: Path, run: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    try:
+        return run()
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def main() -> None:
+    folder = Path(FOLDER.value)
+    source, copy, out = (folder / name for name in ("source", "copy", "converted"))
+    if not source.exists():
+        config = hf_folder.with_image_token(preset(PRESET.value), 32000)
+        make_source(source, config)
+    size = sum(path.stat().st_size for path in source.iterdir())
+    llava_jax = [sys.executable, "-m", "llava_jax.cli"]
+    imports = "import llava_jax.weights.convert"
+    interpreter = measured([sys.executable, "-c", imports])[1]
+    print(f"{size / 1e9:.2f} GB; the interpreter with all imports: {interpreter:.2f} GB resident")
+    for _ in range(ROUNDS.value):
+        copied = removed_after(copy, partial(measured, ["cp", "-r", str(source), str(copy)]))
+        convert = [*llava_jax, "convert", str(source), "--out", str(out)]
+        converted = removed_after(out, partial(measured, convert))
+        rates = [f"{s:.1f} s ({size / 1e9 / s:.2f} GB/s)" for s in (copied[0], converted[0])]
+        print(f"cp {rates[0]}; convert {rates[1]}, {converted[0] / copied[0]:.2f} times cp")
+        print(f"peak {converted[1]:.2f} GB, {converted[1] - interpreter:.2f} above the interpreter")
+
+
+if __name__ == "__main__":
+    command.run(main, required=("folder",))
