@@ -23,7 +23,7 @@ from llava_jax.data.records import open_records
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
-from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
+from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel import hosts
 from llava_jax.parallel.mesh import check_batch, make_mesh
@@ -206,7 +206,7 @@ def run(config: ConfigDict) -> None:
         copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
 
     state, frozen = make_state(run_model, sources, config.seed, optimizer, wanted, resumed)
-    model, join = LlavaModel(model_config, dtype, config.model.remat_policy), joined(lora)
+    model, join = recipe.training_model(config, model_config, mesh), joined(lora)
     put = functools.partial(put_batch, mesh)
     with (
         jax.set_mesh(mesh),
