@@ -1,5 +1,6 @@
 """Pixels against the Pillow-based processors of transformers 5; faults of image files."""
 
+import dataclasses
 import io
 import pickle
 import warnings
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from llava_jax.data.images import ImageError, inspect_image, load_image, preprocess
+from llava_jax.models.llava import CLIP_MEAN, CLIP_STD, normalize_images
+from tests.tiny_model import CONFIG
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 SIZES = [(64, 48), (48, 64), (33, 47), (224, 224), (1, 1), (1, 9), (300, 7), (7, 300), (17, 500)]
@@ -78,6 +81,65 @@ def test_orientation_is_applied():
     data = encoded(image, exif=exif)
     upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
     np.testing.assert_array_equal(np.asarray(load_image(data)), upright)
+
+
+def photograph(size):
+    """Smooth colours with edges and a little noise."""
+    y, x = np.mgrid[: size[1], : size[0]] / max(size)
+    waves = [np.sin(9 * x + k) + np.cos(7 * y * k) + (x + k * y > 0.8) for k in range(3)]
+    grain = np.random.default_rng(0).normal(0, 4, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(60 * np.stack(waves, -1) + 90 + grain, 0, 255).astype(np.uint8))
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+FILES = {
+    "photograph": lambda: encoded(photograph((640, 427)), "JPEG", quality=85),
+    "grey photograph": lambda: encoded(photograph((427, 640)).convert("L"), "JPEG"),
+    "CMYK photograph": lambda: encoded(photograph((300, 200)).convert("CMYK"), "JPEG"),
+    "huge": lambda: encoded(photograph((5000, 3100)), "JPEG", quality=60),
+    "tiny": lambda: encoded(noise((2, 3)), "PNG"),
+    "alpha": lambda: encoded(noise((61, 47), "RGBA"), "WEBP", lossless=True),
+    "palette": lambda: encoded(photograph((90, 70)).quantize(16), "GIF"),
+    **{
+        f"turned {i}": lambda i=i: encoded(noise((40, 30)), "PNG", **turned(i)) for i in range(1, 9)
+    },
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_the_model_gets_equals_transformers(name, tmp_path):
+    """From a file to normalised pixels, with the processors of the three kinds of encoder."""
+    from transformers.image_utils import load_image as their_load_image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    path = str(tmp_path / "image")
+    (tmp_path / "image").write_bytes(FILES[name]())
+    side, square = 48, {"height": 48, "width": 48}
+    crop = {"size": {"shortest_edge": side}, "crop_size": square}
+    processors = {
+        "square": CLIPImageProcessorPil(**crop),
+        "pad": LlavaImageProcessorPil(
+            do_pad=True, image_mean=CLIP_MEAN, image_std=CLIP_STD, **crop
+        ),
+        "resize": SiglipImageProcessorPil(size=square),
+    }
+    for mode, theirs in processors.items():
+        # Their loader drops the alpha channel, their processors lay it over white, as we do.
+        image = Image.open(path) if name == "alpha" else their_load_image(path)
+        expected = theirs(image, return_tensors="np")["pixel_values"][0]
+        config = dataclasses.replace(
+            CONFIG, image_mean=tuple(theirs.image_mean), image_std=tuple(theirs.image_std)
+        )
+        pixels = preprocess(load_image(path), side, mode, config.image_mean)
+        ours = np.asarray(normalize_images(config, pixels)).transpose(2, 0, 1)
+        np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():

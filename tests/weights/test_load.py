@@ -100,5 +100,6 @@ def test_no_config(llama_copy):
 
 
 def test_foreign_tensor_in_a_llava(llama_copy):
-    edit_config(llama_copy, model_type="llava", text_config={}, vision_config={})
+    sections = {"text_config": {}, "vision_config": {}, "image_token_index": 5}
+    edit_config(llama_copy, model_type="llava", **sections)
     refused(llama_copy, "model.safetensors", "no part of a LLaVA", load=load_llava)
