@@ -8,7 +8,7 @@ All of it is removed at the end but the source, which a later run takes again.
 """
 
 import math
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,12 +82,17 @@ def make_source(folder: Path, config: LlavaConfig) -> None:
 
 def measured(arguments: list[str]) -> tuple[float, float]:
     """(seconds, peak resident GB) of a command that must end well."""
-    began = time.perf_counter()
+    began, peak = time.perf_counter(), 0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"error: {' '.join(arguments)} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1e6
+    # Not what wait4 tells: that begins with the memory of the process that started it.
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+)", status)
+        peak = max(peak, int(found.group(1)) if found else 0)
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"error: {' '.join(arguments)} ended with {process.returncode}")
+    return time.perf_counter() - began, peak / 1e6
 
 
 def removed_after(path: Path, run: Callable[[], tuple[float, float]]) -> tuple[float, float]:
