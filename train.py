@@ -182,7 +182,7 @@ def run(config: ConfigDict) -> None:
     check_batch(mesh, config.batch_size // config.accumulation)
     part = process_part(mesh)
     tokenizer_dir = recipe.tokenizer_folder(config)
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir, model_config.decoder.vocab_size)
     # The first process measures the data; the others find in the cache what it measured.
     build = functools.partial(open_data, config, model_config, tokenizer)
     data, held_out = hosts.first_alone(build) or build()
@@ -277,6 +277,9 @@ def finish(workdir: Path, done: int, steps: int) -> None:
 
 def main() -> None:
     hosts.start()
+    # On CPU what was compiled for one machine may not run on another.
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", f"{CONFIG.value.workdir}/cache/compiled")
     run(CONFIG.value)
 
 

@@ -7,7 +7,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.errors import LlavaError
 
-
 DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
