@@ -57,6 +57,8 @@ def load_tokenizer(
     Raises:
       LlavaError: naming the folder: it holds no tokenizer, or one with ids past the table.
     """
+    # Only its tokenizers are wanted: no word about PyTorch not being there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():
