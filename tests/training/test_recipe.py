@@ -101,8 +101,10 @@ def test_parts_never_start_from_random_numbers_but_the_projector(parts):
 def test_starting_parameters_are_those_of_the_folders_and_a_seeded_projector(parts):
     model = recipe.model_config(config(parts))
     sources = recipe.starting_sources(config(parts))
+    components = {"vision", "projector", "decoder"}
+    read = lambda leaf: leaf[(slice(None),) * len(leaf.shape)]  # as a device asks for its part
     one, same, other = (
-        recipe.starting_params(model, None, sources, {"vision", "projector", "decoder"}, seed)
+        jax.tree.map(read, recipe.starting_params(model, None, sources, components, seed))
         for seed in (0, 0, 1)
     )
     jax.tree.map(np.testing.assert_array_equal, one, same)
