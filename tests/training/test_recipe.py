@@ -41,7 +41,10 @@ def config(parts=None, **changes):
         ({"save_every": -1}, "config.save_every is -1"),
         ({"keep": 0}, "config.keep is 0"),
         ({"accumulation": 4}, "batch_size=2 rows cannot be cut into config.accumulation=4"),
-        ({"model__remat_policy": "some"}, "remat_policy is 'some': choose one of none, dots, full"),
+        (
+            {"model__remat_policy": "some"},
+            "remat_policy is 'some': choose one of none, dots, attention, full",
+        ),
         ({"model__dtype": "int8"}, "config.model.dtype is 'int8': choose one of auto, .*mixed"),
         ({"model__template": "v7"}, "unknown template 'v7'"),
         ({"wandb_project": "mine"}, "wandb_project is 'mine' but wandb is not installed"),
