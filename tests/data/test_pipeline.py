@@ -14,7 +14,7 @@ from llava_jax.errors import LlavaError
 CONFIG = SimpleNamespace(
     image_size=28, vision=SimpleNamespace(patch_size=14, class_token=True), keep_class_token=False,
     image_token_id=-200, image_mean=(0.5, 0.4, 0.3), image_std=(1, 1, 1), image_mode="pad",
-    use_im_start_end=False,
+    use_im_start_end=False, drop_first_patch=False,
 )  # fmt: skip
 
 
