@@ -9,12 +9,13 @@ import functools
 import itertools
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import flax.linen as nn
 import jax
-from absl import logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from llava_jax import command
@@ -25,7 +26,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.models.precision import compute_precision
-from llava_jax.parallel import hosts
+from llava_jax.parallel import dry_run, hosts
 from llava_jax.parallel.mesh import check_batch, make_mesh
 from llava_jax.parallel.sharding import (
     RULES,
@@ -49,11 +50,15 @@ from llava_jax.training.state import (
     joined,
     place,
 )
-from llava_jax.training.step import make_eval_step, make_train_step
+from llava_jax.training.step import compile_step, make_eval_step
 from llava_jax.training.validation import Validation
 from llava_jax.weights.run_directory import RunModel, latest_step, write_json, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
+DRY_RUN = flags.DEFINE_string(
+    "dry_run", None, "Compile the step for a topology such as v5e:4x4 or cpu:8 and tell its cost."
+)
+FIT = flags.DEFINE_bool("fit", False, "With --dry_run: find the fastest settings that fit.")
 
 
 def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple:
@@ -125,19 +130,6 @@ def make_state(run_model, sources, seed, optimizer, wanted, resumed) -> tuple:
         return fresh_state(wanted[0], params, optimizer), frozen
     hosts.tell(f"resuming from step {int(resumed.step)}")
     return resumed, frozen
-
-
-def compile_step(config, model, optimizer, join, state, frozen, batch):
-    """The training step compiled ahead of its first call, so that its time is seen apart."""
-    step = make_train_step(
-        model, optimizer, config.accumulation, config.loss_chunk, join, config.parity
-    )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    began = time.perf_counter()
-    compiled = jitted.lower(state, frozen, batch).compile()
-    hosts.tell(f"compiled in {time.perf_counter() - began:.0f} s")
-    return compiled
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -218,7 +210,9 @@ def run(config: ConfigDict) -> None:
         report_start(model_config, mesh, state, frozen, data)
         batches = data.batch_iterator(done, *part)
         first = next(batches)
-        train_step = compile_step(config, model, optimizer, join, state, frozen, put(first.arrays))
+        began, arrays = time.perf_counter(), put(first.arrays)
+        train_step = compile_step(config, model, optimizer, join, state, frozen, arrays)
+        hosts.tell(f"compiled in {time.perf_counter() - began:.0f} s")
         log = NoLog()
         if hosts.is_first():
             log = MetricsLog(workdir, done, config.wandb_project, config.to_dict())
@@ -276,6 +270,8 @@ def finish(workdir: Path, done: int, steps: int) -> None:
 
 
 def main() -> None:
+    if DRY_RUN.value:
+        sys.exit(dry_run.run(CONFIG.value, DRY_RUN.value, FIT.value, open_data))
     hosts.start()
     # On CPU what was compiled for one machine may not run on another.
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:

@@ -157,6 +157,7 @@ class ViTBlock(nn.Module):
             ),
             "layer_scale2",
         )
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         return x, x if self.emit else None
 
     def _scale(self, x, name: str):
@@ -197,6 +198,8 @@ class ViT(nn.Module):
         x = self._add_positions(x, rows, columns)
         if c.pre_norm:
             x = layer_norm(c, "pre_norm", self.dtype)(x)
+        # Left alone, the compiler spreads channels in place of images, and sends activations.
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         wanted = feature_states(c, self.feature_layer)
         blocks, several = max(wanted), len(wanted) > 1
         outputs, embeddings = (), x

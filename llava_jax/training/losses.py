@@ -7,8 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from llava_jax.models.linear import product
+from llava_jax.models.precision import product_dtype
+from llava_jax.parallel.mesh import BATCH_AXES
 
 IGNORE_INDEX = -100
 
@@ -73,7 +76,53 @@ def _front_loaded_sum(hidden_states, table, targets, weights, chunk):
 def _sum_and_grads(
     hidden_states, table, targets, weights, chunk, want_hidden: bool, want_table: bool
 ):
-    """The loss sum and its gradients (None where not wanted), chunk by chunk."""
+    """The loss sum and its gradients (None where not wanted), each device's rows by themselves.
+
+    Under a mesh a device gets the whole table once, in the dtype of the products, and adds its
+    part to the sums at the end: left to the compiler, both would cross the mesh for every chunk.
+    """
+    run = functools.partial(
+        _local_sum_and_grads, chunk=chunk, want_hidden=want_hidden, want_table=want_table
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
+    if not axes:
+        return run(hidden_states, table, targets, weights)
+    scatter = "fsdp" in axes and table.shape[1] % mesh.shape["fsdp"] == 0
+
+    def on_a_device(hidden_states, table, targets, weights):
+        longest = jax.lax.pmax(longest_row(targets), axes)
+        total, d_hidden, d_table = run(hidden_states, table, targets, weights, longest=longest)
+        if want_table and scatter:
+            d_table = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
+        others = tuple(axis for axis in axes if not (scatter and axis == "fsdp"))
+        if want_table and others:
+            d_table = jax.lax.psum(d_table, others)
+        return jax.lax.psum(total, axes), d_hidden, d_table
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    sharded = jax.shard_map(
+        on_a_device,
+        in_specs=(rows, whole, rows, rows),
+        out_specs=(whole, rows, PartitionSpec(None, "fsdp") if scatter else whole),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return sharded(
+        hidden_states, table.astype(product_dtype(hidden_states.dtype)), targets, weights
+    )
+
+
+def longest_row(targets: jax.Array) -> jax.Array:
+    """The largest number of supervised positions in a row of int[B, T]."""
+    return jnp.max(jnp.sum(targets != IGNORE_INDEX, axis=1))
+
+
+def _local_sum_and_grads(
+    hidden_states, table, targets, weights, chunk, want_hidden, want_table, longest=None
+):
+    """`_sum_and_grads` of rows that lie together, chunk by chunk up to the `longest` row's end."""
+    longest = longest_row(targets) if longest is None else longest
 
     def piece(state):
         start, total, d_hidden, d_table = state
@@ -96,7 +145,6 @@ def _sum_and_grads(
             d_table += product(d_logits, h, (0, 0), jnp.float32)
         return start + chunk, total, d_hidden, d_table
 
-    longest = jnp.max(jnp.sum(targets != IGNORE_INDEX, axis=1))
     start = (
         jnp.int32(0),
         jnp.float32(0),

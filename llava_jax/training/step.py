@@ -13,6 +13,9 @@ from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_toke
 from llava_jax.training.optimizer import merge_params
 
 PARITY_DEVICES = 8
+# Products are not cut into one for each device's slice of the weights (windowed einsum): with them
+# 7B was still compiling after 215 s of CPU time.
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 MODEL_INPUTS = ("input_ids", "images", "position_ids", "segment_ids")
 
 
@@ -124,14 +127,15 @@ def make_train_step(
     return train_step
 
 
-def lower_step(config, model: LlavaModel, optimizer, join: Callable, state, frozen, batch):
-    """The training step of a config traced for these arguments, or shapes: to be compiled."""
+def compile_step(config, model: LlavaModel, optimizer, join: Callable, state, frozen, batch):
+    """The training step of a config compiled for these arguments, or for shapes and shardings."""
     step = make_train_step(
         model, optimizer, config.accumulation, config.loss_chunk, join, config.parity
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(state, frozen, batch)
+    platform = next(iter(state.step.sharding.device_set)).platform
+    return jitted.lower(state, frozen, batch).compile(COMPILER_OPTIONS.get(platform))
 
 
 def make_eval_step(model: LlavaModel, chunk: int, join: Callable = merge_params):

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from llava_jax.parallel.mesh import make_mesh
 from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_token_targets
 from tests.jaxprs import equations
 
@@ -20,8 +23,8 @@ ONES = jnp.ones(B)
 
 
 def targets(*counts: int) -> np.ndarray:
-    """[B, T] with so many supervised positions in each row, at random places."""
-    result = np.full((B, T), IGNORE_INDEX)
+    """[rows, T] with so many supervised positions in each row, at random places."""
+    result = np.full((len(counts), T), IGNORE_INDEX)
     for row, count in enumerate(counts):
         places = RNG.permutation(T)[:count]
         result[row, places] = RNG.integers(0, V, count)
@@ -69,6 +72,28 @@ def test_each_row_weighs_as_told():
     for i in range(2):
         expected = sum(w * g[i] for w, (_, g) in zip(weights, alone, strict=True))
         np.testing.assert_allclose(grads[i], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("width", [8, 12])
+def test_rows_on_several_devices_give_what_they_give_on_one(axes, width):
+    """Weighted rows of unequal length, one of them empty; a width of 12 is not split by 8."""
+    mesh = make_mesh(**{"data": 1, **axes})
+    hidden = jnp.asarray(RNG.normal(size=(8, T, width)), jnp.float32)
+    table = jnp.asarray(RNG.normal(size=(V, width)), jnp.float32)
+    weights = jnp.asarray(RNG.uniform(0.5, 2, 8), jnp.float32)
+    wanted = targets(7, 0, 4, 10, 1, 2, 9, 3)
+    run = jax.jit(jax.value_and_grad(cross_entropy_sum, (0, 1)), static_argnums=4)
+    total, grads = run(hidden, table, wanted, weights, 3)
+    rows, columns = (NamedSharding(mesh, spec) for spec in (P(("data", "fsdp")), P(None, "fsdp")))
+    columns = columns if width % mesh.shape["fsdp"] == 0 else NamedSharding(mesh, P())
+    with jax.set_mesh(mesh):
+        spread = [jax.device_put(array, rows) for array in (hidden, wanted, weights)]
+        placed = jax.device_put(table, columns)
+        total_spread, grads_spread = run(spread[0], placed, *spread[1:], 3)
+    np.testing.assert_allclose(total_spread, total, rtol=1e-5)
+    for found, alone in zip(grads_spread, grads, strict=True):
+        np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_large_logits_stay_finite():

@@ -1,0 +1,158 @@
+"""What a compiled program sends between devices, read from its text.
+
+A layer scanned L times stands in the text once, inside a loop; every collective is counted as
+often as the loops around it run.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+DTYPE_BYTES = {"pred": 1, "bf16": 2} | {
+    f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
+}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)|branch_computations=\{(.*?)\}"
+)
+_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# Who takes part: [groups, size], or mesh['axis'=size, ...] {'axis', ...}, or {{members}, ...}
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\}|\{\{([\d,]*)\})")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: of KINDS.
+      shape: of the whole array: the result of a gather, what goes into a reduction; per device.
+      size: its bytes.
+      group: devices that take part together.
+      runs: times a step.
+      scope: the name the compiler kept of the code it comes from.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    group: int
+    runs: int
+    scope: str
+
+    @property
+    def received(self) -> float:
+        """Bytes that enter each device in a step, by the bandwidth-optimal ring."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        share = 1 if self.kind == "collective-permute" else (self.group - 1) / self.group
+        return passes * share * self.size * self.runs
+
+
+def read_collectives(text: str, devices: int) -> list[Collective]:
+    """All collectives of a compiled program (`compiled.as_text()`), largest first.
+
+    A loop whose number of turns depends on data counts once. The TPU compiler splits a collective
+    over fusions that it hides behind products; the parts share a channel and count as one. A
+    reduce-scatter it writes as a fusion `all-reduce-scatter`: an all-reduce, a slice of it kept.
+
+    Args:
+      devices: of the program, for collectives that name no groups.
+    """
+    computations, entry = _computations(text)
+    runs = _run_counts(computations, entry)
+    found, channels = [], set()
+    for name, lines in computations.items():
+        for result, opcode, rest in _instructions(lines):
+            if opcode.removesuffix("-start") not in KINDS or not runs[name]:
+                continue
+            channel = _CHANNEL.search(rest)
+            if channel is None or channel[1] not in channels:
+                channels.add(channel and channel[1])
+                several = _collectives(opcode, result, rest, runs[name], devices)
+                if name.startswith("all-reduce-scatter"):
+                    several = (dataclasses.replace(c, kind="reduce-scatter") for c in several)
+                found += several
+    return sorted(found, key=lambda c: -c.received)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    computations, entry, lines = {}, "", []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _instructions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    for line in lines:
+        if match := _INSTRUCTION.match(line):
+            yield match[1], match[2], match[3]
+
+
+def _run_counts(computations: dict[str, list[str]], entry: str) -> collections.Counter:
+    """How often each computation runs in one run of the program."""
+    runs = collections.Counter()
+    pending = [(entry, 1)]
+    while pending:
+        name, times = pending.pop()
+        runs[name] += times
+        for _, opcode, rest in _instructions(computations.get(name, [])):
+            if opcode.endswith(("-done", "-update")):  # names what its start has run
+                continue
+            turns = _trip_count(computations, rest) if opcode == "while" else 1
+            for called, branches in _CALLED.findall(rest):
+                for callee in filter(None, [called, *re.findall(r"[\w.\-]+", branches)]):
+                    pending.append((callee, times * turns))
+    return runs
+
+
+def _trip_count(computations: dict[str, list[str]], rest: str) -> int:
+    """What a loop's condition compares its counter with; 1 where that is no constant."""
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
+    limits = [int(n) for line in computations[condition] for n in _CONSTANT.findall(line)]
+    return limits[0] if len(limits) == 1 else 1
+
+
+def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
+    """The collectives of one instruction: one for each array that it was combined from."""
+    kind = opcode.removesuffix("-start")
+    arrays = [
+        (dtype, tuple(int(n) for n in sizes.split(",") if n))
+        for dtype, sizes in _ARRAY.findall(result)
+    ]
+    if opcode != kind and kind != "all-reduce":  # the result lists the operands first
+        operands = rest.split(")")[0].count("%")
+        arrays = arrays[operands : 2 * operands]
+    group = _group_size(rest, devices)
+    scope = _OP_NAME.search(rest)
+    for dtype, shape in arrays:
+        if kind == "reduce-scatter":
+            dimension = int(re.search(r"dimensions=\{(\d+)\}", rest)[1])
+            shape = (*shape[:dimension], shape[dimension] * group, *shape[dimension + 1 :])
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        yield Collective(kind, dtype, shape, size, group, runs, scope[1] if scope else "")
+
+
+def _group_size(rest: str, devices: int) -> int:
+    groups = _GROUPS.search(rest)
+    if not groups:
+        return devices
+    size, axes, chosen, members = groups.groups()
+    if size:
+        return int(size)
+    if axes is not None:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", chosen))
+    return members.count(",") + 1 if members else devices

@@ -1,0 +1,131 @@
+"""Devices that are not there: chips of a TPU pod by its topology's name, or simulated CPUs.
+
+What a chip can do is taken from the vendors' pages and from "How to Scale Your Model"
+(https://jax-ml.github.io/scaling-book), whose convention for link bandwidths is kept.
+"""
+
+import dataclasses
+import importlib.util
+import os
+
+import jax
+
+from llava_jax.errors import LlavaError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of TPU.
+
+    Attributes:
+      hbm: bytes that a program may use, as the compiler counts them.
+      peak: dense bfloat16 FLOP/s.
+      hbm_bandwidth: bytes/s.
+      link: bytes/s of one link between neighbours, one way.
+      ring: the axis size from which an axis closes to a ring.
+    """
+
+    hbm: int
+    peak: float
+    hbm_bandwidth: float
+    link: float
+    ring: int
+
+
+CHIPS = {
+    "v5e": Chip(int(15.75 * GIB), 197e12, 0.82e12, 4.5e10, 16),
+    "v5p": Chip(int(95.74 * GIB), 459e12, 2.76e12, 9e10, 4),
+    "v6e": Chip(int(31.25 * GIB), 918e12, 1.64e12, 9e10, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A set of devices to compile for.
+
+    Attributes:
+      name: as given, such as `v5e:4x4` or `cpu:8`.
+      shape: chips along each axis of the torus.
+      chip: None for CPUs.
+    """
+
+    name: str
+    devices: tuple[jax.Device, ...]
+    shape: tuple[int, ...]
+    chip: Chip | None
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes/s that enter a chip when all chips gather along every axis; None for one chip.
+
+        An axis that closes to a ring brings data from both sides, an open one from one side at
+        its ends, for which the others wait.
+        """
+        if self.chip is None or len(self.devices) == 1:
+            return None
+        closed = [size % self.chip.ring == 0 for size in self.shape]
+        if self.chip is CHIPS["v5p"]:  # closes its axes only together
+            closed = [all(closed)] * len(closed)
+        ways = [1 + ring for size, ring in zip(self.shape, closed, strict=True) if size > 1]
+        return self.chip.link * sum(ways)
+
+
+def topology(name: str) -> Topology:
+    """The devices of a name: `KIND:AxB` or `KIND:AxBxC` for a TPU, `cpu:N` for simulated CPUs.
+
+    To be called before anything else asks JAX for its devices.
+
+    Raises:
+      LlavaError: no such topology, or the TPU compiler is not installed.
+    """
+    kind, _, sizes = name.partition(":")
+    try:
+        shape = tuple(int(size) for size in sizes.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1 or kind not in (*CHIPS, "cpu") or shape[1:] and kind == "cpu":
+        raise LlavaError(
+            f"dry_run={name!r} is no topology: give cpu:8, or one of {', '.join(CHIPS)} with its "
+            "chips, such as v5e:4x4 or v5p:4x4x4"
+        )
+    jax.config.update("jax_platforms", "cpu")
+    if kind == "cpu":
+        return Topology(name, _simulated_cpus(shape[0]), shape, None)
+    return Topology(name, _tpu_devices(name, shape), shape, CHIPS[kind])
+
+
+def _simulated_cpus(count: int) -> tuple[jax.Device, ...]:
+    # Read when JAX first looks for devices; of two, the last one counts.
+    option = f"--xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {option}"
+    devices = jax.devices()
+    if len(devices) != count:
+        raise LlavaError(f"dry_run=cpu:{count}: this process already has {len(devices)} devices")
+    return tuple(devices)
+
+
+def _tpu_devices(name: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
+    if not importlib.util.find_spec("libtpu"):
+        raise LlavaError(
+            f"dry_run={name} needs the TPU compiler: pip install -e '.[tpu]' in an environment of "
+            "its own (no TPU is needed), or take --dry_run=cpu:8"
+        )
+    # Without this the compiler's library asks Google Cloud for a TPU that is not there.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Else a second program that compiles for TPUs on this machine is refused.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    # A host has up to 2 x 2 chips of a slice; a smaller slice is a part of one.
+    bounds = [min(size, 2) if axis < 2 else 1 for axis, size in enumerate((*shape, 1, 1)[:3])]
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, chips_per_host_bounds=bounds
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise LlavaError(
+            f"dry_run={name}: the TPU compiler knows no such slice ({error})"
+        ) from None
+    return tuple(description.devices)

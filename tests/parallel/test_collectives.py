@@ -1,0 +1,111 @@
+"""Collectives read from a program's text: a text by hand, compiled programs by hand count."""
+
+import collections
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llava_jax.parallel.collectives import read_collectives
+from llava_jax.parallel.mesh import make_mesh
+from llava_jax.parallel.topology import topology
+
+# As the TPU compiler writes: a gather in a loop of three turns, split over two fusions that share
+# a channel; a scatter as a reduction of which a slice is kept; a permutation and a scatter beside
+# it; a reduction of two arrays; a loop without limit.
+TEXT = """\
+HloModule step
+%gather.1 (p: bf16[1,8]) -> bf16[4,8] {
+  ROOT %all-gather.1 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}, metadata={op_name="layers/up_proj"}
+}
+%gather.2 (p: bf16[1,8]) -> bf16[4,8] {
+  ROOT %all-gather.2 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+}
+%all-reduce-scatter.clone.1 (input: bf16[40,4]) -> bf16[5,4] {
+  %all-reduce.3 = bf16[40,4]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=4, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %dynamic-slice.17 = bf16[5,4]{1,0} dynamic-slice(%all-reduce.3, %multiply.4, %constant.106), dynamic_slice_sizes={5,4}
+}
+%body (p: (s32[], bf16[1,8])) -> (s32[], bf16[1,8]) {
+  %start = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%gather.1
+  %end = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%gather.2
+  %fusion.39 = bf16[5,4]{1,0} fusion(%end), kind=kCustom, calls=%all-reduce-scatter.clone.1
+  %collective-permute-start.1 = (bf16[1,8]{1,0}, bf16[1,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  %collective-permute-done.1 = bf16[1,8]{1,0} collective-permute-done(%collective-permute-start.1)
+}
+%condition (p: (s32[], bf16[1,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+%open_body (p: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %reduce = f32[2]{0} all-reduce(%x), channel_id=9, replica_groups=[1,8]<=[8], to_apply=%add
+}
+%open_condition (p: (s32[], f32[2])) -> pred[] {
+  ROOT %lt.1 = pred[] compare(%i, %longest), direction=LT
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %loop = (s32[], bf16[1,8]) while(%t), condition=%condition, body=%body
+  %loop.1 = (s32[], f32[2]) while(%t), condition=%open_condition, body=%open_body
+  %scatter = f32[2,16]{1,0} reduce-scatter(%g), channel_id=10, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+  %both = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), channel_id=11, replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_a_text_by_hand():
+    found = {(c.kind, c.dtype, c.shape): c for c in read_collectives(TEXT, 8)}
+    wanted = {
+        ("all-gather", "bf16", (4, 8)): (4, 3, 3 * 64 * 3 / 4),  # group, runs, bytes received
+        ("reduce-scatter", "bf16", (40, 4)): (8, 3, 3 * 320 * 7 / 8),
+        ("collective-permute", "bf16", (1, 8)): (8, 3, 3 * 16),
+        ("all-reduce", "f32", (2,)): (8, 1, 2 * 8 * 7 / 8),
+        ("reduce-scatter", "f32", (8, 16)): (4, 1, 512 * 3 / 4),
+        ("all-reduce", "f32", (4,)): (8, 1, 2 * 16 * 7 / 8),
+        ("all-reduce", "bf16", (6,)): (8, 1, 2 * 12 * 7 / 8),
+    }
+    assert {key: (c.group, c.runs, c.received) for key, c in found.items()} == wanted
+    assert found["all-gather", "bf16", (4, 8)].scope == "layers/up_proj"
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_a_scanned_program_sends_what_its_layers_need(layers):
+    """Every layer's weights are gathered once forward; the count follows the number of layers."""
+    mesh = make_mesh()
+    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    weights = jax.ShapeDtypeStruct((layers, 16, 16), jnp.float32, sharding=place(None, "fsdp"))
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=place("fsdp"))
+
+    def forward(weights, x):
+        def layer(x, w):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), place("fsdp")), None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    text = jax.jit(forward, out_shardings=place("fsdp")).lower(weights, x).compile().as_text()
+    gathers = [c for c in read_collectives(text, 8) if c.kind == "all-gather"]
+    assert sum(c.received for c in gathers) == layers * 16 * 16 * 4 * 7 / 8
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_a_scanned_gradient_on_a_tpu():
+    """Weights gathered forward and backward, their gradients scattered, once a layer."""
+    layers, width = 3, 1024
+    mesh = make_mesh(devices=list(topology("v5e:2x4").devices))
+    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    weights = place(None, "fsdp")
+    shape = jax.ShapeDtypeStruct((layers, width, width), jnp.bfloat16, sharding=weights)
+    x = jax.ShapeDtypeStruct((1024, width), jnp.bfloat16, sharding=place("fsdp"))
+
+    def loss(weights, x):
+        def layer(x, w):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), place("fsdp")), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, weights)[0].astype(jnp.float32))
+
+    program = jax.jit(jax.grad(loss), out_shardings=weights).lower(shape, x).compile()
+    received = collections.Counter()
+    for c in read_collectives(program.as_text(), 8):
+        received[c.kind] += c.received
+    once = layers * width * width * 2 * 7 / 8
+    assert received == {"all-gather": 2 * once, "reduce-scatter": once}

@@ -1,0 +1,44 @@
+"""The search for settings that fit finds the fastest, and tries no hopeless one."""
+
+import pytest
+
+from llava_jax.parallel.fit import LADDER, fastest_fit
+
+MEMORY = dict(zip(LADDER, (80, 40, 12, 10), strict=True))  # of a whole batch's activations
+SECONDS = dict(zip(LADDER, (3.0, 3.0, 3.5, 4.0), strict=True))
+
+
+def dry_run(room: int, tried: list):
+    def try_out(policy: str, accumulation: int) -> dict:
+        tried.append((policy, accumulation))
+        needed = MEMORY[policy] / accumulation
+        seconds = SECONDS[policy] + 0.05 * accumulation
+        fits = needed <= room
+        told = {"bytes": {"needed": needed}, "fits": fits}
+        return told | ({"estimate": {"step_seconds_nothing_hidden": seconds}} if fits else {})
+
+    return try_out
+
+
+@pytest.mark.parametrize(
+    ("room", "best"),
+    [
+        (100, ("none", 1)),
+        (45, ("dots", 1)),
+        (20, ("dots", 2)),  # half a batch keeps what a whole one must compute again
+        (5, ("attention", 4)),
+        (1, None),
+    ],
+)
+def test_the_fastest_that_fits(room, best):
+    tried = []
+    found = fastest_fit(batch_size=32, shards=8, try_out=dry_run(room, tried), tell=lambda _: None)
+    chosen = found["best"]
+    assert (chosen and (chosen["remat_policy"], chosen["accumulation"])) == best
+    assert [(e["remat_policy"], e["accumulation"]) for e in found["tried"]] == tried
+
+
+def test_what_cannot_be_faster_is_not_tried():
+    tried = []
+    fastest_fit(32, 8, dry_run(45, tried), lambda _: None)
+    assert tried == [("none", 1), ("dots", 1), ("none", 2)]

@@ -1,0 +1,45 @@
+"""Topologies by name, their links, and names that mean none."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.parallel.topology import CHIPS, Topology, topology
+
+
+def test_simulated_cpus_have_no_chip():
+    where = topology("cpu:8")
+    assert where.devices == tuple(jax.devices()) and where.chip is None
+    assert where.bandwidth is None
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4x", "h100:8", "cpu:2x4", "v5e:0x4", "cpu:7"])
+def test_names_that_mean_no_devices_are_refused(name):
+    with pytest.raises(LlavaError, match="dry_run"):
+        topology(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "links"),
+    [
+        ("v5e", (4, 4), 2),  # open axes: one link each at the corners
+        ("v5e", (16, 16), 4),
+        ("v5e", (8, 16), 3),
+        ("v5p", (4, 4, 4), 6),
+        ("v5p", (2, 2, 1), 2),
+        ("v6e", (8, 8), 2),
+    ],
+)
+def test_links_into_a_chip(kind, shape, links):
+    where = Topology(kind, (None,) * 4, shape, CHIPS[kind])
+    assert where.bandwidth == links * CHIPS[kind].link
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_a_slice_of_a_tpu():
+    where = topology("v5e:2x4")
+    assert len(where.devices) == 8 and where.devices[0].platform == "tpu"
+    with pytest.raises(LlavaError, match="no such slice"):
+        topology("v5e:3x5")
