@@ -37,7 +37,7 @@ BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "v5 lite": 0.82e1
 def make_requests(model: Llava, count: int, tokens: int) -> list[Request]:
     """Requests with one random picture each and prompts of like length."""
     rng = np.random.default_rng(0)
-    params = SamplingParams(tokens, ignore_eos=True)
+    params = SamplingParams(tokens, min_tokens=tokens)
     side = model.config.image_size
     pictures = [
         Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)
