@@ -42,7 +42,8 @@ def main() -> None:
     check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
     # Late: loading JAX takes seconds that a mistyped flag or a missing file should not cost.
     from llava_jax.evaluation.runner import evaluate
-    from llava_jax.inference.model import Llava, keep_compilations
+    from llava_jax.inference.command_line import keep_compilations
+    from llava_jax.inference.model import Llava
 
     keep_compilations()
     model = Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype)

@@ -11,7 +11,8 @@ from PIL import Image
 from llava_jax.data.images import load_image
 from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.errors import LlavaError
-from llava_jax.inference.model import Llava, add_model_arguments, load_from_arguments
+from llava_jax.inference.command_line import add_model_arguments, load_from_arguments
+from llava_jax.inference.model import Llava
 from llava_jax.inference.sources import fetch, source_name
 
 HELP = "/image FILE adds a picture, /reset starts over, /save FILE writes it down, /quit ends"

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer, TokenLogprob
-from llava_jax.inference.model import Llava, add_model_arguments, load_from_arguments
+from llava_jax.inference.command_line import add_model_arguments, load_from_arguments
+from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.weights.run_directory import write_json
 

@@ -9,8 +9,7 @@ import pytest
 
 from llava_jax.data.images import load_image
 from llava_jax.errors import LlavaError
-from llava_jax.inference import chat
-from llava_jax.inference import model as model_module
+from llava_jax.inference import chat, command_line
 from llava_jax.inference.model import Llava
 from tests.tiny_model import random_image
 
@@ -34,7 +33,7 @@ class Recorder:
 def model(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(Llava, "from_pretrained", lambda *_, **__: recorder)
-    monkeypatch.setattr(model_module, "keep_compilations", lambda: None)
+    monkeypatch.setattr(command_line, "keep_compilations", lambda: None)
     return recorder
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference import generate, model
+from llava_jax.inference import command_line, generate, model
 from tests.tiny_model import random_image, tiny_llava
 
 
@@ -20,7 +20,7 @@ def llava():
 def run(llava, tmp_path, monkeypatch):
     """Runs the command with more arguments; gives the lines of the answers."""
     monkeypatch.setattr(model.Llava, "from_pretrained", lambda *_, **__: llava)
-    monkeypatch.setattr(model, "keep_compilations", lambda: None)
+    monkeypatch.setattr(command_line, "keep_compilations", lambda: None)
     for i in range(2):
         random_image(i).save(tmp_path / f"{i}.png")
 

@@ -1,0 +1,42 @@
+"""What the commands that ask a model have in common: its arguments, and how it is loaded."""
+
+import argparse
+import os
+from pathlib import Path
+
+import jax
+
+from llava_jax.errors import LlavaError
+from llava_jax.inference.model import DTYPES, Llava
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the commands that ask a model have in common."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="of train.py, or Hugging Face"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--weights", choices=["int8"], help="eight bits a weight")
+    parser.add_argument("--kv_cache", choices=["int8"], help="eight bits a key or value")
+    parser.add_argument("--allow_urls", action="store_true", help="images from http(s) addresses")
+
+
+def load_from_arguments(args: argparse.Namespace) -> Llava:
+    """The model of `add_model_arguments`; what is compiled for it is kept for the next time."""
+    if not Path(args.checkpoint).is_dir():
+        raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
+    keep_compilations()
+    return Llava.from_pretrained(
+        args.checkpoint,
+        dtype=args.dtype,
+        weights=args.weights,
+        kv_cache=args.kv_cache,
+        allow_urls=args.allow_urls,
+    )
+
+
+def keep_compilations() -> None:
+    """Turns JAX's persistent compilation cache on, below ~/.cache, unless it is set up already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "llava_jax" / "compiled"))
