@@ -157,13 +157,14 @@ def mmbench_answer(text: str, options: Mapping[str, str]) -> str:
     """The letter that MMBench's rules read in an answer, or nothing.
 
     One option's letter as a word, among the last four; else one option's text, in an answer at
-    most twice as long as all options together.
+    most twice as long as all options together. Z, for "none of them", is no option's.
     """
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
         return letters[0]
-    if letters or len(text) > 2 * sum(map(len, options.values())):
+    refused = not letters and "Z" in words
+    if refused or len(text) > 2 * sum(map(len, options.values())):
         return ""
     named = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else ""

@@ -119,27 +119,32 @@ def load_vizwiz(root: Path) -> Benchmark:
 def load_textvqa(root: Path) -> Benchmark:
     """TextVQA's validation questions (https://textvqa.org) with M4C's soft accuracy.
 
-    As LLaVA-1.5 was measured, the question comes with the words that Rosetta OCR read.
+    As LLaVA-1.5 was measured, the question comes with the words that Rosetta OCR read, and a
+    question asked twice of a picture is scored by the last one's answers both times.
     """
     folder = Folder(root, "https://textvqa.org/dataset")
     name = "TextVQA_0.5.1_val.json"
     read = folder.json("TextVQA_Rosetta_OCR_v0.2_val.json")["data"]
     words = {item["image_id"]: item["ocr_tokens"] for item in read}
+    items = folder.json(name)["data"]
+    asked = lambda item: (item["image_id"], item["question"].lower())
+    answers_to = {asked(item): item["answers"] for item in items}
 
     def make(item) -> Question:
-        if len(item["answers"]) != 10:
-            raise LlavaError(f"{len(item['answers'])} answers, not ten")
+        answers = answers_to[asked(item)]
+        if len(answers) != 10:
+            raise LlavaError(f"{len(answers)} answers, not ten")
         ocr = ", ".join(words[item["image_id"]])
         text = f"{item['question'].capitalize()}\nReference OCR token: {ocr}\n{SHORT}"
         return ask(
             item["question_id"],
             text,
             str(root / "train_images" / f"{item['image_id']}.jpg"),
-            reference=summary(item["answers"]),
-            label=tuple(item["answers"]),
+            reference=summary(answers),
+            label=tuple(answers),
         )
 
-    questions = questions_of(folder.json(name)["data"], root / name, make)
+    questions = questions_of(items, root / name, make)
     metric = graded(lambda q, text: m4c_accuracy(text, q.label))
     return Benchmark("textvqa", folder.source, questions, **metric)
 

@@ -22,7 +22,9 @@ def load_pope(root: Path) -> Benchmark:
     Scores by split: F1, accuracy, precision and recall of "yes", and how often it says yes (half
     of the right answers are). `mean` is the mean of the three F1, which LLaVA-1.5 reports.
     """
-    folder = Folder(root, "https://github.com/AoiDragon/POPE/tree/main/output/coco")
+    # The version LLaVA-1.5 was measured with: 2,910 questions in `random`, not 3,000.
+    commit = "e3e39262c85a6a83f26cf5094022a782cb0df58d"
+    folder = Folder(root, f"https://github.com/AoiDragon/POPE/tree/{commit}/output/coco")
     questions = []
     for split in POPE_SPLITS:
         name = f"coco_pope_{split}.json"

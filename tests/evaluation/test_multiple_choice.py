@@ -128,6 +128,10 @@ def test_mmbench_prompts_are_the_originals(tmp_path):
         ("a seed or a leaf", ""),
         ("b", ""),
         ("B is the letter of what I choose here", ""),  # too far from the end
+        ("B, I think, it is a leaf", "B"),  # too far, so the text of an option counts
+        ("A or B: a seed", "A"),  # two letters, one text
+        ("Z", ""),  # none of them, whatever follows
+        ("Z a leaf", ""),
         ("a leaf, as everybody who has seen a tree knows", ""),  # too long to be an option
         ("C", ""),
     ],

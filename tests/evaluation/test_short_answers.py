@@ -133,6 +133,17 @@ def test_textvqa_hints_at_the_words_that_were_read(tmp_path):
     assert scores == {"overall": (2, {"accuracy": 80.0})}  # 0.6 and 1
 
 
+def test_textvqa_scores_a_question_asked_twice_by_the_last_answers(tmp_path):
+    first = {"question_id": 1, "image_id": "0a", "question": "What is it?", "answers": ["1st"] * 10}
+    items = [first, first | {"question_id": 2, "answers": ["last"] * 10, "question": "what is it?"}]
+    write(tmp_path, "TextVQA_0.5.1_val.json", {"data": items})
+    read = [{"image_id": "0a", "ocr_tokens": []}]
+    write(tmp_path, "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": read})
+    benchmark = load_benchmark("textvqa", tmp_path, {})
+    grades = [benchmark.grade(question, "last") for question in benchmark.questions]
+    assert grades == [1, 1] and len(benchmark.questions) == 2
+
+
 def test_textvqa_needs_ten_answers(tmp_path):
     textvqa(tmp_path, ["dakota"] * 9)
     with pytest.raises(LlavaError, match=r"val.json, record 0: 9 answers, not ten"):
