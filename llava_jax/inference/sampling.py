@@ -5,7 +5,6 @@ B rows, V vocabulary, K logprobs told.
 
 import dataclasses
 import difflib
-import math
 import numbers
 from collections.abc import Sequence
 
@@ -18,6 +17,8 @@ from llava_jax.errors import LlavaError
 
 MAX_STOP_IDS = 32  # a fixed width, so that no request compiles anything
 MAX_LOGPROBS = 20
+MAX_ANSWERS = 16_384  # of one request: a mistyped n must not fill the memory
+GREEDY_BELOW = 1e-5  # temperatures under which logits divided by them leave float32
 # Hugging Face's names -> vLLM's, which are ours; `do_sample` is read in `from_names`.
 ALIASES = {
     "max_new_tokens": "max_tokens",
@@ -33,7 +34,8 @@ class SamplingParams:
 
     Attributes:
       max_tokens: length limit; an answer also ends where the model's positions do.
-      temperature: 0 takes the likeliest token each time; otherwise tokens are drawn.
+      temperature: 0 takes the likeliest token each time, as does anything below 1e-5; otherwise
+        tokens are drawn.
       top_p: draw only among the likeliest tokens that together reach this probability.
       seed: the same prompt and seed draw the same answer, whatever else is in the batch.
       top_k: draw only among this many; 0 or -1 for no limit.
@@ -66,17 +68,20 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _several("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop_token_ids = _several("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         _whole("max_tokens", self.max_tokens, 1)
-        _number("temperature", self.temperature, "a number from 0", lambda x: 0 <= x < math.inf)
+        _number("temperature", self.temperature, "a number from 0 to 1000", lambda x: 0 <= x <= 1e3)
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         _number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
         _whole("seed", self.seed, 0, 2**32 - 1)
         _whole("top_k", self.top_k, -1)
         _number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
         penalty = self.repetition_penalty
-        _number("repetition_penalty", penalty, "above 0", lambda x: 0 < x < math.inf)
+        _number("repetition_penalty", penalty, "from 0.01 to 100", lambda x: 0.01 <= x <= 100)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         if not all(isinstance(text, str) and text for text in stop):
             raise LlavaError(f"stop must be texts, none empty, not {self.stop!r:.80}")
@@ -84,7 +89,7 @@ class SamplingParams:
             _whole("each of stop_token_ids", token, 0)
         if not isinstance(self.ignore_eos, bool):
             raise LlavaError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
-        _whole("n", self.n, 1)
+        _whole("n", self.n, 1, MAX_ANSWERS)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -124,11 +129,18 @@ def resolve_names(names: dict) -> dict:
     return values
 
 
-def _whole(name: str, value, low: int, high: int | None = None) -> None:
-    right = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low
-    if not right or (high is not None and value > high):
-        limits = f"from {low}" + ("" if high is None else f" to {high}")
-        raise LlavaError(f"{name} must be a whole number {limits}, not {value!r}")
+def _several(name: str, value) -> tuple:
+    if value is not None and not isinstance(value, Sequence):
+        raise LlavaError(f"{name} must be a list, not {value!r:.80}")
+    return tuple(value or ())
+
+
+def _whole(name: str, value, low: int, high: int = 2**30) -> None:
+    """2**30, a limit for all that the devices count in int32, is more than anything here needs."""
+    right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not right or not low <= value <= high:
+        limits = f"from {low}" + ("" if high == 2**30 else f" to {high}")
+        raise LlavaError(f"{name} must be a whole number {limits}, not {value!r:.80}")
 
 
 def _number(name: str, value, wanted: str, fits) -> None:
@@ -242,7 +254,8 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: ja
     inside &= (rank < top_k[:, None]) | (top_k[:, None] <= 0)
     probability = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    inside &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    # The likeliest token stays, even where top_p is too small for float32.
+    inside &= (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
     threshold = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 

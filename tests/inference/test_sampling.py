@@ -90,6 +90,13 @@ def test_limits_keep_what_huggingface_keeps():
         np.testing.assert_array_equal(ours[row], np.isfinite(scores[0].numpy()))
 
 
+def test_the_likeliest_token_can_always_be_drawn():
+    logits = jnp.array([[0.0, 2.0, 1.0]])
+    for top_p in (1e-7, 1e-50):  # the latter is 0 in float32
+        kept = keep_likely(logits, jnp.array([0]), jnp.array([top_p]), jnp.array([0.0]))
+        np.testing.assert_array_equal(np.isfinite(kept), [[False, True, False]])
+
+
 def test_repetition_penalty_is_huggingfaces():
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -136,6 +143,7 @@ def test_logprobs_are_the_log_softmax():
         ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
         ({"do_sample": True}, {"temperature": 1.0}),
         ({"do_sample": True, "temperature": 0.5}, {"temperature": 0.5}),
+        ({"temperature": 1e-40}, {"temperature": 0.0}),
         ({"top_k": -1, "stop": None, "stop_token_ids": [3]}, {"top_k": -1, "stop_token_ids": (3,)}),
     ],
 )
@@ -155,12 +163,20 @@ def test_names_of_vllm_and_huggingface(names, expected):
         ({"max_tokens": True}, "max_tokens must be a whole number from 1"),
         ({"top_k": -2}, "top_k must be a whole number from -1"),
         ({"min_p": 1.1}, "min_p must be from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be from 0.01 to 100"),
+        ({"temperature": 1e300}, "temperature must be a number from 0 to 1000"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0 to 1000"),
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens must be a whole number from 0 to 3"),
         ({"stop": [""]}, "stop must be texts"),
+        ({"stop": 5}, "stop must be a list, not 5"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list, not 5"),
         ({"stop_token_ids": ["a"]}, "each of stop_token_ids must be a whole number"),
+        ({"stop_token_ids": [10**12]}, "each of stop_token_ids must be a whole number"),
+        ({"top_k": 10**12}, "top_k must be a whole number"),
+        ({"max_tokens": 10**12}, "max_tokens must be a whole number from 1"),
         ({"logprobs": 21}, "logprobs must be a whole number from 0 to 20"),
-        ({"n": 0}, "n must be a whole number from 1"),
+        ({"n": 0}, "n must be a whole number from 1 to 16384"),
+        ({"n": 10**7}, "n must be a whole number from 1 to 16384"),
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
     ],
 )
