@@ -1,16 +1,20 @@
 """safetensors files, read and written one tensor at a time.
 
 The headers are parsed here rather than by the `safetensors` package so that every fault can be told
-with the file and the tensor, and so that no more than one tensor is ever held in memory.
+with the file and the tensor, and so that no more than two tensors are ever held in memory.
 Format: https://github.com/huggingface/safetensors#format
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import mmap
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import ml_dtypes
@@ -59,20 +63,34 @@ class StoredTensor:
         return DTYPES[self.dtype]
 
     def read(self) -> np.ndarray:
-        """The values, in the stored dtype."""
-        size = math.prod(self.shape) * self.value_dtype.itemsize
-        values = np.fromfile(self.path, np.uint8, size, offset=self.offset)
-        if values.size != size:
-            raise LlavaError(f"{self.path} ends inside tensor {self.name!r}: get the file again.")
-        return values.view(self.value_dtype).reshape(self.shape)
+        """The values, in the stored dtype: a view of the file, brought in as they are looked at.
+
+        It takes no memory of its own, and the system reads ahead in large pieces.
+        """
+        return self._view(whole=True)
 
     def map(self) -> np.ndarray:
-        """The values as a view of the file, of which only what is indexed is read."""
+        """As `read`, for when parts are wanted: little more than what is indexed is read."""
+        return self._view(whole=False)
+
+    def _view(self, whole: bool) -> np.ndarray:
         size = math.prod(self.shape) * self.value_dtype.itemsize
         if not size:
-            return self.read()
-        data = np.memmap(self.path, np.uint8, "r", self.offset, (size,))
-        return np.asarray(data).view(self.value_dtype).reshape(self.shape)
+            return np.empty(self.shape, self.value_dtype)
+        begin = self.offset % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self.offset + size:
+                raise LlavaError(
+                    f"{self.path} ends inside tensor {self.name!r}: get the file again."
+                )
+            view = mmap.mmap(
+                file.fileno(), begin + size, access=mmap.ACCESS_READ, offset=self.offset - begin
+            )
+        if whole and hasattr(mmap, "MADV_HUGEPAGE"):  # of Linux
+            with contextlib.suppress(OSError):  # a kernel without them
+                view.madvise(mmap.MADV_HUGEPAGE)
+        values = np.frombuffer(view, np.uint8, size, begin)
+        return values.view(self.value_dtype).reshape(self.shape)
 
 
 def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
@@ -297,8 +315,32 @@ def write_file(
     tensors: Iterable[TensorToWrite],
     progress: Callable[[int], object] = lambda count: None,
 ) -> str:
-    """Writes one safetensors file, holding one tensor in memory at a time; returns its SHA-256."""
+    """Writes one safetensors file; returns its SHA-256.
+
+    The next tensor is made and hashed while one is written; no others are in memory.
+    """
     tensors = list(tensors)
+    header = _header(tensors)
+    digest = hashlib.sha256(header)
+
+    def hashed(tensor: TensorToWrite) -> memoryview:
+        data = _bytes_of(tensor)
+        digest.update(data)
+        return data
+
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        _write_all(file, header)
+        ahead = pool.submit(hashed, tensors[0]) if tensors else None
+        for tensor, following in zip_longest(tensors, tensors[1:]):
+            data = ahead.result()
+            ahead = following and pool.submit(hashed, following)
+            _write_all(file, data)
+            progress(tensor.bytes)
+    return digest.hexdigest()
+
+
+def _header(tensors: list[TensorToWrite]) -> bytes:
+    """All that comes before the values."""
     spelling = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     position = 0
@@ -312,22 +354,17 @@ def write_file(
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # keeps the data 8-byte aligned
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        _write_hashed(file, digest, pool, len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            values = np.asarray(tensor.values(), dtype=tensor.dtype, order="C")
-            if values.shape != tensor.shape:
-                raise ValueError(f"{tensor.name}: made {values.shape}, announced {tensor.shape}")
-            _write_hashed(file, digest, pool, values.reshape(-1).view(np.uint8).data)
-            progress(tensor.bytes)
-    return digest.hexdigest()
+    return len(text).to_bytes(8, "little") + text
 
 
-def _write_hashed(file, digest, pool: ThreadPoolExecutor, data) -> None:
-    """Writes and hashes at the same time: neither holds Python's lock."""
-    hashed = pool.submit(digest.update, data)
+def _bytes_of(tensor: TensorToWrite) -> memoryview:
+    values = np.asarray(tensor.values(), dtype=tensor.dtype, order="C")
+    if values.shape != tensor.shape:
+        raise ValueError(f"{tensor.name}: made {values.shape}, announced {tensor.shape}")
+    return values.reshape(-1).view(np.uint8).data
+
+
+def _write_all(file, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
-    hashed.result()
