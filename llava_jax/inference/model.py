@@ -3,7 +3,6 @@
 B rows, T length, N images in all, S image side, V vocabulary.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,23 +15,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.processor_prompt import ProcessorPrompt
-from llava_jax.data.records import IMAGE_TOKEN, Turn
-from llava_jax.data.templates import get_template, render
-from llava_jax.data.tokenization import SegmentTokenizer, load_tokenizer
+from llava_jax.data.templates import get_template
+from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine, Request
+from llava_jax.inference.processor_inputs import read_inputs
+from llava_jax.inference.prompts import History, PromptReader, conversation, told_of
 from llava_jax.inference.quantization import pack_kernels, quantize_kernels
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.inference.sources import ImageSource, fetch, source_name
-from llava_jax.models.llava import LlavaConfig, abstract_params, image_token_count
+from llava_jax.inference.sources import ImageSource, as_sources, fetch, source_name
+from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.parallel.sharding import param_shardings
 
 DTYPES = ("auto", *PRECISIONS)
-
-History = Sequence[tuple[str, str]]
 
 
 class Llava:
@@ -79,12 +76,7 @@ class Llava:
         self.template = get_template(template)
         self.dtype = check_dtype(dtype)
         self.allow_urls = allow_urls
-        self._tokenize = SegmentTokenizer(
-            tokenizer, image_token_count(config), config.image_token_id, config.use_im_start_end
-        )
-        self._processor_prompt = chat_template and ProcessorPrompt(
-            tokenizer, chat_template, image_token_count(config), config.image_token_id
-        )
+        self.prompt_ids = PromptReader(config, tokenizer, self.template, chat_template)
         for name, value in (("weights", weights), ("kv_cache", kv_cache)):
             if value not in (None, "int8"):
                 raise LlavaError(f"{name} must be int8 or None, not {value!r}")
@@ -233,7 +225,7 @@ class Llava:
         prompts = list(prompts)
         sources = self._sources(prompts, images)
         seeds = sampling.pop("seed", 0)
-        seeds = [seeds] * len(prompts) if isinstance(seeds, numbers.Integral) else list(seeds)
+        seeds = seeds if isinstance(seeds, Sequence | np.ndarray) else [seeds] * len(prompts)
         if len(seeds) != len(prompts):
             raise LlavaError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
         if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
@@ -323,38 +315,9 @@ class Llava:
           attention_mask: int[B, T], 0 for padding on either side; default no padding. Logits of
             padding mean nothing.
         """
-        input_ids = to_numpy(input_ids)
-        mask = np.ones_like(input_ids) if attention_mask is None else to_numpy(attention_mask)
-        if input_ids.ndim != 2 or input_ids.dtype.kind not in "iu" or 0 in input_ids.shape:
-            raise LlavaError(
-                f"input_ids must be whole numbers [B, T], not {input_ids.dtype}{input_ids.shape}"
-            )
-        if mask.shape != input_ids.shape:
-            raise LlavaError(
-                f"attention_mask {mask.shape} must have the shape of input_ids {input_ids.shape}"
-            )
-        mask = (mask != 0).astype(np.int32)
-        input_ids = np.where(mask, input_ids, 0)
-        self._check_vocabulary(input_ids)
-        return self.engine.logits(input_ids, self._deal_images(input_ids, pixel_values), mask)
-
-    def prompt_ids(self, turns: Sequence[Turn], images: int) -> np.ndarray:
-        """int32[T]: a conversation that waits for an answer, with placeholders for its images."""
-        written = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-        if not written and images:
-            first = Turn("human", f"{IMAGE_TOKEN}\n" * images + turns[0].text)
-            turns = [first, *turns[1:]]
-        elif written != images:
-            raise LlavaError(
-                f"the text has {written} {IMAGE_TOKEN} but {images} image(s) were given: write one "
-                f"{IMAGE_TOKEN} for each image, or none to have them first"
-            )
-        if self._processor_prompt:
-            ids = self._processor_prompt(turns)
-        else:
-            ids = self._tokenize(render(self.template, turns, generation=True)).input_ids
-        self._check_vocabulary(ids[None])
-        return ids
+        return self.engine.logits(
+            *read_inputs(self.config, input_ids, pixel_values, attention_mask)
+        )
 
     def _stop_ids(self) -> list[int]:
         """The end-of-text token, and each stop text that is one token of its own."""
@@ -383,87 +346,8 @@ class Llava:
             image = load_image(fetch(source, self.allow_urls), name)
             return preprocess(image, c.image_size, c.image_mode, c.image_mean, name)
 
-    def _check_vocabulary(self, input_ids: np.ndarray) -> None:
-        vocabulary = self.config.decoder.vocab_size
-        wrong = (input_ids < 0) | (input_ids >= vocabulary)
-        wrong &= input_ids != self.config.image_token_id
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise LlavaError(
-                f"token {column} of row {row} is {input_ids[row, column]}: the model's ids go from "
-                f"0 to {vocabulary - 1}, and {self.config.image_token_id} stands for an image"
-            )
-
-    def _deal_images(self, input_ids: np.ndarray, pixel_values) -> list[np.ndarray]:
-        """The flat list of images, float32[n, S, S, 3] for each row by its placeholders."""
-        size, tokens = self.config.image_size, image_token_count(self.config)
-        pixels = np.zeros((0, 3, size, size)) if pixel_values is None else to_numpy(pixel_values)
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-            raise LlavaError(
-                f"pixel_values must be [images, 3, {size}, {size}], not {list(pixels.shape)}"
-            )
-        placeholders = (input_ids == self.config.image_token_id).sum(axis=1)
-        if placeholders.sum() != len(pixels) * tokens:
-            raise LlavaError(
-                f"input_ids have {placeholders.sum()} placeholders ({self.config.image_token_id}) "
-                f"but {len(pixels)} image(s) of {tokens} tokens need {len(pixels) * tokens}"
-            )
-        if (placeholders % tokens).any():
-            row = int(np.argmax(placeholders % tokens != 0))
-            raise LlavaError(
-                f"row {row} of input_ids has {placeholders[row]} placeholders, which is no whole "
-                f"number of images: each takes {tokens}"
-            )
-        ends = np.cumsum(placeholders // tokens)[:-1]
-        return np.split(pixels.transpose(0, 2, 3, 1).astype(np.float32), ends)
-
 
 def check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise LlavaError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     return dtype
-
-
-def conversation(question: str, history: History) -> list[Turn]:
-    """Turns of the (question, answer) pairs of a history and of a last question."""
-    turns = []
-    for pair in history:
-        if len(pair) != 2:
-            raise LlavaError(f"history must hold (question, answer) pairs, not {pair!r:.80}")
-        turns += [Turn("human", pair[0]), Turn("gpt", pair[1])]
-    turns.append(Turn("human", question))
-    for turn in turns:
-        if not isinstance(turn.text, str):
-            raise LlavaError(f"a question or answer must be text, not {turn.text!r:.80}")
-    return turns
-
-
-def as_sources(images) -> list[ImageSource]:
-    """None, one image or several -> a list; LlavaError for anything that is no image source."""
-    if images is None:
-        return []
-    images = images if isinstance(images, list | tuple) else [images]
-    for image in images:
-        if not isinstance(image, ImageSource):
-            raise LlavaError(
-                f"an image must be a path, encoded bytes or a Pillow image, "
-                f"not {type(image).__name__}"
-            )
-    return list(images)
-
-
-def to_numpy(array) -> np.ndarray:
-    """NumPy from NumPy, JAX, a list, or a PyTorch tensor of any device, dtype and grad."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu()
-        array = array.float() if array.is_floating_point() else array
-    return np.asarray(array)
-
-
-@contextlib.contextmanager
-def told_of(where: str):
-    """A LlavaError from inside begins with `where`."""
-    try:
-        yield
-    except LlavaError as error:
-        raise LlavaError(f"{where}{error}") from None

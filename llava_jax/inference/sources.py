@@ -34,6 +34,20 @@ def fetch(source: ImageSource, allow_urls: bool) -> str | bytes | Image.Image:
     return source
 
 
+def as_sources(images) -> list[ImageSource]:
+    """None, one image or several -> a list; LlavaError for anything that is no image source."""
+    if images is None:
+        return []
+    images = images if isinstance(images, list | tuple) else [images]
+    for image in images:
+        if not isinstance(image, ImageSource):
+            raise LlavaError(
+                f"an image must be a path, encoded bytes or a Pillow image, "
+                f"not {type(image).__name__}"
+            )
+    return list(images)
+
+
 def source_name(source: ImageSource, default: str) -> str:
     """What messages call a source."""
     if not isinstance(source, str | os.PathLike):
