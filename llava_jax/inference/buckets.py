@@ -2,19 +2,40 @@
 
 SMALLEST_LENGTH = 16
 SMALLEST_CACHE = 64
-ROWS = (1, 4, 16, 64)  # prompts read at once
-TOKENS_AT_A_TIME = 8192  # most prompt tokens, padding included, read at once
+IMAGES = (1, 4, 16, 64)  # encoded at once
+TOKENS_AT_A_TIME = 4096  # of prompts, read at once where no prompt is longer
 
 
 def length_bucket(length: int) -> int:
-    """The shortest padded length that holds `length` tokens: 16, 24, 32, 48, 64, 96, 128, 192...
+    """The shortest padded length that holds `length` tokens: a power of two from 16."""
+    return max(SMALLEST_LENGTH, 1 << (length - 1).bit_length())
 
-    Two sizes to each doubling: padding is at most a third, and lengths need few compilations.
+
+def token_bucket(total: int, longest: int) -> int:
+    """How many tokens the next call reads, of `total` that wait in prompts of at most `longest`.
+
+    All, unless that would leave a quarter of the call empty: then half, and the next call the rest.
     """
-    if length <= SMALLEST_LENGTH:
-        return SMALLEST_LENGTH
-    power = 1 << (length - 1).bit_length()  # the first that holds it
-    return power * 3 // 4 if length <= power * 3 // 4 else power
+    bucket = length_bucket(total)
+    if 4 * total < 3 * bucket:
+        bucket //= 2
+    return max(length_bucket(longest), min(bucket, TOKENS_AT_A_TIME))
+
+
+def chunk_bucket(longest: int) -> int:
+    """The length of the chunks that prompts of at most `longest` are read in: 16, 64, 256...
+
+    A prompt has at most four.
+    """
+    chunk = SMALLEST_LENGTH
+    while 4 * chunk < longest:
+        chunk *= 4
+    return chunk
+
+
+def chunk_count(tokens: int, chunk: int) -> int:
+    """How many chunks a call has for `tokens`: enough where they are half full."""
+    return max(2 * tokens // chunk, 1)
 
 
 def cache_bucket(length: int) -> int:
@@ -27,10 +48,6 @@ def count_bucket(count: int) -> int:
     return 1 << (count - 1).bit_length() if count else 0
 
 
-def row_bucket(waiting: int, length: int) -> int:
-    """How many rows the next call has, of `waiting` ones padded to `length`.
-
-    The largest of ROWS that the waiting fill to three quarters, within TOKENS_AT_A_TIME.
-    """
-    most = max(1, TOKENS_AT_A_TIME // length)
-    return max(rows for rows in ROWS if rows == 1 or (rows <= most and 4 * waiting >= 3 * rows))
+def image_bucket(waiting: int) -> int:
+    """How many images the next call encodes: the most of IMAGES that are filled to 3/4."""
+    return max(count for count in IMAGES if count == 1 or 4 * waiting >= 3 * count)

@@ -1,7 +1,7 @@
 """Prefill and decode: the device side of generation, as pure functions over fixed shapes.
 
-B rows of the state, R rows read by one prefill, T tokens read, S cache size, C cache slots looked
-at, F slots of image features, P tokens an image, D model size, V vocabulary.
+B rows of the state, S cache size, C cache slots looked at, F slots of image features, P tokens an
+image, D model size, V vocabulary; of one prefill: Q tokens, R prompts at most; T length of a row.
 """
 
 import flax
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.inference.sampling import Logprobs, Sampling, logprobs_of, sample
-from llava_jax.models.decoder import KVCache
+from llava_jax.models.decoder import Chunks, KVCache
 from llava_jax.models.llava import LlavaModel
 
 TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to stop on text
@@ -23,12 +23,14 @@ class DecodeState:
 
     Attributes:
       cache: what the rows have read. A row that ended keeps it, for prompts that begin alike.
+      lengths: int32[B], tokens that each row has in the cache.
       tokens: int32[B], each row's latest token, not yet in the cache.
       budget: int32[B], tokens each row may still produce; 0 in a finished row.
       seen: bool[B, V], tokens of the prompt and of the answer.
     """
 
     cache: KVCache
+    lengths: jax.Array
     tokens: jax.Array
     budget: jax.Array
     seen: jax.Array
@@ -41,6 +43,7 @@ class DecodeState:
             KVCache.empty(decoder, rows, size, kv_dtype),
             jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32),
+            jnp.zeros(rows, jnp.int32),
             jnp.zeros((rows, decoder.vocab_size), bool),
             jax.tree.map(jnp.asarray, Sampling.zeros(rows)),
         )
@@ -48,25 +51,25 @@ class DecodeState:
 
 @flax.struct.dataclass
 class Prompts:
-    """Prompts to be read, each into a row of the state, behind what it shares with another row.
+    """Prompts to be read, each into a row of the state, behind what it shares with other rows.
 
     Attributes:
-      rows: int32[R], the row of each; B for one that only fills up the shape.
-      donors: int32[R], the row whose cache begins alike.
-      shared: int32[R], how many tokens of it are taken.
-      input_ids: int32[R, T], the tokens behind those, padded on the right.
-      feature_ids: int32[R, T], the image feature that stands for a token, as its place among the
+      input_ids: int32[Q], of all prompts one after the other, without what is shared.
+      feature_ids: int32[Q], the image feature that stands for a token, as its place among the
         F * P of the store; NO_TOKEN where the token is text.
-      lengths: int32[R], real tokens of `input_ids`.
+      chunks: where in the rows each token belongs, R chunks. The first of a prompt has its number.
+      rows: int32[R], the row of each prompt; B for a number that none has.
+      last: int32[R], the place of each prompt's last token among the Q.
+      lengths: int32[R], tokens of the whole prompt.
       whole: int32[R, C], all text tokens of the prompt, NO_TOKEN elsewhere.
       budget: int32[R], tokens wanted.
     """
 
-    rows: jax.Array
-    donors: jax.Array
-    shared: jax.Array
     input_ids: jax.Array
     feature_ids: jax.Array
+    chunks: Chunks
+    rows: jax.Array
+    last: jax.Array
     lengths: jax.Array
     whole: jax.Array
     budget: jax.Array
@@ -92,18 +95,21 @@ def prefill(
     Returns:
       The first tokens int32[R] (NO_TOKEN where the budget was 0), their logprobs, and the state.
     """
-    size = prompts.whole.shape[1]
-    cache = state.cache.rows(prompts.donors, size).replace(lengths=prompts.shared)
-    hidden, cache = _read(model, params, store, prompts, cache)
-    last = jnp.maximum(prompts.lengths - 1, 0)[:, None, None]
-    # Only the last position needs logits: [R, V] instead of [R, T, V].
-    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    logits = model.apply({"params": params}, hidden, method=LlavaModel.attend)
+
+    def read(model: LlavaModel):
+        embeddings = _embed(model, store, prompts.input_ids, prompts.feature_ids)
+        return model.decoder.read(embeddings, state.cache, prompts.chunks)
+
+    hidden, cache = model.apply({"params": params}, method=read)
+    # Only the last position needs logits: [R, V] instead of [Q, V].
+    last = hidden[prompts.last]
+    logits = model.apply({"params": params}, last, method=LlavaModel.attend)
     seen = _mark(jnp.zeros(logits.shape, bool), prompts.whole)
-    tokens = sample(logits, prompts.sampling, cache.lengths, seen)
+    tokens = sample(logits, prompts.sampling, prompts.lengths, seen)
     put = lambda old, new: old.at[prompts.rows].set(new, mode="drop")
     state = DecodeState(
-        state.cache.put(prompts.rows, cache),
+        cache.copy(prompts.rows, prompts.chunks.sources),
+        put(state.lengths, prompts.lengths),
         put(state.tokens, tokens),
         put(state.budget, _spend(prompts.budget, tokens, prompts.sampling)),
         put(state.seen, _mark(seen, tokens[:, None])),
@@ -113,20 +119,12 @@ def prefill(
     return tokens, _logprobs(logits, tokens, prompts.sampling), state
 
 
-def _read(model: LlavaModel, params: dict, store, prompts: Prompts, cache: KVCache | None):
-    """Hidden states [R, T, D] of `prompts.input_ids`, and the cache with them in it."""
-    offsets = jnp.arange(prompts.input_ids.shape[1])
-    positions = prompts.shared[:, None] + offsets
-    segments = (offsets < prompts.lengths[:, None]).astype(jnp.int32)
-    is_image = prompts.feature_ids >= 0
-
-    def merged(model: LlavaModel):
-        embeddings = model.decoder.embed(jnp.maximum(prompts.input_ids, 0))
-        features = store.reshape(-1, store.shape[-1])[jnp.maximum(prompts.feature_ids, 0)]
-        embeddings = jnp.where(is_image[..., None], features.astype(embeddings.dtype), embeddings)
-        return model.decoder(embeddings, positions, segments, cache)
-
-    return model.apply({"params": params}, method=merged)
+def _embed(model: LlavaModel, store, input_ids, feature_ids):
+    """Embeddings [..., D] of tokens, and image features in the places of theirs."""
+    embeddings = model.decoder.embed(jnp.maximum(input_ids, 0))
+    features = store.reshape(-1, store.shape[-1])[jnp.maximum(feature_ids, 0)]
+    is_image = (feature_ids >= 0)[..., None]
+    return jnp.where(is_image, features.astype(embeddings.dtype), embeddings)
 
 
 def decode(
@@ -147,9 +145,7 @@ def decode(
     Returns:
       int32[B, TOKENS_PER_CALL], NO_TOKEN after a row's end, their logprobs, and the state.
     """
-    state = state.replace(
-        budget=jnp.where(running, state.budget, 0), cache=state.cache.replace(window=window)
-    )
+    state = state.replace(budget=jnp.where(running, state.budget, 0))
     rows = len(state.tokens)
     tokens = jnp.full((rows, TOKENS_PER_CALL), NO_TOKEN, jnp.int32)
 
@@ -160,32 +156,32 @@ def decode(
     def one_token(carry):
         step, state, tokens, logprobs = carry
         active = state.budget > 0
-        state, new = _decode_one(model, params, state)
+        state, new = _decode_one(model, params, state, window)
         column = jnp.where(active, state.tokens, NO_TOKEN)
         logprobs = jax.tree.map(lambda all, one: all.at[:, step].set(one), logprobs, new)
         return step + 1, state, tokens.at[:, step].set(column), logprobs
 
     carry = (0, state, tokens, Logprobs.zeros(rows, TOKENS_PER_CALL))
     _, state, tokens, logprobs = jax.lax.while_loop(unfinished, one_token, carry)
-    return tokens, logprobs, state.replace(cache=state.cache.replace(window=None))
+    return tokens, logprobs, state
 
 
-def _decode_one(model: LlavaModel, params: dict, state: DecodeState):
+def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int):
     """Reads each row's latest token and chooses the next; a finished row's cache stays as it is."""
-    positions = state.cache.lengths[:, None]
-    segments = (state.budget > 0)[:, None].astype(jnp.int32)
+    active = state.budget > 0
+    chunks = Chunks.one_each(state.lengths, active, window)
 
-    def text(model: LlavaModel):
-        # Not `model(...)`: a chosen token is text, even one that in a prompt stands for an image.
-        return model.decoder(
-            model.decoder.embed(state.tokens[:, None]), positions, segments, state.cache
-        )
+    def read(model: LlavaModel):
+        # By `embed`: a chosen token is text, even one that in a prompt stands for an image.
+        return model.decoder.read(model.decoder.embed(state.tokens), state.cache, chunks)
 
-    hidden, cache = model.apply({"params": params}, method=text)
-    logits = model.apply({"params": params}, hidden[:, 0], method=LlavaModel.attend)
-    tokens = sample(logits, state.sampling, cache.lengths, state.seen)
+    hidden, cache = model.apply({"params": params}, method=read)
+    lengths = state.lengths + active
+    logits = model.apply({"params": params}, hidden, method=LlavaModel.attend)
+    tokens = sample(logits, state.sampling, lengths, state.seen)
     state = state.replace(
         cache=cache,
+        lengths=lengths,
         tokens=tokens,
         budget=_spend(state.budget, tokens, state.sampling),
         seen=_mark(state.seen, tokens[:, None]),
@@ -215,10 +211,24 @@ def _logprobs(logits, tokens, sampling: Sampling) -> Logprobs:
 
 
 def prompt_logprobs(
-    model: LlavaModel, params: dict, store: jax.Array, prompts: Prompts, targets: jax.Array
+    model: LlavaModel,
+    params: dict,
+    store: jax.Array,
+    input_ids: jax.Array,
+    feature_ids: jax.Array,
+    targets: jax.Array,
 ) -> Logprobs:
-    """[R, T] of int32 targets[R, T], the token behind each of whole prompts (nothing shared)."""
-    hidden, _ = _read(model, params, store, prompts, None)
+    """[1, T] of targets int32[1, T], the token behind each of a prompt int32[1, T].
+
+    A prompt may be padded on the right; `feature_ids` as in `Prompts`.
+    """
+
+    def read(model: LlavaModel):
+        positions = jnp.arange(input_ids.shape[1])[None]
+        embeddings = _embed(model, store, input_ids, feature_ids)
+        return model.decoder(embeddings, positions, jnp.ones_like(positions))
+
+    hidden = model.apply({"params": params}, method=read)
     pieces = (-1, POSITIONS_AT_A_TIME, hidden.shape[-1])
 
     def some(piece):
@@ -239,5 +249,5 @@ def all_logits(
 ) -> jax.Array:
     """Float32 logits [B, T, V] of whole sequences, padded on either side (mask int[B, T])."""
     positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    hidden, _ = model.apply({"params": params}, input_ids, images, positions, attention_mask)
+    hidden = model.apply({"params": params}, input_ids, images, positions, attention_mask)
     return model.apply({"params": params}, hidden, method=LlavaModel.attend)

@@ -1,10 +1,9 @@
 """The host side of generation: requests into rows of a batch, tokens out chunk by chunk."""
 
 import functools
-import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +12,25 @@ from jax.sharding import Mesh
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference import decoding
+from llava_jax.inference.admission import Admission
 from llava_jax.inference.answer import Answer, TokenLogprob
 from llava_jax.inference.buckets import (
-    ROWS,
+    IMAGES,
+    TOKENS_AT_A_TIME,
     cache_bucket,
+    chunk_bucket,
     count_bucket,
+    image_bucket,
     length_bucket,
-    row_bucket,
 )
-from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState, Prompts
+from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
+from llava_jax.inference.jobs import Job, Request
+from llava_jax.inference.packing import PrefillShape, pack, take
 from llava_jax.inference.placement import place_state
-from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, Sampling, SamplingParams
-from llava_jax.inference.slots import ImageSlots, RowSlots, common_prefix
+from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, SamplingParams
+from llava_jax.inference.slots import RowSlots
 from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.models.precision import compute_precision
-
-WORTH_SHARING = 16  # tokens in common that are worth a wait for another prompt's prefill
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt as the model reads it, and how to answer it.
-
-    Attributes:
-      input_ids: int32[T] with the placeholder ids of the images.
-      images: for each image, in the order of the placeholders, a function that gives it as
-        uint8[side, side, 3]; called when the request's turn comes.
-    """
-
-    input_ids: np.ndarray
-    images: tuple[Callable[[], np.ndarray], ...]
-    params: SamplingParams
 
 
 @dataclass
@@ -63,31 +50,6 @@ class Counts:
     images: int = 0
     encoded_images: int = 0
     compilations: int = 0
-
-
-@dataclass
-class _Job:
-    """A request on its way: what it waits with, then the row it is answered in.
-
-    Attributes:
-      contents: int64[T], its prompt as `RowSlots` compares them.
-      feature_ids: int32[T], as in `Prompts`.
-      produced: tokens so far.
-    """
-
-    request: Request
-    answer: Answer
-    images: list[np.ndarray]
-    contents: np.ndarray | None = None
-    feature_ids: np.ndarray | None = None
-    donor: int = 0
-    shared: int = 0
-    row: int = 0
-    produced: list[int] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.request.input_ids)
 
 
 class Engine:
@@ -143,15 +105,16 @@ class Engine:
     @property
     def rows(self) -> int:
         """Rows of the batch that the engine is set up for; 0 before the first request."""
-        return self._rows.count
+        return self._admission.rows.count
 
     def forget(self) -> None:
         """Drops all that was computed from pictures and prompts."""
         self._state: DecodeState | None = None
-        self._rows = RowSlots(0)
         self._size = 0
         self._store: jax.Array | None = None
-        self._images = ImageSlots(self._image_slots)
+        self._admission = Admission(
+            self._image_slots, self.config.image_token_id, image_token_count(self.config)
+        )
 
     def _compile(self, function, **options):
         @functools.wraps(function)
@@ -231,22 +194,33 @@ class Engine:
         self._reserve(count_bucket(batch_size), size, busy=False)
         blank = np.zeros((self.config.image_size, self.config.image_size, 3), np.uint8)
         nowhere = self._image_slots
-        for rows in ROWS:
-            self._encode_images({nowhere + i: blank for i in range(rows)})
-        for length in sorted({length_bucket(n) for n in range(1, size + 1)}):
-            most = row_bucket(batch_size, length)
-            for slots in [s for s in self._windows() if s >= length]:
-                for rows in [r for r in ROWS if r <= most]:
-                    self._call_prefill(self._prompts([], rows, length, slots))
+        for count in IMAGES:
+            self._encode_images({nowhere + i: blank for i in range(count)})
+        for shape in self._prefill_shapes(batch_size, size):
+            self._call_prefill([], shape)
         for window in self._windows():
-            self._call_decode(np.zeros(self._rows.count, bool), 1, window)
+            self._call_decode(np.zeros(self.rows, bool), 1, window)
+
+    def _prefill_shapes(self, batch_size: int, size: int) -> list[PrefillShape]:
+        """All that prompts of less than `size` tokens can lead to."""
+        most = max(min(TOKENS_AT_A_TIME, batch_size * size), length_bucket(size))
+        lengths = sorted({length_bucket(n) for n in range(1, most + 1)})
+        chunks = {chunk_bucket(n): n for n in range(size, 0, -1)}  # and the shortest prompt
+        return [
+            PrefillShape(tokens, chunk, window)
+            for chunk, longest in chunks.items()
+            for tokens in lengths
+            for window in self._windows()
+            if min(tokens, window) >= longest
+        ]
 
     def _windows(self) -> list[int]:
         """The numbers of cache slots that a call may look at."""
         return sorted({cache_bucket(n) for n in range(1, self._size + 1)})
 
-    def _call_prefill(self, prompts: Prompts):
+    def _call_prefill(self, jobs: Sequence[Job], shape: PrefillShape):
         """First tokens and their log probabilities; the state goes on."""
+        prompts = pack(jobs, shape, self.rows)
         *told, self._state = self._prefill(self.params, self._state, self._store, prompts)
         return told
 
@@ -256,105 +230,50 @@ class Engine:
         *told, self._state = self._decode(self.params, self._state, running, fewest, window=window)
         return told
 
-    def _take(self, source: Iterator, waiting: deque[_Job], count: int) -> Iterator[Answer]:
+    def _take(self, source: Iterator, waiting: deque[Job], count: int) -> Iterator[Answer]:
         """Fills `waiting` up to `count` requests; yields the answers of those that are wrong."""
+        limit = self.config.decoder.max_position_embeddings
         while len(waiting) < count:
             request, answer = next(source, (None, None))
             if request is None:
                 return
             self.counts.requests += 1
-            answer.prompt_tokens = len(request.input_ids)
+            answer.prompt_tokens = length = len(request.input_ids)
             try:
                 self.check(request)
-                waiting.append(_Job(request, answer, [image() for image in request.images]))
+                images = [image() for image in request.images]
             except LlavaError as error:
                 answer.fail(error)
                 yield answer
+                continue
+            budget = min(request.params.max_tokens, limit - length)
+            waiting.append(Job(request, answer, images, self.stops(request.params), budget))
 
     def _admit(
-        self, waiting: deque[_Job], running: dict[int, _Job], batch_size: int
+        self, waiting: deque[Job], running: dict[int, Job], batch_size: int
     ) -> Iterator[Answer]:
         """Gives free rows to waiting requests, until none is left of either."""
         rows = count_bucket(batch_size)
         while waiting and len(running) < batch_size:
-            if not self._reserve(rows, max(map(self._need, waiting)), busy=bool(running)):
+            if not self._reserve(rows, max(job.need for job in waiting), busy=bool(running)):
                 return
             free = set(range(rows)) - set(running)
-            wave = self._wave(waiting, free, batch_size - len(running))
-            wave.sort(key=lambda job: job.shared - job.length)  # the longest suffix first
+            wave, images = self._admission.wave(waiting, free, batch_size - len(running))
+            self.counts.encoded_images += len(images)
+            self._encode_images(images)
             while wave:
                 yield from self._read_some(wave, running)
-
-    def _need(self, job: _Job) -> int:
-        """Cache slots for a prompt and its answer."""
-        limit = self.config.decoder.max_position_embeddings
-        return min(job.length + job.request.params.max_tokens, limit)
 
     def _reserve(self, rows: int, need: int, busy: bool) -> bool:
         """Makes a state of `rows` with room for `need` tokens; False while another is busy."""
         size = cache_bucket(need)
-        if self._state is not None and self._rows.count == rows and size <= self._size:
+        if self._state is not None and self.rows == rows and size <= self._size:
             return True
         if not busy:
             self._state = None  # its memory must be free before the new one is made
             self._state = self._place(DecodeState.empty(self._model, rows, size, self._kv_dtype))
-            self._rows, self._size = RowSlots(rows), size
+            self._admission.rows, self._size = RowSlots(rows, size), size
         return not busy
-
-    def _wave(self, waiting: deque[_Job], free: set[int], count: int) -> list[_Job]:
-        """Takes at most `count` requests that can be read now, and a row of `free` for each.
-
-        One that has much in common with another of the wave stays: in the next it will find that
-        one's prefix in the cache.
-        """
-        wave, pinned, images, staying = [], set(), {}, []
-        while waiting and len(wave) < count:
-            job = waiting.popleft()
-            if not self._place_images(job, pinned, images):
-                staying.append(job)
-                break
-            common = max((common_prefix(job.contents, other.contents) for other in wave), default=0)
-            taken = {other.row for other in wave}
-            job.donor, job.shared = self._rows.donor(job.contents, taken)
-            # A row that another request copies from must stay as it is.
-            needed = {other.donor for other in wave if other.shared}
-            if common >= job.shared + WORTH_SHARING or not free - taken - needed:
-                staying.append(job)
-                continue
-            others = free - taken - needed - {job.donor if job.shared else -1}
-            job.row = self._rows.oldest(others or free - taken - needed)
-            wave.append(job)
-        waiting.extendleft(reversed(staying))
-        self.counts.encoded_images += len(images)
-        self._encode_images(images)
-        return wave
-
-    def _place_images(self, job: _Job, pinned: set[int], images: dict[int, np.ndarray]) -> bool:
-        """Finds slots for a request's pictures; those to be encoded go into `images`, by slot.
-
-        False where the wave before it needs all slots.
-        """
-        tokens, slots, numbers = image_token_count(self.config), [], []
-        for image in job.images:
-            digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode() + image.tobytes())
-            found = self._images.find(digest.digest())
-            if found is None:
-                found = self._images.add(digest.digest(), pinned)
-                if found is None:
-                    return False
-                images[found[0]] = image
-            pinned.add(found[0])
-            slots.append(found[0])
-            numbers.append(found[1])
-        job.contents = job.request.input_ids.astype(np.int64)
-        job.feature_ids = np.full(job.length, NO_TOKEN, np.int32)
-        places = job.request.input_ids == self.config.image_token_id
-        if slots:
-            job.contents[places] = -np.repeat(numbers, tokens)
-            job.feature_ids[places] = (
-                np.array(slots)[:, None] * tokens + np.arange(tokens)
-            ).ravel()
-        return True
 
     def _encode_images(self, images: dict[int, np.ndarray]) -> None:
         """Fills slots of the feature store."""
@@ -364,86 +283,52 @@ class Engine:
             store = jnp.zeros((*shape, self.config.decoder.hidden_size), self._model.dtype)
         waiting = list(images.items())
         while waiting:
-            rows = row_bucket(len(waiting), length=1)
-            some, waiting = waiting[:rows], waiting[rows:]
-            pixels = np.zeros((rows, *some[0][1].shape), np.uint8)
-            slots = np.full(rows, self._image_slots, np.int32)
+            count = image_bucket(len(waiting))
+            some, waiting = waiting[:count], waiting[count:]
+            pixels = np.zeros((count, *some[0][1].shape), np.uint8)
+            slots = np.full(count, self._image_slots, np.int32)
             for i, (slot, image) in enumerate(some):
                 pixels[i], slots[i] = image, slot
             store = self._encode(self.params, store, pixels, slots)
         self._store = store
 
-    def _read_some(self, wave: list[_Job], running: dict[int, _Job]) -> Iterator[Answer]:
+    def _read_some(self, wave: list[Job], running: dict[int, Job]) -> Iterator[Answer]:
         """One prefill, of the first requests of a wave."""
-        length = length_bucket(wave[0].length - wave[0].shared)
-        rows = row_bucket(len(wave), length)
-        jobs = wave[:rows]
-        del wave[:rows]
-        size = min(cache_bucket(max(job.length for job in jobs)), self._size)
-        tokens, logprobs = self._call_prefill(self._prompts(jobs, rows, length, size))
+        jobs, shape = take(wave, self._size)
+        tokens, logprobs = self._call_prefill(jobs, shape)
         tokens, logprobs = jax.device_get((tokens[:, None], _shown(jobs, logprobs)))
         if logprobs is not None:
             logprobs = jax.tree.map(lambda x: x[:, None], logprobs)
-        for i, job in enumerate(jobs):
-            self._rows.put(job.row, job.contents)
+        number = 0
+        for job in jobs:
+            self._admission.rows.put(job.row, job.contents)
             running[job.row] = job
             self.counts.images += len(job.images)
             self.counts.prompt_tokens += job.length
             self.counts.shared_tokens += job.shared
             self._tell_prompt(job)
-            self._extend(job, i, tokens, logprobs, running)
+            self._extend(job, number, tokens, logprobs, running)
+            number += shape.pieces(job)
             yield job.answer
 
-    def _prompts(
-        self, jobs: Sequence[_Job], rows: int, length: int, size: int, share: bool = True
-    ) -> Prompts:
-        """The prompts of jobs as arrays, behind what each shares; the other rows only fill up."""
-        column = lambda value: np.full(rows, value, np.int32)
-        wide = lambda width: np.full((rows, width), NO_TOKEN, np.int32)
-        prompts = Prompts(
-            rows=column(self._rows.count),
-            donors=column(0),
-            shared=column(0),
-            input_ids=wide(length),
-            feature_ids=wide(length),
-            lengths=column(0),
-            whole=wide(size),
-            budget=column(0),
-            sampling=Sampling.zeros(rows),
-        )
-        for i, job in enumerate(jobs):
-            params, shared = job.request.params, job.shared if share else 0
-            rest = job.length - shared
-            prompts.rows[i], prompts.donors[i], prompts.shared[i] = job.row, job.donor, shared
-            prompts.input_ids[i, :rest] = job.request.input_ids[shared:]
-            prompts.feature_ids[i, :rest] = job.feature_ids[shared:]
-            prompts.lengths[i] = rest
-            prompts.whole[i, : job.length] = job.request.input_ids
-            prompts.budget[i] = self._need(job) - job.length
-            prompts.sampling.fill(i, params, self.stops(params), job.length)
-        return prompts
-
-    def _tell_prompt(self, job: _Job) -> None:
+    def _tell_prompt(self, job: Job) -> None:
         """Log probabilities of the prompt, where they were asked for: a pass of their own."""
         count = job.request.params.prompt_logprobs
         if count is None:
             return
-        length = length_bucket(job.length)
-        length = -(-length // decoding.POSITIONS_AT_A_TIME) * decoding.POSITIONS_AT_A_TIME
-        prompts = self._prompts([job], 1, length, job.length, share=False)
-        targets = np.roll(prompts.input_ids, -1, axis=1)
-        # `whole` is not read there, and of its own length would compile for each.
-        prompts = prompts.replace(whole=prompts.whole[:, :1])
-        told = self._prompt_logprobs(self.params, self._store, prompts, targets)
-        told = jax.device_get(told)
+        padding = (0, length_bucket(job.length) - job.length)
+        ids = np.pad(job.request.input_ids, padding)[None]
+        features = np.pad(job.feature_ids, padding, constant_values=NO_TOKEN)[None]
+        targets = np.roll(ids, -1, axis=1)
+        told = self._prompt_logprobs(self.params, self._store, ids, features, targets)
         tokens = job.request.input_ids[1:]
-        job.answer.prompt_logprobs = _token_logprobs(told, 0, tokens, count)
+        job.answer.prompt_logprobs = _token_logprobs(jax.device_get(told), 0, tokens, count)
 
-    def _advance(self, running: dict[int, _Job], more: bool) -> Iterator[Answer]:
+    def _advance(self, running: dict[int, Job], more: bool) -> Iterator[Answer]:
         """One decode call; with `more` requests waiting it ends when a quarter of the rows do."""
         longest = max(job.length + len(job.produced) for job in running.values())
         window = min(cache_bucket(longest + TOKENS_PER_CALL), self._size)
-        mask = np.zeros(self._rows.count, bool)
+        mask = np.zeros(self.rows, bool)
         mask[list(running)] = True
         fewest = len(running) - len(running) // 4 if more else 1
         tokens, logprobs = self._call_decode(mask, fewest, window)
@@ -453,7 +338,7 @@ class Engine:
             yield job.answer
 
     def _extend(
-        self, job: _Job, i: int, tokens: np.ndarray, logprobs: Logprobs | None, running: dict
+        self, job: Job, i: int, tokens: np.ndarray, logprobs: Logprobs | None, running: dict
     ) -> None:
         """Gives a job the tokens of row `i`; frees its row when the answer is done."""
         new = tokens[i][tokens[i] != NO_TOKEN].tolist()
@@ -462,12 +347,12 @@ class Engine:
         job.produced += new
         self.counts.answer_tokens += len(new)
         job.answer.extend(new, told)
-        if len(job.produced) >= self._need(job) - job.length:
+        if len(job.produced) >= job.budget:
             job.answer.end()
         if job.answer.done:
             # The last token was never read.
             contents = np.concatenate([job.contents, np.array(job.produced[:-1], np.int64)])
-            self._rows.put(job.row, contents)
+            self._admission.rows.put(job.row, contents)
             del running[job.row]
 
     def logits(
@@ -491,7 +376,7 @@ class Engine:
         return logits[:rows, :length]
 
 
-def _shown(jobs: Iterable[_Job], logprobs: Logprobs) -> Logprobs | None:
+def _shown(jobs: Iterable[Job], logprobs: Logprobs) -> Logprobs | None:
     """None, which need not be fetched, where no job asked for them."""
     return logprobs if any(job.request.params.logprobs is not None for job in jobs) else None
 

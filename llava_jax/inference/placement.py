@@ -31,7 +31,6 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
         cache=cache.replace(
             keys=put(cache.keys, _KEYS),
             values=put(cache.values, _KEYS),
-            lengths=put(cache.lengths, _ROWS),
             scales=scales,
         )
     )

@@ -5,6 +5,8 @@ from collections.abc import Collection
 
 import numpy as np
 
+NOTHING = np.iinfo(np.int64).min  # in no prompt's contents
+
 
 class ImageSlots:
     """Slots of the feature store by content, the least recently used given away first.
@@ -44,27 +46,31 @@ class RowSlots:
     number below zero. Equal contents at the start of two prompts mean equal keys and values there.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, size: int):
         self.count = count
-        self.contents = [np.zeros(0, np.int64)] * count
+        self._contents = np.full((count, size), NOTHING, np.int64)
         self._used = [0] * count
         self._clock = 0
 
-    def donor(self, contents: np.ndarray, excluded: Collection[int]) -> tuple[int, int]:
+    def donor(self, contents: np.ndarray, planned: dict[int, np.ndarray]) -> tuple[int, int]:
         """(row, tokens) of the row that begins most like a prompt, less the prompt's last token.
 
         One token is always read: its hidden state chooses the answer's first.
+
+        Args:
+          planned: by row, contents that will replace what it holds.
         """
-        shared = [
-            0 if row in excluded else common_prefix(held, contents[:-1])
-            for row, held in enumerate(self.contents)
-        ]
+        wanted = contents[:-1]
+        shared = common_prefixes(self._contents[:, : len(wanted)], wanted)
+        for row, other in planned.items():
+            shared[row] = common_prefixes(other[None, : len(wanted)], wanted)[0]
         row = int(np.argmax(shared))
         self.touch(row)
-        return row, shared[row]
+        return row, int(shared[row])
 
     def put(self, row: int, contents: np.ndarray) -> None:
-        self.contents[row] = contents
+        self._contents[row] = NOTHING
+        self._contents[row, : len(contents)] = contents
         self.touch(row)
 
     def touch(self, row: int) -> None:
@@ -77,8 +83,9 @@ class RowSlots:
         return min(rows, key=self._used.__getitem__)
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many numbers two arrays have in common at their start."""
-    length = min(len(a), len(b))
-    different = a[:length] != b[:length]
-    return int(different.argmax()) if different.any() else length
+def common_prefixes(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """int[n]: how many numbers rows [n, at most T] have in common with [T] at their start."""
+    different = rows != wanted[: rows.shape[1]]
+    if not different.shape[1]:
+        return np.zeros(len(rows), int)
+    return np.where(different.any(axis=1), different.argmax(axis=1), different.shape[1])

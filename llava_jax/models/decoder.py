@@ -1,7 +1,7 @@
 """One decoder for the Llama family: Llama 1/2/3, Vicuna, Mistral, Qwen 2/2.5/3, SmolLM2, as data.
 
-B rows, T query length, S cache length, N heads, K kv heads, H head size, D model, F feed-forward,
-V vocabulary, L layers.
+B rows, T query length, S cache length, N heads, K kv heads, H head size, D model, V vocabulary,
+L layers; of a cached call: Q tokens, R chunks of them, C slots that a chunk looks at.
 """
 
 import dataclasses
@@ -65,16 +65,12 @@ class KVCache:
 
     Attributes:
       keys, values: [L, B, S, K, H].
-      lengths: int32[B], tokens each row holds.
       scales: float32[2, L, B, S, K], what int8 keys and values are to be multiplied by; or None.
-      window: attention looks at this many first slots, None for all.
     """
 
     keys: jax.Array
     values: jax.Array
-    lengths: jax.Array
     scales: jax.Array | None = None
-    window: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def empty(cls, config: DecoderConfig, rows: int, size: int, dtype) -> "KVCache":
@@ -82,27 +78,60 @@ class KVCache:
         shape = (config.num_layers, rows, size, config.num_kv_heads, config.head_dim)
         scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else None
         # Two arrays of zeros: a donated one must not be given twice.
-        lengths = jnp.zeros((rows,), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths, scales)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scales)
 
-    def rows(self, rows: jax.Array, size: int) -> "KVCache":
-        """A copy of the first `size` slots of some rows, int[R]."""
-        scales = None if self.scales is None else self.scales[:, :, rows, :size]
-        keys, values = self.keys[:, rows, :size], self.values[:, rows, :size]
-        return KVCache(keys, values, self.lengths[rows], scales)
+    def copy(self, rows: jax.Array, sources: jax.Array) -> "KVCache":
+        """With the first slots of rows int[R] from the rows sources int[R, C], slot by slot.
 
-    def put(self, rows: jax.Array, cache: "KVCache") -> "KVCache":
-        """`cache` over the first slots of rows int[R]; a row that does not exist is dropped."""
-        size = cache.keys.shape[2]
-        scales = self.scales
-        if scales is not None:
-            scales = scales.at[:, :, rows, :size].set(cache.scales, mode="drop")
-        return self.replace(
-            keys=self.keys.at[:, rows, :size].set(cache.keys, mode="drop"),
-            values=self.values.at[:, rows, :size].set(cache.values, mode="drop"),
-            lengths=self.lengths.at[rows].set(cache.lengths, mode="drop"),
-            scales=scales,
-        )
+        A row that does not exist is dropped.
+        """
+        slots = jnp.arange(sources.shape[1])
+
+        def copied(stored):  # [L, B, S, ...]
+            return stored.at[:, rows, : slots.size].set(stored[:, sources, slots], mode="drop")
+
+        scales = None if self.scales is None else jax.vmap(copied)(self.scales)
+        return KVCache(copied(self.keys), copied(self.values), scales)
+
+
+@flax.struct.dataclass
+class Chunks:
+    """How a list of Q tokens lies in the rows of a cache, and which slots each may look at.
+
+    A chunk is up to T tokens that follow each other in a row. Attention is computed chunk by chunk
+    and all else token by token: prompts of different lengths are not padded to the longest.
+
+    Attributes:
+      rows, slots: int32[Q], where the keys and values of each token are written; those of a row
+        that does not exist are dropped.
+      tokens: int32[R, T], the tokens of each chunk by their places in the list; any where a chunk
+        is shorter.
+      places: int32[Q], where among the R * T each token is.
+      sources: int32[R, C], the row that each of the first slots of a chunk's row is read from: a
+        prompt may look at another that it begins like, even one of the same call. None where
+        chunk r looks at row r.
+      window: C.
+    """
+
+    rows: jax.Array
+    slots: jax.Array
+    tokens: jax.Array
+    places: jax.Array
+    sources: jax.Array | None
+    window: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def one_each(cls, slots: jax.Array, active: jax.Array, window: int) -> "Chunks":
+        """A token in each row of the cache, at slots int32[B]; written where `active`, bool[B]."""
+        every = jnp.arange(len(slots))
+        return cls(jnp.where(active, every, every.size), slots, every[:, None], every, None, window)
+
+    def mask(self, sliding_window: int | None) -> jax.Array:
+        """bool[R, 1, T, C]: a token sees the slots up to its own."""
+        queries = self.slots[self.tokens]
+        keys = jnp.broadcast_to(jnp.arange(self.window), (len(queries), self.window))
+        same = jnp.ones_like(queries), jnp.ones_like(keys)
+        return attention_mask(queries, keys, *same, sliding_window)
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -145,16 +174,16 @@ def linear(features: int, axes: tuple[str, str], use_bias: bool, dtype, name: st
 
 
 class Attention(nn.Module):
-    """Causal self-attention over this call's tokens, or over a cache they are first written to."""
+    """Causal self-attention over rows of tokens, or of chunks over a cache they are written to."""
 
     config: DecoderConfig
     dtype: jnp.dtype
     implementation: str = "xla"
 
     @nn.compact
-    def __call__(self, x, rope, mask, layer, cache: KVCache | None):  # x [B, T, D]
+    def __call__(self, x, rope, mask, layer, cache: KVCache | None, chunks: Chunks | None):
         c = self.config
-        batch, length, _ = x.shape
+        batch, length, _ = x.shape  # [B, T, D], or [Q, 1, D] of chunks
         q = linear(c.num_heads * c.head_dim, ("embed", "heads"), c.qkv_bias, self.dtype, "q_proj")(
             x
         )
@@ -168,31 +197,40 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="k_norm")(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            cache, k, v = write_cache(cache, layer, k, v)
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.implementation)
+        if cache is None:
+            out = attention(q, k, v, mask, self.implementation)
+        else:
+            cache, k, v = write_cache(cache, layer, chunks, k[:, 0], v[:, 0])
+            out = attention(q[chunks.tokens, 0], k.astype(q.dtype), v.astype(q.dtype), mask)
+            out = out.reshape(-1, *out.shape[2:])[chunks.places]
         out = out.reshape(batch, length, c.num_heads * c.head_dim)
         out = linear(c.hidden_size, ("heads", "embed"), c.o_bias, self.dtype, "o_proj")(out)
         return out, cache
 
 
-def write_cache(cache: KVCache, layer, k, v):
-    """Puts k, v [B, T, K, H] behind each row's tokens.
+def write_cache(cache: KVCache, layer, chunks: Chunks, k, v):
+    """Puts k, v [Q, K, H] where they belong.
 
-    Returns the cache, and the layer's keys and values [B, C, K, H] in the slots of its window.
+    Returns the cache, and the layer's keys and values [R, C, K, H] that each chunk looks at.
     """
-    rows = jnp.arange(k.shape[0])[:, None]
-    slots = cache.lengths[:, None] + jnp.arange(k.shape[1])
-    # Slots past the end belong to padding of a full row: dropped.
-    place = lambda old, new: old.at[layer, rows, slots].set(new.astype(old.dtype), mode="drop")
-    seen = lambda stored: stored[layer, :, : cache.window]
+
+    def place(stored, new):  # [L, B, S, ...] and [Q, ...]
+        return stored.at[layer, chunks.rows, chunks.slots].set(
+            new.astype(stored.dtype), mode="drop"
+        )
+
+    def seen(stored):
+        if chunks.sources is None:
+            return stored[layer, :, : chunks.window]
+        return stored[layer, chunks.sources, jnp.arange(chunks.window)]
+
     if cache.scales is None:
         cache = cache.replace(keys=place(cache.keys, k), values=place(cache.values, v))
         return cache, seen(cache.keys), seen(cache.values)
     (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    scales = cache.scales.at[:, layer, rows, slots].set(jnp.stack([k_scale, v_scale]), mode="drop")
-    cache = cache.replace(keys=place(cache.keys, k), values=place(cache.values, v), scales=scales)
-    key_scales, value_scales = scales[:, layer, :, : cache.window, :, None]
+    scales = jax.vmap(place)(cache.scales, jnp.stack([k_scale, v_scale]))
+    cache = KVCache(place(cache.keys, k), place(cache.values, v), scales)
+    key_scales, value_scales = jax.vmap(seen)(scales)[..., None]
     return cache, seen(cache.keys) * key_scales, seen(cache.values) * value_scales
 
 
@@ -243,12 +281,12 @@ class DecoderBlock(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, carry, layer, rope, mask):
+    def __call__(self, carry, layer, rope, mask, chunks):
         x, cache = carry
         norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.dtype, name=name)
         implementation = self.attention if cache is None else "xla"
         out, cache = Attention(self.config, self.dtype, implementation, name="self_attn")(
-            norm("input_layernorm")(x), rope, mask, layer, cache
+            norm("input_layernorm")(x), rope, mask, layer, cache, chunks
         )
         x = x + out
         x = x + MLP(self.config, self.dtype, name="mlp")(norm("post_attention_layernorm")(x))
@@ -288,7 +326,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.attention)
@@ -305,45 +343,42 @@ class Decoder(nn.Module):
         embeddings: jax.Array,
         position_ids: jax.Array,
         segment_ids: jax.Array,
-        cache: KVCache | None = None,
         turn_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Runs all layers.
+    ) -> jax.Array:
+        """Hidden states [B, T, D], after the final norm, of rows of tokens.
 
         Args:
           embeddings: [B, T, D].
-          position_ids: int[B, T], from 0 in each segment; with a cache they continue its lengths.
-          segment_ids: int[B, T], 0 for padding; with a cache 1 for real tokens, padding last.
-          cache: written behind each row's `lengths`; None in training.
-          turn_ids: int[B, T], `turns` of `attention_mask`; without a cache only.
-
-        Returns:
-          Hidden states [B, T, D] after the final norm, and the cache with these tokens added.
+          position_ids: int[B, T], from 0 in each segment.
+          segment_ids: int[B, T], 0 for padding.
+          turn_ids: int[B, T], `turns` of `attention_mask`.
         """
-        if cache is None:
-            key_positions, key_segments = position_ids, segment_ids
-            lengths = None
-        else:
-            lengths = cache.lengths + (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
-            slots = jnp.arange(cache.window or cache.keys.shape[2])
-            key_positions = jnp.broadcast_to(slots, (len(lengths), slots.size))
-            key_segments = (slots < lengths[:, None]).astype(segment_ids.dtype)
         window = self.config.sliding_window
-        if cache is None and self.attention == "splash":
+        if self.attention == "splash":
             if turn_ids is not None:
                 raise ValueError("splash attention cannot keep independent turns apart: use xla")
             mask = PackedCausal(segment_ids, window)
         else:
             mask = attention_mask(
-                position_ids, key_positions, segment_ids, key_segments, window, turn_ids
+                position_ids, position_ids, segment_ids, segment_ids, window, turn_ids
             )
+        return self._run(embeddings, position_ids, mask)[0]
+
+    def read(
+        self, embeddings: jax.Array, cache: KVCache, chunks: Chunks
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states [Q, D] of tokens [Q, D] behind what `cache` holds, and it with them."""
+        mask = chunks.mask(self.config.sliding_window)
+        hidden, cache = self._run(embeddings[:, None], chunks.slots[:, None], mask, cache, chunks)
+        return hidden[:, 0], cache
+
+    def _run(self, x, position_ids, mask, cache=None, chunks=None):
+        """All layers and the final norm."""
         angles = position_ids[..., None] * inverse_frequencies(self.config)  # [B, T, H // 2]
         rope = jnp.cos(angles), jnp.sin(angles)
-        x = nn.with_logical_constraint(embeddings, ("batch", "length", "act_embed"))
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         layer_ids = jnp.arange(self.config.num_layers)
-        (x, cache), _ = self.layers((x, cache), layer_ids, rope, mask)
-        if cache is not None:
-            cache = cache.replace(lengths=lengths)
+        (x, cache), _ = self.layers((x, cache), layer_ids, rope, mask, chunks)
         return self.norm(x), cache
 
     def attend(self, hidden_states: jax.Array) -> jax.Array:

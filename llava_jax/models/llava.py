@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llava_jax.models.decoder import Decoder, DecoderConfig, KVCache
+from llava_jax.models.decoder import Decoder, DecoderConfig
 from llava_jax.models.projector import Projector
 from llava_jax.models.vit import ViT, ViTConfig, feature_states
 
@@ -127,12 +127,11 @@ class LlavaModel(nn.Module):
         images: jax.Array | None,
         position_ids: jax.Array,
         segment_ids: jax.Array,
-        cache: KVCache | None = None,
         turn_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Final hidden states [B, T, D] and the cache; arguments as in `Decoder`, ids int[B, T]."""
+    ) -> jax.Array:
+        """Final hidden states [B, T, D]; arguments as in `Decoder`, ids int[B, T]."""
         embeddings = self.embed(input_ids, images)
-        return self.decoder(embeddings, position_ids, segment_ids, cache, turn_ids)
+        return self.decoder(embeddings, position_ids, segment_ids, turn_ids)
 
     def attend(self, hidden_states: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""
@@ -148,8 +147,7 @@ def init_params(config: LlavaConfig, key: jax.Array) -> dict:
 
 
 def _touch_all(model: LlavaModel, input_ids, images, position_ids, segment_ids):
-    hidden_states, _ = model(input_ids, images, position_ids, segment_ids)
-    return model.attend(hidden_states)
+    return model.attend(model(input_ids, images, position_ids, segment_ids))
 
 
 def abstract_params(config: LlavaConfig) -> dict:

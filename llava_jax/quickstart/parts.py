@@ -19,7 +19,8 @@ from llava_jax.models.presets import DINOV2_SMALL, IMAGENET_MEAN, IMAGENET_STD, 
 from llava_jax.models.vit import ViTConfig
 from llava_jax.quickstart.packages import package_file
 from llava_jax.weights.checksums import is_whole
-from llava_jax.weights.hf_config import decoder_to_hf, vision_to_hf
+from llava_jax.weights.hf_decoder import decoder_to_hf
+from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.load import load_decoder, load_vision
 from llava_jax.weights.safetensors_files import TensorToWrite
 from llava_jax.weights.save import whole_folder, write_checkpoint
@@ -215,7 +216,7 @@ def _greedy(
         positions = jnp.arange(length)[None]
         segments = (positions < count).astype(jnp.int32)
         embeddings = decoder.apply({"params": params}, ids[None], method="embed")
-        hidden, _ = decoder.apply({"params": params}, embeddings, positions, segments)
+        hidden = decoder.apply({"params": params}, embeddings, positions, segments)
         return decoder.apply({"params": params}, hidden[0, count - 1], method="attend").argmax()
 
     ids = np.zeros(length, np.int32)

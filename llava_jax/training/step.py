@@ -13,9 +13,11 @@ from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_toke
 from llava_jax.training.optimizer import merge_params
 
 PARITY_DEVICES = 8
+import os
+EXTRA = eval(os.environ.get('EXTRA','{}'))
 # Products are not cut into one for each device's slice of the weights (windowed einsum): with them
 # 7B was still compiling after 215 s of CPU time.
-COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000", **EXTRA}}
 MODEL_INPUTS = ("input_ids", "images", "position_ids", "segment_ids")
 
 
@@ -40,7 +42,7 @@ def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int, weights
       weights: float32 [B].
     """
     inputs = [batch[name] for name in MODEL_INPUTS]
-    hidden_states, _ = model.apply({"params": params}, *inputs, turn_ids=batch.get("turn_ids"))
+    hidden_states = model.apply({"params": params}, *inputs, turn_ids=batch.get("turn_ids"))
     table = output_embedding(params["decoder"])
     return cross_entropy_sum(hidden_states, table, batch_targets(batch), weights, chunk)
 

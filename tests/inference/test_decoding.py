@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from llava_jax.inference import decoding
-from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState, Prompts
-from llava_jax.inference.sampling import Sampling
-from llava_jax.models.decoder import KVCache, RopeScaling
+from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
+from llava_jax.inference.jobs import Job, Request
+from llava_jax.inference.packing import PrefillShape, pack
+from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.decoder import Chunks, KVCache, RopeScaling
 from llava_jax.models.llava import LlavaModel
 from tests.tiny_model import CONFIG, config_with, random_params
 
@@ -43,21 +45,39 @@ def test_prefill_then_single_tokens_give_the_logits_of_a_full_pass(variant):
     ids, _, images = prompts([20, 20], [1, 2])
     mask = jnp.ones_like(ids)
     full = all_logits(model, params, ids, images, mask)
-    read, positions = 13, jnp.broadcast_to(jnp.arange(20), ids.shape)
+    store = jnp.zeros((4, 4, config.decoder.hidden_size))
+    store = encode(model, params, store, images.reshape(-1, 8, 8, 3), jnp.arange(4))
+    places = feature_places(np.array(ids), images.shape[1])
 
     @jax.jit
-    def advance(ids, images, positions, cache):
-        ones = jnp.ones_like(ids)
-        hidden, cache = model.apply({"params": params}, ids, images, positions, ones, cache)
+    def advance(ids, places, chunks, cache):
+        def read(model):
+            return model.decoder.read(decoding._embed(model, store, ids, places), cache, chunks)
+
+        hidden, cache = model.apply({"params": params}, method=read)
         return model.apply({"params": params}, hidden, method=LlavaModel.attend), cache
 
-    cache = KVCache.empty(config.decoder, 2, 32, jnp.float32)
-    logits, cache = advance(ids[:, :read], images, positions[:, :read], cache)
-    pieces = [logits]
-    for t in range(read, 20):
-        logits, cache = advance(ids[:, t : t + 1], None, positions[:, t : t + 1], cache)
-        pieces.append(logits)
+    def chunks_of(first, last):  # of both rows, the tokens from `first` to `last`
+        length = last - first
+        tokens = np.arange(2 * length).reshape(2, length)
+        rows, slots = np.repeat([0, 1], length), np.tile(np.arange(first, last), 2)
+        sources = np.repeat([[0], [1]], 32, axis=1)
+        return Chunks(rows, slots, tokens, tokens.ravel(), sources, 32)
+
+    cache, pieces = KVCache.empty(config.decoder, 2, 32, jnp.float32), []
+    for first, last in [(0, 13), *((t, t + 1) for t in range(13, 20))]:
+        part = np.s_[:, first:last]
+        chunks = chunks_of(first, last)
+        logits, cache = advance(ids[part].ravel(), places[part].ravel(), chunks, cache)
+        pieces.append(logits.reshape(2, last - first, -1))
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, rtol=1e-5, atol=2e-5)
+
+
+def feature_places(ids, images):
+    """Which feature of the store stands for each token, `images` of 4 tokens to a row."""
+    is_image = ids == CONFIG.image_token_id
+    places = np.cumsum(is_image, axis=1) - 1 + np.arange(len(ids))[:, None] * images * 4
+    return np.where(is_image, places, NO_TOKEN)
 
 
 def read(model, params, ids, lengths, images, budget, stop_ids=(), size=48, kv_dtype="float32"):
@@ -65,20 +85,17 @@ def read(model, params, ids, lengths, images, budget, stop_ids=(), size=48, kv_d
     rows, pictures = len(ids), images.reshape(-1, 8, 8, 3)
     store = jnp.zeros((len(pictures), 4, model.config.decoder.hidden_size))
     store = encode(model, params, store, pictures, jnp.arange(len(pictures)))
-    is_image = np.array(ids) == CONFIG.image_token_id
-    places = np.cumsum(is_image, axis=1) - 1 + np.arange(rows)[:, None] * images.shape[1] * 4
-    sampling = Sampling.zeros(rows)
-    sampling.stop_ids[:, : len(stop_ids)] = stop_ids
-    whole = np.where(is_image | (np.arange(ids.shape[1]) >= lengths[:, None]), NO_TOKEN, ids)
-    prompts = Prompts(
-        np.arange(rows), np.arange(rows), np.zeros(rows, int), np.array(ids),
-        np.where(is_image, places, NO_TOKEN), np.array(lengths),
-        np.pad(whole, ((0, 0), (0, 32 - ids.shape[1])), constant_values=NO_TOKEN),
-        np.array(budget), sampling,
-    )  # fmt: skip
+    places = feature_places(np.array(ids), images.shape[1])
+    jobs = []
+    for row, length in enumerate(np.array(lengths)):
+        request = Request(np.array(ids[row, :length]), (), SamplingParams())
+        job = Job(request, None, [], tuple(stop_ids), budget[row])
+        job.feature_ids, job.row, job.sources = places[row, :length], row, np.full(length, row)
+        jobs.append(job)
+    prompts = pack(jobs, PrefillShape(64, 8, 32), rows)  # in chunks of eight
     state = DecodeState.empty(model, rows, size, jnp.dtype(kv_dtype))
     tokens, _, state = prefill(model, params, state, store, prompts)
-    return tokens, state
+    return tokens[np.array([list(prompts.rows).index(row) for row in range(rows)])], state
 
 
 def test_generated_tokens_are_the_argmax_of_full_passes():
@@ -107,9 +124,9 @@ def test_a_row_ends_at_its_budget_at_a_stop_id_and_when_the_host_says_so():
 
     def answers(budget, stop_ids=(), running=(True, True, True), fewest=1):
         first, state = read(model, params, ids, lengths, images, budget, stop_ids)
-        before = state.cache.lengths
+        before = state.lengths
         tokens, _, state = decode(model, params, state, jnp.array(running), fewest, window=32)
-        return np.concatenate([first[:, None], tokens], 1), state.cache.lengths - before
+        return np.concatenate([first[:, None], tokens], 1), state.lengths - before
 
     free, _ = answers([9, 9, 9])
     assert (free >= 0).all()

@@ -307,12 +307,13 @@ def test_image_slots_forget_the_least_recently_used_and_no_pinned_one():
 
 
 def test_row_slots_find_the_longest_beginning_and_leave_one_token_to_read():
-    slots = RowSlots(3)
+    slots = RowSlots(3, 8)
     slots.put(1, np.array([1, 2, 3, 4]))
     slots.put(2, np.array([1, 2, 9]))
-    assert slots.donor(np.array([1, 2, 3, 4]), ()) == (1, 3)
-    assert slots.donor(np.array([1, 2, 3, 4]), {1}) == (2, 2)
-    assert slots.donor(np.array([7, 7]), ())[1] == 0
+    assert slots.donor(np.array([1, 2, 3, 4]), {}) == (1, 3)
+    assert slots.donor(np.array([1, 2, 3, 4]), {1: np.array([1])}) == (2, 2)
+    assert slots.donor(np.array([1, 2, 3, 4]), {0: np.array([1, 2, 3, 5, 6])}) == (0, 3)
+    assert slots.donor(np.array([7, 7]), {})[1] == 0
     slots.touch(0)
     assert slots.oldest({0, 1}) == 1
 

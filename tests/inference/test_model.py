@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.buckets import count_bucket, length_bucket, row_bucket
+from llava_jax.inference.buckets import (
+    TOKENS_AT_A_TIME,
+    chunk_bucket,
+    chunk_count,
+    count_bucket,
+    image_bucket,
+    length_bucket,
+    token_bucket,
+)
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from tests.tiny_model import CONFIG, byte_tokenizer, config_with, random_image, tiny_llava
@@ -66,22 +74,18 @@ def test_answers_come_from_the_picture(llava):
 
 
 def test_buckets_are_few_and_waste_little():
-    buckets = {length_bucket(n) for n in range(1, 4097)}
-    assert len(buckets) < 20
-    for n in range(17, 4097):
-        assert n <= length_bucket(n) <= 1.5 * n
+    assert len({length_bucket(n) for n in range(1, 4097)}) < 10
     assert [count_bucket(n) for n in (0, 1, 2, 3, 5, 8)] == [0, 1, 2, 4, 8, 8]
-    assert [row_bucket(n, 64) for n in (1, 2, 3, 11, 12, 47, 48, 500)] == [
-        1,
-        1,
-        4,
-        4,
-        16,
-        16,
-        64,
-        64,
-    ]
-    assert row_bucket(64, 600) == 4 and row_bucket(64, 9000) == 1
+    for total in range(1, 20000, 7):
+        bucket = token_bucket(total, longest=min(total, 16))
+        assert bucket == 16 or bucket == TOKENS_AT_A_TIME <= total or total >= 0.75 * bucket
+    assert token_bucket(100, 70) == 128 and token_bucket(9000, 8200) == 16384
+    for longest in (1, 16, 17, 64, 65, 600, 4000):
+        chunk = chunk_bucket(longest)
+        assert longest <= 4 * chunk and (chunk == 16 or chunk < longest)
+        for tokens in (length_bucket(longest), 4096):
+            assert chunk_count(tokens, chunk) * chunk >= tokens
+    assert [image_bucket(n) for n in (1, 2, 3, 11, 12, 47, 48, 500)] == [1, 1, 4, 4, 16, 16, 64, 64]
 
 
 def test_chat_streams_what_it_returns_and_reads_its_history(llava):

@@ -18,7 +18,7 @@ IDS = np.random.default_rng(0).integers(0, 290, 20)
 @functools.partial(jax.jit, static_argnames=("config", "remat_policy", "dtype"))
 def hidden_states(params, ids, positions, segments, config, remat_policy="none", dtype=jnp.float32):
     def run(decoder, ids):
-        return decoder(decoder.embed(ids), positions, segments)[0]
+        return decoder(decoder.embed(ids), positions, segments)
 
     return Decoder(config, dtype, remat_policy).apply({"params": params}, ids, method=run)
 

@@ -78,11 +78,11 @@ def test_a_text_only_row_is_the_decoder_alone():
     @jax.jit
     def both(params, images):
         def text(decoder, ids):
-            return decoder(decoder.embed(ids), positions, segments)[0]
+            return decoder(decoder.embed(ids), positions, segments)
 
         alone = Decoder(CONFIG.decoder).apply({"params": params["decoder"]}, ids, method=text)
-        whole = LlavaModel(CONFIG).apply({"params": params}, ids, images, positions, segments)[0]
-        bare = LlavaModel(CONFIG).apply({"params": params}, ids, None, positions, segments)[0]
+        whole = LlavaModel(CONFIG).apply({"params": params}, ids, images, positions, segments)
+        bare = LlavaModel(CONFIG).apply({"params": params}, ids, None, positions, segments)
         return alone, whole, bare
 
     alone, whole, bare = both(params, pictures(1, 1))

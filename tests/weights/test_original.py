@@ -122,7 +122,7 @@ def logits(folder, ids: np.ndarray, pixels: np.ndarray, **options) -> np.ndarray
     model, positions = LlavaModel(config), np.broadcast_to(np.arange(grown.shape[1]), grown.shape)
 
     def forward(model):
-        hidden, _ = model(grown, images, positions, np.ones_like(grown))
+        hidden = model(grown, images, positions, np.ones_like(grown))
         return model.attend(hidden)
 
     return np.asarray(jax.jit(lambda p: model.apply({"params": p}, method=forward))(params))

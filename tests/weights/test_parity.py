@@ -56,7 +56,7 @@ def decoder_logits(config, params, ids: np.ndarray) -> np.ndarray:
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
 
     def forward(model):
-        hidden, _ = model(model.embed(ids), positions, np.ones_like(ids))
+        hidden = model(model.embed(ids), positions, np.ones_like(ids))
         return model.attend(hidden)
 
     apply = jax.jit(lambda params: decoder.apply({"params": params}, method=forward))
@@ -234,7 +234,7 @@ def llava_logits(folder, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     model = LlavaModel(config)
 
     def forward(model):
-        hidden, _ = model(ids, pixels, positions, np.ones_like(ids))
+        hidden = model(ids, pixels, positions, np.ones_like(ids))
         return model.attend(hidden)
 
     return np.asarray(jax.jit(lambda p: model.apply({"params": p}, method=forward))(params))

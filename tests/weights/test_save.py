@@ -41,7 +41,7 @@ def random_params(module, *inputs, method=None) -> dict:
 
 def decoder_params(config) -> dict:
     def run(decoder, ids):
-        hidden, _ = decoder(decoder.embed(ids), ids, ids)
+        hidden = decoder(decoder.embed(ids), ids, ids)
         return decoder.attend(hidden)
 
     return random_params(Decoder(config), np.ones((1, 1), np.int32), method=run)
