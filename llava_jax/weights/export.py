@@ -18,7 +18,9 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.weights import hf_folder, original_folder
 from llava_jax.weights.checksums import CHECKSUMS_FILE
-from llava_jax.weights.hf_config import decoder_to_hf, read_json, vision_to_hf
+from llava_jax.weights.hf_decoder import decoder_to_hf
+from llava_jax.weights.hf_fields import read_json
+from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES
 from llava_jax.weights.load import Checkpoint, components, is_llava_folder, open_llava
 from llava_jax.weights.peft_folder import write_adapter

@@ -15,7 +15,10 @@ from llava_jax.data.templates import Template, render
 from llava_jax.data.tokenization import SegmentTokenizer, load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, image_token_count
-from llava_jax.weights.hf_config import BICUBIC, decoder_to_hf, read_json, vision_to_hf
+from llava_jax.weights.hf_decoder import decoder_to_hf
+from llava_jax.weights.hf_fields import read_json
+from llava_jax.weights.hf_images import BICUBIC
+from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.save import write_json
 
 PADDED_TO = 64  # rows of a grown vocabulary, as in the llava-hf checkpoints

@@ -20,7 +20,10 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ViTConfig, num_blocks
-from llava_jax.weights import hf_config
+from llava_jax.weights.hf_config import composed_config, llava_config
+from llava_jax.weights.hf_decoder import decoder_config
+from llava_jax.weights.hf_fields import read_json
+from llava_jax.weights.hf_vision import vision_config
 from llava_jax.weights.lazy import (
     LazyParameter,
     check_dtype,
@@ -108,7 +111,7 @@ def open_llava(
     adapter = (folder / ADAPTER_CONFIG).exists()
     values = {}
     if not adapter or (folder / "config.json").exists():
-        values = hf_config.read_json(folder / "config.json")
+        values = read_json(folder / "config.json")
     if is_original(values):
         return _original(folder, paths, allow_pickle)
     if adapter:
@@ -138,7 +141,7 @@ def _huggingface(
     folder: Path, values: dict, allow_pickle: bool
 ) -> tuple[LlavaConfig, dict[str, str], dict[str, dict[str, StoredTensor]]]:
     """Config, model types and tensors by component of a Hugging Face LLaVA."""
-    config = hf_config.llava_config(folder)
+    config = llava_config(folder)
     parts = _split_llava(folder, open_weights(folder, allow_pickle))
     config = _settle_tying(config, values, parts["decoder"])
     families = {
@@ -155,7 +158,7 @@ def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Checkp
             f"{folder} holds a LoRA adapter: give the folder of the LLaVA it was trained on, and "
             "nothing else (--base DIR, or base=)."
         )
-    values = hf_config.read_json(paths["base"] / "config.json")
+    values = read_json(paths["base"] / "config.json")
     config, families, parts = _huggingface(paths["base"], values, allow_pickle)
     adapter = _split_llava(folder, open_adapter(folder, allow_pickle), whole=False)
     for name, (table, _, _) in components(config, families).items():
@@ -170,9 +173,9 @@ def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Checkp
 
 def _composed(folder: Path, vision_tower: Path, allow_pickle: bool) -> Checkpoint:
     """A fresh LLaVA of a language model and a vision encoder, its projector drawn at random."""
-    config = hf_config.composed_config(vision_tower, folder)
+    config = composed_config(vision_tower, folder)
     types = {"vision": vision_tower, "decoder": folder}
-    families = {p: hf_config.read_json(f / "config.json")["model_type"] for p, f in types.items()}
+    families = {p: read_json(f / "config.json")["model_type"] for p, f in types.items()}
     table, _, _ = components(config, families)["projector"]
     sizes, rng = table.sizes(config), np.random.default_rng(0)
     projector = {}
@@ -210,8 +213,8 @@ def open_decoder(
       LlavaError: anything wrong with the folder, naming file and tensor.
     """
     folder = Path(folder)
-    values = hf_config.read_json(folder / "config.json")
-    found = hf_config.decoder_config(values, str(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    found = decoder_config(values, str(folder / "config.json"))
     _check_expected(folder, found, config)
     table = DECODERS[values.get("model_type", "llama")]
     return found, match(table, found, found.num_layers, open_weights(folder), folder)
@@ -234,8 +237,8 @@ def open_vision(
     Arguments, result and errors as in `open_decoder`; the paths are those in `ViT`.
     """
     folder = Path(folder)
-    values = hf_config.read_json(folder / "config.json")
-    found = hf_config.vision_config(values, str(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    found = vision_config(values, str(folder / "config.json"))
     _check_expected(folder, found, config)
     blocks = found.num_layers if num_blocks is None else num_blocks
     if not 0 <= blocks <= found.num_layers:
@@ -320,7 +323,7 @@ def _chat_template(folder: Path) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
-            found = hf_config.read_json(folder / name).get("chat_template")
+            found = read_json(folder / name).get("chat_template")
             if isinstance(found, str):
                 return found
     return None
@@ -331,7 +334,7 @@ def is_llava_folder(folder: Path) -> bool:
     if (folder / ADAPTER_CONFIG).is_file():
         return True
     try:
-        values = hf_config.read_json(folder / "config.json")
+        values = read_json(folder / "config.json")
     except LlavaError:
         return False
     return not (folder / "model.json").exists() and ("text_config" in values or is_original(values))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.hf_config import read_json
+from llava_jax.weights.hf_fields import read_json
 from llava_jax.weights.pickle_files import open_pickle
 from llava_jax.weights.safetensors_files import StoredTensor, read_header
 

@@ -16,13 +16,10 @@ from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.models.presets import clip_large
 from llava_jax.models.projector import projector_depth
 from llava_jax.models.vit import ViTConfig, feature_states
-from llava_jax.weights.hf_config import (
-    decoder_config,
-    default_images,
-    image_settings,
-    read_json,
-    vision_config,
-)
+from llava_jax.weights.hf_decoder import decoder_config
+from llava_jax.weights.hf_fields import read_json
+from llava_jax.weights.hf_images import default_images, image_settings
+from llava_jax.weights.hf_vision import vision_config
 from llava_jax.weights.merging import (
     ADAPTER_CONFIG,
     add_delta,

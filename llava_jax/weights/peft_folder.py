@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.lora import LoraConfig
-from llava_jax.weights.hf_config import decoder_to_hf, vision_to_hf
+from llava_jax.weights.hf_decoder import decoder_to_hf
+from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES
 from llava_jax.weights.load import components
 from llava_jax.weights.name_tables import STACKED, Parameter

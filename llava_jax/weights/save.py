@@ -19,8 +19,9 @@ from flax.traverse_util import flatten_dict
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.vit import ViTConfig
-from llava_jax.weights import hf_config
 from llava_jax.weights.checksums import write_checksums
+from llava_jax.weights.hf_decoder import decoder_to_hf
+from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES, LazyParameter
 from llava_jax.weights.name_tables import (
     DECODERS,
@@ -117,7 +118,7 @@ def save_decoder(
 ) -> None:
     """Writes decoder parameters as transformers' Llama, Mistral or Qwen classes read them."""
     refuse_existing(folder)
-    values = hf_config.decoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
+    values = decoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
     tensors = stored_tensors(DECODERS[values["model_type"]], config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:
         write_checkpoint(temporary, values, tensors)
@@ -129,7 +130,7 @@ def save_vision(
     """Writes encoder parameters, with as many blocks as `params` has; they hold no final norm."""
     refuse_existing(folder)
     config = dataclasses.replace(config, num_layers=len(params["layers"]["layer_norm1"]["scale"]))
-    values = hf_config.vision_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
+    values = vision_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
     table = dataclasses.replace(VISION_ENCODERS[values["model_type"]], idle=())
     tensors = stored_tensors(table, config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:

@@ -1,0 +1,118 @@
+"""A vision encoder's `config.json`, or LLaVA's `vision_config` -> ViTConfig, and back."""
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.vit import ACTIVATIONS, ViTConfig
+from llava_jax.weights.hf_fields import MAX_LAYERS, Fields
+
+VISION_FAMILIES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2")
+_CLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_SIGLIP_DEFAULTS = _CLIP_DEFAULTS | {
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_DINOV2_DEFAULTS = _CLIP_DEFAULTS | {
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "mlp_ratio": 4,
+    "qkv_bias": True,
+    "use_swiglu_ffn": False,
+}
+
+
+def vision_config(values: dict, source: str = "config.json") -> ViTConfig:
+    """A CLIP, SigLIP or DINOv2 `config.json`, or LLaVA's `vision_config`, as a ViTConfig.
+
+    Raises:
+      LlavaError: another model type, or a variant that the encoder does not have.
+    """
+    family = str(values.get("model_type", "clip_vision_model"))
+    if family in ("clip", "siglip"):  # text and image model together
+        values = values.get("vision_config") or values.get("vision_config_dict") or {}
+    if family in ("clip", "clip_vision_model"):
+        fields = Fields(values, _CLIP_DEFAULTS, source)
+        return _vit(fields, class_token=True, pre_norm=True, patch_bias=False, layer_scale=False)
+    if family in ("siglip", "siglip_vision_model"):
+        fields = Fields(values, _SIGLIP_DEFAULTS, source)
+        return _vit(fields, class_token=False, pre_norm=False, patch_bias=True, layer_scale=False)
+    if family == "dinov2":
+        return _dinov2(Fields(values, _DINOV2_DEFAULTS, source))
+    raise LlavaError(
+        f"{source} has model_type={family!r}: the vision encoder must be clip, siglip or dinov2."
+    )
+
+
+def _dinov2(f: Fields) -> ViTConfig:
+    if f["use_swiglu_ffn"]:
+        f.refuse("use_swiglu_ffn", "only DINOv2 with a plain MLP is supported")
+    if not f["qkv_bias"]:
+        f.refuse("qkv_bias", "only DINOv2 with query, key and value biases is supported")
+    feed_forward = int(f.integer("hidden_size") * f.number("mlp_ratio"))
+    f = Fields(f.values | {"intermediate_size": feed_forward}, f.defaults, f.source)
+    return _vit(f, class_token=True, pre_norm=False, patch_bias=True, layer_scale=True)
+
+
+def _vit(f: Fields, **variants: bool) -> ViTConfig:
+    f.check_plain()
+    if str(f["hidden_act"]) not in ACTIVATIONS:
+        f.refuse("hidden_act", f"the vision encoder has {', '.join(ACTIVATIONS)}")
+    if f["num_channels"] != 3:
+        f.refuse("num_channels", "pictures have 3")
+    if f.integer("hidden_size") % f.integer("num_attention_heads"):
+        f.refuse("num_attention_heads", f"it must divide hidden_size={f['hidden_size']}")
+    if f.integer("image_size") < f.integer("patch_size"):
+        f.refuse("image_size", f"a patch alone has {f['patch_size']} pixels")
+    return ViTConfig(
+        hidden_size=f.integer("hidden_size"),
+        intermediate_size=f.integer("intermediate_size"),
+        num_layers=f.integer("num_hidden_layers", MAX_LAYERS),
+        num_heads=f.integer("num_attention_heads"),
+        patch_size=f.integer("patch_size"),
+        image_size=f.integer("image_size"),
+        hidden_act=f["hidden_act"],
+        layer_norm_eps=f.number("layer_norm_eps"),
+        **variants,
+    )
+
+
+def vision_to_hf(config: ViTConfig) -> dict:
+    """The `config.json` that transformers reads as this encoder; the inverse of `vision_config`."""
+    values = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_channels": 3,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+    }
+    if config.layer_scale:
+        values |= {
+            "architectures": ["Dinov2Model"],
+            "model_type": "dinov2",
+            "mlp_ratio": config.intermediate_size // config.hidden_size,
+            "qkv_bias": True,
+            "use_swiglu_ffn": False,
+        }
+    else:
+        name, family = ("CLIP", "clip") if config.class_token else ("Siglip", "siglip")
+        values |= {
+            "architectures": [f"{name}VisionModel"],
+            "model_type": f"{family}_vision_model",
+            "intermediate_size": config.intermediate_size,
+        }
+    if vision_config(values) != config:
+        raise LlavaError(f"no Hugging Face model type of ours has this combination: {config}.")
+    return values
