@@ -29,6 +29,7 @@ from llava_jax.inference.packing import PrefillShape, pack, take
 from llava_jax.inference.placement import place_state
 from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, SamplingParams
 from llava_jax.inference.slots import RowSlots
+from llava_jax.models.decoder import are_stacked
 from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.models.precision import compute_precision
 
@@ -81,7 +82,8 @@ class Engine:
         self.counts = Counts()
         dtype, self._precision = compute_precision(dtype)
         self.dtype = dtype.name
-        self._model = LlavaModel(config, dtype)
+        stacked = are_stacked(params["decoder"])
+        self._model = LlavaModel(config, dtype, stacked=stacked)
         self._kv_dtype = jnp.dtype(kv_dtype or dtype)
         self._mesh = mesh
         self._image_slots = image_slots
@@ -174,11 +176,11 @@ class Engine:
         try:
             while True:
                 yield from self._take(source, waiting, batch_size)
+                if not waiting and not running:
+                    return
                 yield from self._admit(waiting, running, batch_size)
                 if running:
                     yield from self._advance(running, more=bool(waiting))
-                elif not waiting:
-                    return
         except GeneratorExit:  # the caller had enough
             raise
         except BaseException:
@@ -252,9 +254,12 @@ class Engine:
     def _admit(
         self, waiting: deque[Job], running: dict[int, Job], batch_size: int
     ) -> Iterator[Answer]:
-        """Gives free rows to waiting requests, until none is left of either."""
-        rows = count_bucket(batch_size)
-        while waiting and len(running) < batch_size:
+        """Gives free rows to waiting requests, until either are few.
+
+        A quarter of the rows or less is not worth a further call: they wait for rows that end.
+        """
+        rows, enough = count_bucket(batch_size), batch_size
+        while waiting and len(running) < enough:
             if not self._reserve(rows, max(job.need for job in waiting), busy=bool(running)):
                 return
             free = set(range(rows)) - set(running)
@@ -263,6 +268,7 @@ class Engine:
             self._encode_images(images)
             while wave:
                 yield from self._read_some(wave, running)
+            enough = batch_size - batch_size // 4
 
     def _reserve(self, rows: int, need: int, busy: bool) -> bool:
         """Makes a state of `rows` with room for `need` tokens; False while another is busy."""

@@ -25,6 +25,7 @@ from llava_jax.inference.prompts import History, PromptReader, conversation, tol
 from llava_jax.inference.quantization import pack_kernels, quantize_kernels
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.inference.sources import ImageSource, as_sources, fetch, source_name
+from llava_jax.models.decoder import separate_layers
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.parallel.sharding import param_shardings
@@ -108,9 +109,10 @@ class Llava:
         tokenizer = load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens)
         params = loaded.params
         arrays, products = compute_precision(dtype)
-        on_cpu = jax.default_backend() == "cpu" and mesh is None
-        if on_cpu and weights is None and "bfloat16" in (arrays.name, products):
-            params = pack_kernels(params)
+        if jax.default_backend() == "cpu" and mesh is None:
+            params = {**params, "decoder": separate_layers(params["decoder"])}
+            if weights is None and "bfloat16" in (arrays.name, products):
+                params = pack_kernels(params)
         return cls(
             loaded.config,
             params,

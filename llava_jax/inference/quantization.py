@@ -27,7 +27,7 @@ def quantize_channels(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def pack_kernels(params: dict) -> dict:
-    """Parameters with the kernels of stacked layers rounded to bfloat16 and kept as its bits.
+    """Parameters with the kernels of layers rounded to bfloat16, those of stacked ones as its bits.
 
     For products in bfloat16 on CPU, which round them anyway: XLA's CPU compiler takes a layer out
     of a stack of bfloat16 number by number, ten times slower than out of one of uint16.
@@ -35,5 +35,6 @@ def pack_kernels(params: dict) -> dict:
     flat = dict(flatten_dict(params))
     for path, leaf in flat.items():
         if "layers" in path and path[-1] == "kernel" and leaf.dtype != jnp.int8:
-            flat[path] = jax.lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16)
+            rounded, stacked = leaf.astype(jnp.bfloat16), leaf.ndim == 3
+            flat[path] = jax.lax.bitcast_convert_type(rounded, jnp.uint16) if stacked else rounded
     return unflatten_dict(flat)

@@ -89,19 +89,22 @@ class LlavaModel(nn.Module):
 
     Attributes:
       dtype: compute dtype; parameters keep their own.
-      remat_policy, attention: see Decoder.
+      remat_policy, attention, stacked: see Decoder.
     """
 
     config: LlavaConfig
     dtype: jnp.dtype = jnp.float32
     remat_policy: str = "none"
     attention: str = "xla"
+    stacked: bool = True
 
     def setup(self):
         c = self.config
         self.vision = ViT(c.vision, c.feature_layer, c.keep_class_token, self.dtype)
         self.projector = Projector(c.projector, c.decoder.hidden_size, c.projector_bias, self.dtype)
-        self.decoder = Decoder(c.decoder, self.dtype, self.remat_policy, self.attention)
+        self.decoder = Decoder(
+            c.decoder, self.dtype, self.remat_policy, self.attention, self.stacked
+        )
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """Pixels [B, S, S, 3], uint8 or already normalised floats -> tokens [B, P, D]."""
