@@ -61,27 +61,43 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`), largest first.
 
     A loop whose number of turns depends on data counts once. The TPU compiler splits a collective
-    over fusions that it hides behind products; the parts share a channel and count as one. A
-    reduce-scatter it writes as a fusion `all-reduce-scatter`: an all-reduce, a slice of it kept.
+    over fusions that it hides behind products; the parts, of which some have lost their name,
+    count as one. A reduce-scatter it writes as a fusion `all-reduce-scatter`: an all-reduce, a
+    slice of it kept.
 
     Args:
       devices: of the program, for collectives that name no groups.
     """
     computations, entry = _computations(text)
     runs = _run_counts(computations, entry)
-    found, channels = [], set()
+    found, seen = [], {}
     for name, lines in computations.items():
         for result, opcode, rest in _instructions(lines):
             if opcode.removesuffix("-start") not in KINDS or not runs[name]:
                 continue
-            channel = _CHANNEL.search(rest)
-            if channel is None or channel[1] not in channels:
-                channels.add(channel and channel[1])
-                several = _collectives(opcode, result, rest, runs[name], devices)
-                if name.startswith("all-reduce-scatter"):
-                    several = (dataclasses.replace(c, kind="reduce-scatter") for c in several)
-                found += several
+            if _is_part(seen, result, opcode, rest):
+                continue
+            several = _collectives(opcode, result, rest, runs[name], devices)
+            if name.startswith("all-reduce-scatter"):
+                several = (dataclasses.replace(c, kind="reduce-scatter") for c in several)
+            found += several
     return sorted(found, key=lambda c: -c.received)
+
+
+def _is_part(seen: dict, result: str, opcode: str, rest: str) -> bool:
+    """True where `seen`, which is added to, has the collective that this is another part of.
+
+    A channel alone does not tell: all collectives of `shard_map` have the same one.
+    """
+    channel, groups, name = (p.search(rest) for p in (_CHANNEL, _GROUPS, _OP_NAME))
+    if channel is None:
+        return False
+    arrays = tuple(_ARRAY.findall(result))  # parts may lie in different memories
+    names = seen.setdefault((opcode, channel[1], groups and groups[0], arrays), set())
+    name = name and name[1]
+    part = bool(names) and (name is None or bool(names & {name, None}))
+    names.add(name)
+    return part
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

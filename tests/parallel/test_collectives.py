@@ -14,7 +14,8 @@ from llava_jax.parallel.topology import topology
 
 # As the TPU compiler writes: a gather in a loop of three turns, split over two fusions that share
 # a channel; a scatter as a reduction of which a slice is kept; a permutation and a scatter beside
-# it; a reduction of two arrays; a loop without limit.
+# it; two gathers that share a channel and nothing else; a reduction of two arrays; a loop without
+# limit.
 TEXT = """\
 HloModule step
 %gather.1 (p: bf16[1,8]) -> bf16[4,8] {
@@ -48,24 +49,29 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %loop = (s32[], bf16[1,8]) while(%t), condition=%condition, body=%body
   %loop.1 = (s32[], f32[2]) while(%t), condition=%open_condition, body=%open_body
   %scatter = f32[2,16]{1,0} reduce-scatter(%g), channel_id=10, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+  %by_hand = bf16[8]{0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}, metadata={op_name="q_proj"}
+  %by_hand.1 = bf16[8]{0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}, metadata={op_name="v_proj"}
   %both = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), channel_id=11, replica_groups=[1,8]<=[8], to_apply=%add
 }
 """  # noqa: E501
 
 
 def test_a_text_by_hand():
-    found = {(c.kind, c.dtype, c.shape): c for c in read_collectives(TEXT, 8)}
+    collectives = read_collectives(TEXT, 8)
+    found = {(c.kind, c.dtype, c.shape): c for c in collectives}
     wanted = {
         ("all-gather", "bf16", (4, 8)): (4, 3, 3 * 64 * 3 / 4),  # group, runs, bytes received
         ("reduce-scatter", "bf16", (40, 4)): (8, 3, 3 * 320 * 7 / 8),
         ("collective-permute", "bf16", (1, 8)): (8, 3, 3 * 16),
         ("all-reduce", "f32", (2,)): (8, 1, 2 * 8 * 7 / 8),
         ("reduce-scatter", "f32", (8, 16)): (4, 1, 512 * 3 / 4),
+        ("all-gather", "bf16", (8,)): (2, 1, 16 / 2),
         ("all-reduce", "f32", (4,)): (8, 1, 2 * 16 * 7 / 8),
         ("all-reduce", "bf16", (6,)): (8, 1, 2 * 12 * 7 / 8),
     }
     assert {key: (c.group, c.runs, c.received) for key, c in found.items()} == wanted
     assert found["all-gather", "bf16", (4, 8)].scope == "layers/up_proj"
+    assert len(collectives) == len(wanted) + 1  # one channel, two names: two gathers
 
 
 @pytest.mark.parametrize("layers", [2, 5])
