@@ -16,6 +16,8 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
+
 from llava_jax.errors import LlavaError
 from llava_jax.weights.safetensors_files import INDEX_FILE, SINGLE_FILE, StoredTensor, open_folder
 
@@ -136,6 +138,21 @@ class _View:
     strides: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class PermutedTensor(StoredTensor):
+    """A tensor stored as a view with its axes in another order, such as a transposed matrix.
+
+    axes: those of `shape` as they lie in the file, the slowest first.
+    """
+
+    axes: tuple[int, ...]
+
+    def _view(self, whole: bool) -> np.ndarray:
+        shape = tuple(self.shape[axis] for axis in self.axes)
+        lying = StoredTensor(self.name, self.path, self.dtype, shape, self.offset)
+        return lying._view(whole).transpose(np.argsort(self.axes))
+
+
 # The one written in Python: a pickle can make the one written in C fill any amount of memory.
 class _Reader(pickle._Unpickler):
     def __init__(self, path: Path, data: bytes):
@@ -194,13 +211,17 @@ def _place(path: Path, file, root: str, members: dict, name: str, view: _View) -
         or view.start + items > storage.items
     ):
         raise LlavaError(f"{path} is damaged: tensor {name!r} does not fit its storage.")
-    dense = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    if items and any(n > 1 and s != d for n, s, d in zip(shape, strides, dense, strict=True)):
-        raise LlavaError(
-            f"tensor {name!r} in {path} is stored transposed or with gaps: save it .contiguous()."
-        )
+    axes = tuple(sorted(range(len(shape)), key=lambda axis: -strides[axis]))
+    lying = [shape[axis] for axis in axes]
+    dense = [math.prod(lying[i + 1 :]) for i in range(len(axes))]
+    if items and any(
+        shape[axis] > 1 and strides[axis] != step for axis, step in zip(axes, dense, strict=True)
+    ):
+        raise LlavaError(f"tensor {name!r} in {path} is stored with gaps: save it .contiguous().")
     start = _data_start(file, member) + view.start * storage.item_bytes
-    return StoredTensor(name, path, storage.dtype, shape, start)
+    if axes == tuple(range(len(shape))):
+        return StoredTensor(name, path, storage.dtype, shape, start)
+    return PermutedTensor(name, path, storage.dtype, shape, start, axes)
 
 
 def _data_start(file, member: zipfile.ZipInfo) -> int:

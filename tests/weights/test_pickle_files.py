@@ -38,6 +38,8 @@ def test_same_tensors_as_pytorch(tmp_path):
         "rows of another": table[2:5],
         "the other": table,
         "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+        "transposed": table.T,
+        "axes in another order": torch.randn(2, 3, 4).permute(2, 0, 1),
         "one row, odd strides": table.T[:1].T.as_strided((1, 4), (99, 1)),
     }
     path = saved(tmp_path, collections.OrderedDict(content))
@@ -106,7 +108,8 @@ def test_other_contents_are_told(tmp_path):
     refused(saved(tmp_path, {"model": {"x": torch.ones(2)}}), "'model'", "no tensor")
     refused(saved(tmp_path, {"x": torch.ones(2), "epoch": 3}), "'epoch'", "no tensor")
     refused(saved(tmp_path, torch.ones(2)), "not a dict")
-    refused(saved(tmp_path, {"x": torch.ones(2, 3).T}), "'x'", "contiguous")
+    refused(saved(tmp_path, {"x": torch.ones(2, 3)[:, :2]}), "'x'", "contiguous")
+    refused(saved(tmp_path, {"x": torch.ones(1, 3).expand(2, 3)}), "'x'", "storage")
     refused(
         saved(tmp_path, {"x": torch.ones(2).to_sparse()}), "asks for torch._utils._rebuild_sparse"
     )
