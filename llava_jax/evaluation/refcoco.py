@@ -6,8 +6,8 @@ from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, ask, graded
-from llava_jax.evaluation.boxes import draw_boxes, iou, parse_boxes, to_pixels
 from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.inference.boxes import Box, draw_boxes, parse_boxes, to_pixels
 
 # name -> the file of references, the splits it has
 REFERENCES = {
@@ -57,6 +57,17 @@ def grade(question: Question, text: str) -> float:
     box, size = question.label
     answers = parse_boxes(text)
     return float(bool(answers) and iou(to_pixels(answers[0], size), box) >= LEAST_OVERLAP)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union; a box whose corners are swapped has no area."""
+    overlap = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    union = _area(a) + _area(b) - overlap
+    return overlap / union if union else 0.0
+
+
+def _area(box: Box) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
 def draw(image: Image.Image, question: Question, text: str) -> Image.Image:

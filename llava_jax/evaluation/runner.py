@@ -14,7 +14,7 @@ from tqdm import tqdm
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, Shard
 from llava_jax.evaluation.failures import write_failures
-from llava_jax.evaluation.fingerprint import weights_fingerprint
+from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.weights.run_directory import write_json

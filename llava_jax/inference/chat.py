@@ -11,11 +11,16 @@ from PIL import Image
 from llava_jax.data.images import load_image
 from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.errors import LlavaError
+from llava_jax.inference.boxes import draw_boxes, parse_boxes, to_pixels
 from llava_jax.inference.command_line import add_model_arguments, load_from_arguments
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sources import fetch, source_name
 
-HELP = "/image FILE adds a picture, /reset starts over, /save FILE writes it down, /quit ends"
+HELP = """/image FILE shows a picture with the next question
+/boxes FILE writes the last picture there, with the last answer's boxes drawn
+/save FILE writes the conversation there
+/reset starts over
+/quit ends"""
 
 
 @dataclass
@@ -62,6 +67,20 @@ class Conversation:
             )
         except OSError as error:
             raise LlavaError(f"cannot write {path!r}: {error.strerror}") from None
+
+    def save_boxes(self, path: str) -> None:
+        """Writes the last picture that was asked about with the boxes of the last answer drawn."""
+        boxes = parse_boxes(self.history[-1][1]) if self.history else []
+        if not boxes:
+            raise LlavaError("the last answer has no box such as [0.1, 0.2, 0.5, 0.9]")
+        shown = self.images[: len(self.images) - self.waiting]
+        if not shown:
+            raise LlavaError("no picture was shown: there is nothing to draw on")
+        drawn = draw_boxes(shown[-1], [to_pixels(box, shown[-1].size) for box in boxes], "red")
+        try:
+            drawn.save(path)
+        except (OSError, ValueError) as error:  # the latter: a suffix of no picture's
+            raise LlavaError(f"cannot write {path!r}: {error}") from None
 
     def ask(self, model: Llava, question: str, **settings):
         """Yields the pieces of the answer and remembers it."""
@@ -132,10 +151,12 @@ def _one_line(model: Llava, conversation: Conversation, line: str, settings: dic
         conversation.reset()
     elif command == "/image":
         conversation.add_image(rest.strip())
+    elif command == "/boxes":
+        conversation.save_boxes(rest.strip())
     elif command == "/save":
         conversation.save(rest.strip())
     elif command.startswith("/"):
-        print(f"unknown command {command}: {HELP}", file=sys.stderr)
+        print(f"unknown command {command}\n{HELP}", file=sys.stderr)
     elif line:
         for piece in conversation.ask(model, line, **settings):
             print(piece, end="", flush=True)

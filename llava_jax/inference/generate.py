@@ -8,10 +8,8 @@ log probabilities `logprobs`; or `id` and `error`.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,11 +18,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.answer import Answer, TokenLogprob
+from llava_jax.inference.answer import Answer
+from llava_jax.inference.answer_file import answer_line, encode_line, open_answers
 from llava_jax.inference.command_line import add_model_arguments, load_from_arguments
+from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.weights.run_directory import write_json
+from llava_jax.inference.sources import is_address
 
 OWN_KEYS = {"id", "prompt", "images", "history"}
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="requests at once")
     parser.add_argument(
         "--sampling",
-        type=json.loads,
+        type=_json_object,
         default={},
         metavar="JSON",
         help="""for requests that do not say otherwise, such as '{"max_tokens": 64}'""",
@@ -45,44 +45,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="drop answers of another run")
 
 
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object of sampling parameters")
+    return value
+
+
 def main(args: argparse.Namespace) -> int:
     """Answers every request that has no answer yet; returns the exit code."""
-    if not Path(args.input).is_file():
-        raise LlavaError(f"no file of requests at {args.input}")
-    if args.batch_size < 1:
-        raise LlavaError(f"--batch_size must be at least 1, not {args.batch_size}")
-    if not isinstance(args.sampling, dict):
-        raise LlavaError("--sampling must be a JSON object of sampling parameters")
-    SamplingParams.from_names(args.sampling)
-    digest = hashlib.sha256(Path(args.input).read_bytes()).hexdigest()
-    done = claim(
-        Path(args.output),
-        {
-            "input": digest,
-            "checkpoint": str(Path(args.checkpoint).resolve()),
-            "sampling": args.sampling,
-            "dtype": args.dtype,
-            "weights": args.weights,
-            "kv_cache": args.kv_cache,
-        },
-        args.overwrite,
-    )
-    with open(args.input, encoding="utf-8", errors="replace") as file:
+    check_arguments(args)
+    with open(args.input, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
         total = sum(1 for _ in file)
     model = load_from_arguments(args)
+    run = {
+        "input": digest,
+        "parameters": weights_fingerprint(model.engine.params),
+        "template": model.template.name,
+        "sampling": args.sampling,
+        "dtype": args.dtype,
+        "weights": args.weights,
+        "kv_cache": args.kv_cache,
+    }
     root = Path(args.image_root) if args.image_root else Path(args.input).parent
+    output, done = open_answers(Path(args.output), run, args.overwrite)
     start = time.perf_counter()
-    with (
-        open(args.output, "ab") as output,
-        tqdm(total=total, initial=done, unit="request", desc="generate") as bar,
-    ):
+    with output, tqdm(total=total, initial=done, unit="request", desc="generate") as bar:
         requests = Requests(args.input, done, model, root, args.sampling)
         for line in answer_lines(model, requests, args.batch_size):
-            output.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            output.write(encode_line(line))
             output.flush()
             bar.update()
     report(model, time.perf_counter() - start)
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """LlavaError for what can be told before a model is loaded."""
+    if not Path(args.input).is_file():
+        raise LlavaError(f"no file of requests at {args.input}")
+    if Path(args.output).exists() and Path(args.output).samefile(args.input):
+        raise LlavaError(f"--output is the file of requests, {args.input}: give another")
+    if args.batch_size < 1:
+        raise LlavaError(f"--batch_size must be at least 1, not {args.batch_size}")
+    SamplingParams.from_names(args.sampling)
 
 
 class Requests:
@@ -100,12 +111,12 @@ class Requests:
         self._root, self._sampling = image_root, sampling
 
     def __iter__(self) -> Iterator:
-        with open(self._path, encoding="utf-8", errors="replace") as file:
+        with open(self._path, "rb") as file:  # as bytes, one wrong line leaves the others readable
             for number, line in enumerate(file):
                 if number >= self._skip:
                     yield from self._entries(number, line)
 
-    def _entries(self, number: int, line: str) -> list:
+    def _entries(self, number: int, line: bytes) -> list:
         """What the engine is to run for a line; a wrong one gets an answer at once and nothing."""
         self.ids[number] = number
         try:
@@ -123,9 +134,9 @@ class Requests:
         self.answers[number] = [answer for _, answer in entries]
         return entries
 
-    def _parse(self, number: int, line: str) -> dict:
+    def _parse(self, number: int, line: bytes) -> dict:
         try:
-            item = json.loads(line)
+            item = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise LlavaError(f"not a line of JSON: {error}") from None
         if isinstance(item, dict):
@@ -138,11 +149,10 @@ class Requests:
         return item
 
     def _images(self, item: dict) -> list:
-        images = item.get("images") or []
-        images = images if isinstance(images, list) else [images]
-        if not all(isinstance(image, str) for image in images):
-            raise LlavaError("images must be paths or addresses")
-        is_address = lambda image: image.startswith(("data:", "http:", "https:"))
+        images = item.get("images")
+        images = [] if images is None else images if isinstance(images, list) else [images]
+        if not all(isinstance(image, str) and image for image in images):
+            raise LlavaError("images must be paths or addresses, none empty")
         return [image if is_address(image) else self._root / image for image in images]
 
 
@@ -161,69 +171,6 @@ def _finished(requests: Requests) -> Iterator[dict]:
         del requests.answers[requests.next]
         yield answer_line(requests.ids.pop(requests.next), answers)
         requests.next += 1
-
-
-def answer_line(id, answers: list[Answer]) -> dict:
-    """What is written of one request."""
-    first = answers[0]
-    for answer in answers:
-        if answer.error:
-            return {"id": id, "error": str(answer.error)}
-    line = {"id": id, "text": first.text, "finish_reason": first.finish_reason}
-    if len(answers) > 1:
-        line["texts"] = [answer.text for answer in answers]
-    line["prompt_tokens"] = first.prompt_tokens
-    line["completion_tokens"] = sum(len(answer.tokens) for answer in answers)
-    if first.logprobs:
-        line["logprobs"] = [_logprobs(answer.logprobs) for answer in answers]
-    if first.prompt_logprobs:
-        line["prompt_logprobs"] = _logprobs(first.prompt_logprobs)
-    return line
-
-
-def _logprobs(told: list[TokenLogprob]) -> list[dict]:
-    return [{"token": t.token, "logprob": t.logprob, "top": t.top} for t in told]
-
-
-def claim(output: Path, run: dict, overwrite: bool) -> int:
-    """Makes an output file this run's; how many of its lines are whole, the rest cut off.
-
-    Raises:
-      LlavaError: it holds answers to other requests, or of another model or other settings.
-    """
-    mark = output.with_name(output.name + ".run.json")
-    if overwrite:
-        output.unlink(missing_ok=True)
-    if output.exists() and output.stat().st_size:
-        other = {}
-        with contextlib.suppress(OSError, ValueError):
-            other = json.loads(mark.read_text(encoding="utf-8"))
-        changed = [key for key in run if other.get(key) != run[key]]
-        if changed:
-            raise LlavaError(
-                f"{output} holds answers of another run (different: {', '.join(changed)}): give "
-                "another --output, or --overwrite to ask again"
-            )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(mark, run)
-    return repair(output)
-
-
-def repair(output: Path) -> int:
-    """Cuts off what a kill left behind the last whole line; the number of lines."""
-    lines = size = 0
-    if output.exists():
-        with open(output, "rb") as file:
-            for raw in file:
-                try:
-                    json.loads(raw)
-                except ValueError:
-                    break
-                if not raw.endswith(b"\n"):
-                    break
-                lines, size = lines + 1, size + len(raw)
-        os.truncate(output, size)
-    return lines
 
 
 def report(model: Llava, seconds: float) -> None:

@@ -24,14 +24,22 @@ def fetch(source: ImageSource, allow_urls: bool) -> str | bytes | Image.Image:
     if not isinstance(source, str | os.PathLike):
         return source
     source = os.fspath(source)
-    scheme = source.partition(":")[0].lower()
-    if scheme == "data":
+    if not is_address(source):
+        return source
+    if _scheme(source) == "data":
         return _decode(source)
-    if scheme in ("http", "https"):
-        if not allow_urls:
-            raise LlavaError(f"{source:.80} is an address: download it, or allow addresses")
-        return _download(source)
-    return source
+    if not allow_urls:
+        raise LlavaError(f"{source:.80} is an address: download it, or allow addresses")
+    return _download(source)
+
+
+def is_address(source: str) -> bool:
+    """Whether it begins as `data:`, http or https addresses do, and not as a path."""
+    return _scheme(source) in ("data", "http", "https")
+
+
+def _scheme(source: str) -> str:
+    return source.partition(":")[0].lower()
 
 
 def as_sources(images) -> list[ImageSource]:
@@ -52,7 +60,8 @@ def source_name(source: ImageSource, default: str) -> str:
     """What messages call a source."""
     if not isinstance(source, str | os.PathLike):
         return default
-    return default if os.fspath(source).startswith("data:") else os.fspath(source)
+    source = os.fspath(source)
+    return default if _scheme(source) == "data" else source
 
 
 def _decode(source: str) -> bytes:

@@ -11,8 +11,8 @@ import pytest
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import BENCHMARKS, Shard, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
-from llava_jax.evaluation.fingerprint import weights_fingerprint
 from llava_jax.evaluation.runner import evaluate
+from llava_jax.inference.fingerprint import weights_fingerprint
 from tests.tiny_model import CONFIG, random_image, random_params, tiny_llava
 
 ROOT = Path(__file__).parents[2]

@@ -10,6 +10,7 @@ import pytest
 from llava_jax.data.images import load_image
 from llava_jax.errors import LlavaError
 from llava_jax.inference import chat, command_line
+from llava_jax.inference.boxes import draw_boxes, to_pixels
 from llava_jax.inference.model import Llava
 from tests.tiny_model import random_image
 
@@ -26,7 +27,7 @@ class Recorder:
         if "fail" in question:
             raise LlavaError("too long")
         yield "answer "
-        yield str(len(self.calls))
+        yield "[0.5, 0.25, 1, 0.75]" if "where" in question else str(len(self.calls))
 
 
 @pytest.fixture
@@ -103,6 +104,26 @@ def test_a_saved_conversation_is_a_llava_record(model, pictures, tmp_path, capsy
     }
     err = capsys.readouterr().err
     assert "nothing was said yet" in err and "cannot write 'no/such/x'" in err
+
+
+def test_boxes_are_drawn_on_the_picture_they_are_about(
+    model, pictures, tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "boxes.png"
+    lines = [
+        f"/boxes {path}", "where?", f"/image {pictures[1]}", f"/boxes {path}", "/boxes no/such.png",
+        f"/boxes {tmp_path}/picture.text", "which?", f"/boxes {path}.png", "/reset", "where?",
+        f"/boxes {path}.png",
+    ]  # fmt: skip
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0]]
+    assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
+    shown = load_image(pictures[0])  # 11 x 9: the second was in no question yet
+    expected = draw_boxes(shown, [to_pixels((0.5, 0.25, 1, 0.75), (11, 9))], "red")
+    assert load_image(str(path)).tobytes() == expected.tobytes() != shown.tobytes()
+    err = capsys.readouterr().err
+    assert err.count("the last answer has no box") == 2 and "no picture was shown" in err
+    assert "cannot write 'no/such.png'" in err and "picture.text': unknown file extension" in err
+    assert not (tmp_path / "boxes.png.png").exists()
 
 
 def test_end_of_input_ends_the_conversation(model, tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 import argparse
 import base64
+import contextlib
 import json
 
 import pytest
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference import command_line, generate, model
+from llava_jax.inference.answer_file import open_answers
 from tests.tiny_model import random_image, tiny_llava
 
 
@@ -37,7 +39,7 @@ def run(llava, tmp_path, monkeypatch):
 
 def write(path, lines) -> None:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("".join(text + "\n" for text in texts))
+    path.write_bytes("".join(text + "\n" for text in texts).encode("utf-8", "surrogateescape"))
 
 
 def good(count: int) -> list[dict]:
@@ -77,6 +79,13 @@ def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path):
         '{"prompt": "a", "images": "no.png"}': "no.png",
         '{"prompt": "a", "images": "broken.png"}': "broken.png",
         '{"prompt": "a", "images": [7]}': "images must be paths",
+        '{"prompt": "a", "images": ""}': "images must be paths or addresses, none empty",
+        '{"prompt": "a", "images": "HTTPS://localhost/a.png"}': "allow addresses",
+        '{"prompt": "a\\ud800"}': "half a character, U+D800, at 1",
+        '{"prompt": "a", "stop": 5}': "stop must be a list",
+        '{"prompt": "a", "n": 1000000}': "n must be a whole number from 1 to",
+        '{"prompt": "a", "stop_token_ids": [1000000000000]}': "stop_token_ids must be",
+        '{"prompt": "a\udcff"}': "not a line of JSON: 'utf-8' codec",  # a byte that is no UTF-8
         '{"prompt": "a", "images": "http://localhost/a.png"}': "allow addresses",
         '{"prompt": "a <image>"}': "1 <image> but 0",
         '{"prompt": "a", "temprature": 1}': "did you mean temperature",
@@ -109,6 +118,53 @@ def test_a_killed_run_continues_and_repairs_its_last_line(run, llava, tmp_path):
         assert (tmp_path / "out.jsonl").read_bytes() == raw
         done = sum(end <= keep for end in ends)
         assert llava.engine.counts.requests - before == 9 - done
+
+
+def test_ids_are_given_back_whatever_they_are(run, tmp_path):
+    ids = ["a", "a", None, 1.5, {"b": [2]}, "\ud800"]
+    write(tmp_path / "in.jsonl", [{"id": id, "prompt": "a?", "max_tokens": 1} for id in ids])
+    assert [line["id"] for line in run()] == ids
+
+
+def test_no_requests_make_no_answers(run, tmp_path):
+    write(tmp_path / "in.jsonl", [])
+    assert run() == []
+
+
+def test_the_requests_are_never_written_to(run, tmp_path):
+    write(tmp_path / "in.jsonl", good(1))
+    before = (tmp_path / "in.jsonl").read_bytes()
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    for name in ("in.jsonl", "link.jsonl"):
+        with pytest.raises(LlavaError, match="--output is the file of requests"):
+            run("--output", str(tmp_path / name), "--overwrite")
+    assert (tmp_path / "in.jsonl").read_bytes() == before
+
+
+def test_two_runs_do_not_write_to_one_file(run, tmp_path):
+    write(tmp_path / "in.jsonl", good(2))
+    file, _ = open_answers(tmp_path / "out.jsonl", {}, overwrite=False)
+    for arguments in ([], ["--overwrite"]):
+        with file_stays(tmp_path / "out.jsonl"), pytest.raises(LlavaError, match="is writing to"):
+            run(*arguments)
+    file.close()
+    assert len(run()) == 2
+
+
+@contextlib.contextmanager
+def file_stays(path):
+    before = path.read_bytes()
+    yield
+    assert path.read_bytes() == before
+
+
+def test_answers_of_other_parameters_are_not_continued(run, tmp_path, monkeypatch):
+    write(tmp_path / "in.jsonl", good(1))
+    run()
+    other = tiny_llava(seed=1)
+    monkeypatch.setattr(model.Llava, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(LlavaError, match="another run .different: parameters"):
+        run()
 
 
 def test_answers_of_another_run_are_not_continued(run, tmp_path):
@@ -146,7 +202,6 @@ def test_settings_of_the_command_line_give_way_to_the_requests(run, llava, tmp_p
     [
         (["--input", "no/such.jsonl"], "no file of requests at no/such.jsonl"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
-        (["--sampling", "[]"], "--sampling must be a JSON object"),
         (["--sampling", '{"top": 1}'], "unknown sampling parameter 'top'"),
         (["--checkpoint", "no/such"], "no checkpoint folder at no/such"),
     ],
@@ -155,3 +210,10 @@ def test_wrong_arguments_are_told_at_the_start(run, tmp_path, arguments, message
     write(tmp_path / "in.jsonl", good(1))
     with pytest.raises(LlavaError, match=message):
         run(*arguments)
+
+
+@pytest.mark.parametrize("text", ["[]", "{max_tokens: 3}"])
+def test_settings_that_are_no_json_object_are_told(run, tmp_path, capsys, text):
+    with pytest.raises(SystemExit):
+        run("--sampling", text)
+    assert f"argument --sampling: {text!r} is no JSON" in capsys.readouterr().err

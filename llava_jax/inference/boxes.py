@@ -25,17 +25,6 @@ def to_pixels(box: Box, size: tuple[int, int]) -> Box:
     return x1 - left, y1 - top, x2 - left, y2 - top
 
 
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union; a box whose corners are swapped has no area."""
-    overlap = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
-    union = _area(a) + _area(b) - overlap
-    return overlap / union if union else 0.0
-
-
-def _area(box: Box) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-
-
 def draw_boxes(image: Image.Image, boxes: Sequence[Box], colour: str) -> Image.Image:
     """A copy of the picture with boxes (pixels) drawn, corners put in order."""
     image = image.copy()
