@@ -27,7 +27,7 @@ from llava_jax.inference.model import Llava
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel import dry_run, hosts
-from llava_jax.parallel.mesh import check_batch, make_mesh
+from llava_jax.parallel.mesh import make_mesh, microbatches
 from llava_jax.parallel.sharding import (
     RULES,
     process_part,
@@ -171,7 +171,7 @@ def run(config: ConfigDict) -> None:
     lora = recipe.lora_config(config, model_config)
     sources = recipe.starting_sources(config)
     mesh = make_mesh(**config.mesh)
-    check_batch(mesh, config.batch_size // config.accumulation)
+    config.accumulation = microbatches(mesh, config.batch_size, config.accumulation)
     part = process_part(mesh)
     tokenizer_dir = recipe.tokenizer_folder(config)
     tokenizer = load_tokenizer(tokenizer_dir, model_config.decoder.vocab_size)
@@ -212,7 +212,8 @@ def run(config: ConfigDict) -> None:
         first = next(batches)
         began, arrays = time.perf_counter(), put(first.arrays)
         train_step = compile_step(config, model, optimizer, join, state, frozen, arrays)
-        hosts.tell(f"compiled in {time.perf_counter() - began:.0f} s")
+        seconds = time.perf_counter() - began
+        hosts.tell(f"compiled in {seconds:.0f} s; {config.accumulation} microbatches a step")
         log = NoLog()
         if hosts.is_first():
             log = MetricsLog(workdir, done, config.wandb_project, config.to_dict())

@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.data.workers = 0  # processes that decode images; 0: threads
 
     config.batch_size = 32  # rows an optimizer step, over all devices and microbatches
-    config.accumulation = 1  # microbatches that a step is cut into
+    config.accumulation = 1  # microbatches of a step; fewer where a device would get no row
     config.epochs = placeholder(int)  # give epochs or steps
     config.steps = placeholder(int)
 

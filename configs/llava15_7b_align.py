@@ -1,8 +1,7 @@
 """LLaVA-1.5 7B, stage 1: the projector learns to caption LCS-558K; all else is frozen.
 
 Hyper-parameters of the published run: 1 epoch, rate 1e-3, cosine with 3% warm-up, no weight decay.
-`batch_size` counts rows. A row packs about three captions, so 86 rows are the published batch of
-256 captions.
+A row holds one caption, so 256 rows are the published batch.
 """
 
 from configs import base
@@ -23,10 +22,11 @@ def get_config():
     # https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain, its images.zip unpacked
     config.data.train = "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
     config.data.image_root = "data/LLaVA-Pretrain/images"
-    config.data.max_length = 1920  # three pictures of 576 tokens, and 64 more for each caption
-    config.data.images_per_row = 3
+    config.data.max_length = 640  # a picture of 576 tokens and 64 for its caption
+    config.data.images_per_row = 1
     config.data.workers = 8
     config.batch_size = 256
+    config.accumulation = 4
     config.epochs = 1
     config.optimizer.clip_norm = 0.0
     return config

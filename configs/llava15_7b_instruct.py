@@ -26,6 +26,7 @@ def get_config():
     config.data.images_per_row = 3  # no more fit: a picture takes 576 tokens
     config.data.workers = 8
     config.batch_size = 128
+    config.accumulation = 4  # fewer are faster where memory allows: see --fit
     config.epochs = 1
     config.optimizer.clip_norm = 0.0
     config.loss_chunk = 256

@@ -1,7 +1,7 @@
 """LLaVA v1 7B, stage 1: a linear projector learns to caption CC3M-595K; all else is frozen.
 
-Hyper-parameters of the published run: 1 epoch, rate 2e-3, cosine with 3% warm-up. `batch_size`
-counts rows; one packs about six captions, so 21 rows are the published batch of 128 captions.
+Hyper-parameters of the published run: 1 epoch, rate 2e-3, cosine with 3% warm-up. A row
+packs two captions, so 64 rows are the published batch of 128.
 """
 
 from configs import base
@@ -21,10 +21,11 @@ def get_config():
     # https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K, its images.zip unpacked
     config.data.train = "data/LLaVA-CC3M-Pretrain-595K/chat.json"
     config.data.image_root = "data/LLaVA-CC3M-Pretrain-595K/images"
-    config.data.max_length = 1920  # six pictures of 256 tokens, and 64 more for each caption
-    config.data.images_per_row = 6
+    config.data.max_length = 640  # two pictures of 256 tokens, and 64 more for each caption
+    config.data.images_per_row = 2
     config.data.workers = 8
-    config.batch_size = 128
+    config.batch_size = 64
+    config.accumulation = 4
     config.epochs = 1
     config.optimizer.clip_norm = 0.0
     return config

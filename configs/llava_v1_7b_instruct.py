@@ -21,6 +21,7 @@ def get_config():
     config.data.images_per_row = 6
     config.data.workers = 8
     config.batch_size = 32
+    config.accumulation = 4
     config.epochs = 3
     config.optimizer.clip_norm = 0.0
     config.loss_chunk = 256

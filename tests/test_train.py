@@ -193,7 +193,6 @@ WRONG = {  # name -> (config values, words of the message)
     "decoder": ({"init.decoder": ""}, "config.init.decoder is empty"),
     "tokenizer": ({"init.tokenizer": "no/such"}, "config.init.tokenizer names no/such"),
     "checkpoint": ({"init.checkpoint": "configs"}, "configs is no checkpoint: give a run"),
-    "batch": ({"batch_size": 3, "accumulation": 2}, "batch_size=3 .* config.accumulation=2"),
     "mesh": ({"mesh.data": 3}, "mesh data=3, .* does not fit 1 devices"),
     "group": ({"trainable": {"projecter": 1e-3}}, r"trainable names \['projecter'\]"),
     "steps": ({"epochs": 1}, "set exactly one of config.epochs and config.steps"),

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.collectives import Collective, read_collectives
-from llava_jax.parallel.mesh import BATCH_AXES, check_batch, make_mesh
+from llava_jax.parallel.mesh import BATCH_AXES, make_mesh, microbatches
 from llava_jax.parallel.sharding import RULES, batch_sharding
 from llava_jax.parallel.topology import GIB, Topology
 from llava_jax.training import recipe
@@ -53,7 +53,8 @@ def make_stage(config: ConfigDict, where: Topology) -> Stage:
     model_config = recipe.model_config(config)
     lora = recipe.lora_config(config, model_config)
     mesh = make_mesh(**config.mesh, devices=list(where.devices))
-    check_batch(mesh, config.batch_size // config.accumulation)
+    config = ConfigDict(config.to_dict())
+    config.accumulation = microbatches(mesh, config.batch_size, config.accumulation)
     model = recipe.training_model(config, model_config, mesh)
     groups = config.trainable.to_dict()
     schedule = warmup_cosine(config.steps or 1000, config.optimizer.warmup_ratio)

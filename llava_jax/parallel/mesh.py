@@ -29,12 +29,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch(mesh: Mesh, rows: int) -> None:
-    """Raises LlavaError when `rows` cannot be split evenly over the devices that share a batch."""
+def microbatches(mesh: Mesh, rows: int, wanted: int) -> int:
+    """Parts that a batch of `rows` is cut into: `wanted`, or the most that suit every device.
+
+    A part has as many rows for each device that shares the batch, and one at least.
+
+    Raises:
+      LlavaError: `rows` cannot be split evenly over those devices.
+    """
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if rows % shards:
         raise LlavaError(
             f"a batch of {rows} rows cannot be split over {shards} devices "
             f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}): "
-            f"make batch_size / accumulation a multiple of {shards}"
+            f"make config.batch_size a multiple of {shards}"
         )
+    a_device = rows // shards
+    return max(n for n in range(1, min(wanted, a_device) + 1) if a_device % n == 0)

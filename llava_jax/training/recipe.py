@@ -50,11 +50,6 @@ def check_config(config: ConfigDict) -> None:
     for key in ("batch_size", "accumulation", "log_every", "validate_every", "save_every", "keep"):
         if config[key] < 1:
             raise LlavaError(f"config.{key} is {config[key]}: it must be at least 1")
-    if config.batch_size % config.accumulation:
-        raise LlavaError(
-            f"config.batch_size={config.batch_size} rows cannot be cut into "
-            f"config.accumulation={config.accumulation} equal microbatches"
-        )
     if config.parity and config.batch_size % PARITY_DEVICES:
         raise LlavaError(
             f"config.parity cuts a batch into {PARITY_DEVICES} equal parts, but "

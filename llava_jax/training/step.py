@@ -13,11 +13,9 @@ from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_toke
 from llava_jax.training.optimizer import merge_params
 
 PARITY_DEVICES = 8
-import os
-EXTRA = eval(os.environ.get('EXTRA','{}'))
 # Products are not cut into one for each device's slice of the weights (windowed einsum): with them
 # 7B was still compiling after 215 s of CPU time.
-COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000", **EXTRA}}
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 MODEL_INPUTS = ("input_ids", "images", "position_ids", "segment_ids")
 
 

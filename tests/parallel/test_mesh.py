@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.parallel.mesh import check_batch, make_mesh
+from llava_jax.parallel.mesh import make_mesh, microbatches
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,12 @@ def test_a_mesh_of_some_devices():
 
 def test_rows_are_shared_by_data_and_fsdp_and_not_by_tensor():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    check_batch(mesh, 12)
+    assert microbatches(mesh, 12, 1) == 1
     message = r"6 rows cannot be split over 4 devices \(data=2 x fsdp=2\): .* a multiple of 4"
     with pytest.raises(LlavaError, match=message):
-        check_batch(mesh, 6)
+        microbatches(mesh, 6, 1)
+
+
+@pytest.mark.parametrize("wanted, cut", [(1, 1), (2, 2), (3, 3), (4, 3), (5, 3), (6, 6), (99, 6)])
+def test_a_microbatch_has_equal_rows_for_every_device(wanted, cut):
+    assert microbatches(make_mesh(data=2, tensor=2), 24, wanted) == cut  # 6 rows a device

@@ -40,7 +40,7 @@ def config(parts=None, **changes):
         ({"batch_size": 0}, "config.batch_size is 0: it must be at least 1"),
         ({"save_every": -1}, "config.save_every is -1"),
         ({"keep": 0}, "config.keep is 0"),
-        ({"accumulation": 4}, "batch_size=2 rows cannot be cut into config.accumulation=4"),
+        ({"accumulation": 0}, "config.accumulation is 0: it must be at least 1"),
         (
             {"model__remat_policy": "some"},
             "remat_policy is 'some': choose one of none, dots, attention, full",
