@@ -9,13 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.interpreters import partial_eval
 
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
 from llava_jax.models.llava import LlavaModel
+from llava_jax.training import step as step_module
 from llava_jax.training.optimizer import adamw, split_params
-from llava_jax.training.step import TrainState, count_work, make_eval_step, make_train_step
+from llava_jax.training.step import (
+    TrainState,
+    count_work,
+    make_eval_step,
+    make_train_step,
+    with_kernels_as,
+)
 from tests import tiny_run
 from tests.jaxprs import product_flops
 from tests.tiny_model import CONFIG, byte_tokenizer, random_params
@@ -174,6 +182,34 @@ def test_accumulation_changes_nothing():
         assert_near(state.params, whole.params, share=1e-5)
         for name in metrics:
             np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5, err_msg=name)
+
+
+def bfloat16_gradients(accumulation: int) -> dict:
+    """Gradients of one step of a model that computes in bfloat16, read off a step of SGD."""
+    state, frozen = start("instruct")
+    step = make_train_step(LlavaModel(CONFIG, jnp.bfloat16), optax.sgd(1.0), accumulation, 16)
+    after, _ = jax.jit(step)(state, frozen, uneven_batch())
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+    return jax.tree.map(lambda a, b: np.asarray(b - a), after.params, state.params)
+
+
+def test_rounded_kernels_cost_the_gradients_of_a_bfloat16_model_their_last_bits(monkeypatch):
+    """Kernels' gradients are rounded; microbatches are added in float32."""
+    found = {accumulation: bfloat16_gradients(accumulation) for accumulation in (1, 4)}
+    monkeypatch.setattr(step_module, "with_kernels_as", lambda params, dtype: params)
+    exact = bfloat16_gradients(1)
+    for grads in found.values():
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+            assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b) + 1e-6
+
+
+def test_kernels_alone_are_rounded_for_the_products():
+    params = random_params(CONFIG)
+    flat = flatten_dict(with_kernels_as(params, jnp.bfloat16))
+    for path, leaf in flat.items():
+        assert leaf.dtype == (jnp.bfloat16 if path[-1] == "kernel" else jnp.float32), path
+    same = with_kernels_as(params, jnp.float32)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, same, params))
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens():
