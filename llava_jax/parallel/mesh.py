@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llava_jax.errors import LlavaError
@@ -14,7 +15,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
     Raises:
-      LlavaError: the sizes do not multiply to the number of devices.
+      LlavaError: the sizes do not multiply to the number of devices, or `data` does not spread over
+        the slices of a TPU multislice.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -26,7 +28,28 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: "
             "the sizes must multiply to that number (one of them may be -1)"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    slices = slice_count(devices)
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    return Mesh(hybrid_grid(sizes, slices, devices), AXES, axis_types=kinds)
+
+
+def slice_count(devices) -> int:
+    """TPU slices that the devices belong to; other devices count as one."""
+    return len({d.slice_index for d in devices if d.platform == "tpu"}) or 1
+
+
+def hybrid_grid(sizes: list[int], slices: int, devices) -> np.ndarray:
+    """Devices [data, fsdp, tensor] of several slices: only `data` crosses the slow network."""
+    data, *others = sizes
+    if data % slices:
+        raise LlavaError(
+            f"mesh data={data} does not spread over {slices} TPU slices: give "
+            f"--config.mesh.data={slices}, or a multiple; gradients alone then cross between slices"
+        )
+    inside = (data // slices, *others)
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
 
 
 def microbatches(mesh: Mesh, rows: int, wanted: int) -> int:

@@ -1,10 +1,12 @@
 """Meshes that fit the devices, and batches that fit the mesh."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.parallel.mesh import make_mesh, microbatches
+from llava_jax.parallel.mesh import hybrid_grid, make_mesh, microbatches, slice_count
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,31 @@ def test_a_mesh_that_does_not_fit_names_the_numbers(sizes):
 
 def test_a_mesh_of_some_devices():
     assert make_mesh(devices=jax.devices()[:2]).size == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU device as laying out a mesh asks for."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_only_the_data_axis_crosses_slices():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    grid = hybrid_grid([4, 2, 1], 2, chips[::-1])
+    assert grid.shape == (4, 2, 1)
+    assert [{c.slice_index for c in part.flat} for part in grid] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(LlavaError, match="data=1 does not spread over 2 TPU slices: .*mesh.data=2"):
+        hybrid_grid([1, 8, 1], 2, chips)
+
+
+def test_slices_are_those_of_tpus():
+    assert slice_count([Chip(i, i // 4, "tpu") for i in range(8)]) == 2
+    assert slice_count([Chip(i, i // 4, "gpu") for i in range(8)]) == 1
+    assert slice_count(jax.devices()) == 1
 
 
 def test_rows_are_shared_by_data_and_fsdp_and_not_by_tensor():

@@ -1,0 +1,66 @@
+"""How a step's cost grows with chips: a table over TPU topologies from dry runs; no TPU is needed.
+
+python -m bench.scaling --config=configs/llava15_7b_instruct.py --topologies=v5e:4x4,v5e:8x8
+
+Two tables: the global batch of the config on all of them, and as many rows a chip as the first
+has. A range is from everything hidden behind the largest term to nothing hidden.
+"""
+
+import functools
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from llava_jax import command
+from llava_jax.parallel.compiling import compile_stage, make_stage
+from llava_jax.parallel.report import report
+from llava_jax.parallel.topology import GIB, topology
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to scale.", lock_config=True)
+TOPOLOGIES = flags.DEFINE_list("topologies", None, "Such as v5e:4x4,v5e:8x8, small to large.")
+
+HEAD = ("topology", "rows", "microbatches", "GiB a chip", "GB into a chip", "compute s")
+HEAD += ("memory s", "collectives s", "step s", "MFU")
+
+
+def line(cells) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def cells(told: dict) -> list[str]:
+    """A row of the table from the report of a dry run; what does not fit says so."""
+    needed = f"{told['bytes']['needed'] / GIB:.1f}" + ("" if told["fits"] else " (too much)")
+    start = [told["topology"], told["rows"], told["microbatches"], needed]
+    if "estimate" not in told:
+        return start
+    e = told["estimate"]
+    terms = [f"{e['seconds'][term]:.3f}" for term in ("compute", "memory", "collectives")]
+    seconds = f"{e['step_seconds']:.3f} to {e['step_seconds_nothing_hidden']:.3f}"
+    mfu = f"{e['mfu']:.0%} to {e['mfu_nothing_hidden']:.0%}"
+    return [*start, f"{told['collective_bytes'] / 1e9:.1f}", *terms, seconds, mfu]
+
+
+def main() -> None:
+    config, names = CONFIG.value, TOPOLOGIES.value
+    chips = {name: len(topology(name).devices) for name in names}
+
+    @functools.cache
+    def dry_run(name: str, rows: int) -> dict:
+        changed = ConfigDict(config.to_dict())
+        changed.batch_size = rows
+        stage = make_stage(changed, topology(name))
+        return report(stage, compile_stage(stage))
+
+    a_chip = max(config.batch_size // chips[names[0]], 1)
+    tables = {
+        f"{config.batch_size} rows in all": lambda name: config.batch_size,
+        f"{a_chip} rows a chip": lambda name: a_chip * chips[name],
+    }
+    for title, rows in tables.items():
+        print(f"\n{title}\n\n{line(HEAD)}\n{line('---' for _ in HEAD)}", flush=True)
+        for name in names:
+            print(line(cells(dry_run(name, rows(name)))), flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main, required=("config", "topologies"))
