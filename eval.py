@@ -42,11 +42,12 @@ def main() -> None:
     check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
     # Late: loading JAX takes seconds that a mistyped flag or a missing file should not cost.
     from llava_jax.evaluation.runner import evaluate
-    from llava_jax.inference.command_line import keep_compilations
+    from llava_jax.inference.command_line import keep_compilations, mesh_of_all
     from llava_jax.inference.model import Llava
 
     keep_compilations()
-    model = Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype)
+    mesh = mesh_of_all(**config.mesh)
+    model = Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype, mesh=mesh)
     root = Path(OUTPUT.value or default_output(Path(CHECKPOINT.value)))
     output = root / benchmark.name
     scores = evaluate(

@@ -34,7 +34,7 @@ setup(
         "quickstart": ["easy-vqa==1.0", "gguf", "onnx"],
         "wandb": ["wandb"],
         "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
-        "lmms_eval": ["lmms-eval>=0.7.2"],
+        "lmms_eval": ["lmms-eval>=0.7.3"],
         "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "openpyxl"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

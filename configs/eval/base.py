@@ -11,4 +11,5 @@ def get_config() -> ConfigDict:
     config.max_new_tokens = 128  # the original's limit for short answers
     config.batch_size = 64
     config.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # of all devices; -1: the rest
     return config

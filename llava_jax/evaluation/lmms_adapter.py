@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.errors import LlavaError
+from llava_jax.inference.command_line import mesh_of_all
 from llava_jax.inference.engine import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
@@ -64,7 +65,7 @@ class LlavaJax(lmms):
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise LlavaError(f"batch_size must be a whole number from 1, not {batch_size!r}")
-        self.model = Llava.from_pretrained(pretrained, dtype=dtype)
+        self.model = Llava.from_pretrained(pretrained, dtype=dtype, mesh=mesh_of_all())
         self.batch_size = int(batch_size)
         self.use_until = use_until
 

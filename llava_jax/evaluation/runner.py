@@ -5,8 +5,11 @@ line a question, in order) and, at the end, `metrics.json`, the file for the ben
 `failures.html`. Shards of a run lie in folders of their own below it.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,20 +53,36 @@ def evaluate(
     }
     questions = shard.of(benchmark.questions) if shard else benchmark.questions
     output = Path(output) / shard.folder if shard else Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    folders = [output] if shard else [output, *sorted(output.glob("shard-*-of-*"))]
-    for folder in folders:
-        _claim(folder, run, overwrite)
-    (output / "metrics.json").unlink(missing_ok=True)
-    ids = {question.id for question in questions}
-    done = {}
-    for folder in folders:
-        done |= _finished(folder / "predictions.jsonl", ids, repair=folder == output)
-    done |= _answer(model, benchmark.name, questions, done, output, params, batch_size)
-    _write_lines(output / "predictions.jsonl", [done[question.id] for question in questions])
-    if shard:
-        return []
-    return _conclude(benchmark, run, [done[q.id]["prediction"] for q in questions], output)
+    with _alone_in(output):
+        folders = [output] if shard else [output, *sorted(output.glob("shard-*-of-*"))]
+        for folder in folders:
+            _claim(folder, run, overwrite)
+        (output / "metrics.json").unlink(missing_ok=True)
+        ids = {question.id for question in questions}
+        done = {}
+        for folder in folders:
+            done |= _finished(folder / "predictions.jsonl", ids, repair=folder == output)
+        done |= _answer(model, benchmark.name, questions, done, output, params, batch_size)
+        _write_lines(output / "predictions.jsonl", [done[question.id] for question in questions])
+        if shard:
+            return []
+        return _conclude(benchmark, run, [done[q.id]["prediction"] for q in questions], output)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it, so that two runs never write there at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise LlavaError(
+            f"another eval.py is writing to {folder} now: wait for it, or give another --output"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _answer(model, name, questions, done, output, params, batch_size) -> dict[str, dict]:

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.parallel.mesh import make_mesh
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,12 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
         kv_cache=args.kv_cache,
         allow_urls=args.allow_urls,
     )
+
+
+def mesh_of_all(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
+    """A mesh of all devices, as `make_mesh` makes it; None where there is one, which needs none."""
+    mesh = make_mesh(data, fsdp, tensor)
+    return mesh if mesh.size > 1 else None
 
 
 def keep_compilations() -> None:

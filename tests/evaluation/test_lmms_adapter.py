@@ -13,7 +13,7 @@ from tests.tiny_model import random_image, tiny_llava
 
 
 def interface() -> dict[str, ModuleType]:
-    """The few names of lmms-eval 0.7.2 that the adapter uses, as it declares them."""
+    """The few names of lmms-eval 0.7.3 that the adapter uses, as it declares them."""
 
     class lmms:
         is_simple = True
@@ -80,7 +80,7 @@ def messages(doc):
 
 def make(cls, monkeypatch, docs=DOCS, **settings):
     """The model, with its parameters made here, and the requests of `docs`."""
-    monkeypatch.setattr(Llava, "from_pretrained", lambda path, dtype: llava())
+    monkeypatch.setattr(Llava, "from_pretrained", lambda path, dtype, mesh: llava())
     model = cls(pretrained="runs/llava", device="cuda", batch_size="2", **settings)
     model.task_dict = {"task": {"test": docs}}
     model.cache_hook = Cache()
@@ -161,6 +161,6 @@ def test_what_cannot_be_done_is_told(adapter, monkeypatch, change, message):
 def test_wrong_model_args_are_told(adapter, monkeypatch):
     with pytest.raises(LlavaError, match="unknown model_args conv_template: known are pretrained"):
         make(adapter.LlavaJax, monkeypatch, conv_template="vicuna_v1")
-    monkeypatch.setattr(Llava, "from_pretrained", lambda path, dtype: llava())
+    monkeypatch.setattr(Llava, "from_pretrained", lambda path, dtype, mesh: llava())
     with pytest.raises(LlavaError, match="batch_size must be a whole number from 1, not 'auto'"):
         adapter.LlavaJax(pretrained="runs/llava", batch_size="auto")

@@ -13,6 +13,7 @@ from llava_jax.evaluation import BENCHMARKS, Shard, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
 from llava_jax.evaluation.runner import evaluate
 from llava_jax.inference.fingerprint import weights_fingerprint
+from llava_jax.inference.model import Llava
 from tests.tiny_model import CONFIG, random_image, random_params, tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +164,16 @@ def test_a_finished_run_asks_nothing_again(llava, data, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
+def test_two_runs_do_not_write_to_one_folder(llava, data, tmp_path):
+    out = tmp_path / "out"
+    with runner._alone_in(out):
+        with pytest.raises(LlavaError, match="another eval.py is writing to .*out now"):
+            run(llava, data, out)
+        run(llava, data, out, shard=Shard(1, 2))  # a shard has a folder of its own
+    run(llava, data, out)
+    assert len(predictions(out)) == 11
+
+
 def test_answers_of_another_run_are_refused(llava, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(llava, data, out)
@@ -241,17 +252,29 @@ def test_every_benchmark_has_a_config():
     assert set(BENCHMARKS) <= names
 
 
+def predictions_on_one_device(checkpoint: Path, data: Path, tmp_path: Path) -> list[dict]:
+    run(Llava.from_pretrained(checkpoint, dtype="auto"), data, tmp_path / "one", max_new_tokens=8)
+    return predictions(tmp_path / "one")
+
+
 def test_eval_answers_scores_and_reports(data, tmp_path, aligned):
-    """The command on a run of train.py: a part, then the whole; one report over both."""
+    """The command on a run of train.py: the whole, then a part on other shares of the devices."""
     command = [sys.executable, "eval.py", "--config=configs/eval/easy_vqa.py"]
     command += [f"--checkpoint={aligned}", f"--output={tmp_path / 'out'}"]
     command += [f"--config.data_root={data.parent}", "--config.options.split=test"]
     for arguments, text in [
         ([], "easy_vqa/test: overall accuracy 0.0 (none published)"),
-        (["--limit=3"], "easy_vqa/test-first-3: overall accuracy 0.0 (none published)"),
+        (
+            ["--limit=3", "--config.mesh.tensor=2"],
+            "easy_vqa/test-first-3: overall accuracy 0.0 (none published)",
+        ),
     ]:
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and text in done.stdout, done.stderr
+    out = tmp_path / "out" / "easy_vqa"
+    whole = predictions(out / "test")
+    assert len(whole) == 11 and predictions(out / "test-first-3") == whole[:3]
+    assert whole == predictions_on_one_device(aligned, data, tmp_path)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| easy_vqa/test | 11 | accuracy, overall | 0.0 |  |  |" in report
     assert set(json.loads((tmp_path / "out" / "report.json").read_text())) == {

@@ -126,6 +126,11 @@ def test_ids_are_given_back_whatever_they_are(run, tmp_path):
     assert [line["id"] for line in run()] == ids
 
 
+def test_every_batch_may_end_at_its_first_token(run, tmp_path):
+    write(tmp_path / "in.jsonl", [{"prompt": "a?", "max_tokens": 1}] * 11)
+    assert [line["completion_tokens"] for line in run()] == [1] * 11
+
+
 def test_no_requests_make_no_answers(run, tmp_path):
     write(tmp_path / "in.jsonl", [])
     assert run() == []
