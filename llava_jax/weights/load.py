@@ -200,13 +200,14 @@ def load_llava(folder: str | Path, dtype: str = "float32", **options) -> tuple[L
 
 
 def open_decoder(
-    folder: str | Path, config: DecoderConfig | None = None
+    folder: str | Path, config: DecoderConfig | None = None, allow_pickle: bool = False
 ) -> tuple[DecoderConfig, dict[str, LazyParameter]]:
     """Opens a Llama-family language model.
 
     Args:
-      folder: `config.json` and safetensors as `LlamaForCausalLM.save_pretrained` writes them.
+      folder: `config.json` and weights as `LlamaForCausalLM.save_pretrained` writes them.
       config: what the caller expects; a folder that differs is an error.
+      allow_pickle: as in `open_llava`.
     Returns:
       The config and, by our path in `Decoder`, where its parameters lie.
     Raises:
@@ -217,20 +218,27 @@ def open_decoder(
     found = decoder_config(values, str(folder / "config.json"))
     _check_expected(folder, found, config)
     table = DECODERS[values.get("model_type", "llama")]
-    return found, match(table, found, found.num_layers, open_weights(folder), folder)
+    tensors = open_weights(folder, allow_pickle)
+    return found, match(table, found, found.num_layers, tensors, folder)
 
 
 def load_decoder(
-    folder: str | Path, config: DecoderConfig | None = None, dtype: str = "float32"
+    folder: str | Path,
+    config: DecoderConfig | None = None,
+    dtype: str = "float32",
+    allow_pickle: bool = False,
 ) -> tuple[DecoderConfig, dict]:
     """The config and the parameters of `open_decoder`, as float32, bfloat16 or float16 arrays."""
     check_dtype(dtype)
-    found, params = open_decoder(folder, config)
+    found, params = open_decoder(folder, config, allow_pickle)
     return found, read_tree(params, dtype, Path(folder).name)
 
 
 def open_vision(
-    folder: str | Path, num_blocks: int | None = None, config: ViTConfig | None = None
+    folder: str | Path,
+    num_blocks: int | None = None,
+    config: ViTConfig | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[ViTConfig, dict[str, LazyParameter]]:
     """Opens the first `num_blocks` blocks (default: all) of a CLIP, SigLIP or DINOv2 encoder.
 
@@ -244,7 +252,7 @@ def open_vision(
     if not 0 <= blocks <= found.num_layers:
         raise LlavaError(f"{folder} has {found.num_layers} blocks, not {blocks}.")
     table = VISION_ENCODERS[values.get("model_type", "clip_vision_model")]
-    return found, match(table, found, blocks, open_weights(folder), folder)
+    return found, match(table, found, blocks, open_weights(folder, allow_pickle), folder)
 
 
 def load_vision(
@@ -252,10 +260,11 @@ def load_vision(
     num_blocks: int | None = None,
     config: ViTConfig | None = None,
     dtype: str = "float32",
+    allow_pickle: bool = False,
 ) -> tuple[ViTConfig, dict]:
     """The config and the parameters of `open_vision`, as float32, bfloat16 or float16 arrays."""
     check_dtype(dtype)
-    found, params = open_vision(folder, num_blocks, config)
+    found, params = open_vision(folder, num_blocks, config, allow_pickle)
     return found, read_tree(params, dtype, Path(folder).name)
 
 

@@ -101,8 +101,8 @@ def open_pickle(path: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
     """
     if not allow_pickle:
         raise LlavaError(
-            f"{path} is a pickle, which can run code: allow pickles (--allow_pickle, or "
-            "allow_pickle=True) to have its tensors read and nothing run, or make it safetensors."
+            f"{path} is a pickle, which can run code: have its tensors read and nothing run with "
+            "`llava-jax convert --allow_pickle` (in Python, allow_pickle=True)."
         )
     try:
         with zipfile.ZipFile(path) as archive:

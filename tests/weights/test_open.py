@@ -111,6 +111,29 @@ def test_a_language_model_and_an_encoder(llama_folder, tmp_path):
         assert 0.9 * 32**-0.5 < np.abs(kernel).max() <= 32**-0.5
 
 
+def test_both_of_pickles(llama_folder, tmp_path):
+    """As the first CLIP and Vicuna came."""
+    clip = randomize(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)))
+    clip.save_pretrained(tmp_path / "clip")
+    (tmp_path / "vicuna").mkdir()
+    config = (llama_folder / "config.json").read_bytes()
+    (tmp_path / "vicuna/config.json").write_bytes(config)
+    state = safetensors_torch.load_file(llama_folder / "model.safetensors")
+    torch.save(state, tmp_path / "vicuna/pytorch_model.bin")
+    expected = load_vision(tmp_path / "clip", num_blocks=2)[1], load_decoder(llama_folder)[1]
+    (tmp_path / "clip/model.safetensors").unlink()
+    torch.save(clip.state_dict(), tmp_path / "clip/pytorch_model.bin")
+    towers = {"vision_tower": tmp_path / "clip"}
+    refused(tmp_path / "vicuna", "pickle", "llava-jax convert --allow_pickle", **towers)
+    with pytest.raises(LlavaError, match="is a pickle"):
+        load_vision(tmp_path / "clip")
+    composed = open_llava(tmp_path / "vicuna", **towers, allow_pickle=True).read()
+    vision = load_vision(tmp_path / "clip", num_blocks=2, allow_pickle=True)[1]
+    decoder = load_decoder(tmp_path / "vicuna", allow_pickle=True)[1]
+    for found in ((composed["vision"], composed["decoder"]), (vision, decoder)):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 # --- what goes with the weights -------------------------------------------------------------------
 
 USER_ONLY = (
