@@ -82,7 +82,7 @@ class Engine:
         self.counts = Counts()
         dtype, self._precision = compute_precision(dtype)
         self.dtype = dtype.name
-        stacked = are_stacked(params["decoder"])
+        stacked = not params or are_stacked(params["decoder"])  # none yet: those of training
         self._model = LlavaModel(config, dtype, stacked=stacked)
         self._kv_dtype = jnp.dtype(kv_dtype or dtype)
         self._mesh = mesh
