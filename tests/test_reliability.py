@@ -1,6 +1,7 @@
 """What a long run meets: SIGTERM, other machines after a restart, a full disk, damaged files."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -99,7 +100,16 @@ def each(folder: Path, name: str, change) -> None:
         change(path)
 
 
+def flip_a_bit(step: Path) -> None:
+    """In the middle of the largest file of parameters: of an array, not of what describes it."""
+    largest = max((p for p in (step / "params").rglob("*") if p.is_file()), key=os.path.getsize)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
 DAMAGE = {
+    "a bit": flip_a_bit,
     "arrays cut": lambda step: cut_arrays(step / "params"),
     "moments cut": lambda step: cut_arrays(step / "opt_state"),
     "arrays gone": lambda step: each(step, "d", shutil.rmtree),
@@ -123,7 +133,7 @@ def every_step(world, run, tmp_path_factory) -> Path:
     return workdir
 
 
-QUICK = ("moments cut", "item gone", "metadata cut", "all empty")
+QUICK = ("a bit", "moments cut", "item gone", "metadata cut", "all empty")
 
 
 @pytest.mark.parametrize(

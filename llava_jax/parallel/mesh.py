@@ -37,7 +37,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 def slice_count(devices) -> int:
     """TPU slices that the devices belong to; other devices count as one."""
-    return len({d.slice_index for d in devices if d.platform == "tpu"}) or 1
+    # A device of a slice that stands alone may have no such number.
+    return len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
 
 
 def hybrid_grid(sizes: list[int], slices: int, devices) -> np.ndarray:

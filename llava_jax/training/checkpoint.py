@@ -1,4 +1,7 @@
-"""Saving and resuming: the trainable tree and the optimizer state as separate Orbax items."""
+"""Saving and resuming: the trainable tree and the optimizer state as separate Orbax items.
+
+Beside them lies the sum of the bits of every array, by which a change on disk is found.
+"""
 
 import contextlib
 import logging
@@ -15,12 +18,29 @@ from llava_jax.parallel.sharding import put
 from llava_jax.training.step import TrainState
 from llava_jax.weights.run_directory import check_complete, check_params, saved_params
 
-ITEMS = ("params", "opt_state")
+ITEMS = ("params", "opt_state", "bit_sums")
 
 
 def told_by_us(record: logging.LogRecord) -> bool:
     """A log filter: without the traceback that Orbax logs for an error it raises later on."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+@jax.jit
+def _bit_sums(tree):
+    """Of each array its words added up modulo 2^32: the same on every mesh."""
+
+    def add(x):
+        unsigned = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned), dtype=jnp.uint32)
+
+    return jax.tree.map(add, tree)
+
+
+def bit_sums(tree) -> dict[str, int]:
+    """The sum of the bits of every array of a tree, by its path."""
+    sums = jax.tree_util.tree_leaves_with_path(_bit_sums(tree))
+    return {jax.tree_util.keystr(path): int(total) for path, total in sums}
 
 
 class Checkpoints:
@@ -50,6 +70,7 @@ class Checkpoints:
         """Copies the state off the devices and writes it in the background."""
         items = {"params": state.params, "opt_state": state.opt_state}
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        saves["bit_sums"] = ocp.args.JsonSave(bit_sums(items))
         with self._write_errors_told():
             self._manager.save(step, args=ocp.args.Composite(**saves))
 
@@ -91,6 +112,7 @@ class Checkpoints:
             {"params": like.params, "opt_state": like.opt_state},
         )
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+        restores["bit_sums"] = ocp.args.JsonRestore()
         try:
             saved, wanted = flatten_dict(saved_params(folder)), flatten_dict(like.params)
         except LlavaError as error:
@@ -101,6 +123,9 @@ class Checkpoints:
             items = self._manager.restore(step, args=ocp.args.Composite(**restores))
         except (ValueError, KeyError, OSError) as error:
             return None, f"{folder} is damaged: {str(error).splitlines()[0]}"
+        found = bit_sums({name: items[name] for name in targets})
+        if changed := [path for path, total in items["bit_sums"].items() if found[path] != total]:
+            return None, f"{folder} is damaged: the bits of {changed[0]} have changed"
         return TrainState(
             put(step, like.step.sharding, jnp.int32), items["params"], items["opt_state"]
         ), ""
