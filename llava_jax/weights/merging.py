@@ -22,6 +22,7 @@ _PLAIN_LORA = {
     "use_dora": (None, False),
     "fan_in_fan_out": (None, False),
     "lora_bias": (None, False),
+    "bias": (None, "none"),  # PEFT trains others and leaves them out of what it saves
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     # The others (PiSSA, OLoRA, LoftQ, CorDA) change the base weights too.

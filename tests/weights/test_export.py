@@ -177,6 +177,27 @@ def test_original_form(projector, tmp_path):
     assert (tmp_path / "again" / SINGLE_FILE).read_bytes() == (out / SINGLE_FILE).read_bytes()
 
 
+def test_original_form_as_llama_cpp_takes_it_apart(tmp_path):
+    """Its llava_surgery_v2.py sorts tensors by the beginnings of their names, of all files whose
+    name has `model` in it; what each part leaves is a whole model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(CONFIG, vision=CLIP)
+    checkpoint, _ = in_memory(tmp_path / "tokenizer", config, "v1")
+    write_folder(original(checkpoint, None), tmp_path / "out")
+    names = set(load_file(tmp_path / "out" / SINGLE_FILE))
+    encoder = {name for name in names if name.startswith("model.vision_tower")}
+    projector = {name for name in names if name.startswith("model.mm_projector")}
+    values = json.loads((tmp_path / "out/vision_tower/config.json").read_text())
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig.from_dict(values))
+    found = {name[name.index("vision_model.") :].removeprefix("vision_model.") for name in encoder}
+    assert found == {key.removeprefix("vision_model.") for key in clip.state_dict()}
+    layers = {f"model.mm_projector.{i}.{end}" for i in (0, 2) for end in ("weight", "bias")}
+    assert projector == layers
+    values = json.loads((tmp_path / "out/config.json").read_text()) | {"model_type": "llama"}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(values))
+    assert names - encoder - projector == set(llama.state_dict())
+
+
 def test_original_to_hugging_face_and_back(tmp_path):
     config = dataclasses.replace(CONFIG, vision=CLIP)
     checkpoint, _ = in_memory(tmp_path / "tokenizer", config, "v1")
@@ -234,9 +255,9 @@ def test_a_run_by_the_command(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_lora_apart(tmp_path, capsys):
-    """Merged with the base by the reader of PEFT's adapters, it is the run with LoRA merged."""
-    run, base, adapter, merged = (tmp_path / n for n in ("run", "base", "adapter", "merged"))
+def lora_run(folder: Path) -> tuple[Path, Path]:
+    """(a run that trained LoRA and the projector, the Hugging Face LLaVA it started from)."""
+    run, base = folder / "run", folder / "base"
     run.mkdir()
     lora = LoraConfig(2, 3.0, ("decoder/*", "vision/layers/mlp/fc1"))
     tree = write_run(run)
@@ -249,6 +270,12 @@ def test_lora_apart(tmp_path, capsys):
     frozen = {c: Source(base, weights_checksum(base)) for c in ("vision", "decoder")}
     # The base of a run keeps its vocabulary, and its image id, when they are those of the run.
     write_run_model(run, RunModel(open_llava(base).config, "chatml", frozen, lora))
+    return run, base
+
+
+def test_lora_apart(tmp_path, capsys):
+    """Merged with the base by the reader of PEFT's adapters, it is the run with LoRA merged."""
+    (run, base), adapter, merged = lora_run(tmp_path), tmp_path / "adapter", tmp_path / "merged"
     for name, out in (("peft", adapter), ("hf", merged)):
         assert cli.main(["export", str(run), "--format", name, "--out", str(out)]) == 0
     settings = json.loads((adapter / "adapter_config.json").read_text())
