@@ -100,6 +100,39 @@ def test_a_picture_is_encoded_once_and_its_prefix_read_once(llava):
         assert entries[0][1].text == answer
 
 
+def test_prompts_of_one_call_share_what_they_begin_with(llava, monkeypatch):
+    """Chains of it too: the third shares more with the second than with the first."""
+    prompts = ["abcdefgh one?", "abcdefgh two, long?", "abcdefgh two, longer?", "other?"]
+    alone = []
+    for prompt in prompts:
+        llava.engine.forget()
+        alone += ask(llava, [prompt], [[]], [6], 4)
+    calls, call = [], llava.engine._call_prefill
+    monkeypatch.setattr(
+        llava.engine, "_call_prefill", lambda jobs, shape: calls.append(jobs) or call(jobs, shape)
+    )
+    llava.engine.forget()
+    assert ask(llava, prompts, [[]] * 4, [6] * 4, 4) == alone
+    (jobs,) = calls
+    beginning = jobs[3].shared  # of the template
+    assert jobs[1].shared == beginning + len("abcdefgh ")  # tokens are bytes
+    assert jobs[2].shared == jobs[1].shared + len("two, long")
+    assert len(set(jobs[2].sources)) == 3  # its beginning, the second's, its own
+
+
+def test_a_row_that_others_copy_from_is_not_overwritten_in_their_wave(llava):
+    """Three rows hold prompts; the next four want the beginning of one, and all rows."""
+    first = ["abcdefgh?", "ijklmnop?", "qrstuvwx?"]
+    second = ["abcdefgh1?", "abcdefgh2?", "ijklmnop3?", "qrstuvwx4?", "abcdefgh5?"]
+    alone = []
+    for prompt in second:
+        llava.engine.forget()
+        alone += ask(llava, [prompt], [[]], [6], 4)
+    llava.engine.forget()
+    ask(llava, first, [[]] * 3, [6] * 3, 4)
+    assert ask(llava, second, [[]] * 5, [6] * 5, 4) == alone
+
+
 def test_one_prompt_with_two_pictures_is_not_taken_for_the_other(llava):
     pictures = [random_image(i) for i in range(6)]
     llava.engine.forget()
@@ -325,8 +358,11 @@ def test_memory_stays_flat_over_a_hundred_thousand_requests_in_order(llava):
     peaks, count = [], 0
     for seed in range(100):
         prompts, images, tokens = mixed_requests(1000, seed)
-        images = [[random_image(3000 * seed + 3 * i + j) for j in range(len(some))] if i % 5 < 2 else []
-                  for i, some in enumerate(images)]  # fmt: skip
+        seeds = [3000 * seed + 3 * i for i in range(1000)]
+        images = [
+            [random_image(first + j) for j in range(len(some))] if first % 5 < 2 else []
+            for first, some in zip(seeds, images, strict=True)
+        ]
         answers = ask(llava, prompts, images, tokens, 4)
         assert [len(answer) for answer in answers] == tokens
         if seed % 20 == 0:  # the order: each answer is that of its request alone
