@@ -322,7 +322,8 @@ class Engine:
         count = job.request.params.prompt_logprobs
         if count is None:
             return
-        padding = (0, length_bucket(job.length) - job.length)
+        pieces = -(-length_bucket(job.length) // decoding.POSITIONS_AT_A_TIME)
+        padding = (0, pieces * decoding.POSITIONS_AT_A_TIME - job.length)
         ids = np.pad(job.request.input_ids, padding)[None]
         features = np.pad(job.feature_ids, padding, constant_values=NO_TOKEN)[None]
         targets = np.roll(ids, -1, axis=1)
