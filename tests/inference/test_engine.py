@@ -311,6 +311,7 @@ def test_a_model_on_a_mesh_gives_the_same_tokens_and_stays_where_it_is(llava):
     keys = spread.engine._state.cache.keys
     assert keys.addressable_shards[0].data.size == keys.size // 4
     before = spread.engine.counts.compilations
+    spread.engine.forget()  # what is shared decides the shapes
     ask(spread, *requests, 4)
     assert spread.engine.counts.compilations == before
 
