@@ -20,6 +20,7 @@ from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine, Request
+from llava_jax.inference.placement import place_params
 from llava_jax.inference.processor_inputs import read_inputs
 from llava_jax.inference.prompts import History, PromptReader, conversation, told_of
 from llava_jax.inference.quantization import pack_kernels, quantize_kernels
@@ -104,7 +105,9 @@ class Llava:
         """
         from llava_jax.weights.run_directory import load_model
 
-        loaded = load_model(path, compute_precision(check_dtype(dtype))[0].name, **options)
+        stored = compute_precision(check_dtype(dtype))[0].name
+        place = mesh and functools.partial(place_params, mesh=mesh, dtype=stored)
+        loaded = load_model(path, stored, place, **options)
         rows = loaded.config.decoder.vocab_size
         tokenizer = load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens)
         params = loaded.params

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -64,7 +65,7 @@ class RunModel:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for use: parameters as a nested dict, on the default device."""
+    """A model ready for use: parameters as a nested dict, on the device or devices asked for."""
 
     config: LlavaConfig
     params: dict
@@ -350,11 +351,23 @@ def _names(paths: list[tuple[str, ...]]) -> str:
     return shown + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def load_model(path: str | Path, dtype: str = "float32", **options) -> LoadedModel:
+def _all_components(params: dict[str, LazyParameter]) -> dict:
+    """As a nested dict; a projector without parameters is there too."""
+    return {component: {} for component in COMPONENTS} | unflatten_dict(params, sep="/")
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    place: Callable[[LlavaConfig, dict], dict] | None = None,
+    **options,
+) -> LoadedModel:
     """A model from a run directory, one of its step folders, or a LLaVA folder of others.
 
     Args:
       dtype: of the parameters: float32 or bfloat16.
+      place: given the config and a tree of what has a shape and gives arrays for slices
+        (LazyParameter), returns the parameters on their devices. None: on the default device.
       options: of `weights.load.open_llava`, for a folder of others.
     """
     path = local_folder(path, options.get("allow_pickle", False))
@@ -366,7 +379,9 @@ def load_model(path: str | Path, dtype: str = "float32", **options) -> LoadedMod
             )
         return LoadedModel(
             checkpoint.config,
-            jax.device_put(checkpoint.read(dtype)),
+            place(checkpoint.config, _all_components(checkpoint.params))
+            if place
+            else jax.device_put(checkpoint.read(dtype)),
             checkpoint.tokenizer_dir,
             checkpoint.template,
             checkpoint.added_tokens,
@@ -375,6 +390,10 @@ def load_model(path: str | Path, dtype: str = "float32", **options) -> LoadedMod
     step_folder = checkpoint_of(path)
     if any(options.values()):
         raise LlavaError(f"{path} is a run of train.py: leave out {', '.join(options)}")
-    run, params = load_run(step_folder)
-    params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
+    if place:
+        run, params = open_run(step_folder)
+        params = place(run.config, params)
+    else:
+        run, params = load_run(step_folder)
+        params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
     return LoadedModel(run.config, params, step_folder.parent.parent / "tokenizer", run.template)

@@ -10,6 +10,7 @@ from llava_jax.inference.engine import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.llava import image_token_count
+from llava_jax.parallel.mesh import make_mesh
 from tests.tiny_model import byte_tokenizer, random_image
 
 torch = pytest.importorskip("torch")
@@ -87,6 +88,21 @@ def pair(request, tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor, Llava.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("pair", ["llama, clip"], indirect=True)
+def test_a_folder_is_read_onto_a_mesh_part_by_part(pair, tmp_path, monkeypatch):
+    theirs, processor, ours = pair
+    theirs.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    whole = []
+    monkeypatch.setattr("llava_jax.weights.load.read_tree", lambda *_: whole.append(1))
+    spread = Llava.from_pretrained(tmp_path, mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    assert not whole
+    kernel = spread.engine.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    question = ["<image> what?"], [random_image(0)], 4
+    assert spread.generate(*question, max_tokens=8) == ours.generate(*question, max_tokens=8)
 
 
 def batch(processor, side: str = "left"):
