@@ -20,6 +20,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--weights", choices=["int8"], help="eight bits a weight")
     parser.add_argument("--kv_cache", choices=["int8"], help="eight bits a key or value")
+    parser.add_argument(
+        "--data", type=int, default=1, metavar="N", help="copies of the model that share the work"
+    )
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="devices that share one copy's weights"
+    )
     parser.add_argument("--allow_urls", action="store_true", help="images from http(s) addresses")
 
 
@@ -28,12 +34,17 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
     if not Path(args.checkpoint).is_dir():
         raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
     keep_compilations()
+    mesh = None
+    if (args.data, args.tensor) != (1, 1):
+        chosen = jax.devices()[: max(args.data * args.tensor, 1)]
+        mesh = make_mesh(args.data, 1, args.tensor, chosen)
     return Llava.from_pretrained(
         args.checkpoint,
         dtype=args.dtype,
         weights=args.weights,
         kv_cache=args.kv_cache,
         allow_urls=args.allow_urls,
+        mesh=mesh,
     )
 
 

@@ -68,6 +68,20 @@ def test_answers_stand_in_the_order_of_the_requests(run, llava, tmp_path, capsys
     assert "requests/s" in capsys.readouterr().err
 
 
+def test_devices_are_those_asked_for(run, llava, tmp_path, monkeypatch):
+    write(tmp_path / "in.jsonl", good(1))
+    meshes = []
+    keep = lambda *_, mesh, **__: meshes.append(mesh and dict(mesh.shape)) or llava
+    monkeypatch.setattr(model.Llava, "from_pretrained", keep)
+    run()
+    run("--tensor", "4", "--overwrite")
+    run("--data", "2", "--tensor", "3", "--overwrite")
+    four, six = ({"data": d, "fsdp": 1, "tensor": t} for d, t in ((1, 4), (2, 3)))
+    assert meshes == [None, four, six]
+    with pytest.raises(LlavaError, match="data=3, fsdp=1, tensor=3 does not fit 8 devices"):
+        run("--data", "3", "--tensor", "3")
+
+
 def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path):
     data = "data:image/png;base64,"
     picture = base64.b64encode((tmp_path / "0.png").read_bytes()).decode()
