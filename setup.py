@@ -35,7 +35,7 @@ setup(
         "wandb": ["wandb"],
         "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
         "lmms_eval": ["lmms-eval>=0.7.3"],
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "openpyxl"],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "openpyxl", "peft>=0.19"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },
