@@ -46,7 +46,7 @@ def evaluate(
     run = {
         "benchmark": benchmark.name,
         "questions": benchmark.fingerprint,
-        "weights": weights_fingerprint(model.engine.params),
+        "weights": weights_fingerprint(model.engine.params, model.dtype),
         "template": model.template.name,
         "dtype": model.dtype,
         "max_new_tokens": max_new_tokens,

@@ -55,7 +55,11 @@ def mesh_of_all(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
 
 
 def keep_compilations() -> None:
-    """Turns JAX's persistent compilation cache on, below ~/.cache, unless it is set up already."""
+    """Turns JAX's persistent compilation cache on, below ~/.cache, unless it is set up already.
+
+    All is kept that is compiled, also what takes less than JAX's second: there is much of it.
+    """
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "llava_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

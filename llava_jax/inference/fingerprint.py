@@ -1,25 +1,47 @@
-"""A short name for the values of a model's parameters, the same on any number of devices."""
+"""A short name for the values of a model's parameters, however they lie on however many devices."""
 
 import hashlib
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from llava_jax.models.precision import compute_precision
 
 
-def weights_fingerprint(params: dict) -> str:
-    """16 hex digits that change when any parameter does; computed where the parameters live."""
-    leaves = jax.tree.leaves_with_path(params)
+def weights_fingerprint(params: dict, dtype: str = "float32") -> str:
+    """16 hex digits that change when any value that is computed with does.
+
+    The same on one device and on a mesh, for layers that are stacked and that lie for themselves,
+    and, where `dtype` multiplies in bfloat16, for kernels rounded beforehand or not. Computed where
+    the parameters live.
+    """
+    rounded = "bfloat16" in (compute_precision(dtype)[0].name, compute_precision(dtype)[1])
+    flat = flatten_dict(params)
     digests = jax.device_get(
-        jax.jit(lambda values: [_digest(v) for v in values])([leaf for _, leaf in leaves])
+        jax.jit(lambda flat: {path: _digest(path, flat[path], rounded) for path in flat})(flat)
     )
-    lines = [
-        f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {digest}"
-        for (path, leaf), digest in zip(leaves, digests, strict=True)
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    lines = []
+    for path, digest in digests.items():
+        shape = flat[path].shape[digest.ndim :]
+        if not digest.ndim:
+            lines.append((path, shape, int(digest)))
+            continue
+        at = path.index("layers") + 1
+        for layer, one in enumerate(digest.tolist()):
+            lines.append(((*path[:at], str(layer), *path[at:]), shape, one))
+    return hashlib.sha256(repr(sorted(lines)).encode()).hexdigest()[:16]
 
 
-def _digest(leaf: jax.Array) -> jax.Array:
+def _digest(path: tuple[str, ...], leaf: jax.Array, rounded: bool) -> jax.Array:
+    """uint32[], or uint32[L] of stacked layers: the sum of bits of an array's values."""
+    if rounded and "layers" in path and path[-1] == "kernel" and leaf.dtype == jnp.float32:
+        leaf = leaf.astype(jnp.bfloat16)
+    stacked = "layers" in path and not path[path.index("layers") + 1].isdecimal()
+    return jax.vmap(_sum_of_bits)(leaf) if stacked else _sum_of_bits(leaf)
+
+
+def _sum_of_bits(leaf: jax.Array) -> jax.Array:
     """uint32[]: the sum of the bit patterns, weighted by place; whole numbers, so order is free."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
     bits = bits.astype(jnp.uint32)

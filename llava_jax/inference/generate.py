@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     model = load_from_arguments(args)
     run = {
         "input": digest,
-        "parameters": weights_fingerprint(model.engine.params),
+        "parameters": weights_fingerprint(model.engine.params, model.dtype),
         "template": model.template.name,
         "sampling": args.sampling,
         "dtype": args.dtype,

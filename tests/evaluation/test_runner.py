@@ -14,7 +14,11 @@ from llava_jax.evaluation.easy_vqa import load, normalize
 from llava_jax.evaluation.runner import evaluate
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
-from tests.tiny_model import CONFIG, random_image, random_params, tiny_llava
+from llava_jax.inference.quantization import pack_kernels
+from llava_jax.models.decoder import separate_layers
+from llava_jax.models.precision import PRECISIONS
+from llava_jax.parallel.mesh import make_mesh
+from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["yes/no", "shape", "color"]
@@ -221,6 +225,28 @@ def test_the_fingerprint_sees_every_value_and_no_device_layout():
     spread = jax.sharding.Mesh(jax.devices(), "x")
     whole = jax.sharding.NamedSharding(spread, jax.sharding.PartitionSpec())
     assert weights_fingerprint(jax.device_put(params, whole)) == first
+
+
+@pytest.mark.parametrize(
+    "dtype, weights", [("float32", None), ("mixed", None), ("bfloat16", "int8")]
+)
+def test_the_fingerprint_is_that_of_a_mesh_and_of_layers_by_themselves(dtype, weights):
+    arrays, products = PRECISIONS[dtype]
+    params = jax.tree.map(lambda leaf: leaf.astype(arrays), random_params(CONFIG))
+    settings = {"dtype": dtype, "weights": weights}
+    make = lambda params, mesh=None: Llava(
+        CONFIG, params, byte_tokenizer(), "chatml", **settings, mesh=mesh
+    )
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    alone = {**params, "decoder": separate_layers(params["decoder"])}
+    if weights is None and "bfloat16" in (arrays, products):
+        alone = pack_kernels(alone)
+    models = make(params), make(params, mesh), make(alone)
+    first, *others = (weights_fingerprint(model.engine.params, dtype) for model in models)
+    assert others == [first, first]
+    norm = params["decoder"]["norm"]["scale"]
+    params["decoder"]["norm"]["scale"] = norm.at[0].set(norm[0] + 1)
+    assert weights_fingerprint(make(params).engine.params, dtype) != first
 
 
 @pytest.mark.parametrize(
