@@ -35,7 +35,7 @@ APOSTROPHES = {
     if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the other way round, as the server has it
 
-_COMMA_IN_NUMBER = re.compile(r"\d,+\d")
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")  # of two commas the server knows no number
 _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_REMOVED = 32  # the server means the flag re.UNICODE but passes it as the count
 

@@ -69,3 +69,9 @@ def test_vqav2_cleans_only_where_people_differ():
     assert vqa_accuracy("2", ["two"] * 9 + ["three"]) == 1
     assert vqa_accuracy("2", ["two"] * 10) == 0
     assert vqa_accuracy("yes", ["yes "] * 10) == 1
+
+
+def test_a_number_with_two_commas_is_none_for_the_server():
+    people = ["1,,000"] * 9 + ["x"]
+    assert m4c_accuracy("1000", people) == 1
+    assert vqa_accuracy("1000", people) == 0 and vqa_accuracy("1 000", people) == 1
