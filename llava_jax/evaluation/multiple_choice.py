@@ -101,18 +101,18 @@ def load_mmbench(root: Path, file: str, language: str) -> Benchmark:
     suffix = LETTER if language == "en" else LETTER_CN
 
     def make(row) -> Question:
-        options = mmbench_options(row)
         hint = "" if is_empty(row["hint"]) else row["hint"] + "\n"
-        text = with_options(hint + row["question"], options)
+        text = with_options(hint + row["question"], mmbench_options(row))
+        options = {letter: row[letter] for letter in "ABCD" if not is_empty(row[letter])}
         answer = row.get("answer") or ""
         return ask(
             int(row["index"]),
             f"{text}\n{suffix}",
             decode_image(row["image"]),
             image_name=f"{file}, row {row['index']}",
-            reference=f"{answer}. {options[LETTERS.index(answer)]}" if answer else "",
+            reference=f"{answer}. {row[answer]}" if answer else "",
             kind=row.get("l2-category") or row.get("category") or "all",
-            label=(answer, dict(zip(LETTERS, options, strict=False)), row["question"]),
+            label=(answer, options),
         )
 
     questions = questions_of(rows, root / file, make)
@@ -137,7 +137,7 @@ def is_empty(cell: str | None) -> bool:
 
 
 def mmbench_options(row: Mapping[str, str]) -> list[str]:
-    """Options A to D, up to the first empty one."""
+    """What is asked: options A to D up to the first empty one, even where others follow."""
     options = []
     for letter in "ABCD":
         if is_empty(row[letter]):
@@ -171,7 +171,7 @@ def mmbench_answer(text: str, options: Mapping[str, str]) -> str:
 
 
 def grade_mmbench(question: Question, text: str) -> float:
-    answer, options, _ = question.label
+    answer, options = question.label
     return float(mmbench_answer(text, options) == answer)
 
 

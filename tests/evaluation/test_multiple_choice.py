@@ -153,6 +153,18 @@ def test_mmbench_is_circular_and_plain(tmp_path):
     assert list(scores)[-1] == "circular"
 
 
+def test_mmbench_takes_an_answer_behind_an_empty_option(tmp_path):
+    picture = base64.b64encode(png()).decode()
+    row = ["1", "Which?", "", "a", "None", "c", "", "C", "", picture, "", "", "", ""]
+    benchmark = mmbench(tmp_path, [row])
+    (question,) = benchmark.questions
+    assert question.prompt == f"<image>\nWhich?\nA. a{SUFFIX}" and question.reference == "C. c"
+    assert [benchmark.grade(question, text) for text in ("A", "B", "C")] == [0, 0, 1]
+    row[7] = "E"
+    with pytest.raises(LlavaError, match="record 0: no 'E'"):
+        mmbench(tmp_path, [row])
+
+
 def test_mmbench_writes_the_servers_workbook(tmp_path):
     benchmark = mmbench(tmp_path)
     path = benchmark.submit(benchmark.questions, ["A", "<b> & \x00", ""], tmp_path)
