@@ -41,7 +41,7 @@ def load(root: Path, split: str) -> Benchmark:
 
     def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
         pairs = zip(questions, predictions, strict=True)
-        rows = [{"image_id": int(q.id), "caption": text} for q, text in pairs]
+        rows = [{"image_id": int(q.id), "caption": one_line(text)} for q, text in pairs]
         path = output / f"captions_{split}_llava_results.json"
         path.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
@@ -57,10 +57,15 @@ def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Sco
 
     tokenizer = PTBTokenizer()
     pairs = list(zip(questions, predictions, strict=True))
-    references = {q.id: [{"caption": text} for text in q.label] for q, _ in pairs}
-    answers = {q.id: [{"caption": text}] for q, text in pairs}
+    references = {q.id: [{"caption": one_line(text)} for text in q.label] for q, _ in pairs}
+    answers = {q.id: [{"caption": one_line(text)}] for q, text in pairs}
     value, _ = Cider().compute_score(tokenizer.tokenize(references), tokenizer.tokenize(answers))
     return [Score("overall", len(questions), {"CIDEr": 100 * float(value)})]
+
+
+def one_line(text: str) -> str:
+    """A caption without line breaks: at some of them the tokenizer would begin the next caption."""
+    return " ".join(text.split())
 
 
 def _require_scorer() -> None:

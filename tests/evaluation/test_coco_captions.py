@@ -42,7 +42,7 @@ def test_prompt_and_results_file(root, monkeypatch):
         "<image>\nProvide a one-sentence caption for the provided image."
     )
     assert benchmark.questions[1].images == (str(root / "val2014/COCO_val2014_000000000009.jpg"),)
-    path = benchmark.submit(benchmark.questions, ["a wave", "dogs"], root)
+    path = benchmark.submit(benchmark.questions, ["a\rwave", "dogs"], root)
     assert json.loads(path.read_text()) == [
         {"image_id": 7, "caption": "a wave"},
         {"image_id": 9, "caption": "dogs"},
@@ -65,3 +65,5 @@ def test_cider_is_the_official_packages(root):
     right = ("A man riding a wave on a surfboard.", "two dogs playing, in the snow")
     assert cider(*right) > 300  # of 1,000; two references that differ hold it down
     assert cider(*reversed(right)) < 50 and cider("", "") == 0
+    for end in ("\n", "\r", "\x0b", "\u2028"):  # of lines, some of the tokenizer's too
+        assert cider(right[0].replace(" wave", f"{end}wave"), right[1]) == cider(*right)
