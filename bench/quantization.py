@@ -1,0 +1,91 @@
+"""What fewer bits cost: the same questions in float32 and in each cheaper form, in one run.
+
+python -m bench.quantization --checkpoint=FOLDER --data=runs/quickstart/easy_vqa/test_1000.json
+
+Beside the accuracy: the share of answers that stay token for token the same; how far the
+distributions of their first tokens are apart (Kullback-Leibler, in nats, over the likeliest tokens
+and all the rest together); and, of long free answers, how many tokens are the same from the start.
+"""
+
+import math
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from llava_jax import command
+from llava_jax.evaluation import easy_vqa
+from llava_jax.inference.answer import Answer, TokenLogprob
+from llava_jax.inference.model import Llava
+from llava_jax.inference.sampling import MAX_LOGPROBS, SamplingParams
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "what Llava.from_pretrained takes")
+DATA = flags.DEFINE_string("data", None, "of easy-VQA, as the quickstart writes it")
+LIMIT = flags.DEFINE_integer("limit", 1000, "questions")
+FREE = flags.DEFINE_integer("free", 64, "pictures that are described at length")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "requests at once")
+
+FORMS = {
+    "float32": {},
+    "weights int8": {"weights": "int8"},
+    "KV cache int8": {"kv_cache": "int8"},
+    "both int8": {"weights": "int8", "kv_cache": "int8"},
+    "mixed": {"dtype": "mixed"},
+    "mixed, both int8": {"dtype": "mixed", "weights": "int8", "kv_cache": "int8"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+FREE_TOKENS = 64
+
+
+def main() -> None:
+    data = Path(DATA.value)
+    questions = easy_vqa.load(data.parent, data.stem).questions[: LIMIT.value]
+    print("| | decoder's weights, MB | accuracy | same answers | KL, mean | KL, most | "
+          "same tokens of 64 |\n|---|--:|--:|--:|--:|--:|--:|")  # fmt: skip
+    exact = None
+    for name, form in FORMS.items():
+        model = Llava.from_pretrained(CHECKPOINT.value, **form)
+        short, free = ask(model, questions)
+        exact = exact or (short, free)
+        right = [easy_vqa.grade(q, a.text) for q, a in zip(questions, short, strict=True)]
+        same = [a.tokens == b.tokens for a, b in zip(exact[0], short, strict=True)]
+        apart = [
+            divergence(a.logprobs[0], b.logprobs[0]) for a, b in zip(exact[0], short, strict=True)
+        ]
+        alike = [common_start(a.tokens, b.tokens) for a, b in zip(exact[1], free, strict=True)]
+        decoder = model.engine.params["decoder"]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder)) / 1e6
+        cells = (f"{size:.0f}", f"{100 * mean(right):.1f}", f"{100 * mean(same):.1f}%",
+                 f"{mean(apart):.1e}", f"{max(apart):.1e}", f"{mean(alike):.1f}")  # fmt: skip
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def ask(model: Llava, questions) -> tuple[list[Answer], list[Answer]]:
+    """Short answers to all questions, and long ones about the pictures of the first."""
+    short = SamplingParams(8, logprobs=MAX_LOGPROBS, min_tokens=1)
+    free = SamplingParams(FREE_TOKENS, ignore_eos=True)
+    pictures = list(dict.fromkeys(q.images for q in questions))[: FREE.value]
+    requests = [model.request(q.prompt, q.images, short) for q in questions]
+    requests += [model.request("Tell a story about this picture.", p, free) for p in pictures]
+    answers = [answer for (answer,) in model.answers(requests, BATCH_SIZE.value)]
+    return answers[: len(questions)], answers[len(questions) :]
+
+
+def divergence(p: TokenLogprob, q: TokenLogprob) -> float:
+    """KL(p || q) over the tokens that both tell, and one event for all others: a lower bound."""
+    both = p.top.keys() & q.top.keys()
+    pairs = [(math.exp(p.top[token]), math.exp(q.top[token])) for token in both]
+    pairs.append(tuple(max(1 - sum(side), 1e-9) for side in zip(*pairs, strict=True)))
+    return max(sum(a * math.log(a / b) for a, b in pairs if a and b), 0.0)
+
+
+def common_start(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+if __name__ == "__main__":
+    command.run(main, required=("checkpoint", "data"))
