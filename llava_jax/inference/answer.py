@@ -94,8 +94,8 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The answer so far; a last character of which only some bytes came is left out."""
-        return self._decoded.rstrip(REPLACEMENT).strip()
+        """The answer so far."""
+        return self._decoded.strip()
 
     def take(self, final: bool = False) -> str:
         """The text that can be shown and was not yet; all `take`s joined are `text`.
@@ -116,9 +116,14 @@ class Answer:
         self.done, self.finish_reason = True, reason
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(
+        """Their text; a last character of which only some bytes came is left out.
+
+        So the text of fewer tokens is always the beginning of that of more.
+        """
+        text = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return text.rstrip(REPLACEMENT)
 
     def _stop_text_at(self, decoded: str) -> int | None:
         """Where the first stop text begins that was not whole before the last forbidden token."""

@@ -68,3 +68,22 @@ def test_an_answer_cut_inside_a_character_leaves_it_out():
     answer = Answer(TOKENIZER, [], [])
     answer.extend(tokens_of("ok 青")[:-1])
     assert answer.text == "ok" and answer.take(final=True) == "ok"
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 20])
+@pytest.mark.parametrize(
+    "stop, min_tokens, text, kept",
+    [
+        ("青", 2, "", 3),  # begins before the last forbidden token, ends behind it
+        ("青", 4, "青 é b", 8),  # whole before the last forbidden token
+        ("é", 0, "青", 6),
+        ("\ufffd", 0, "青 é b", 8),  # none of the unfinished characters on the way
+    ],
+)
+def test_stop_texts_do_not_depend_on_how_many_tokens_come_at_once(
+    stop, min_tokens, text, kept, step
+):
+    answer, ids = Answer(TOKENIZER, [], [stop], min_tokens), tokens_of("青 é b")
+    for start in range(0, len(ids), step):
+        answer.extend(ids[start : start + step])
+    assert (answer.text, len(answer.tokens)) == (text, kept)

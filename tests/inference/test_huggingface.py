@@ -1,5 +1,6 @@
 """The same folder through transformers and through `Llava`: logits and greedy tokens."""
 
+import random
 from functools import partial
 from itertools import islice
 
@@ -130,13 +131,50 @@ def test_greedy_tokens(pair):
     inputs = batch(processor)
     with torch.no_grad():
         expected = theirs.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=None)
-    pictures = [random_image(i, (40 + i, 31)) for i in range(3)]
-    images, requests = iter(pictures), []
-    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        ids = ids[mask == 1].numpy()
-        count = (ids == ours.config.image_token_id).sum() // image_token_count(ours.config)
-        load = (partial(ours._load_image, image, "", "") for image in islice(images, count))
-        requests.append(Request(ids, tuple(load), SamplingParams(64, ignore_eos=True)))
+    pictures = iter(random_image(i, (40 + i, 31)) for i in range(3))
+    requests = [
+        as_request(ours, ids[mask == 1].numpy(), pictures, 64)
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
     for answer, tokens in zip(ours.answers(requests, 8), expected, strict=True):
         (answer,) = answer
         assert answer.tokens == tokens[inputs["input_ids"].shape[1] :].tolist()
+
+
+def as_request(ours, ids, pictures, tokens: int) -> Request:
+    """Ids of a processor, with the next of `pictures` for their placeholders."""
+    count = (ids == ours.config.image_token_id).sum() // image_token_count(ours.config)
+    load = (partial(ours._load_image, image, "", "") for image in islice(pictures, count))
+    return Request(ids, tuple(load), SamplingParams(tokens, ignore_eos=True))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        name if name == "llama, clip" else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+    indirect=True,
+)
+def test_any_order_and_batch_size_gives_their_greedy_tokens(pair):
+    """Theirs of each prompt alone, without padding; prompts begin alike and pictures come again."""
+    theirs, processor, ours = pair
+    rng = random.Random(0)
+    requests, expected = [], []
+    for _ in range(8):
+        pictures = [random_image(rng.randrange(3), (33, 40)) for _ in range(rng.choice((0, 1, 2)))]
+        words = ("".join(rng.choices("ab é", k=rng.randint(1, 30))) for _ in pictures)
+        text = "".join(f"<image> {word}" for word in words) + rng.choice(("what?", "b" * 20))
+        tokens = rng.randint(1, 20)
+        inputs = processor(text=[text], images=pictures or None, return_tensors="pt")
+        with torch.no_grad():
+            told = theirs.generate(
+                **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None
+            )
+        length = inputs["input_ids"].shape[1]
+        requests.append(as_request(ours, told[0, :length].numpy(), iter(pictures), tokens))
+        expected.append(told[0, length:].tolist())
+    for batch_size in (1, 4):
+        order = rng.sample(range(8), 8)
+        answers = ours.answers([requests[i] for i in order], batch_size)
+        assert [answer.tokens for (answer,) in answers] == [expected[i] for i in order]
