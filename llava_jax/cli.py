@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-from llava_jax.errors import LlavaError
+from llava_jax.errors import LlavaError, no_room
 
 # name -> (module with add_arguments(parser) and main(args), one line of help)
 COMMANDS = {
@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        print(f"llava-jax {args.command}: {no_room(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

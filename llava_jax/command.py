@@ -1,15 +1,12 @@
 """The frame around train.py and eval.py: absl flags and an ml_collections config, no tracebacks."""
 
-import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
 
-from llava_jax.errors import LlavaError
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from llava_jax.errors import LlavaError, no_room
 
 
 def run(main: Callable[[], None], required: tuple[str, ...] = ("config",)) -> None:
@@ -27,9 +24,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ("config",)) -> No
         except LlavaError as error:
             sys.exit(f"error: {error}")
         except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            sys.exit(f"error: no room to write {error.filename or 'a file'}: {error.strerror}")
+            sys.exit(f"error: {no_room(error)}")
 
     flags.mark_flags_as_required(required)
     app.run(told, flags_parser=parse_flags)

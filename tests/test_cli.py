@@ -1,7 +1,9 @@
 """The commands' frame: help, unknown words, one-sentence errors and exit codes."""
 
 import argparse
+import errno
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -46,6 +48,25 @@ def test_a_users_error_is_one_sentence_and_exit_code_1(capsys):
     assert cli.main(["validate", "no/such.json"]) == 1
     out, err = capsys.readouterr()
     assert err == "llava-jax validate: no data file or data set at no/such.json\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_is_one_sentence_and_other_faults_are_not(
+    number, monkeypatch, capsys, tmp_path
+):
+    def full(args):
+        raise OSError(number, os.strerror(number), "answers.jsonl")
+
+    monkeypatch.setattr("llava_jax.weights.convert.main", full)
+    arguments = ["convert", str(tmp_path), "--out", str(tmp_path / "out")]
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="answers.jsonl"):
+            cli.main(arguments)
+        return
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == (
+        "llava-jax convert: no room to write answers.jsonl: No space left on device\n"
+    )
 
 
 def test_help_is_quick_and_needs_no_jax():
