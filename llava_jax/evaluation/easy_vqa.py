@@ -12,6 +12,7 @@ from pathlib import Path
 from llava_jax.data.records import IMAGE_TOKEN, check_record, open_records
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, graded
+from llava_jax.evaluation.files import Folder
 
 
 def load(root: Path, split: str) -> Benchmark:
@@ -19,7 +20,9 @@ def load(root: Path, split: str) -> Benchmark:
 
     split: `test` or `test_1000` of the quickstart; image paths start in `images` beside the file.
     """
-    path = Path(root) / f"{split}.json"
+    source = "https://github.com/vzhou842/easy-VQA (`make quickstart` writes this file of it)"
+    folder = Folder(Path(root), source)
+    path = folder.path(f"{split}.json")
     records = open_records(path, path.parent / "images")
     questions = []
     for item, record in zip(json.loads(path.read_text(encoding="utf-8")), records, strict=True):
@@ -49,10 +52,8 @@ def load(root: Path, split: str) -> Benchmark:
             for line in lines
         ]
 
-    source = "the quickstart writes it: make quickstart"
-    return Benchmark(
-        f"easy_vqa/{split}", source, questions, grade, score, fingerprint=records.fingerprint()
-    )
+    name, fingerprint = f"easy_vqa/{split}", records.fingerprint()
+    return Benchmark(name, folder.source, questions, grade, score, fingerprint=fingerprint)
 
 
 def grade(question: Question, text: str) -> float:

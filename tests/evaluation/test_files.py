@@ -11,6 +11,7 @@ OPTIONS = {
     "vqav2": {"split": "test-dev2015"},
     "mmbench": {"file": "dev.tsv", "language": "en"},
     "refcoco": {"name": "refcoco", "split": "val"},
+    "easy_vqa": {"split": "test_1000"},
 }
 
 
@@ -29,6 +30,7 @@ OPTIONS = {
         ("mmvet", "mm-vet.json", "https://github.com/yuweihao/MM-Vet"),
         ("llava_bench", "questions.jsonl", "https://huggingface.co/datasets/liuhaotian"),
         ("refcoco", "refcoco/instances.json", "https://github.com/lichengunc/refer"),
+        ("easy_vqa", "test_1000.json", "make quickstart"),
     ],
 )
 def test_a_missing_file_is_told_with_its_source(tmp_path, name, file, source):

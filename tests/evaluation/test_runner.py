@@ -255,7 +255,7 @@ def test_the_fingerprint_is_that_of_a_mesh_and_of_layers_by_themselves(dtype, we
         (["--config.batch_sizes=3"], "unknown config key: batch_sizes. Did you mean"),
         (["--config.batch_size=many"], "batch_size"),
         (["--config.benchmark=mmlu"], "unknown benchmark 'mmlu': choose one of easy_vqa"),
-        (["--config.data_root=no/such"], "no data file or data set at no/such/test_1000.json"),
+        (["--config.data_root=no/such"], "no/such/test_1000.json is missing: it is published"),
         (["--shard=0/4"], "--shard must be i/n with i from 1 to n, such as 1/4, not '0/4'"),
         (
             ["--limit=0", "--config.data_root=DATA", "--config.options.split=test"],
