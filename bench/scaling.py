@@ -29,7 +29,7 @@ def line(cells) -> str:
 
 def cells(told: dict) -> list[str]:
     """A row of the table from the report of a dry run; what does not fit says so."""
-    needed = f"{told['bytes']['needed'] / GIB:.1f}" + ("" if told["fits"] else " (too much)")
+    needed = f"{told['bytes']['needed'] / GIB:.2f}" + ("" if told["fits"] else " (too much)")
     start = [told["topology"], told["rows"], told["microbatches"], needed]
     if "estimate" not in told:
         return start
