@@ -1,6 +1,7 @@
 """LoRA against its formula, W + alpha / rank * A B, and its dropout, against PEFT's."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -166,34 +167,41 @@ def test_dropout_is_peft_s():
         np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
 
 
-def test_each_layer_and_each_step_drops_others():
-    attached = attach_lora(with_update(), DROPPED, keys())
-    pairs = [leaf for path, leaf in flatten_dict(attached).items() if path[-1] == "lora_keys"]
-    assert [leaf.shape for leaf in pairs] == [(2, 2, 2)] * 10  # layers, rows, words
-    every = np.concatenate([np.asarray(leaf).reshape(-1, 2) for leaf in pairs])
-    assert len(np.unique(every, axis=0)) == len(every)
-    first, again, other = (
-        hidden_states(attach_lora(with_update(), DROPPED, keys(seed))) for seed in (0, 0, 1)
-    )
+@pytest.fixture(scope="module")
+def dropped():
+    """Random keys, or None -> (hidden states, gradient of the update), each by remat policy."""
+    params = with_update()
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(row_keys, policy="none"):
+        def loss(pairs):
+            attached = attach_lora(params | {"lora": pairs}, DROPPED, row_keys)
+            hidden = hidden_states(attached, LlavaModel(CONFIG, remat_policy=policy))
+            return jnp.sum(hidden**2), hidden
+
+        (_, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params["lora"])
+        return hidden, grads
+
+    return run
+
+
+def test_each_layer_and_each_step_drops_others(dropped):
+    attached = flatten_dict(jax.jit(lambda: attach_lora(with_update(), DROPPED, keys()))())
+    drawn = [np.asarray(leaf) for path, leaf in attached.items() if path[-1] == "lora_keys"]
+    every = np.concatenate([leaf.reshape(-1, 2) for leaf in drawn])  # of layers and rows
+    assert len(drawn) == 10 and len(np.unique(every, axis=0)) == len(every)
+    first, again, other = (dropped(keys(seed))[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert float(abs(first - other).max()) > 0.1
 
 
-def test_without_keys_nothing_is_dropped():
-    whole = hidden_states(attach_lora(with_update(), LORA))
-    np.testing.assert_array_equal(hidden_states(attach_lora(with_update(), DROPPED)), whole)
-    assert (
-        float(abs(hidden_states(attach_lora(with_update(), DROPPED, keys())) - whole).max()) > 0.1
-    )
+def test_without_keys_nothing_is_dropped(dropped):
+    whole = jax.jit(hidden_states)(attach_lora(with_update(), LORA))
+    np.testing.assert_allclose(dropped(None)[0], whole, rtol=1e-5, atol=1e-5)
+    assert float(abs(dropped(keys())[0] - whole).max()) > 0.1
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
-def test_the_recomputed_pass_drops_the_same(policy):
-    def grads(policy):
-        model = LlavaModel(CONFIG, remat_policy=policy)
-        attach = lambda pairs: attach_lora(with_update() | {"lora": pairs}, DROPPED, keys())
-        loss = lambda pairs: jnp.sum(hidden_states(attach(pairs), model) ** 2)
-        return jax.jit(jax.grad(loss))(with_update()["lora"])
-
-    for found, wanted in zip(*map(jax.tree.leaves, (grads(policy), grads("none"))), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(abs(wanted).max()))
+def test_the_recomputed_pass_drops_the_same(dropped):
+    found, wanted = (jax.tree.leaves(dropped(keys(), policy)[1]) for policy in ("full", "none"))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(abs(b).max()))
