@@ -1,10 +1,15 @@
 """Benchmarks on a tiny model: that they run, and that their tables say what was compiled."""
 
+import dataclasses
+import importlib
 import importlib.util
 
+import numpy as np
 import pytest
 
-from bench import scaling
+from bench import scaling, train_step
+from llava_jax.models.presets import PRESETS
+from llava_jax.training import recipe
 from tests import tiny_run
 
 needs_libtpu = pytest.mark.skipif(
@@ -51,3 +56,28 @@ def test_a_table_of_scaling_over_tpus(world, tmp_path, capsys):
         for line in table:
             assert all(float(cell) >= 0 for cell in line[3:8])
             assert line[8].count(" to ") == line[9].count(" to ") == 1
+
+
+def test_a_recipe_s_shape_is_timed_with_random_parameters(monkeypatch):
+    """What the benchmark on a GPU does where no weights are: here of a tiny CLIP and Llama."""
+    pytest.importorskip("torch")
+    big = PRESETS["llava-1.5-7b"]
+    small = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+    shape = dataclasses.replace(
+        big,
+        vision=dataclasses.replace(big.vision, **small, image_size=28),
+        decoder=dataclasses.replace(
+            big.decoder, **small, vocab_size=300, num_kv_heads=4, head_dim=8
+        ),
+        image_size=28,
+    )
+    monkeypatch.setattr(recipe, "model_config", lambda config: shape)
+    config = importlib.import_module("configs.llava15_7b_instruct").get_config()
+    config.batch_size, config.accumulation, config.data.max_length = 2, 1, 32
+    config.model.dtype = "float32"
+    batch = train_step.random_batch(config, shape)
+    ours, _ = train_step.start_ours(config, [batch])
+    theirs, _ = train_step.start_theirs(config, [batch], {}, 1)
+    for step in (ours, theirs):
+        first, second = step(0), step(1)
+        assert abs(first - np.log(300)) < 1 and second < first
