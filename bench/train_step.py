@@ -3,9 +3,10 @@
     python -m bench.train_step --config=configs/easy_vqa_align.py --config.model.dtype=float32
 
 Each side is a process of its own; they take turns at a few steps, and the one that is not on turn
-sleeps. Both see the same packed batches. Where config.init names an encoder and a decoder both
-start from them, and the losses of the first steps show that both compute the same; elsewhere
-parameters and batches are random in the shapes of the recipe.
+sleeps; with --apart it ends and starts anew for its next turn, where a card cannot hold both. Both
+see the same packed batches. Where config.init names an encoder and a decoder both start from them,
+and the losses of the first steps show that both compute the same; elsewhere parameters and batches
+are random in the shapes of the recipe.
 
 The other side is LlavaForConditionalGeneration in eager mode, sdpa attention with a mask that keeps
 packed conversations apart, images of real slots alone, fused AdamW with float32 state. Prints real
@@ -26,12 +27,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from llava_jax import command
+from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.training import recipe
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to time.", lock_config=True)
 BLOCKS = flags.DEFINE_integer("blocks", 5, "Turns of each side.")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps a turn.")
+APART = flags.DEFINE_bool("apart", False, "Only one side's process at a time.")
 THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "Threads of PyTorch on CPU.")
 
 
@@ -298,24 +301,43 @@ def main() -> None:
     tokens = [int((batch["segment_ids"] != 0).sum()) for batch in batches]
     context = multiprocessing.get_context("spawn")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    sides = {}
-    for name, start, more in (
-        ("llava_jax", start_ours, ()),
-        ("pytorch", start_theirs, (projector, THREADS.value)),
-    ):
+    starts = {
+        "llava_jax": (start_ours, ()),
+        "pytorch": (start_theirs, (projector, THREADS.value)),
+    }
+
+    def begin(name: str):
+        """(process, pipe) of a side that is ready for its first turn, and the losses so far."""
+        start, more = starts[name]
         here, there = context.Pipe()
         process = context.Process(target=side, args=(start, there, config, batches, *more))
         process.start()
-        sides[name] = process, here
-        print(f"{name}: losses of the first two steps {here.recv()}", flush=True)
-    speeds = {name: [] for name in sides}
+        there.close()  # so that the end of the process is seen
+        return (process, here), heard(name, here)
+
+    running, speeds, peaks = {}, {name: [] for name in starts}, {name: [] for name in starts}
     for block in range(BLOCKS.value):
-        done = 2 + block * STEPS.value
-        work = sum(tokens[i % len(tokens)] for i in range(done, done + STEPS.value))
-        for name, (_, pipe) in sides.items():
+        for name in starts:
+            done = 2 + (0 if APART.value else block * STEPS.value)
+            work = sum(tokens[i % len(tokens)] for i in range(done, done + STEPS.value))
+            if name not in running:
+                running[name], losses = begin(name)
+                if block == 0:
+                    print(f"{name}: losses of the first two steps {losses}", flush=True)
+            pipe = running[name][1]
             pipe.send(STEPS.value)
-            speeds[name].append(work / pipe.recv())
-    report(speeds, {name: stop(*s) for name, s in sides.items()})
+            speeds[name].append(work / heard(name, pipe))
+            if APART.value or block == BLOCKS.value - 1:
+                peaks[name].append(stop(*running.pop(name)))
+    report(speeds, {name: max(found) for name, found in peaks.items()})
+
+
+def heard(name: str, pipe):
+    """What a side says next."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise LlavaError(f"the process of {name} has ended: what it says is above") from None
 
 
 def stop(process, pipe) -> int:

@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     config.lora.rank = 0  # 0: none
     config.lora.alpha = 16.0  # an update weighs alpha / rank
     config.lora.targets = ("decoder/layers/*",)
+    config.lora.dropout = 0.0  # share of an update's inputs left out, in training
 
     config.data = ConfigDict()
     config.data.train = ""  # LLaVA .json / .jsonl, or a data set folder made by `llava-jax build`

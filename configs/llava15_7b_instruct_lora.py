@@ -1,6 +1,6 @@
 """LLaVA-1.5 7B, stage 2 with LoRA on every linear layer of the language model.
 
-Rank, alpha and the two rates are the published ones; its dropout of 0.05 is left out.
+Rank, alpha, dropout and the two rates are the published ones.
 """
 
 from configs import llava15_7b_instruct
@@ -14,4 +14,5 @@ def get_config():
     config.lora.rank = 128
     config.lora.alpha = 256.0
     config.lora.targets = ("decoder/layers/*",)
+    config.lora.dropout = 0.05
     return config

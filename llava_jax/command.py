@@ -21,6 +21,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ("config",)) -> No
             sys.exit(f"error: unexpected argument {arguments[1]!r}: flags begin with --")
         try:
             main()
+        except KeyboardInterrupt:
+            sys.exit(130)
         except LlavaError as error:
             sys.exit(f"error: {error}")
         except OSError as error:

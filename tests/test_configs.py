@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from llava_jax.models.presets import preset
-from llava_jax.training.recipe import check_config, flatten
+from llava_jax.training.recipe import check_config, flatten, model_config
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = ROOT / "tests/configs_snapshot"
@@ -64,6 +64,47 @@ def test_a_recipe_passes_its_own_checks(name):
     assert config.init.checkpoint or (config.init.vision and config.init.decoder)
     if config.model.preset:
         preset(config.model.preset)
+
+
+# Published recipe -> (rates, conversations an update, epochs, template, picture, projector).
+FULL, LORA = {"projector": 2e-5, "decoder": 2e-5}, {"projector": 2e-5, "lora": 2e-4}
+PUBLISHED = {
+    "llava_v1_7b_align": ({"projector": 2e-3}, 128, 1, "plain", "square", "linear"),
+    "llava_v1_7b_instruct": (FULL, 32, 3, "v1", "square", "linear"),
+    **{
+        f"llava15_{size}_{stage}": values
+        for size in ("7b", "13b")
+        for stage, values in {
+            "align": ({"projector": 1e-3}, 256, 1, "plain", "square", "mlp2x_gelu"),
+            "instruct": (FULL, 128, 1, "v1", "pad", "mlp2x_gelu"),
+            "instruct_lora": (LORA, 128, 1, "v1", "pad", "mlp2x_gelu"),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_hyper_parameters_are_the_published_ones(name):
+    """Of arXiv:2304.08485, arXiv:2310.03744 and the scripts that went with them."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    model = model_config(config)
+    rates, conversations, epochs, template, picture, projector = PUBLISHED[name]
+    assert config.trainable.to_dict() == rates
+    # A row of stage 1 is full with as many captions as it has room for pictures; how many
+    # conversations of stage 2 a row packs is up to the data.
+    per_row = config.data.images_per_row if name.endswith("align") else 1
+    assert config.batch_size * per_row == conversations
+    assert (config.epochs, config.steps, config.model.template) == (epochs, None, template)
+    assert (model.image_mode, model.projector, model.feature_layer) == (picture, projector, -2)
+    assert model.image_size == (224 if "v1_7b" in name else 336)
+    assert not model.keep_class_token and not model.use_im_start_end
+    whole = model.decoder.max_position_embeddings >= config.data.max_length
+    assert whole and (config.data.max_length == 2048 or name.endswith("align"))
+    optimizer = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0}
+    assert config.optimizer.to_dict().items() >= (optimizer | {"warmup_ratio": 0.03}).items()
+    lora = config.lora
+    wanted = (128, 256.0, 0.05) if rates is LORA else (0, 16.0, 0.0)
+    assert (lora.rank, lora.alpha, lora.dropout) == wanted
 
 
 def test_the_base_has_no_recipe_of_its_own():

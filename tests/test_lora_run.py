@@ -16,6 +16,7 @@ STAGE = {
     "trainable": {"projector": 1e-3, "lora": 5e-3, "lora/decoder/layers/mlp": 1e-3},
     "lora.rank": 4,
     "lora.alpha": 8.0,
+    "lora.dropout": 0.1,
     "data.validation": "",
 }
 
@@ -80,6 +81,7 @@ def test_the_run_directory_can_be_used_and_be_a_next_stage_s_start(world, run, t
     [
         ({"lora.rank": 0}, "config.lora.rank is 0, but config.trainable names lora, lora"),
         ({"trainable": {"projector": 1e-3}}, "config.lora.rank is 4, but .* needs a .*rate"),
+        ({"lora.dropout": 1.0}, "config.lora.dropout is 1.0: it is a share, from 0 to less than 1"),
         ({"lora.targets": ("decoder/*_prj",)}, "config.lora.targets: 'decoder/.*no linear layer"),
     ],
 )

@@ -121,6 +121,9 @@ DAMAGE = {
         step, "_METADATA", lambda p: p.write_text(p.read_text()[:50])
     ),
     "metadata gone": lambda step: each(step, "_METADATA", Path.unlink),
+    "nothing left": lambda step: [
+        shutil.rmtree(p) if p.is_dir() else p.unlink() for p in step.iterdir()
+    ],
     "all empty": lambda step: each(step, "*", lambda p: p.is_file() and p.write_bytes(b"")),
 }
 

@@ -334,7 +334,6 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size,
             c.hidden_size,
-            dtype=self.dtype,
             embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
         )
         block = DecoderBlock
@@ -361,7 +360,9 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """int[B, T] -> [B, T, D]."""
-        return self.embed_tokens(input_ids)
+        # Rounded after the look-up: rows of the gradient are added up in the table's own dtype. In
+        # bfloat16 a frequent token's would stop growing at some 256 times what one place gives.
+        return self.embed_tokens(input_ids).astype(self.dtype)
 
     def __call__(
         self,
@@ -409,7 +410,8 @@ class Decoder(nn.Module):
     def attend(self, hidden_states: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""
         if self.config.tie_word_embeddings:
-            logits = self.embed_tokens.attend(hidden_states)
+            table = self.embed_tokens.embedding.astype(self.dtype)
+            logits = jnp.dot(hidden_states.astype(self.dtype), table.T)
         else:
             logits = self.lm_head(hidden_states)
         return logits.astype(jnp.float32)

@@ -3,7 +3,7 @@
 One more tree beside the model's, `{"lora": {path of a linear layer: {lora_a, lora_b}}}`: it trains,
 is saved and sharded like any other, and `Linear` adds it where `attach_lora` has put it.
 
-R rank; the layers axis, where there is one, comes first.
+R rank, B rows; the layers axis, where there is one, comes first.
 """
 
 import dataclasses
@@ -26,11 +26,14 @@ class LoraConfig:
       alpha: the update is scaled by alpha / rank.
       targets: shell patterns of layers' paths; `*` stands for any part, slashes too. The output
         projection cannot be adapted.
+      dropout: share of an update's inputs that a training step leaves out, drawn for each layer
+        and token; the others weigh 1 / (1 - dropout). What the layer itself sees stays whole.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -92,12 +95,29 @@ def init_lora(boxed_lora: dict, key: jax.Array) -> dict:
     )
 
 
-def attach_lora(params: dict, lora: LoraConfig) -> dict:
-    """The model's tree with `lora` taken apart: each pair beside its kernel, lora_b scaled."""
+def attach_lora(params: dict, lora: LoraConfig, row_keys: jax.Array | None = None) -> dict:
+    """The model's tree with `lora` taken apart: each pair beside its kernel, lora_b scaled.
+
+    Args:
+      row_keys: [B] random keys, one for each row of the batch: inputs of the update are dropped.
+    """
     flat = flatten_dict({name: tree for name, tree in params.items() if name != "lora"})
-    for path, leaf in flatten_dict(params["lora"]).items():
+    for i, (path, leaf) in enumerate(sorted(flatten_dict(params["lora"]).items())):
         flat[path] = leaf * lora.scale if path[-1] == "lora_b" else leaf
+        if path[-1] == "lora_b" and lora.dropout and row_keys is not None:
+            keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(row_keys)
+            layers = leaf.shape[:-2]
+            flat[*path[:-1], "lora_dropout"] = jnp.full(layers, lora.dropout)
+            flat[*path[:-1], "lora_keys"] = _for_layers(keys, *layers)
     return unflatten_dict(flat)
+
+
+def _for_layers(keys: jax.Array, layers: int | None = None) -> jax.Array:
+    """Keys [B] -> uint32[layers, B, 2], other ones in each layer; without layers uint32[B, 2]."""
+    if layers is None:
+        return jax.random.key_data(keys)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+    return jax.random.key_data(fold(keys, jnp.arange(layers)))
 
 
 def merge_lora(params: dict, lora: LoraConfig) -> dict:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 class MetricsLog:
@@ -27,13 +30,12 @@ class MetricsLog:
             path = workdir / f"{name}.jsonl"
             drop_later_lines(path, resume_step)
             self._files[name] = open(path, "a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._events = TensorBoardEvents(workdir / "tensorboard", resume_step + 1)
         self._wandb = _start_wandb(wandb_project, workdir, config) if wandb_project else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._append("metrics", {"step": step, **values})
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.add(step, *(summary.scalar(name, value) for name, value in values.items()))
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -41,7 +43,7 @@ class MetricsLog:
         """One generation during training: id, prompt, prediction, reference."""
         self._append("samples", {"step": step, **values})
         text = "  \n".join(f"{name}: {value}" for name, value in values.items())
-        self._events.add_text(f"samples/{values['id']}", text, step)
+        self._events.add(step, summary.text(f"samples/{values['id']}", text))
 
     def _append(self, name: str, line: dict) -> None:
         self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -53,6 +55,36 @@ class MetricsLog:
         self._events.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class TensorBoardEvents:
+    """An event file, written to disk as it grows.
+
+    tensorboardX's own SummaryWriter writes in a thread. When the disk is full that thread ends, and
+    the run would wait for ever at the next numbers; here it ends with an error.
+
+    Args:
+      purge_step: TensorBoard forgets what earlier files say of it and later steps.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(step=purge_step, session_log=start))
+        self._writer.flush()
+
+    def add(self, step: int, *summaries) -> None:
+        for one in summaries:
+            self._write(Event(step=step, summary=one))
+        self._writer.flush()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class NoLog:

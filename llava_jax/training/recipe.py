@@ -215,7 +215,13 @@ def lora_config(config: ConfigDict, model: LlavaConfig) -> LoraConfig | None:
         )
     if not trains:
         return None
-    lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    if not 0 <= config.lora.dropout < 1:
+        raise LlavaError(
+            f"config.lora.dropout is {config.lora.dropout}: it is a share, from 0 to less than 1"
+        )
+    lora = LoraConfig(
+        config.lora.rank, config.lora.alpha, tuple(config.lora.targets), config.lora.dropout
+    )
     try:
         abstract_lora(lora, abstract_params(model))
     except ValueError as error:

@@ -13,7 +13,7 @@ from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, attach_lora
 from llava_jax.parallel.sharding import param_shardings, put, replicated
 from llava_jax.training.optimizer import merge_params, optimizer_shardings, split_params
-from llava_jax.training.step import TrainState
+from llava_jax.training.step import TrainState, join_params
 
 
 def abstract_model(config: LlavaConfig, lora: LoraConfig | None) -> dict:
@@ -65,8 +65,10 @@ def fresh_state(like: TrainState, params: dict, optimizer) -> TrainState:
     return TrainState(put(0, like.step.sharding, jnp.int32), trainable, opt_state)
 
 
-def joined(lora: LoraConfig | None) -> Callable[[dict, dict], dict]:
-    """(trainable, frozen) -> parameters as the model takes them."""
+def joined(lora: LoraConfig | None) -> Callable[..., dict]:
+    """(trainable, frozen[, row keys in training]) -> parameters as the model takes them."""
     if lora is None:
-        return merge_params
-    return lambda trainable, frozen: attach_lora(merge_params(trainable, frozen), lora)
+        return join_params
+    return lambda trainable, frozen, row_keys=None: attach_lora(
+        merge_params(trainable, frozen), lora, row_keys
+    )

@@ -86,13 +86,20 @@ def with_kernels_as(params: dict, dtype) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def join_params(trainable: dict, frozen: dict, row_keys: jax.Array | None = None) -> dict:
+    """Parameters as a model without LoRA takes them; it draws nothing."""
+    del row_keys
+    return merge_params(trainable, frozen)
+
+
 def make_train_step(
     model: LlavaModel,
     optimizer: optax.GradientTransformation,
     accumulation: int,
     chunk: int,
-    join: Callable = merge_params,
+    join: Callable = join_params,
     parity: bool = False,
+    seed: int = 0,
 ):
     """A step function (state, frozen, batch) -> (state, metrics), to be jitted.
 
@@ -101,18 +108,19 @@ def make_train_step(
     depend on how it was cut.
 
     Args:
-      join: (trainable, frozen) -> parameters as the model takes them.
+      join: (trainable, frozen, random keys of the rows) -> parameters as the model takes them.
+      seed: of the keys. A row's is a function of it, the step and the row's place in the batch.
     """
 
-    def loss_and_grads(trainable, frozen, batch, weights):
-        loss = lambda t: batch_loss(model, join(t, frozen), batch, chunk, weights)
+    def loss_and_grads(trainable, frozen, batch, weights, keys):
+        loss = lambda t: batch_loss(model, join(t, frozen, keys), batch, chunk, weights)
         total, grads = jax.value_and_grad(loss)(trainable)
         return total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-    def accumulated(trainable, frozen, batch, weights):
+    def accumulated(trainable, frozen, *rows):
         trainable = with_kernels_as(trainable, model.dtype)
         if accumulation == 1:
-            return loss_and_grads(trainable, frozen, batch, weights)
+            return loss_and_grads(trainable, frozen, *rows)
 
         def add(carry, microbatch):
             found = loss_and_grads(trainable, frozen, *microbatch)
@@ -121,13 +129,15 @@ def make_train_step(
         # Strided, so that each microbatch spreads over all devices.
         cut = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
-        cuts = jax.tree.map(cut, (batch, weights))
+        cuts = jax.tree.map(cut, rows)
         return jax.lax.scan(add, (jnp.float32(0), zeros), cuts)[0]
 
     def train_step(state: TrainState, frozen: dict, batch: dict):
         supervised = jnp.sum(batch_targets(batch) != IGNORE_INDEX, axis=1)  # [B]
         weights = row_weights(supervised, parity)
-        loss, grads = accumulated(state.params, frozen, batch, weights)
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(weights)))
+        loss, grads = accumulated(state.params, frozen, batch, weights, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss,
@@ -144,7 +154,7 @@ def make_train_step(
 def compile_step(config, model: LlavaModel, optimizer, join: Callable, state, frozen, batch):
     """The training step of a config compiled for these arguments, or for shapes and shardings."""
     step = make_train_step(
-        model, optimizer, config.accumulation, config.loss_chunk, join, config.parity
+        model, optimizer, config.accumulation, config.loss_chunk, join, config.parity, config.seed
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -152,7 +162,7 @@ def compile_step(config, model: LlavaModel, optimizer, join: Callable, state, fr
     return jitted.lower(state, frozen, batch).compile(COMPILER_OPTIONS.get(platform))
 
 
-def make_eval_step(model: LlavaModel, chunk: int, join: Callable = merge_params):
+def make_eval_step(model: LlavaModel, chunk: int, join: Callable = join_params):
     """(trainable, frozen, batch) -> (sum of token losses, supervised tokens)."""
 
     def eval_step(trainable, frozen, batch):

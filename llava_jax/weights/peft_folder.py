@@ -118,7 +118,7 @@ def _config(lora: LoraConfig, modules: list[str], with_projector: bool) -> dict:
         "base_model_name_or_path": None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "target_modules": sorted(modules),
         "modules_to_save": [PROJECTOR] if with_projector else None,

@@ -118,7 +118,7 @@ def read_run_model(workdir: Path) -> RunModel:
         values = json.loads(path.read_text())
         sources = {c: _find_source(workdir, c, s) for c, s in values["sources"].items()}
         lora = values.get("lora")
-        lora = lora and LoraConfig(lora["rank"], lora["alpha"], tuple(lora["targets"]))
+        lora = lora and LoraConfig(**lora | {"targets": tuple(lora["targets"])})
         return RunModel(config_from_dict(values["config"]), values["template"], sources, lora)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise LlavaError(f"{path} is damaged ({error!r}): it is written by train.py") from None

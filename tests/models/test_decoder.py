@@ -104,3 +104,17 @@ def test_the_output_embedding_is_what_attend_multiplies_by(tied):
     logits = Decoder(whole.decoder).apply({"params": params}, hidden, method=Decoder.attend)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, hidden @ output_embedding(params).T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_embedding_s_gradient_is_added_up_in_float32():
+    """A token that is everywhere: a sum in bfloat16 stands still at 256 ones."""
+    config = config_with()
+    params = random_params(config)["decoder"]
+    model = Decoder(config.decoder, jnp.bfloat16)
+    ids = jnp.full((2, 500), 7)
+    embedded = lambda p: model.apply({"params": p}, ids, method=Decoder.embed)
+    assert embedded(params).dtype == jnp.bfloat16
+    grads = jax.grad(lambda p: jnp.sum(embedded(p).astype(jnp.float32)))(params)
+    table = grads["embed_tokens"]["embedding"]
+    assert table.dtype == jnp.float32
+    np.testing.assert_array_equal(table[7], 1000)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params
+from llava_jax.models.lora import LoraConfig, init_lora
 from llava_jax.models.presets import PRESETS
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import (
@@ -24,7 +25,7 @@ from llava_jax.parallel.sharding import (
     replicated,
 )
 from llava_jax.training.optimizer import adamw, optimizer_shardings, split_params, warmup_cosine
-from llava_jax.training.state import abstract_state, fresh_state, place
+from llava_jax.training.state import abstract_model, abstract_state, fresh_state, joined, place
 from llava_jax.training.step import make_train_step
 from tests.tiny_model import CONFIG, VISION, random_params
 
@@ -98,17 +99,21 @@ def batch(config: LlavaConfig, rows: int = 8) -> dict:
     }
 
 
-def train(config: LlavaConfig, mesh, steps: int = 2, accumulation: int = 1):
+def train(config: LlavaConfig, mesh, steps: int = 2, accumulation: int = 1, lora=None):
     """Host copies of (losses, trained parameters) after some steps on a mesh."""
-    optimizer = adamw(GROUPS, warmup_cosine(5, 0.0), **OPTIONS)
-    losses, boxed = [], abstract_params(config)
-    wanted, frozen = abstract_state(mesh, boxed, GROUPS, optimizer, jnp.float32)
-    state = fresh_state(wanted, random_params(config), optimizer)
-    frozen = place(random_params(config), frozen)
+    groups = GROUPS if lora is None else {"lora": 1e-2}
+    optimizer = adamw(groups, warmup_cosine(5, 0.0), **OPTIONS)
+    losses, boxed = [], abstract_model(config, lora)
+    params = random_params(config)
+    if lora:
+        params["lora"] = init_lora(boxed["lora"], jax.random.key(0))
+    wanted, frozen = abstract_state(mesh, boxed, groups, optimizer, jnp.float32)
+    state = fresh_state(wanted, params, optimizer)
+    frozen = place(params, frozen)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = jax.jit(
-            make_train_step(LlavaModel(config), optimizer, accumulation, 8),
+            make_train_step(LlavaModel(config), optimizer, accumulation, 8, joined(lora)),
             out_shardings=(placed, None),
         )
         arrays = put_batch(mesh, batch(config))
@@ -144,6 +149,29 @@ def test_sharded_is_one_device(config, sizes, accumulation, one_device):
     wanted_losses, wanted = one_device[config]
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     assert wanted_losses[1] < wanted_losses[0]
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+LORA = LoraConfig(4, 8.0, ("decoder/layers/*", "vision/layers/*"), dropout=0.2)
+
+
+@pytest.fixture(scope="module")
+def dropped_on_one_device():
+    return train(CONFIG, make_mesh(devices=jax.devices()[:1]), lora=LORA)
+
+
+@pytest.mark.parametrize(
+    "sizes, accumulation",
+    [({"data": 1, "fsdp": 1}, 4), ({"data": 2, "fsdp": 2, "tensor": 2}, 2)],
+    ids=["accumulated", "all three, accumulated"],
+)
+def test_dropout_of_lora_is_one_device_s(sizes, accumulation, dropped_on_one_device):
+    """What a row drops depends on neither the mesh nor the number of microbatches."""
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    losses, params = train(CONFIG, make_mesh(**sizes, devices=devices), 2, accumulation, LORA)
+    wanted_losses, wanted = dropped_on_one_device
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -1,6 +1,9 @@
 """Logs that read after a resume as if the run had never stopped."""
 
 import json
+import threading
+
+import pytest
 
 from llava_jax.training.metrics import MetricsLog, drop_later_lines, plot_losses, read_log
 
@@ -61,3 +64,13 @@ def test_a_log_goes_on_after_a_resume(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_full_disk_is_an_error_of_tensorboard_s_file_too(tmp_path):
+    """And no hang: a writer in a thread would end unseen, and its queue be full for ever."""
+    threads = threading.active_count()
+    log = MetricsLog(tmp_path, 0, "", {})
+    assert threading.active_count() == threads
+    log._events._writer._py_recordio_writer._writer = open("/dev/full", "wb")
+    with pytest.raises(OSError, match="No space left"):
+        log.scalars(1, {"loss": 1.0})

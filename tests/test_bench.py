@@ -1,0 +1,83 @@
+"""Benchmarks on a tiny model: that they run, and that their tables say what was compiled."""
+
+import dataclasses
+import importlib
+import importlib.util
+
+import numpy as np
+import pytest
+
+from bench import scaling, train_step
+from llava_jax.models.presets import PRESETS
+from llava_jax.training import recipe
+from tests import tiny_run
+
+needs_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler"
+)
+
+
+def scaled(world, tmp_path, names: list[str], capsys) -> list[list[list[str]]]:
+    """The lines of each table, without its head, for stage 1 on 8 rows of the tiny model."""
+    changes = {"batch_size": 8, "accumulation": 4, "data.max_length": 48}
+    values = tiny_run.align(world, tmp_path / "run", changes)
+    scaling.print_tables(tiny_run.recipe({}, values), names)
+    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("|")]
+    lines = [
+        [line.strip("| ").split(" | ") for line in table.strip().split("\n")] for table in tables
+    ]
+    for table in lines:
+        assert table[0] == list(scaling.HEAD) and {len(line) for line in table} == {len(table[0])}
+    return [table[2:] for table in lines]
+
+
+def test_a_table_of_scaling_has_both_ways_to_grow(world, tmp_path, capsys, monkeypatch):
+    compiled = []
+
+    def compile_stage(stage):
+        compiled.append((stage.where.name, stage.config.batch_size))
+        return scaling_compile(stage)
+
+    scaling_compile = scaling.compile_stage
+    monkeypatch.setattr(scaling, "compile_stage", compile_stage)
+    same_batch, same_share = scaled(world, tmp_path, ["cpu:2", "cpu:4"], capsys)
+    start = lambda table: [line[:3] for line in table]
+    assert start(same_batch) == [["cpu:2", "8", "4"], ["cpu:4", "8", "2"]]
+    assert start(same_share) == [["cpu:2", "8", "4"], ["cpu:4", "16", "4"]]
+    assert compiled == [("cpu:2", 8), ("cpu:4", 8), ("cpu:4", 16)]  # each once
+    assert float(same_batch[0][3]) >= 0 and float(same_batch[0][4]) >= 0
+    assert same_batch[0][5:] == ["-"] * 5  # of a CPU no speed is assumed
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_table_of_scaling_over_tpus(world, tmp_path, capsys):
+    for table in scaled(world, tmp_path, ["v5e:2x2", "v5e:2x4"], capsys):
+        for line in table:
+            assert all(float(cell) >= 0 for cell in line[3:8])
+            assert line[8].count(" to ") == line[9].count(" to ") == 1
+
+
+def test_a_recipe_s_shape_is_timed_with_random_parameters(monkeypatch):
+    """What the benchmark on a GPU does where no weights are: here of a tiny CLIP and Llama."""
+    pytest.importorskip("torch")
+    big = PRESETS["llava-1.5-7b"]
+    small = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+    shape = dataclasses.replace(
+        big,
+        vision=dataclasses.replace(big.vision, **small, image_size=28),
+        decoder=dataclasses.replace(
+            big.decoder, **small, vocab_size=300, num_kv_heads=4, head_dim=8
+        ),
+        image_size=28,
+    )
+    monkeypatch.setattr(recipe, "model_config", lambda config: shape)
+    config = importlib.import_module("configs.llava15_7b_instruct").get_config()
+    config.batch_size, config.accumulation, config.data.max_length = 2, 1, 32
+    config.model.dtype = "float32"
+    batch = train_step.random_batch(config, shape)
+    ours, _ = train_step.start_ours(config, [batch])
+    theirs, _ = train_step.start_theirs(config, [batch], {}, 1)
+    for step in (ours, theirs):
+        first, second = step(0), step(1)
+        assert abs(first - np.log(300)) < 1 and second < first
