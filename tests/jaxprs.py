@@ -12,11 +12,17 @@ def equations(closed_jaxpr, primitive: str) -> list:
 
 
 def _walk(jaxpr, times: int) -> Iterator[tuple]:
-    """(equation, how often it runs); a while loop's body counts once."""
+    """(equation, how often it runs); a while loop's body counts once.
+
+    Of code that each platform has its own form of, the default.
+    """
     for eqn in jaxpr.eqns:
         yield eqn, times
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        for sub in core.jaxprs_in_params(eqn.params):
+        subs = list(core.jaxprs_in_params(eqn.params))
+        if eqn.params.get("branches_platforms"):
+            subs = subs[-1:]
+        for sub in subs:
             yield from _walk(sub, inner)
 
 

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_jax.models.flash_attention import (
     SPLASH_TILE,
@@ -148,14 +149,45 @@ _batched_product.defvjp(
 )
 
 
+@jax.custom_vjp
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary position embedding in the half-split order of Hugging Face's Llama.
+
+    The same numbers to rounding on all platforms; no gradient is taken of the angles.
 
     Args:
       x: [B, T, N, H].
       cos, sin: float32[B, T, H // 2].
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
+    return jax.lax.platform_dependent(
+        x, cos, sin, tpu=_rotated_by_product, default=_rotated_by_halves
+    )
+
+
+def _rotated_by_halves(x, cos, sin):
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def _rotated_by_product(x, cos, sin):
+    """Halves swapped by a product with a signed permutation, which is exact.
+
+    A TPU has no cheap way to move half a vector's lanes: split, keys and queries are copied into
+    another layout and back, as float32.
+    """
+    half = x.shape[-1] // 2
+    swap = np.kron([[0, 1], [-1, 0]], np.eye(half))  # x @ swap = [-second, first]
+    swapped = jax.lax.dot_general(
+        x, jnp.asarray(swap, x.dtype), (((3,), (0,)), ((), ())),
+        precision="highest", preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    twice = lambda angles: jnp.concatenate([angles, angles], axis=-1)
+    return (x.astype(jnp.float32) * twice(cos) + swapped * twice(sin)).astype(x.dtype)
+
+
+apply_rope.defvjp(
+    lambda x, cos, sin: (apply_rope(x, cos, sin), (cos, sin)),
+    lambda angles, dy: (apply_rope(dy, angles[0], -angles[1]), None, None),  # turned back
+)

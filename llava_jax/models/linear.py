@@ -10,16 +10,16 @@ from llava_jax.models.precision import product_dtype, transposed
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[rows, in] x [in, out] -> [rows, out] in the dtype of x, summed in float32.
+    """[..., in] x [in, out] -> [..., out] in the dtype of x, summed in float32.
 
     The gradient follows the same rule, and a float32 kernel gets it unrounded: autodiff of a
     kernel cast to bfloat16 would round it.
     """
-    return product(x, kernel, (1, 0), x.dtype)
+    return product(x, kernel, (x.ndim - 1, 0), x.dtype)
 
 
 def product(x: jax.Array, y: jax.Array, contracted: tuple[int, int], dtype) -> jax.Array:
-    """The product of two matrices over one axis of each, operands as `product_dtype` says.
+    """The product of two arrays over one axis of each, operands as `product_dtype` says.
 
     float32 is asked for and rounded afterwards: XLA's CPU compiler multiplies in bfloat16 only so.
     """
@@ -33,7 +33,9 @@ def product(x: jax.Array, y: jax.Array, contracted: tuple[int, int], dtype) -> j
 
 def _backward(residuals, dy):
     x, kernel = residuals
-    return product(dy, kernel, (1, 1), x.dtype), product(x, dy, (0, 0), kernel.dtype)
+    rows = lambda array: array.reshape(-1, array.shape[-1])
+    d_kernel = product(rows(x), rows(dy), (0, 0), kernel.dtype)
+    return product(dy, kernel, (dy.ndim - 1, 1), x.dtype), d_kernel
 
 
 matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _backward)
@@ -80,26 +82,25 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
-        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        x = x.astype(self.dtype)
         if kernel.dtype == jnp.uint16:  # the bits of bfloat16: see `pack_kernels`
             kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
-        y = matmul(rows, kernel)
+        y = matmul(x, kernel)
         if self.has_variable("params", "kernel_scale"):  # put there by `quantize_kernels`
             scale = self.get_variable("params", "kernel_scale")
             y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
-            y += self._update(rows)
-        y = y.reshape(*x.shape[:-1], self.features)
+            y += self._update(x)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[1:])
             y += self.param("bias", bias_init, (self.features,)).astype(y.dtype)
         return y
 
-    def _update(self, rows: jax.Array) -> jax.Array:
-        """[rows, in] -> [rows, features], the low-rank update's part of the result."""
+    def _update(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., features], the low-rank update's part of the result."""
         a, b = (self.get_variable("params", f"lora_{name}") for name in "ab")
         if self.has_variable("params", "lora_keys"):
             keys, rate = (self.get_variable("params", f"lora_{n}") for n in ("keys", "dropout"))
-            by_row = rows.reshape(len(keys), -1, rows.shape[-1])  # images of a row, too
-            rows = dropout(by_row, rate, keys).reshape(rows.shape)
-        return matmul(matmul(rows, a), b)
+            by_row = x.reshape(len(keys), -1, x.shape[-1])  # images of a row, too
+            x = dropout(by_row, rate, keys).reshape(x.shape)
+        return matmul(matmul(x, a), b)

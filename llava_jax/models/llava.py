@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.models.decoder import Decoder, DecoderConfig
+from llava_jax.models.gathering import front_order, take_rows
 from llava_jax.models.projector import Projector
 from llava_jax.models.vit import ViT, ViTConfig, feature_states
 
@@ -79,8 +80,11 @@ def merge_image_features(embeddings: jax.Array, features: jax.Array, is_image: j
       features: [B, I * P, D], images in the order of their placeholders.
       is_image: bool[B, T].
     """
-    index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
-    gathered = jnp.take_along_axis(features, index[..., None], axis=1, mode="clip")
+    order, rank = front_order(is_image)
+    count = features.shape[1]
+    order = jnp.pad(order, ((0, 0), (0, max(count - order.shape[1], 0))))[:, :count]
+    taken = jnp.arange(count) < jnp.sum(is_image, axis=1, keepdims=True)
+    gathered = take_rows(features, jnp.where(is_image, rank, 0), order, taken)
     return jnp.where(is_image[..., None], gathered.astype(embeddings.dtype), embeddings)
 
 

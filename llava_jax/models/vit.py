@@ -191,7 +191,7 @@ class ViT(nn.Module):
         batch, height, width, _ = pixels.shape
         rows, columns = height // c.patch_size, width // c.patch_size
         x = pixels[:, : rows * c.patch_size, : columns * c.patch_size].astype(self.dtype)
-        x = x.reshape(batch, rows, c.patch_size, columns, c.patch_size, 3)
+        x = x.reshape(batch, rows, c.patch_size, columns, c.patch_size * 3)
         x = x.swapaxes(2, 3).reshape(batch, rows * columns, -1)  # [B, P, patch * patch * 3]
         axes = ("vision_patch", "vision_embed")
         x = linear(c.hidden_size, axes, "patch_embed", self.dtype, c.patch_bias)(x)

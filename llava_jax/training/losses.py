@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from llava_jax.models.gathering import front_order, take_rows
 from llava_jax.models.linear import product
 from llava_jax.models.precision import product_dtype
 from llava_jax.parallel.mesh import BATCH_AXES
@@ -59,9 +60,9 @@ def cross_entropy_sum(
     length = hidden_states.shape[1]
     chunk = min(chunk, length)
     padding = -length % chunk
-    order = jnp.argsort(targets == IGNORE_INDEX, axis=1, stable=True)
+    order, rank = front_order(targets != IGNORE_INDEX)
     targets = jnp.take_along_axis(targets, order, axis=1)
-    hidden_states = jnp.take_along_axis(hidden_states, order[..., None], axis=1)
+    hidden_states = take_rows(hidden_states, order, rank, jnp.ones_like(order, bool))
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
     hidden_states = jnp.pad(hidden_states, ((0, 0), (0, padding), (0, 0)))
     with jax.named_scope("cross_entropy"):

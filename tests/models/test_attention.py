@@ -1,11 +1,16 @@
-"""The XLA attention's hand-written gradients, and transposes that are written out or left alone."""
+"""The XLA attention's hand-written gradients, rotary embeddings, and transposes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.models.attention import attention
+from llava_jax.models.attention import (
+    _rotated_by_halves,
+    _rotated_by_product,
+    apply_rope,
+    attention,
+)
 from llava_jax.models.precision import transposed
 
 RNG = np.random.default_rng(0)
@@ -56,3 +61,27 @@ def test_in_mixed_precision_a_transpose_is_a_copy_on_one_device_only():
     lowered["float32"] = jax.jit(transposed_product).lower(x, y).as_text()
     held = {name: "LayoutConstraint" in text for name, text in lowered.items()}
     assert held == {1: True, 2: False, "float32": False}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_embedding_of_tpus_is_that_of_other_platforms(dtype):
+    x = jnp.asarray(RNG.normal(size=(2, 5, 3, 8)), dtype)
+    angles = jnp.asarray(RNG.normal(size=(2, 5, 1, 4)), jnp.float32)
+    halves, product = (
+        jax.jit(form)(x, jnp.cos(angles), jnp.sin(angles))
+        for form in (_rotated_by_halves, _rotated_by_product)
+    )
+    assert product.dtype == halves.dtype == x.dtype
+    np.testing.assert_allclose(
+        *(np.float32(out) for out in (product, halves)), rtol=1e-2, atol=1e-6
+    )
+
+
+def test_gradient_of_the_rotary_embedding():
+    x, weights = jnp.asarray(RNG.normal(size=(2, 2, 5, 3, 8)), jnp.float32)
+    angles = jnp.asarray(RNG.normal(size=(2, 5, 4)), jnp.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    total = lambda rotate, *angles: lambda x: jnp.sum(rotate(x, *angles) * weights)
+    found = jax.grad(total(apply_rope, cos, sin))(x)
+    expected = jax.grad(total(_rotated_by_halves, cos[:, :, None], sin[:, :, None]))(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
