@@ -17,9 +17,15 @@ def length_bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-def token_bucket(total: int, longest: int) -> int:
-    """How many tokens the next call reads, of `total` that wait in prompts of at most `longest`."""
-    return max(length_bucket(longest), min(length_bucket(total), TOKENS_AT_A_TIME))
+def token_bucket(total: int, longest: int, more: bool) -> int:
+    """How many tokens the next call reads, of `total` that wait in prompts of at most `longest`.
+
+    Where `more` prompts wait for a row, a call that would not be filled to 7/8 is the next smaller.
+    """
+    bucket = length_bucket(total)
+    if more and 8 * total < 7 * bucket:
+        bucket = length_bucket(bucket * 5 // 8)  # the one below: 2/3 or 3/4 of it
+    return max(length_bucket(longest), min(bucket, TOKENS_AT_A_TIME))
 
 
 def chunk_bucket(longest: int) -> int:

@@ -57,8 +57,8 @@ class Prompts:
       input_ids: int32[Q], of all prompts one after the other, without what is shared.
       feature_ids: int32[Q], the image feature that stands for a token, as its place among the
         F * P of the store; NO_TOKEN where the token is text.
-      chunks: where in the rows each token belongs, R chunks. The first of a prompt has its number.
-      rows: int32[R], the row of each prompt; B for a number that none has.
+      chunks: where in the rows each token belongs, R chunks. The first of a prompt has its number,
+        and copies the prompt into its row.
       last: int32[R], the place of each prompt's last token among the Q.
       lengths: int32[R], tokens of the whole prompt.
       whole: int32[R, C], all text tokens of the prompt, NO_TOKEN elsewhere.
@@ -68,7 +68,6 @@ class Prompts:
     input_ids: jax.Array
     feature_ids: jax.Array
     chunks: Chunks
-    rows: jax.Array
     last: jax.Array
     lengths: jax.Array
     whole: jax.Array
@@ -106,9 +105,9 @@ def prefill(
     logits = model.apply({"params": params}, last, method=LlavaModel.attend)
     seen = _mark(jnp.zeros(logits.shape, bool), prompts.whole)
     tokens = sample(logits, prompts.sampling, prompts.lengths, seen)
-    put = lambda old, new: old.at[prompts.rows].set(new, mode="drop")
+    put = lambda old, new: old.at[prompts.chunks.copies].set(new, mode="drop")
     state = DecodeState(
-        cache.copy(prompts.rows, prompts.chunks.sources),
+        cache,
         put(state.lengths, prompts.lengths),
         put(state.tokens, tokens),
         put(state.budget, _spend(prompts.budget, tokens, prompts.sampling)),

@@ -175,7 +175,8 @@ class Engine:
         source, waiting, running = iter(requests), deque(), {}
         try:
             while True:
-                yield from self._take(source, waiting, batch_size)
+                # One more than there are rows, to know whether others follow.
+                yield from self._take(source, waiting, batch_size + 1)
                 if not waiting and not running:
                     return
                 yield from self._admit(waiting, running, batch_size)
@@ -267,7 +268,11 @@ class Engine:
             self.counts.encoded_images += len(images)
             self._encode_images(images)
             while wave:
-                yield from self._read_some(wave, running)
+                before = len(wave)
+                yield from self._read_some(wave, running, more=bool(waiting))
+                if waiting and 2 * len(wave) < before:  # the few that did not fill a call
+                    waiting.extendleft(reversed(wave))
+                    break
             enough = batch_size - batch_size // 4
 
     def _reserve(self, rows: int, need: int, busy: bool) -> bool:
@@ -298,9 +303,9 @@ class Engine:
             store = self._encode(self.params, store, pixels, slots)
         self._store = store
 
-    def _read_some(self, wave: list[Job], running: dict[int, Job]) -> Iterator[Answer]:
-        """One prefill, of the first requests of a wave."""
-        jobs, shape = take(wave, self._size)
+    def _read_some(self, wave: list[Job], running: dict[int, Job], more: bool) -> Iterator[Answer]:
+        """One prefill, of the first requests of a wave; with `more` behind it, a filled one."""
+        jobs, shape = take(wave, self._size, more)
         tokens, logprobs = self._call_prefill(jobs, shape)
         tokens, logprobs = jax.device_get((tokens[:, None], _shown(jobs, logprobs)))
         if logprobs is not None:

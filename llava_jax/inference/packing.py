@@ -35,10 +35,13 @@ class PrefillShape:
         return -(-job.rest // self.chunk)
 
 
-def take(wave: list[Job], size: int) -> tuple[list[Job], PrefillShape]:
-    """Takes the first prompts of a wave, as many as one call should read; `size` of the cache."""
+def take(wave: list[Job], size: int, more: bool) -> tuple[list[Job], PrefillShape]:
+    """Takes the first prompts of a wave, as many as one call should read.
+
+    size: of the cache. more: others wait behind the wave, that what is left of it can wait for.
+    """
     longest = max(job.rest for job in wave)
-    tokens = token_bucket(sum(job.rest for job in wave), longest)
+    tokens = token_bucket(sum(job.rest for job in wave), longest, more)
     window = min(cache_bucket(max(job.length for job in wave)), size)
     shape = PrefillShape(tokens, chunk_bucket(longest), window)
     count, pieces = 0, 0
@@ -85,9 +88,9 @@ def _blank(shape: PrefillShape, rows: int) -> Prompts:
             tokens=wide(shape.chunk, 0),
             places=each(0),
             sources=wide(shape.window, 0),
+            copies=prompt(rows),
             window=shape.window,
         ),
-        rows=prompt(rows),
         last=prompt(0),
         lengths=prompt(0),
         whole=wide(shape.window, NO_TOKEN),
@@ -97,7 +100,7 @@ def _blank(shape: PrefillShape, rows: int) -> Prompts:
 
 
 def _fill_prompt(prompts: Prompts, number: int, job: Job, last: int) -> None:
-    prompts.rows[number], prompts.last[number] = job.row, last
+    prompts.chunks.copies[number], prompts.last[number] = job.row, last
     prompts.lengths[number], prompts.budget[number] = job.length, job.budget
     prompts.whole[number, : job.length] = job.request.input_ids
     prompts.sampling.fill(number, job.request.params, job.stops, job.length)

@@ -81,19 +81,6 @@ class KVCache:
         # Two arrays of zeros: a donated one must not be given twice.
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scales)
 
-    def copy(self, rows: jax.Array, sources: jax.Array) -> "KVCache":
-        """With the first slots of rows int[R] from the rows sources int[R, C], slot by slot.
-
-        A row that does not exist is dropped.
-        """
-        slots = jnp.arange(sources.shape[1])
-
-        def copied(stored):  # [L, B, S, ...]
-            return stored.at[:, rows, : slots.size].set(stored[:, sources, slots], mode="drop")
-
-        scales = None if self.scales is None else jax.vmap(copied)(self.scales)
-        return KVCache(copied(self.keys), copied(self.values), scales)
-
 
 @flax.struct.dataclass
 class Chunks:
@@ -111,6 +98,8 @@ class Chunks:
       sources: int32[R, C], the row that each of the first slots of a chunk's row is read from: a
         prompt may look at another that it begins like, even one of the same call. None where
         chunk r looks at row r.
+      copies: int32[R], the row that keeps what a chunk looks at, a row that does not exist where
+        none does. None as above.
       window: C.
     """
 
@@ -119,13 +108,16 @@ class Chunks:
     tokens: jax.Array
     places: jax.Array
     sources: jax.Array | None
+    copies: jax.Array | None
     window: int = flax.struct.field(pytree_node=False)
 
     @classmethod
     def one_each(cls, slots: jax.Array, active: jax.Array, window: int) -> "Chunks":
         """A token in each row of the cache, at slots int32[B]; written where `active`, bool[B]."""
         every = jnp.arange(len(slots))
-        return cls(jnp.where(active, every, every.size), slots, every[:, None], every, None, window)
+        return cls(
+            jnp.where(active, every, every.size), slots, every[:, None], every, None, None, window
+        )
 
     def mask(self, sliding_window: int | None) -> jax.Array:
         """bool[R, 1, T, C]: a token sees the slots up to its own."""
@@ -216,23 +208,22 @@ def write_cache(cache: KVCache, layer, chunks: Chunks, k, v):
     """
 
     def place(stored, new):  # [L, B, S, ...] and [Q, ...]
-        return stored.at[layer, chunks.rows, chunks.slots].set(
-            new.astype(stored.dtype), mode="drop"
-        )
-
-    def seen(stored):
+        new = new.astype(stored.dtype)
+        stored = stored.at[layer, chunks.rows, chunks.slots].set(new, mode="drop")
         if chunks.sources is None:
-            return stored[layer, :, : chunks.window]
-        return stored[layer, chunks.sources, jnp.arange(chunks.window)]
+            return stored, stored[layer, :, : chunks.window]
+        seen = stored[layer, chunks.sources, jnp.arange(chunks.window)]
+        # Here, and not once for all layers: it is at hand, and the cache is updated in place.
+        return stored.at[layer, chunks.copies, : chunks.window].set(seen, mode="drop"), seen
 
     if cache.scales is None:
-        cache = cache.replace(keys=place(cache.keys, k), values=place(cache.values, v))
-        return cache, seen(cache.keys), seen(cache.values)
+        (keys, k), (values, v) = place(cache.keys, k), place(cache.values, v)
+        return KVCache(keys, values), k, v
     (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    scales = jax.vmap(place)(cache.scales, jnp.stack([k_scale, v_scale]))
-    cache = KVCache(place(cache.keys, k), place(cache.values, v), scales)
-    key_scales, value_scales = jax.vmap(seen)(scales)[..., None]
-    return cache, seen(cache.keys) * key_scales, seen(cache.values) * value_scales
+    (keys, k), (values, v) = place(cache.keys, k), place(cache.values, v)
+    scales, of_seen = jax.vmap(place)(cache.scales, jnp.stack([k_scale, v_scale]))
+    k_scale, v_scale = of_seen[..., None]
+    return KVCache(keys, values, scales), k * k_scale, v * v_scale
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -62,7 +62,7 @@ def test_prefill_then_single_tokens_give_the_logits_of_a_full_pass(variant):
         tokens = np.arange(2 * length).reshape(2, length)
         rows, slots = np.repeat([0, 1], length), np.tile(np.arange(first, last), 2)
         sources = np.repeat([[0], [1]], 32, axis=1)
-        return Chunks(rows, slots, tokens, tokens.ravel(), sources, 32)
+        return Chunks(rows, slots, tokens, tokens.ravel(), sources, np.array([0, 1]), 32)
 
     cache, pieces = KVCache.empty(config.decoder, 2, 32, jnp.float32), []
     for first, last in [(0, 13), *((t, t + 1) for t in range(13, 20))]:
@@ -95,7 +95,7 @@ def read(model, params, ids, lengths, images, budget, stop_ids=(), size=48, kv_d
     prompts = pack(jobs, PrefillShape(64, 8, 32), rows)  # in chunks of eight
     state = DecodeState.empty(model, rows, size, jnp.dtype(kv_dtype))
     tokens, _, state = prefill(model, params, state, store, prompts)
-    return tokens[np.array([list(prompts.rows).index(row) for row in range(rows)])], state
+    return tokens[np.array([list(prompts.chunks.copies).index(row) for row in range(rows)])], state
 
 
 def test_generated_tokens_are_the_argmax_of_full_passes():

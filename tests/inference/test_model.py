@@ -78,8 +78,11 @@ def test_buckets_are_few_and_waste_little():
     for n in range(17, 4097):
         assert n <= length_bucket(n) <= 1.5 * n
     assert [count_bucket(n) for n in (0, 1, 2, 3, 5, 8)] == [0, 1, 2, 4, 8, 8]
-    assert [token_bucket(n, 16) for n in (3, 40, 4000, 9000)] == [16, 48, 4096, TOKENS_AT_A_TIME]
-    assert token_bucket(9000, longest=8200) == 12288
+    totals = (3, 40, 1695, 4000, 9000)
+    whole, filled = ([token_bucket(n, 16, more) for n in totals] for more in (False, True))
+    assert whole == [16, 48, 2048, 4096, TOKENS_AT_A_TIME]
+    assert filled == [16, 32, 1536, 4096, TOKENS_AT_A_TIME]  # what does not fit can wait
+    assert token_bucket(9000, longest=8200, more=True) == 12288
     for longest in (1, 16, 17, 64, 65, 600, 4000):
         chunk = chunk_bucket(longest)
         assert longest <= 4 * chunk and (chunk == 16 or chunk < longest)
