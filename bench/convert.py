@@ -2,12 +2,17 @@
 
 python -m bench.convert --folder=DIR [--preset=llava-1.5-7b] [--rounds=2]
 
+Each command begins with an empty page cache, where root runs this, and ends when its bytes are on
+the disk (sync).
+
 DIR gets a checkpoint of random bfloat16 weights (13.5 GB for 7B) under the tensor names that
 transformers holds in memory, so that every name is changed, and twice its size is needed beside it.
 All of it is removed at the end but the source, which a later run takes again.
 """
 
+import contextlib
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -81,7 +86,8 @@ def make_source(folder: Path, config: LlavaConfig) -> None:
 
 
 def measured(arguments: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident GB) of a command that must end well."""
+    """(seconds until all is on the disk, peak resident GB) of a command that must end well."""
+    empty_page_cache()
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     # Not what wait4 tells: that begins with the memory of the process that started it.
@@ -92,7 +98,15 @@ def measured(arguments: list[str]) -> tuple[float, float]:
         time.sleep(0.02)
     if process.returncode:
         sys.exit(f"error: {' '.join(arguments)} ended with {process.returncode}")
+    os.sync()
     return time.perf_counter() - began, peak / 1e6
+
+
+def empty_page_cache() -> None:
+    """So that all begin alike; what the system keeps in memory stays where this is not allowed."""
+    os.sync()
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
 def removed_after(path: Path, run: Callable[[], tuple[float, float]]) -> tuple[float, float]:

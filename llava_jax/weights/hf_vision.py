@@ -113,6 +113,8 @@ def vision_to_hf(config: ViTConfig) -> dict:
             "model_type": f"{family}_vision_model",
             "intermediate_size": config.intermediate_size,
         }
+        if family == "clip":  # of a layer that LLaVA lacks; llama.cpp's script asks for it
+            values["projection_dim"] = 512
     if vision_config(values) != config:
         raise LlavaError(f"no Hugging Face model type of ours has this combination: {config}.")
     return values
