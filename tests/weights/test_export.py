@@ -188,6 +188,7 @@ def test_original_form_as_llama_cpp_takes_it_apart(tmp_path):
     encoder = {name for name in names if name.startswith("model.vision_tower")}
     projector = {name for name in names if name.startswith("model.mm_projector")}
     values = json.loads((tmp_path / "out/vision_tower/config.json").read_text())
+    assert "projection_dim" in values  # of a layer that is not used; the encoder's script reads it
     clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig.from_dict(values))
     found = {name[name.index("vision_model.") :].removeprefix("vision_model.") for name in encoder}
     assert found == {key.removeprefix("vision_model.") for key in clip.state_dict()}
