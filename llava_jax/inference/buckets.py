@@ -41,7 +41,7 @@ def chunk_bucket(longest: int) -> int:
 
 def chunk_count(tokens: int, chunk: int) -> int:
     """How many chunks a call has for `tokens`: enough where they are half full."""
-    return max(2 * tokens // chunk, 1)
+    return max(4 * tokens // (3 * chunk), 1)
 
 
 def cache_bucket(length: int) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.inference.sampling import Logprobs, Sampling, logprobs_of, sample
-from llava_jax.models.decoder import Chunks, KVCache
+from llava_jax.models.decoder import Chunks, KVCache, empty_cache
 from llava_jax.models.llava import LlavaModel
 
 TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to stop on text
@@ -29,7 +29,7 @@ class DecodeState:
       seen: bool[B, V], tokens of the prompt and of the answer.
     """
 
-    cache: KVCache
+    cache: KVCache | tuple[KVCache, ...]
     lengths: jax.Array
     tokens: jax.Array
     budget: jax.Array
@@ -40,7 +40,7 @@ class DecodeState:
     def empty(cls, model: LlavaModel, rows: int, size: int, kv_dtype) -> "DecodeState":
         decoder = model.config.decoder
         return cls(
-            KVCache.empty(decoder, rows, size, kv_dtype),
+            empty_cache(decoder, rows, size, kv_dtype, model.stacked),
             jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32),

@@ -13,8 +13,8 @@ from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.parallel.mesh import BATCH_AXES
 from llava_jax.parallel.sharding import param_shardings, put
 
-_KEYS = (None, BATCH_AXES, None, "tensor", None)  # [L, B, S, K, H]
-_SCALES = (None, None, BATCH_AXES, None, "tensor")  # [2, L, B, S, K]
+_KEYS = (None, BATCH_AXES, "tensor", None, None)  # [L, B, K, S, H]
+_SCALES = (None, None, BATCH_AXES, "tensor", None)  # [2, L, B, K, S]
 _ROWS = (BATCH_AXES,)  # [B, ...]
 
 
@@ -46,7 +46,7 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
         ]
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    cache = state.cache
+    cache = state.cache  # on a mesh, of all layers
     scales = None if cache.scales is None else spread(cache.scales, _SCALES)
     placed = jax.tree.map(lambda leaf: spread(leaf, _ROWS), state.replace(cache=None))
     return placed.replace(

@@ -65,21 +65,29 @@ class KVCache:
     """Keys and values of what was read so far; slot s of a row holds its position s.
 
     Attributes:
-      keys, values: [L, B, S, K, H].
-      scales: float32[2, L, B, S, K], what int8 keys and values are to be multiplied by; or None.
+      keys, values: [L, B, K, S, H], a head's slots together, as attention multiplies them.
+      scales: float32[2, L, B, K, S], what int8 keys and values are to be multiplied by; or None.
     """
 
     keys: jax.Array
     values: jax.Array
     scales: jax.Array | None = None
 
-    @classmethod
-    def empty(cls, config: DecoderConfig, rows: int, size: int, dtype) -> "KVCache":
-        """Room for `size` tokens in each of `rows`; int8 keeps a scale a token and head."""
-        shape = (config.num_layers, rows, size, config.num_kv_heads, config.head_dim)
-        scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else None
-        # Two arrays of zeros: a donated one must not be given twice.
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scales)
+
+def empty_cache(
+    config: DecoderConfig, rows: int, size: int, dtype, stacked: bool = True
+) -> KVCache | tuple[KVCache, ...]:
+    """Room for `size` tokens in each of `rows`, for a `stacked` decoder or one that is not.
+
+    dtype: int8 keeps a scale a token and head.
+    """
+    if not stacked:
+        one = dataclasses.replace(config, num_layers=1)
+        return tuple(empty_cache(one, rows, size, dtype) for _ in range(config.num_layers))
+    shape = (config.num_layers, rows, config.num_kv_heads, size, config.head_dim)
+    scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else None
+    # Two arrays of zeros: a donated one must not be given twice.
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scales)
 
 
 @flax.struct.dataclass
@@ -194,7 +202,8 @@ class Attention(nn.Module):
             out = attention(q, k, v, mask, self.implementation)
         else:
             cache, k, v = write_cache(cache, layer, chunks, k[:, 0], v[:, 0])
-            out = attention(q[chunks.tokens, 0], k.astype(q.dtype), v.astype(q.dtype), mask)
+            k, v = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
+            out = attention(q[chunks.tokens, 0], k, v, mask)
             out = out.reshape(-1, *out.shape[2:])[chunks.places]
         out = out.reshape(batch, length, c.num_heads * c.head_dim)
         out = linear(c.hidden_size, ("heads", "embed"), c.o_bias, self.dtype, "o_proj")(out)
@@ -204,17 +213,20 @@ class Attention(nn.Module):
 def write_cache(cache: KVCache, layer, chunks: Chunks, k, v):
     """Puts k, v [Q, K, H] where they belong.
 
-    Returns the cache, and the layer's keys and values [R, C, K, H] that each chunk looks at.
+    Returns the cache, and the layer's keys and values [R, K, C, H] that each chunk looks at.
     """
+    heads, seen = np.arange(cache.keys.shape[2]), np.arange(chunks.window)
 
-    def place(stored, new):  # [L, B, S, ...] and [Q, ...]
+    def place(stored, new):  # [L, B, K, S, ...] and [Q, K, ...]
         new = new.astype(stored.dtype)
-        stored = stored.at[layer, chunks.rows, chunks.slots].set(new, mode="drop")
+        rows, slots = chunks.rows[:, None], chunks.slots[:, None]
+        stored = stored.at[layer, rows, heads, slots].set(new, mode="drop")
         if chunks.sources is None:
-            return stored, stored[layer, :, : chunks.window]
-        seen = stored[layer, chunks.sources, jnp.arange(chunks.window)]
+            return stored, stored[layer, :, :, : chunks.window]
+        looked_at = stored[layer, chunks.sources[:, None], heads[:, None], seen]
         # Here, and not once for all layers: it is at hand, and the cache is updated in place.
-        return stored.at[layer, chunks.copies, : chunks.window].set(seen, mode="drop"), seen
+        stored = stored.at[layer, chunks.copies, :, : chunks.window].set(looked_at, mode="drop")
+        return stored, looked_at
 
     if cache.scales is None:
         (keys, k), (values, v) = place(cache.keys, k), place(cache.values, v)
@@ -287,17 +299,22 @@ class DecoderBlock(nn.Module):
 
 
 class SeparateLayers(nn.Module):
-    """The layers one by one, the parameters of each under its number: see `Decoder.stacked`."""
+    """The layers one by one, the parameters of each under its number: see `Decoder.stacked`.
+
+    The cache is a tuple then, of one for each layer.
+    """
 
     config: DecoderConfig
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, carry, layer_ids, rope, mask, chunks):
-        for layer in range(self.config.num_layers):
+        x, caches = carry
+        caches = list(caches or [None] * self.config.num_layers)
+        for layer, cache in enumerate(caches):
             block = DecoderBlock(self.config, self.dtype, name=str(layer))
-            carry, _ = block(carry, layer, rope, mask, chunks)
-        return carry, None
+            (x, caches[layer]), _ = block((x, cache), 0, rope, mask, chunks)
+        return (x, tuple(caches)), None
 
 
 class Decoder(nn.Module):
@@ -310,7 +327,8 @@ class Decoder(nn.Module):
       attention: implementation where there is no cache; one of IMPLEMENTATIONS.
       stacked: parameters of all layers are stacked on axis 0, and the layers one loop: quick to
         compile. Else they are those of `separate_layers`: XLA's CPU compiler copies each layer's
-        out of a stack before it multiplies by them, a third of the time of a decode step.
+        out of a stack before it multiplies by them, a third of the time of a decode step, and
+        keys and values alike.
     """
 
     config: DecoderConfig
@@ -382,8 +400,8 @@ class Decoder(nn.Module):
         return self._run(embeddings, position_ids, mask)[0]
 
     def read(
-        self, embeddings: jax.Array, cache: KVCache, chunks: Chunks
-    ) -> tuple[jax.Array, KVCache]:
+        self, embeddings: jax.Array, cache: KVCache | tuple[KVCache, ...], chunks: Chunks
+    ) -> tuple[jax.Array, KVCache | tuple[KVCache, ...]]:
         """Hidden states [Q, D] of tokens [Q, D] behind what `cache` holds, and it with them."""
         mask = chunks.mask(self.config.sliding_window)
         hidden, cache = self._run(embeddings[:, None], chunks.slots[:, None], mask, cache, chunks)

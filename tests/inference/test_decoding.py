@@ -10,7 +10,7 @@ from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
 from llava_jax.inference.jobs import Job, Request
 from llava_jax.inference.packing import PrefillShape, pack
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.models.decoder import Chunks, KVCache, RopeScaling
+from llava_jax.models.decoder import Chunks, RopeScaling, empty_cache
 from llava_jax.models.llava import LlavaModel
 from tests.tiny_model import CONFIG, config_with, random_params
 
@@ -64,7 +64,7 @@ def test_prefill_then_single_tokens_give_the_logits_of_a_full_pass(variant):
         sources = np.repeat([[0], [1]], 32, axis=1)
         return Chunks(rows, slots, tokens, tokens.ravel(), sources, np.array([0, 1]), 32)
 
-    cache, pieces = KVCache.empty(config.decoder, 2, 32, jnp.float32), []
+    cache, pieces = empty_cache(config.decoder, 2, 32, jnp.float32), []
     for first, last in [(0, 13), *((t, t + 1) for t in range(13, 20))]:
         part = np.s_[:, first:last]
         chunks = chunks_of(first, last)
