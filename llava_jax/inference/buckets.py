@@ -40,7 +40,7 @@ def chunk_bucket(longest: int) -> int:
 
 
 def chunk_count(tokens: int, chunk: int) -> int:
-    """How many chunks a call has for `tokens`: enough where they are half full."""
+    """How many chunks a call has for `tokens`: enough where they are three quarters full."""
     return max(4 * tokens // (3 * chunk), 1)
 
 

@@ -1,12 +1,13 @@
 """The main job on a laptop: pretrained parts, data, both stages, scores, and a question answered.
 
-    python -m llava_jax.quickstart          the 20-minute recipe (`make quickstart`)
+    python -m llava_jax.quickstart          the short recipe (`make quickstart`)
     python -m llava_jax.quickstart --full   and a longer round, scored on the whole test split
 
 Run it from the repository's root. Steps that are done are not done again.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.quickstart.easy_vqa import prepare_easy_vqa
 from llava_jax.quickstart.parts import prepare_parts
+from llava_jax.weights.run_directory import latest_step
 
 ROOT = Path("runs/quickstart")
 # A CPU step gets and gives back gigabytes; in huge pages that costs less time.
@@ -76,7 +78,11 @@ def quickstart(full: bool) -> None:
 
 
 def train(recipe: str) -> None:
+    """All steps of a recipe; one that was stopped by a signal has saved its own and said so."""
     python("train.py", f"--config=configs/{recipe}.py")
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    if latest_step(Path(config.workdir)) != config.steps:
+        raise LlavaError(f"{config.workdir} was stopped early: run this again to go on")
 
 
 def python(script: str, *arguments: str) -> None:
