@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.templates import get_template
@@ -87,6 +88,8 @@ class Llava:
         if weights:
             params = quantize_kernels(params)
         self.engine = Engine(config, params, dtype, self._stop_ids(), kv_cache, mesh)
+        # Many questions about a picture follow each other: it is decoded once.
+        self._read_file = functools.lru_cache(4)(lambda path, _, name: self._prepare(path, name))
 
     @classmethod
     def from_pretrained(
@@ -345,11 +348,25 @@ class Llava:
 
     def _load_image(self, source: ImageSource, name: str, where: str) -> np.ndarray:
         """uint8[S, S, 3]; `where` begins the message of an error."""
-        c = self.config
         name = source_name(source, name)
         with told_of(where):
-            image = load_image(fetch(source, self.allow_urls), name)
-            return preprocess(image, c.image_size, c.image_mode, c.image_mean, name)
+            found = fetch(source, self.allow_urls)
+            if isinstance(found, str):
+                return self._read_file(found, _version(found), name)
+            return self._prepare(found, name)
+
+    def _prepare(self, image: str | bytes | Image.Image, name: str) -> np.ndarray:
+        c = self.config
+        return preprocess(load_image(image, name), c.image_size, c.image_mode, c.image_mean, name)
+
+
+def _version(path: str) -> tuple[int, ...] | None:
+    """What changes when a file does."""
+    try:
+        status = os.stat(path)
+    except OSError:  # the error is told by who reads it
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def check_dtype(dtype: str) -> str:

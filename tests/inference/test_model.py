@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import LlavaError
+from llava_jax.inference import model
 from llava_jax.inference.buckets import (
     TOKENS_AT_A_TIME,
     chunk_bucket,
@@ -217,3 +218,18 @@ def test_importing_llava_needs_neither_torch_nor_tensorflow():
         "sys.exit(bool({'torch', 'tensorflow', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_file_asked_about_again_is_decoded_once_and_again_when_it_changed(
+    llava, tmp_path, monkeypatch
+):
+    decoded, load = [], model.load_image
+    monkeypatch.setattr(model, "load_image", lambda *a: decoded.append(a) or load(*a))
+    path = tmp_path / "picture.png"
+    random_image(3).save(path)
+    settings = {"batch_size": 4, "max_tokens": TOKENS}
+    first = llava.generate(["What?", "Where?", "Who?"], [path] * 3, **settings)
+    assert len(decoded) == 1
+    random_image(4).save(path)
+    second = llava.generate(["What?", "Where?", "Who?"], [path] * 3, **settings)
+    assert len(decoded) == 2 and first != second
