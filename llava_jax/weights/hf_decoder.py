@@ -4,7 +4,7 @@ import dataclasses
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
-from llava_jax.weights.hf_fields import MAX_LAYERS, Fields
+from llava_jax.weights.hf_fields import MAX_LAYERS, Fields, is_positive
 
 _DECODER_DEFAULTS = {
     "vocab_size": 32000,
@@ -153,9 +153,9 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     values = f["rope_parameters"] or f["rope_scaling"] or {}
     if not isinstance(values, dict):
         f.refuse("rope_scaling", "it must be an object")
-    theta = values.get("rope_theta") or f["rope_theta"]
-    if isinstance(theta, bool) or not isinstance(theta, int | float):
-        raise LlavaError(f"{f.source} has rope_theta={theta!r}: it must be a number.")
+    theta = f["rope_theta"] if values.get("rope_theta") is None else values["rope_theta"]
+    if not is_positive(theta):
+        raise LlavaError(f"{f.source} has rope_theta={theta!r}: it must be a number above 0.")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return float(theta), None
@@ -167,9 +167,11 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     names = ["factor"]
     if kind == "llama3":
         names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    missing = [n for n in names if not isinstance(values.get(n), int | float)]
+    missing = [n for n in names if not is_positive(values.get(n))]
     if missing:
-        raise LlavaError(f"{f.source} has rotary scaling {kind!r} without a number {missing[0]}.")
+        raise LlavaError(
+            f"{f.source} has rotary scaling {kind!r} without a number {missing[0]} above 0."
+        )
     return float(theta), RopeScaling(kind, **{n: values[n] for n in names})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.errors import LlavaError
+from llava_jax.weights.checksums import verify_checksums
 from llava_jax.weights.hf_fields import read_json
 from llava_jax.weights.pickle_files import open_pickle
 from llava_jax.weights.safetensors_files import StoredTensor, read_header
@@ -129,6 +130,7 @@ def _sum_of(base: StoredTensor, delta: StoredTensor) -> Callable[[], np.ndarray]
 
 def open_adapter(folder: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
     """The tensors of PEFT's `adapter_model` file, by the names of the model they are for."""
+    verify_checksums(folder)
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.exists():
         tensors = {tensor.name: tensor for tensor in read_header(safe)}

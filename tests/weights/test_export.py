@@ -284,6 +284,10 @@ def test_lora_apart(tmp_path, capsys):
     found, expected = open_llava(adapter, base=base).read(), open_llava(merged).read()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
     assert cli.main(["export", str(base), "--format", "peft", "--out", str(tmp_path / "no")]) == 1
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(LlavaError, match="adapter_model.safetensors has changed"):
+        open_llava(adapter, base=base)
 
 
 def refused(command: list[str], capsys, *words: str) -> None:

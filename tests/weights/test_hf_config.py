@@ -146,6 +146,10 @@ def test_any_value_is_read_or_told(family, tmp_path):
         ({"head_dim": 9}, "heads of 9"),
         ({"rms_norm_eps": None, "num_hidden_layers": 0}, "num_hidden_layers"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "window"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "rope_theta=0.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor above 0"),
     ],
 )
 def test_decoders_that_are_not_supported(values, word):
