@@ -138,12 +138,15 @@ def _decoder(f: Fields, **variants) -> DecoderConfig:
 def _qwen_window(f: Fields) -> int | None:
     if not f["use_sliding_window"] or not f["sliding_window"]:
         return None
-    layers = f.integer("num_hidden_layers", MAX_LAYERS)
+    layers, full = f.integer("num_hidden_layers", MAX_LAYERS), f["max_window_layers"]
+    if type(full) is not int:
+        f.refuse("max_window_layers", "it must be a number of layers")
     kinds = f["layer_types"] or [
-        "sliding_attention" if i >= f["max_window_layers"] else "full_attention"
-        for i in range(layers)
+        "sliding_attention" if i >= full else "full_attention" for i in range(layers)
     ]
-    if len(set(kinds)) > 1:
+    if not isinstance(kinds, list):
+        f.refuse("layer_types", "it must be a list")
+    if any(kind != kinds[0] for kind in kinds):
         f.refuse("max_window_layers", "a window on some of the layers is not supported")
     return f.integer("sliding_window") if kinds[0] == "sliding_attention" else None
 
