@@ -53,11 +53,16 @@ class StoredTensor:
     offset: int  # bytes from the start of the file
 
     @property
+    def place(self) -> str:
+        """What an error calls it."""
+        return f"tensor {self.name!r} in {self.path}"
+
+    @property
     def value_dtype(self) -> np.dtype:
         """NumPy's form of `dtype`; LlavaError for one that no parameter has."""
         if self.dtype not in DTYPES:
             raise LlavaError(
-                f"tensor {self.name!r} in {self.path} is stored as {self.dtype}: only "
+                f"{self.place} is stored as {self.dtype}: only "
                 f"{', '.join(DTYPES)} parameters can be read."
             )
         return DTYPES[self.dtype]

@@ -334,6 +334,11 @@ def test_a_value_too_large_for_float16(whole, tmp_path, capsys):
     with pytest.raises(LlavaError, match=r"model\.norm\.weight.*float16"):
         write_folder(hugging_face(checkpoint, "float16"), tmp_path / "out")
     assert os.listdir(tmp_path) == ["tokenizer"]
+    checkpoint, _ = in_memory(tmp_path / "tokenizer", CONFIG, "chatml")
+    checkpoint.params["decoder/norm/scale"] = array_params(large)["norm/scale"]
+    write_folder(hugging_face(checkpoint, "float32"), tmp_path / "large")
+    with pytest.raises(LlavaError, match=r"model\.norm\.weight' in .*large/model.safetensors has"):
+        write_folder(hugging_face(open_llava(tmp_path / "large"), "float16"), tmp_path / "out")
 
 
 DIES_HALF_WAY = """

@@ -24,7 +24,7 @@ from llava_jax.weights.load import (  # noqa: E402
     open_llava,
 )
 from tests.tiny_model import byte_tokenizer  # noqa: E402
-from tests.weights.conftest import VISION, randomize  # noqa: E402
+from tests.weights.conftest import VISION, edit_config, randomize  # noqa: E402
 from tests.weights.test_original import Parts  # noqa: E402
 from tests.weights.test_parity import tiny_llava  # noqa: E402
 
@@ -189,6 +189,11 @@ def test_convert_refuses_a_tokenizer_that_does_not_fit(tmp_path, capsys):
         assert word in message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     with_tokenizer(source, 300)
+    edit_config(source, image_token_index=5)
+    assert cli.main(["convert", str(source), "--out", str(out)]) == 1
+    message = capsys.readouterr().err
+    assert f"{source} has <image> as 299" in message and "image_token_index=5" in message
+    edit_config(source, image_token_index=299)
     assert cli.main(["convert", str(source), "--out", str(out)]) == 0
 
 
