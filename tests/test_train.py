@@ -369,6 +369,15 @@ def test_resuming_from_a_checkpoint_that_does_not_fit_is_refused(name, world, ru
         run(align(world, aligned_copy))
 
 
+def test_a_checkpoint_whose_bits_changed_is_refused(aligned_copy):
+    def change(tree):
+        tree["projector/linear_1/bias"] = np.nextafter(tree["projector/linear_1/bias"], 1)
+
+    rewrite_params(checkpoint_of(aligned_copy), change)
+    with pytest.raises(LlavaError, match="checkpoints/4 is damaged: the bits of .*'linear_1'"):
+        Llava.from_pretrained(aligned_copy)
+
+
 def cut_arrays(item: Path) -> None:
     for path in item.rglob("d/*"):
         path.write_bytes(path.read_bytes()[:9])

@@ -15,6 +15,17 @@ from llava_jax.errors import LlavaError
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
+def check_image_token(tokenizer, image_token_id: int) -> None:
+    """Raises LlavaError where the tokenizer's id for `<image>` is not the model's."""
+    found = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    if found != image_token_id:
+        raise LlavaError(
+            f"the tokenizer in {tokenizer.name_or_path} has {IMAGE_TOKEN} as {found} and "
+            f"config.json has image_token_index={image_token_id}: they belong to different "
+            "models."
+        )
+
+
 class ProcessorPrompt:
     """Turns -> token ids that wait for an answer.
 
@@ -23,13 +34,7 @@ class ProcessorPrompt:
     """
 
     def __init__(self, tokenizer, chat_template: str, image_tokens: int, image_token_id: int):
-        found = tokenizer.get_vocab().get(IMAGE_TOKEN)
-        if found != image_token_id:
-            raise LlavaError(
-                f"the tokenizer in {tokenizer.name_or_path} has {IMAGE_TOKEN} as {found} and "
-                f"config.json has image_token_index={image_token_id}: they belong to different "
-                "models."
-            )
+        check_image_token(tokenizer, image_token_id)
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.image_tokens, self.image_token_id = image_tokens, image_token_id
         self.takes_lists = self._takes_lists()

@@ -81,7 +81,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
         sound = isinstance(digests, dict) and all(
             re.fullmatch("[0-9a-f]{64}", d) and inside_folder(n) for n, d in digests.items()
         )
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise LlavaError(f"{listing} is damaged: it must map file names to SHA-256 digests.")

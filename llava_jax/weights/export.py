@@ -13,7 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.data.chat_template import chat_template
+from llava_jax.data.processor_prompt import check_image_token
+from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.data.templates import get_template
+from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.weights import hf_folder, original_folder
@@ -174,6 +177,11 @@ def _same_form(checkpoint: Checkpoint, dtype: str | None) -> FolderToWrite:
         "vision": (values.get("vision_config") or {}).get("model_type", "clip_vision_model"),
         "decoder": (values["text_config"] or {}).get("model_type", "llama"),
     }
+    if checkpoint.tokenizer_dir is not None:  # copied, so that nothing else would notice
+        rows = checkpoint.config.decoder.vocab_size
+        tokenizer = load_tokenizer(checkpoint.tokenizer_dir, rows)
+        if IMAGE_TOKEN in tokenizer.get_vocab():
+            check_image_token(tokenizer, checkpoint.config.image_token_id)
     tensors = _with_roots(_component_tensors(checkpoint, dtype, families), HF_ROOTS)
     write = partial(_copy_side_files, checkpoint.folder, values, _main_dtype(tensors))
     return FolderToWrite(checkpoint.config, tensors, write)

@@ -4,7 +4,7 @@ import dataclasses
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
-from llava_jax.weights.hf_fields import MAX_LAYERS, Fields
+from llava_jax.weights.hf_fields import MAX_LAYERS, Fields, is_positive
 
 _DECODER_DEFAULTS = {
     "vocab_size": 32000,
@@ -138,12 +138,15 @@ def _decoder(f: Fields, **variants) -> DecoderConfig:
 def _qwen_window(f: Fields) -> int | None:
     if not f["use_sliding_window"] or not f["sliding_window"]:
         return None
-    layers = f.integer("num_hidden_layers", MAX_LAYERS)
+    layers, full = f.integer("num_hidden_layers", MAX_LAYERS), f["max_window_layers"]
+    if type(full) is not int:
+        f.refuse("max_window_layers", "it must be a number of layers")
     kinds = f["layer_types"] or [
-        "sliding_attention" if i >= f["max_window_layers"] else "full_attention"
-        for i in range(layers)
+        "sliding_attention" if i >= full else "full_attention" for i in range(layers)
     ]
-    if len(set(kinds)) > 1:
+    if not isinstance(kinds, list):
+        f.refuse("layer_types", "it must be a list")
+    if any(kind != kinds[0] for kind in kinds):
         f.refuse("max_window_layers", "a window on some of the layers is not supported")
     return f.integer("sliding_window") if kinds[0] == "sliding_attention" else None
 
@@ -153,9 +156,9 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     values = f["rope_parameters"] or f["rope_scaling"] or {}
     if not isinstance(values, dict):
         f.refuse("rope_scaling", "it must be an object")
-    theta = values.get("rope_theta") or f["rope_theta"]
-    if isinstance(theta, bool) or not isinstance(theta, int | float):
-        raise LlavaError(f"{f.source} has rope_theta={theta!r}: it must be a number.")
+    theta = f["rope_theta"] if values.get("rope_theta") is None else values["rope_theta"]
+    if not is_positive(theta):
+        raise LlavaError(f"{f.source} has rope_theta={theta!r}: it must be a number above 0.")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return float(theta), None
@@ -167,9 +170,11 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     names = ["factor"]
     if kind == "llama3":
         names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    missing = [n for n in names if not isinstance(values.get(n), int | float)]
+    missing = [n for n in names if not is_positive(values.get(n))]
     if missing:
-        raise LlavaError(f"{f.source} has rotary scaling {kind!r} without a number {missing[0]}.")
+        raise LlavaError(
+            f"{f.source} has rotary scaling {kind!r} without a number {missing[0]} above 0."
+        )
     return float(theta), RopeScaling(kind, **{n: values[n] for n in names})
 
 

@@ -5,6 +5,7 @@ Omitted keys take the defaults of transformers' config class for that `model_typ
 """
 
 import json
+import sys
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
@@ -18,11 +19,17 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LlavaError(f"{path} is missing: give the folder of a checkpoint.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LlavaError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise LlavaError(f"{path} must hold a JSON object.")
     return content
+
+
+def is_positive(value: object) -> bool:
+    """True for a finite number above 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= sys.float_info.max
 
 
 class Fields:
@@ -45,8 +52,8 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise LlavaError(f"{self.source} has {key}={value!r}: it must be a number.")
+        if not is_positive(value):
+            raise LlavaError(f"{self.source} has {key}={value!r}: it must be a number above 0.")
         return float(value)
 
     def check_plain(self) -> None:

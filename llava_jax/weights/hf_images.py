@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from llava_jax.errors import LlavaError
 from llava_jax.models.llava import CLIP_MEAN, CLIP_STD
 from llava_jax.models.vit import ViTConfig
-from llava_jax.weights.hf_fields import Fields, read_json
+from llava_jax.weights.hf_fields import Fields, is_positive, read_json
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
 
@@ -26,6 +27,8 @@ def image_settings(folder: Path) -> dict | None:
         values = read_json(path).get("image_processor")
     if values is None:
         return None
+    if not isinstance(values, dict):
+        raise LlavaError(f"{path} has image_processor={values!r}: it must be an object.")
     clip_like = "Siglip" not in str(values.get("image_processor_type", "CLIP"))
     f = Fields(values, {"do_center_crop": clip_like, "resample": BICUBIC}, str(path))
     for step in ("do_resize", "do_rescale", "do_normalize"):
@@ -48,7 +51,7 @@ def image_settings(folder: Path) -> dict | None:
 
 def _channels(f: Fields, key: str, default: tuple) -> tuple[float, float, float]:
     values = default if f[key] is None else f[key]
-    numbers = isinstance(values, list | tuple) and all(type(v) in (int, float) for v in values)
+    numbers = isinstance(values, list | tuple) and all(v == 0 or is_positive(v) for v in values)
     if not numbers or len(values) != 3 or (key == "image_std" and 0 in values):
         f.refuse(key, "it must be three numbers, one a colour")
     return tuple(map(float, values))
@@ -57,8 +60,8 @@ def _channels(f: Fields, key: str, default: tuple) -> tuple[float, float, float]
 def _side(size: object) -> int | None:
     """224 from 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     if isinstance(size, dict):
-        values = set(size.values())
-        size = values.pop() if len(values) == 1 else None
+        first, *others = [*size.values()] or [None]
+        size = first if all(side == first for side in others) else None
     return size if type(size) is int and size > 0 else None
 
 

@@ -40,6 +40,8 @@ def vision_config(values: dict, source: str = "config.json") -> ViTConfig:
     family = str(values.get("model_type", "clip_vision_model"))
     if family in ("clip", "siglip"):  # text and image model together
         values = values.get("vision_config") or values.get("vision_config_dict") or {}
+        if not isinstance(values, dict):
+            raise LlavaError(f"{source} has vision_config={values!r}: it must be an object.")
     if family in ("clip", "clip_vision_model"):
         fields = Fields(values, _CLIP_DEFAULTS, source)
         return _vit(fields, class_token=True, pre_norm=True, patch_bias=False, layer_scale=False)
@@ -58,7 +60,7 @@ def _dinov2(f: Fields) -> ViTConfig:
         f.refuse("use_swiglu_ffn", "only DINOv2 with a plain MLP is supported")
     if not f["qkv_bias"]:
         f.refuse("qkv_bias", "only DINOv2 with query, key and value biases is supported")
-    feed_forward = int(f.integer("hidden_size") * f.number("mlp_ratio"))
+    feed_forward = int(min(f.integer("hidden_size") * f.number("mlp_ratio"), 2**31))
     f = Fields(f.values | {"intermediate_size": feed_forward}, f.defaults, f.source)
     return _vit(f, class_token=True, pre_norm=False, patch_bias=True, layer_scale=True)
 

@@ -47,6 +47,10 @@ class LazyParameter:
         """As one of `tensors` is stored."""
         return self.tensors[block].value_dtype
 
+    def place(self, block: int = 0) -> str:
+        """Name and file of one of `tensors`, for errors."""
+        return self.tensors[block].place
+
     def read(self, block: int = 0) -> np.ndarray:
         """The values of one of `tensors` in our layout and the stored dtype, without block axis."""
         return self._in_our_layout(self.tensors[block].read())

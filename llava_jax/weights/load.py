@@ -328,8 +328,12 @@ def _checkpoint(
 
 def _chat_template(folder: Path) -> str | None:
     """The Jinja text that transformers' processor would take from a folder."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LlavaError(f"{path} is no UTF-8 text: {error}.") from error
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
             found = read_json(folder / name).get("chat_template")

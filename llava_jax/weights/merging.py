@@ -4,6 +4,7 @@ All is computed in float32, one tensor at a time.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.hf_fields import read_json
+from llava_jax.weights.checksums import verify_checksums
+from llava_jax.weights.hf_fields import is_positive, read_json
 from llava_jax.weights.pickle_files import open_pickle
 from llava_jax.weights.safetensors_files import StoredTensor, read_header
 
@@ -58,6 +60,12 @@ def _float32(tensor: StoredTensor) -> np.ndarray:
 def grow_rows(tensor: StoredTensor, rows: int, last: StoredTensor | None = None) -> StoredTensor:
     """A table [V, D] with `rows` rows: new ones are the mean of the old, as the original LLaVA
     begins them; `last`, where given, gives the last ones."""
+    for table in (tensor, last or tensor):
+        if len(table.shape) != 2 or table.shape[1] != tensor.shape[1]:
+            raise LlavaError(
+                f"tensor {table.name!r} in {table.path} has shape {list(table.shape)}: it must be "
+                "a table with a row a token."
+            )
     old, width = tensor.shape
     known = 0 if last is None else last.shape[0]
     if old > rows or known > rows:
@@ -101,8 +109,8 @@ def add_delta(
             summed[name] = tensor
             continue
         grown = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        rows = min(tensor.shape[0], base[name].shape[0]) if grown else tensor.shape[0]
-        if base[name].shape != (rows, *tensor.shape[1:]):
+        rows = min(tensor.shape[:1], base[name].shape[:1]) if grown else tensor.shape[:1]
+        if base[name].shape != (*rows, *tensor.shape[1:]):
             raise LlavaError(
                 f"{name!r} is {list(tensor.shape)} in {tensor.path} and "
                 f"{list(base[name].shape)} in {base[name].path}: the delta is of another base."
@@ -129,6 +137,7 @@ def _sum_of(base: StoredTensor, delta: StoredTensor) -> Callable[[], np.ndarray]
 
 def open_adapter(folder: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
     """The tensors of PEFT's `adapter_model` file, by the names of the model they are for."""
+    verify_checksums(folder)
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.exists():
         tensors = {tensor.name: tensor for tensor in read_header(safe)}
@@ -190,16 +199,24 @@ def _plain_settings(folder: Path) -> dict:
 
 
 def _scale(settings: dict, folder: Path, target: str, down: StoredTensor) -> float:
-    alpha = settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", target):
-            alpha = value
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not down.shape[0]:
+    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+    try:
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", target):
+                alpha = value
+                break
+    except (AttributeError, re.error) as error:
         raise LlavaError(
-            f"{folder / ADAPTER_CONFIG} has lora_alpha={alpha!r}: it must be a number."
+            f"{folder / ADAPTER_CONFIG} has alpha_pattern={patterns!r}: it must map names to "
+            "numbers."
+        ) from error
+    if not is_positive(alpha):
+        raise LlavaError(
+            f"{folder / ADAPTER_CONFIG} has lora_alpha={alpha!r}: it must be a number above 0."
         )
-    rank = down.shape[0]
+    rank = math.prod(down.shape[:1])
+    if not rank:
+        raise LlavaError(f"{down.name!r} in {down.path} has no rows: its rank must be above 0.")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 

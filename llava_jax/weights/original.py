@@ -94,9 +94,8 @@ def open_original(
             f"types {', '.join(_DECODERS)} can be read."
         )
     added = _added_tokens(values)
-    tensors = _layers(
-        folder, base, delta_base, allow_pickle, values.get("vocab_size", 32000), bool(added)
-    )
+    rows = decoder_config(values | {"model_type": _DECODERS[family]}, source).vocab_size
+    tensors = _layers(folder, base, delta_base, allow_pickle, rows, bool(added))
     parts = _split(folder, tensors)
     tower = _tower_folder(values, folder, vision_tower)
     vision, vision_family, images = _vision(values, source, tower, bool(parts["vision"]))

@@ -9,11 +9,13 @@ Format: torch/serialization.py and torch/_utils.py of PyTorch.
 
 import collections
 import dataclasses
+import functools
 import io
 import json
 import math
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from llava_jax.weights.safetensors_files import INDEX_FILE, SINGLE_FILE, StoredT
 
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_PICKLE_BYTES = 100_000_000  # of data.pkl, which only names tensors
+_CRC_PIECE = 1 << 20  # bytes read at once
 
 # torch's storage class -> (dtype as safetensors spells it, bytes of an item)
 _STORAGES = {
@@ -81,7 +84,7 @@ def _pickles(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LlavaError(
             f"{index} is damaged: it has no weight_map from tensors to files."
         ) from error
@@ -139,18 +142,39 @@ class _View:
 
 
 @dataclasses.dataclass(frozen=True)
-class PermutedTensor(StoredTensor):
-    """A tensor stored as a view with its axes in another order, such as a transposed matrix.
+class PickledTensor(StoredTensor):
+    """A tensor of a PyTorch file: a view of a storage, whose bytes are checked before use.
 
-    axes: those of `shape` as they lie in the file, the slowest first.
+    Attributes:
+      axes: those of `shape` as they lie in the file, the slowest first.
+      storage: where the whole storage begins in the file, and its number of bytes.
+      crc: the CRC-32 that the archive has of it.
     """
 
     axes: tuple[int, ...]
+    storage: tuple[int, int]
+    crc: int
 
     def _view(self, whole: bool) -> np.ndarray:
+        if _crc32(self.path, *self.storage, self.path.stat().st_mtime_ns) != self.crc:
+            raise LlavaError(
+                f"{self.path} is damaged: the values of tensor {self.name!r} are not those that "
+                "were written (its CRC-32 differs); get the file again."
+            )
         shape = tuple(self.shape[axis] for axis in self.axes)
         lying = StoredTensor(self.name, self.path, self.dtype, shape, self.offset)
         return lying._view(whole).transpose(np.argsort(self.axes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _crc32(path: Path, start: int, size: int, modified: int) -> int:
+    """Of a part of a file; `modified` makes a file that changed be read again."""
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        for position in range(0, size, _CRC_PIECE):
+            crc = zlib.crc32(file.read(min(_CRC_PIECE, size - position)), crc)
+    return crc
 
 
 # The one written in Python: a pickle can make the one written in C fill any amount of memory.
@@ -218,10 +242,10 @@ def _place(path: Path, file, root: str, members: dict, name: str, view: _View) -
         shape[axis] > 1 and strides[axis] != step for axis, step in zip(axes, dense, strict=True)
     ):
         raise LlavaError(f"tensor {name!r} in {path} is stored with gaps: save it .contiguous().")
-    start = _data_start(file, member) + view.start * storage.item_bytes
-    if axes == tuple(range(len(shape))):
-        return StoredTensor(name, path, storage.dtype, shape, start)
-    return PermutedTensor(name, path, storage.dtype, shape, start, axes)
+    start = _data_start(file, member)
+    offset = start + view.start * storage.item_bytes
+    place = start, member.file_size
+    return PickledTensor(name, path, storage.dtype, shape, offset, axes, place, member.CRC)
 
 
 def _data_start(file, member: zipfile.ZipInfo) -> int:

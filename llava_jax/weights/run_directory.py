@@ -28,6 +28,7 @@ from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, merge_lora
 from llava_jax.models.vit import ViTConfig, num_blocks
 from llava_jax.weights.checksums import CHECKSUMS_FILE, read_checksums, sha256
+from llava_jax.weights.hf_fields import read_json
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.lazy import LazyParameter, read_tree
 from llava_jax.weights.load import (
@@ -306,9 +307,24 @@ def read_trained(step_folder: Path, run: RunModel) -> dict:
     with _orbax_warnings_off(), ocp.PyTreeCheckpointer() as reader:
         try:
             restore = ocp.args.PyTreeRestore(restore_args=on_host)
-            return reader.restore(step_folder.resolve() / "params", args=restore)
+            trained = reader.restore(step_folder.resolve() / "params", args=restore)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise LlavaError(f"{step_folder} is damaged: {str(error).splitlines()[0]}") from None
+    _check_bit_sums(step_folder, trained)
+    return trained
+
+
+def _check_bit_sums(step_folder: Path, trained: dict) -> None:
+    """Compares arrays with the sums of their bits that `training.checkpoint` wrote beside them."""
+    path = step_folder / "bit_sums" / "metadata"
+    if not path.is_file():
+        return
+    sums = read_json(path)
+    for name, array in jax.tree_util.tree_leaves_with_path({"params": trained}):
+        words = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+        key = jax.tree_util.keystr(name)
+        if sums.get(key) != int(np.sum(words, dtype=np.uint32)):
+            raise LlavaError(f"{step_folder} is damaged: the bits of {key} have changed")
 
 
 @contextlib.contextmanager

@@ -53,11 +53,16 @@ class StoredTensor:
     offset: int  # bytes from the start of the file
 
     @property
+    def place(self) -> str:
+        """What an error calls it."""
+        return f"tensor {self.name!r} in {self.path}"
+
+    @property
     def value_dtype(self) -> np.dtype:
         """NumPy's form of `dtype`; LlavaError for one that no parameter has."""
         if self.dtype not in DTYPES:
             raise LlavaError(
-                f"tensor {self.name!r} in {self.path} is stored as {self.dtype}: only "
+                f"{self.place} is stored as {self.dtype}: only "
                 f"{', '.join(DTYPES)} parameters can be read."
             )
         return DTYPES[self.dtype]
@@ -174,7 +179,9 @@ def _parse_json(path: Path, text: bytes) -> dict:
 
     try:
         parsed = json.loads(text, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except LlavaError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise LlavaError(f"{path} is damaged: its header is not JSON ({error}).") from error
     if not isinstance(parsed, dict):
         raise LlavaError(f"{path} is damaged: its header is not a JSON object.")
@@ -217,7 +224,10 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    index = _parse_json(path, path.read_bytes()).get("weight_map")
+    try:
+        index = _parse_json(path, path.read_bytes()).get("weight_map")
+    except OSError as error:
+        raise LlavaError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(index, dict) or not index:
         raise LlavaError(f"{path} is damaged: it has no weight_map from tensors to files.")
     for tensor, shard in index.items():

@@ -140,7 +140,7 @@ def save_vision(
 def refuse_existing(folder: str | Path) -> None:
     """Raises LlavaError where something is already, save an empty folder."""
     path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise LlavaError(f"{folder} exists already: choose another folder or remove it.")
 
 
@@ -157,6 +157,9 @@ class ArrayParameter:
 
     def dtype(self, block: int = 0) -> np.dtype:
         return np.dtype(self.values.dtype)
+
+    def place(self, block: int = 0) -> None:
+        """It lies in no file."""
 
     def read(self, block: int = 0) -> np.ndarray:
         return np.asarray(self.values[block] if self.stacked else self.values)
@@ -203,7 +206,8 @@ def stored_tensors(
             key = parameter.keys[0].format(layer=layer)
             if layer < held:
                 read = partial(_read, source, layer, parameter, shape)
-                tensors.append(_to_write(key, shape, target, source.dtype(layer), read))
+                where = source.place(layer) or f"tensor {key!r}"
+                tensors.append(_to_write(key, shape, target, source.dtype(layer), read, where))
             elif key in idle:
                 tensors.append(_idle_to_write(key, idle.pop(key), target))
             else:
@@ -214,7 +218,7 @@ def stored_tensors(
 
 
 def _idle_to_write(key: str, tensor: StoredTensor, target: np.dtype | None) -> TensorToWrite:
-    return _to_write(key, tensor.shape, target, tensor.value_dtype, tensor.read)
+    return _to_write(key, tensor.shape, target, tensor.value_dtype, tensor.read, tensor.place)
 
 
 def _read(source, block: int, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:
@@ -227,7 +231,9 @@ def _to_write(
     target: np.dtype | None,
     stored: np.dtype,
     read: Callable[[], np.ndarray],
+    place: str,
 ) -> TensorToWrite:
+    """`place` is what an error calls the tensor."""
     if target is None or target == stored:
         return TensorToWrite(key, shape, stored, read)
 
@@ -237,7 +243,7 @@ def _to_write(
             changed = values.astype(target)
         if target == np.float16 and np.isinf(changed).any() and not np.isinf(values).any():
             raise LlavaError(
-                f"tensor {key!r} has values that float16 cannot hold: choose bfloat16 or float32."
+                f"{place} has values that float16 cannot hold: choose bfloat16 or float32."
             )
         return changed
 

@@ -284,6 +284,10 @@ def test_lora_apart(tmp_path, capsys):
     found, expected = open_llava(adapter, base=base).read(), open_llava(merged).read()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
     assert cli.main(["export", str(base), "--format", "peft", "--out", str(tmp_path / "no")]) == 1
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(LlavaError, match="adapter_model.safetensors has changed"):
+        open_llava(adapter, base=base)
 
 
 def refused(command: list[str], capsys, *words: str) -> None:
@@ -330,6 +334,11 @@ def test_a_value_too_large_for_float16(whole, tmp_path, capsys):
     with pytest.raises(LlavaError, match=r"model\.norm\.weight.*float16"):
         write_folder(hugging_face(checkpoint, "float16"), tmp_path / "out")
     assert os.listdir(tmp_path) == ["tokenizer"]
+    checkpoint, _ = in_memory(tmp_path / "tokenizer", CONFIG, "chatml")
+    checkpoint.params["decoder/norm/scale"] = array_params(large)["norm/scale"]
+    write_folder(hugging_face(checkpoint, "float32"), tmp_path / "large")
+    with pytest.raises(LlavaError, match=r"model\.norm\.weight' in .*large/model.safetensors has"):
+        write_folder(hugging_face(open_llava(tmp_path / "large"), "float16"), tmp_path / "out")
 
 
 DIES_HALF_WAY = """

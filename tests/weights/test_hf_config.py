@@ -103,9 +103,11 @@ def test_llavas_that_are_not_supported(change, word, tmp_path):
     assert "config.json" in str(error.value)
 
 
-ODD = [None, True, -1, 0, 3, 0.5, 7.5, "x", [], [1, "y"], {}, {"z": 1}, 10**30]
+ODD = [None, True, -1, 0, 3, 0.5, 7.5, "x", [], [1, "y"], {}, {"z": 1}, {"z": [1]}, 10**30]
 FULL = json.loads(json.dumps(LLAVA_15)) | {"image_token_id": None, "quantization_config": None}
 FULL["text_config"] |= decoder_to_hf(DecoderConfig(32064, 64, 96, 2, 4, 2, 16))
+FULL["text_config"] |= {"use_sliding_window": True, "sliding_window": 8}
+FULL["text_config"] |= {"max_window_layers": 0, "layer_types": None}
 FULL["vision_config"] |= vision_to_hf(clip_large(336))
 
 
@@ -146,6 +148,10 @@ def test_any_value_is_read_or_told(family, tmp_path):
         ({"head_dim": 9}, "heads of 9"),
         ({"rms_norm_eps": None, "num_hidden_layers": 0}, "num_hidden_layers"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "window"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "rope_theta=0.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor above 0"),
     ],
 )
 def test_decoders_that_are_not_supported(values, word):
@@ -162,6 +168,8 @@ def test_decoders_that_are_not_supported(values, word):
         ({"num_attention_heads": 7}, "num_attention_heads=7.*divide hidden_size=768"),
         ({"image_size": 16}, "image_size=16.*patch alone has 32"),
         ({"model_type": "vit"}, "vit"),
+        ({"model_type": "clip", "vision_config": "x"}, "vision_config='x'"),
+        ({"model_type": "dinov2", "mlp_ratio": 1e308}, "intermediate_size"),
     ],
 )
 def test_encoders_that_are_not_supported(values, word):
@@ -242,11 +250,19 @@ def test_image_settings(tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     write(tmp_path, pixels={"image_processor": CLIP_PIXELS}, name="processor_config.json")
     assert image_settings(tmp_path)["image_size"] == 336
+    write(tmp_path, pixels={"image_processor": "clip"}, name="processor_config.json")
+    with pytest.raises(LlavaError, match="processor_config.json has image_processor='clip'"):
+        image_settings(tmp_path)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"resample": 2}, {"do_resize": False}, {"crop_size": {"height": 3, "width": 4}}],
+    [
+        {"resample": 2},
+        {"do_resize": False},
+        {"crop_size": {"height": 3, "width": 4}},
+        {"image_mean": [0.5, 0.5, float("nan")]},
+    ],
 )
 def test_image_settings_that_are_not_supported(change, tmp_path):
     write(tmp_path, pixels=CLIP_PIXELS | change)

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from llava_jax import cli  # noqa: E402
 from llava_jax.data.chat_template import chat_template  # noqa: E402
 from llava_jax.data.records import Turn  # noqa: E402
 from llava_jax.data.templates import get_template  # noqa: E402
@@ -23,7 +24,7 @@ from llava_jax.weights.load import (  # noqa: E402
     open_llava,
 )
 from tests.tiny_model import byte_tokenizer  # noqa: E402
-from tests.weights.conftest import VISION, randomize  # noqa: E402
+from tests.weights.conftest import VISION, edit_config, randomize  # noqa: E402
 from tests.weights.test_original import Parts  # noqa: E402
 from tests.weights.test_parity import tiny_llava  # noqa: E402
 
@@ -176,6 +177,24 @@ def test_from_pretrained_asks_as_the_processor(tmp_path):
     with_tokenizer(tmp_path, 303)
     with pytest.raises(LlavaError, match="does not fit the model.*<image>.*302.*300 rows"):
         Llava.from_pretrained(tmp_path)
+
+
+def test_convert_refuses_a_tokenizer_that_does_not_fit(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_llava(image_token_index=299, vocab_size=300).save_pretrained(source)
+    with_tokenizer(source, 301)
+    assert cli.main(["convert", str(source), "--out", str(out)]) == 1
+    message = capsys.readouterr().err
+    for word in (str(source), "<image>", "300", "does not fit"):
+        assert word in message
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with_tokenizer(source, 300)
+    edit_config(source, image_token_index=5)
+    assert cli.main(["convert", str(source), "--out", str(out)]) == 1
+    message = capsys.readouterr().err
+    assert f"{source} has <image> as 299" in message and "image_token_index=5" in message
+    edit_config(source, image_token_index=299)
+    assert cli.main(["convert", str(source), "--out", str(out)]) == 0
 
 
 def test_from_pretrained_of_the_original_form(tmp_path):

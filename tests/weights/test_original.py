@@ -262,6 +262,9 @@ def test_lora(settings, scale, parts, base, tower, tmp_path):
         ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
     ],
 )
 def test_lora_that_is_no_plain_sum(settings, word, parts, base, tower, tmp_path):
@@ -328,6 +331,11 @@ def test_start_and_end_tokens_of_stage_1(rows, parts, base, tower, tmp_path):
     np.testing.assert_array_equal(head[:80], old)
     np.testing.assert_allclose(head[80:], [old.mean(axis=0)] * 2, atol=1e-6)
     assert checkpoint.config.decoder.vocab_size == 82
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": "82"}))
+    refused(folder, "config.json", "vocab_size='82'", **options)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(own | {"model.embed_tokens.weight": table[0]}, folder / "mm_projector.bin")
+    refused(folder, "mm_projector.bin", "model.embed_tokens.weight", "row a token", **options)
 
 
 # --- what is not supported ------------------------------------------------------------------------

@@ -126,6 +126,20 @@ def test_damage_is_told(tmp_path):
         open_pickle(tmp_path / "nowhere.bin", allow_pickle=True)
 
 
+def test_values_that_changed_are_refused(tmp_path):
+    """The archive has a CRC-32 of each storage, also of one that several tensors look into."""
+    table = torch.randn(50, 4)
+    path = saved(tmp_path, {"sound": torch.ones(3), "rows": table[2:5], "transposed": table.T})
+    data = bytearray(path.read_bytes())
+    data[bytes(data).index(table.numpy().tobytes()) + 700] ^= 1  # behind the rows
+    path.write_bytes(data)
+    tensors = open_pickle(path, allow_pickle=True)
+    np.testing.assert_array_equal(tensors["sound"].read(), 1)
+    for look in (tensors["rows"].read, tensors["rows"].map, tensors["transposed"].read):
+        with pytest.raises(LlavaError, match="pytorch_model.bin is damaged: .*CRC-32"):
+            look()
+
+
 def rewritten(path, out, change):
     """A copy of the archive with the bytes of each member changed by change(name, bytes)."""
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(out, "w") as copy:

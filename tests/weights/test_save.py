@@ -91,6 +91,9 @@ def test_an_existing_folder_is_kept(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(LlavaError, match="exists already"):
         save_decoder(tmp_path, LLAMA, {})
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(LlavaError, match="link exists already"):
+        save_decoder(tmp_path / "link", LLAMA, {})
 
 
 def test_interrupted_write_leaves_nothing(tmp_path):
