@@ -183,7 +183,7 @@ def test_a_tokenizer_without_offsets_is_refused():
 
 
 def test_a_tokenizer_beside_the_config_of_an_original_llava(tmp_path):
-    """transformers reads config.json too, and fails on scaled positions of a model type it lacks."""
+    """transformers reads config.json too, and fails on scaled positions of types it lacks."""
     byte_tokenizer().save_pretrained(tmp_path)
     scaling = {
         "rope_type": "llama3",
