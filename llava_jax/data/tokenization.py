@@ -6,6 +6,7 @@ happens after each image too. Labels come from character offsets: a token is sup
 overlaps a supervised segment, so nothing is ever searched in the text.
 """
 
+import functools
 import json
 import os
 import re
@@ -59,12 +60,16 @@ def load_tokenizer(
     """
     # Only its tokenizers are wanted: no word about PyTorch not being there.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
     if not Path(path).is_dir():
         raise LlavaError(f"no tokenizer folder at {path}")
+    load = functools.partial(AutoTokenizer.from_pretrained, str(path), local_files_only=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        try:
+            tokenizer = load()
+        except AttributeError:  # a config.json of the original LLaVA with scaled positions
+            tokenizer = load(config=PretrainedConfig())
     except Exception as error:  # transformers raises many kinds here
         first_line = str(error).strip().split("\n")[0]
         raise LlavaError(f"cannot load a tokenizer from {path}: {first_line}") from None

@@ -1,5 +1,6 @@
 """Token rows against an independent tokenization through the public Hugging Face call."""
 
+import json
 import pickle
 import re
 
@@ -10,6 +11,7 @@ from llava_jax.data.records import Turn
 from llava_jax.data.templates import TEMPLATES, Segment, render
 from llava_jax.data.tokenization import SegmentTokenizer, load_tokenizer, truncate
 from llava_jax.errors import LlavaError
+from tests.tiny_model import byte_tokenizer
 
 IMAGE = -200
 KINDS = ["smollm", "gpt2", "llama3", "llama2", "llama5"]
@@ -178,3 +180,18 @@ def test_load_tokenizer(tokenizer_folder, tmp_path):
 def test_a_tokenizer_without_offsets_is_refused():
     with pytest.raises(LlavaError, match="offsets"):
         SegmentTokenizer(object(), 1)
+
+
+def test_a_tokenizer_beside_the_config_of_an_original_llava(tmp_path):
+    """transformers reads config.json too, and fails on scaled positions of types it lacks."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = {"model_type": "llava_llama", "rope_theta": 1e4, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).get_vocab() == byte_tokenizer().get_vocab()
