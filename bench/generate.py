@@ -103,8 +103,9 @@ def roofline(ours: Llava, requests: list[Request], seconds: float) -> None:
     # An untied embedding table is looked up, not read.
     lookup = 0 if ours.config.decoder.tie_word_embeddings else embedding.nbytes
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder)) - lookup
-    state = ours.engine._state.cache
-    a_slot = (state.keys.nbytes + state.values.nbytes) / state.keys.shape[1] / state.keys.shape[2]
+    engine = ours.engine
+    a_slot = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._state.cache))
+    a_slot /= engine.rows * engine._size
     longest = max(len(request.input_ids) for request in requests) + TOKENS.value // 2
     cache = a_slot * len(requests) * cache_bucket(longest)
     kind = jax.devices()[0].device_kind
