@@ -315,7 +315,10 @@ def read_trained(step_folder: Path, run: RunModel) -> dict:
 
 
 def _check_bit_sums(step_folder: Path, trained: dict) -> None:
-    """Compares arrays with the sums of their bits that `training.checkpoint` wrote beside them."""
+    """Compares arrays with the sums of their bits that `training.checkpoint` wrote beside them.
+
+    On the host: its own `bit_sums` would copy every array to a device.
+    """
     path = step_folder / "bit_sums" / "metadata"
     if not path.is_file():
         return

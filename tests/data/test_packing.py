@@ -76,7 +76,7 @@ def mix_665k(records_a_thousand: int) -> tuple[np.ndarray, np.ndarray]:
 def test_rows_of_the_llava_mix_are_as_full_as_they_can_be(max_length, most):
     """Two records of 700 to 1,024 tokens leave much of 2,048 empty, and few fit beside them.
 
-    The least possible is 11.6%, by a linear program over all fillings of a row.
+    The least possible is 11.6%, by a linear program over all fillings of a row, of a sample.
     """
     lengths, images = mix_665k(30)
     assert 800 < lengths.mean() < 900
