@@ -9,18 +9,18 @@ def get_config():
     config = base.get_config()
     config.workdir = f"{ROOT}/align"
     config.model.preset = "quickstart"
-    config.model.template = "plain"
+    config.model.template = "plain_chatml"
     config.init.vision = f"{ROOT}/parts/dinov2-vits14"
     config.init.decoder = f"{ROOT}/parts/smollm2-135m-instruct"
     config.trainable = {"projector": 3e-3}
     config.data.train = f"{ROOT}/easy_vqa/align.json"
     config.data.validation = f"{ROOT}/easy_vqa/val_align.json"
     config.data.image_root = f"{ROOT}/easy_vqa/images"
-    config.data.max_length = 128  # six captions of 21 tokens, 5 of them supervised
+    config.data.max_length = 136  # six captions of 22 tokens, 5 of them supervised
     config.data.images_per_row = 6
     config.batch_size = 2
-    config.steps = 300
+    config.steps = 160
     config.loss_chunk = 16
-    config.validate_every = 150
-    config.save_every = 150
+    config.validate_every = 80
+    config.save_every = 80
     return config

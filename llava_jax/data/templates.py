@@ -6,6 +6,7 @@ stands literally in the text, whatever the tokenizer. `chatml` and `llama_3` fol
 templates of SmolLM2/Qwen and of Llama 3. No template writes the BOS token; the tokenizer adds it.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,14 +82,20 @@ def _chatml(name: str, system: str, newline: str) -> Template:
     )
 
 
+_PLAIN = Template(
+    name="plain",
+    human=("", ""),
+    gpt=("", "\n", ""),
+    stop=("\n",),
+    image_only_question=True,
+)
+
 _ALL = (
-    Template(
-        name="plain",
-        human=("", ""),
-        gpt=("", "\n", ""),
-        stop=("\n",),
-        image_only_question=True,
-    ),
+    _PLAIN,
+    # For decoders whose tokenizer adds no BOS and whose chats begin with this token. SmolLM2's
+    # largest activations hang on the first token: where that is an image's, rounding to bfloat16
+    # changes the gradient by more than its own size.
+    dataclasses.replace(_PLAIN, name="plain_chatml", header="<|im_start|>"),
     Template(
         name="v0",
         header=_CHAT_OF.format("human") + "\n\n",
@@ -204,5 +211,6 @@ def _check_order(template: Template, turns: Sequence[Turn], generation: bool) ->
         if len(turns) != (1 if generation else 2) or IMAGE_TOKEN not in turns[0].text:
             raise RecordError(
                 "not a caption",
-                "the template 'plain' takes captions: one human turn with <image> and one answer",
+                f"the template {template.name!r} takes captions: one human turn with <image> and "
+                "one answer",
             )

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llava_jax.data.templates import get_template
 from llava_jax.parallel.collectives import Collective
 from llava_jax.parallel.compiling import Compiled, Stage
 from llava_jax.parallel.estimate import (
@@ -42,7 +43,8 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
     config, where, state = stage.config, stage.where, stage.state
     model, trainable = stage.model.config, set(stage.state.params)
     rows, length = config.batch_size, config.data.max_length
-    contents = CAPTIONS if config.model.template == "plain" else CONVERSATIONS
+    is_captions = get_template(config.model.template).image_only_question
+    contents = CAPTIONS if is_captions else CONVERSATIONS
     contents = dataclasses.replace(contents, fill=fill) if fill else contents
     counts = assumed_counts(model, contents, rows, length, config.data.images_per_row)
     told = {

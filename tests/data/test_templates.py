@@ -40,7 +40,8 @@ TWO_ROUNDS = {
     f"{START}assistant{END}{{{{a2<|eot_id|>}}}}",
 }
 GENERATION_END = {
-    "plain": "<image>", "v0": "### Assistant:", "v1": " ASSISTANT:", "llava_v1": " ASSISTANT:",
+    "plain": "<image>", "plain_chatml": "<image>",
+    "v0": "### Assistant:", "v1": " ASSISTANT:", "llava_v1": " ASSISTANT:",
     "llama_2": "q [/INST]", "mistral_instruct": "q [/INST]",
     "chatml_direct": "q<|im_end|><|im_start|>assistant\n",
     "chatml": "q<|im_end|>\n<|im_start|>assistant\n",
@@ -64,18 +65,21 @@ def test_two_rounds(name):
 
 
 def test_every_template_is_covered():
-    assert {t.name for t in TEMPLATES.values()} == {*TWO_ROUNDS, "plain"} == {*GENERATION_END}
+    names = {t.name for t in TEMPLATES.values()}
+    assert names == {*TWO_ROUNDS, "plain", "plain_chatml"} == {*GENERATION_END}
 
 
-def test_plain_keeps_only_image_and_caption():
-    segments = render(TEMPLATES["plain"], dialogue("Describe this.\n<image>", " a cat "))
-    assert marked(segments) == "<image>{{ a cat \n}}"
+@pytest.mark.parametrize("name, start", [("plain", ""), ("plain_chatml", "<|im_start|>")])
+def test_plain_keeps_only_image_and_caption(name, start):
+    segments = render(TEMPLATES[name], dialogue("Describe this.\n<image>", " a cat "))
+    assert marked(segments) == start + "<image>{{ a cat \n}}"
 
 
+@pytest.mark.parametrize("name", ["plain", "plain_chatml"])
 @pytest.mark.parametrize("turns", [("q", "a"), ("<image>", "a", "q", "a")])
-def test_plain_takes_captions_only(turns):
-    with pytest.raises(RecordError, match="plain"):
-        render(TEMPLATES["plain"], dialogue(*turns))
+def test_plain_takes_captions_only(name, turns):
+    with pytest.raises(RecordError, match=f"'{name}' takes captions"):
+        render(TEMPLATES[name], dialogue(*turns))
 
 
 def test_empty_and_odd_answers_are_kept():
