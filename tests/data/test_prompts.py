@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
+from sentencepiece import sentencepiece_model_pb2
 
 from llava_jax.data.processor_prompt import ProcessorPrompt
 from llava_jax.data.records import Turn
@@ -57,6 +59,21 @@ def test_ids_of_the_original(kind, turns, tokenizers):
     segments = render(get_template("vicuna_v1"), turns, generation=True)
     ours = SegmentTokenizer(tokenizers[kind], image_tokens=1)(segments)
     assert ours.input_ids.tolist() == original_ids(original_prompt(turns), tokenizers[kind])
+
+
+def test_a_sentencepiece_model_merges_by_its_scores(sentencepiece_folder, tmp_path):
+    """Llama's runs of spaces have low ids and the lowest scores."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((sentencepiece_folder / "tokenizer.model").read_bytes())
+    (spaces,) = [piece for piece in model.pieces if piece.piece == "▁t"]
+    spaces.piece, spaces.score = "▁▁", -1e9
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = load_tokenizer(tmp_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    for text in ("What  color", "is the   shape?", "a    b"):
+        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ours == pieces.encode(text)
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------
