@@ -74,6 +74,8 @@ def load_tokenizer(
         first_line = str(error).strip().split("\n")[0]
         raise LlavaError(f"cannot load a tokenizer from {path}: {first_line}") from None
     _backend(tokenizer)
+    if not (Path(path) / "tokenizer.json").exists():
+        _merge_by_score(tokenizer.backend_tokenizer, Path(path) / "tokenizer.model")
     tokenizer.add_tokens(list(added_tokens), special_tokens=True)
     if vocab_size is not None:
         past = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
@@ -83,6 +85,27 @@ def load_tokenizer(
                 f"{max(past)}, and the embedding table has {vocab_size} rows"
             )
     return tokenizer
+
+
+def _merge_by_score(core: Tokenizer, model: Path) -> None:
+    """Puts the merges of a SentencePiece model in the order of its scores.
+
+    transformers 5 makes them of `tokenizer.model` in the order of ids. Llama's runs of spaces have
+    the lowest of both: SentencePiece joins spaces last of all.
+    """
+    state = json.loads(core.to_str())
+    if not model.is_file() or state["model"]["type"] != "BPE":
+        return
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(model))
+    except RuntimeError:  # another kind of model under the same name
+        return
+    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(len(pieces))}
+    key = lambda pair: (scores.get("".join(pair), 0), *map(len, pair))
+    state["model"]["merges"].sort(key=key, reverse=True)
+    core.model = Tokenizer.from_str(json.dumps(state)).model
 
 
 def _backend(tokenizer) -> Tokenizer:

@@ -163,6 +163,6 @@ def composed_config(vision_folder: Path, decoder_folder: Path, **fields) -> Llav
         "vision": vision,
         "decoder": decoder_config(read_json(decoder_source), str(decoder_source)),
         "image_token_id": IMAGE_TOKEN_ID,
-        **(image_settings(vision_folder) or default_images(vision)),
+        **(image_settings(vision_folder, trained=False) or default_images(vision)),
     }
     return LlavaConfig(**(values | fields))

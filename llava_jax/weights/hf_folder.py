@@ -86,7 +86,10 @@ def prepare_tokenizer(
     # As the original LLaVA: padding is masked, so any token will do.
     names["pad_token"] = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     names = {name: token for name, token in names.items() if token is not None}
-    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # unknown before 5
+    # What was loaded as tokenizer.json says must stay so: which class transformers 5 takes depends
+    # on config.json too, and Llama's builds another tokenizer of the same file.
+    plain = type(tokenizer).__name__ == "TokenizersBackend"  # a name unknown before 5
+    if plain or settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings |= names | {
         "padding_side": "left",

@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import functools
 import io
-import json
 import math
 import pickle
 import zipfile
@@ -21,7 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.safetensors_files import INDEX_FILE, SINGLE_FILE, StoredTensor, open_folder
+from llava_jax.weights.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    check_index,
+    open_folder,
+    read_index,
+)
 
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_PICKLE_BYTES = 100_000_000  # of data.pkl, which only names tensors
@@ -39,7 +45,14 @@ _STORAGES = {
     "CharStorage": ("I8", 1),
     "ByteStorage": ("U8", 1),
     "BoolStorage": ("BOOL", 1),
+    "ComplexFloatStorage": ("C64", 8),
+    "ComplexDoubleStorage": ("C128", 16),
 }
+# Dtypes without a storage class of their own, as the pickle names them: never a parameter's.
+_BARE_DTYPES = (
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("uint16", "uint32", "uint64"),
+)
 # Files beside the weights that also end in .bin or .pt and hold no model.
 _NOT_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 
@@ -51,8 +64,12 @@ def open_weights(folder: str | Path, allow_pickle: bool = False) -> dict[str, St
       LlavaError: as `open_folder`; PyTorch files without `allow_pickle`.
     """
     folder = Path(folder)
-    safe = (folder / INDEX_FILE).exists() or (folder / SINGLE_FILE).exists()
-    pickles = [] if safe else _pickles(folder)
+    if (folder / INDEX_FILE).exists() or (folder / SINGLE_FILE).exists():
+        return open_folder(folder)
+    index = None
+    if (folder / PICKLE_INDEX).exists():
+        index = read_index(folder / PICKLE_INDEX, ".bin")
+    pickles = _alone(folder) if index is None else [folder / n for n in sorted({*index.values()})]
     if not pickles:
         return open_folder(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -64,13 +81,13 @@ def open_weights(folder: str | Path, allow_pickle: bool = False) -> dict[str, St
                     "holds each tensor once."
                 )
             tensors[name] = tensor
+    if index is not None:
+        check_index(folder / PICKLE_INDEX, index, tensors)
     return tensors
 
 
-def _pickles(folder: Path) -> list[Path]:
-    """The PyTorch files that hold a folder's model: those of the index, or the only one."""
-    if (folder / PICKLE_INDEX).exists():
-        return _shards(folder / PICKLE_INDEX)
+def _alone(folder: Path) -> list[Path]:
+    """The PyTorch file that holds a folder's model by itself, or none."""
     found = [p for end in ("*.bin", "*.pth", "*.pt") for p in sorted(folder.glob(end))]
     found = [p for p in found if p.name not in _NOT_A_MODEL]
     named = [p for p in found if p.name == PICKLE_FILE]
@@ -79,21 +96,6 @@ def _pickles(folder: Path) -> list[Path]:
             f"{folder} holds {', '.join(p.name for p in found)}: name the model {PICKLE_FILE}."
         )
     return named or found
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LlavaError(
-            f"{index} is damaged: it has no weight_map from tensors to files."
-        ) from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".bin"):
-            raise LlavaError(f"{index} names {name!r}: a shard must be a .bin file beside it.")
-        if not (index.parent / name).is_file():
-            raise LlavaError(f"{index.parent / name} is missing, although {index} names it.")
-    return [index.parent / name for name in names]
 
 
 def open_pickle(path: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
@@ -187,7 +189,10 @@ class _Reader(pickle._Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): lambda storage, start, shape, strides, *_: (
                 _View(storage, start, shape, strides)
             ),
+            ("torch._utils", "_rebuild_tensor_v3"): _bare_view,
             ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
+            ("torch.storage", "UntypedStorage"): ("bytes", 1),
+            **{("torch", name): name for name in _BARE_DTYPES},
             **{("torch", name): kind for name, kind in _STORAGES.items()},
         }
 
@@ -202,6 +207,12 @@ class _Reader(pickle._Unpickler):
     def persistent_load(self, pid: tuple) -> _Storage:
         _, (dtype, item_bytes), key, _, items = pid
         return _Storage(dtype, item_bytes, key, items)
+
+
+def _bare_view(storage, start, shape, strides, _requires_grad, _hooks, dtype, *_) -> _View:
+    if dtype not in _BARE_DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    return _View(dataclasses.replace(storage, dtype=dtype), start, shape, strides)
 
 
 def _tensors(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:

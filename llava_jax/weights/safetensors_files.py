@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -38,7 +38,7 @@ _OTHER_ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16"), 2),
     **dict.fromkeys(("U32", "I32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 
 
@@ -113,7 +113,7 @@ def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
         raise LlavaError(f"{folder} is not a folder: give the folder of a checkpoint.")
     covered = verify_checksums(folder)
     if (folder / INDEX_FILE).exists():
-        index = _read_index(folder / INDEX_FILE)
+        index = read_index(folder / INDEX_FILE, ".safetensors")
         names = sorted(set(index.values()))
     elif (folder / SINGLE_FILE).exists():
         index, names = None, [SINGLE_FILE]
@@ -131,7 +131,7 @@ def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
                 )
             tensors[tensor.name] = tensor
     if index is not None:
-        _check_index(folder / INDEX_FILE, index, tensors)
+        check_index(folder / INDEX_FILE, index, tensors)
     return tensors
 
 
@@ -223,7 +223,14 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
         )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, end: str) -> dict[str, str]:
+    """Tensor -> file beside the index, as an index has it; the files are there, unread.
+
+    Args:
+      end: how the names of the files must end.
+    Raises:
+      LlavaError: the index is damaged, a file is missing or would lie outside the folder.
+    """
     try:
         index = _parse_json(path, path.read_bytes()).get("weight_map")
     except OSError as error:
@@ -231,17 +238,18 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise LlavaError(f"{path} is damaged: it has no weight_map from tensors to files.")
     for tensor, shard in index.items():
-        if not inside_folder(shard) or "/" in shard or not shard.endswith(".safetensors"):
+        if not inside_folder(shard) or "/" in shard or not shard.endswith(end):
             raise LlavaError(
-                f"{path} puts tensor {tensor!r} in {shard!r}: a shard must be a .safetensors file "
-                "in the same folder."
+                f"{path} puts tensor {tensor!r} in {shard!r}: a shard must be a {end} file in the "
+                "same folder."
             )
         if not (path.parent / shard).is_file():
             raise LlavaError(f"{path.parent / shard} is missing, although {path} names it.")
     return index
 
 
-def _check_index(path: Path, index: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+def check_index(path: Path, index: dict[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises LlavaError where an index and the tensors of its files differ."""
     for name, shard in index.items():
         if name not in tensors or tensors[name].path != path.parent / shard:
             raise LlavaError(f"{path} says tensor {name!r} is in {shard}, where it is not.")

@@ -1,14 +1,19 @@
 """Token ids of prompts: those of the original LLaVA, and those of a Hugging Face processor."""
 
+import json
+
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
+from sentencepiece import sentencepiece_model_pb2
 
 from llava_jax.data.processor_prompt import ProcessorPrompt
 from llava_jax.data.records import Turn
 from llava_jax.data.templates import get_template, render
 from llava_jax.data.tokenization import SegmentTokenizer, load_tokenizer
 from llava_jax.errors import LlavaError
+from llava_jax.weights.hf_folder import prepare_tokenizer
 
 # --- the original ---------------------------------------------------------------------------------
 
@@ -57,6 +62,21 @@ def test_ids_of_the_original(kind, turns, tokenizers):
     segments = render(get_template("vicuna_v1"), turns, generation=True)
     ours = SegmentTokenizer(tokenizers[kind], image_tokens=1)(segments)
     assert ours.input_ids.tolist() == original_ids(original_prompt(turns), tokenizers[kind])
+
+
+def test_a_sentencepiece_model_merges_by_its_scores(sentencepiece_folder, tmp_path):
+    """Llama's runs of spaces have low ids and the lowest scores."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((sentencepiece_folder / "tokenizer.model").read_bytes())
+    (spaces,) = [piece for piece in model.pieces if piece.piece == "▁t"]
+    spaces.piece, spaces.score = "▁▁", -1e9
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = load_tokenizer(tmp_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    for text in ("What  color", "is the   shape?", "a    b"):
+        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ours == pieces.encode(text)
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------
@@ -114,6 +134,24 @@ def test_ids_of_a_processor(kind, template, tokenizers, tmp_path):
             return_dict=True,
         )["input_ids"]
         assert prompt(turns).tolist() == np.ravel(expected).tolist()
+
+
+def test_ids_stay_when_a_tokenizer_goes_into_another_form(tokenizers, tmp_path):
+    """Which class transformers makes of a folder's tokenizer hangs on its config.json too."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "original").mkdir()
+    tokenizers["llama2"].save_pretrained(tmp_path / "hf")
+    settings = tmp_path / "hf/tokenizer_config.json"
+    values = json.loads(settings.read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    settings.write_text(json.dumps(values | {"legacy": False}))
+    (tmp_path / "hf/config.json").write_text('{"model_type": "llava"}')
+    prepare_tokenizer(tmp_path / "hf", LISTS, 1000).write(tmp_path / "original")
+    (tmp_path / "original/config.json").write_text('{"model_type": "llava_llama"}')
+    text = "USER: What  color?</s>USER: red"
+    before, after = (
+        load_tokenizer(tmp_path / form)(text)["input_ids"] for form in ("hf", "original")
+    )
+    assert before == after
 
 
 def test_a_template_of_texts_alone(tokenizers, tmp_path):

@@ -244,6 +244,8 @@ def test_image_settings(tmp_path):
         "image_mode": "resize",
         "image_size": 7,
     }
+    write(tmp_path, pixels=CLIP_PIXELS | {"size": {"height": 336, "width": 336}})
+    assert image_settings(tmp_path)["image_mode"] == "resize"  # not to the shortest edge
     old = {"size": 224, "crop_size": 224, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
     write(tmp_path, pixels=old)
     assert image_settings(tmp_path)["image_size"] == 224
@@ -262,11 +264,27 @@ def test_image_settings(tmp_path):
         {"do_resize": False},
         {"crop_size": {"height": 3, "width": 4}},
         {"image_mean": [0.5, 0.5, float("nan")]},
+        {"size": {"shortest_edge": 384}},
+        {"size": {"longest_edge": 336}},
+        {"do_center_crop": False},
+        {"image_processor_type": "SiglipImageProcessor", "size": 336, "do_center_crop": False},
+        {"rescale_factor": 1 / 127.5},
+        {"image_processor_type": "LlavaNextImageProcessor"},
+        {"image_processor_type": "PixtralImageProcessor"},
     ],
 )
 def test_image_settings_that_are_not_supported(change, tmp_path):
     write(tmp_path, pixels=CLIP_PIXELS | change)
     with pytest.raises(LlavaError, match="preprocessor_config.json"):
+        image_settings(tmp_path)
+
+
+def test_a_fresh_model_takes_the_square_of_the_crop(tmp_path):
+    """DINOv2's own files resize to 256 and crop to 224."""
+    dinov2 = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}}
+    write(tmp_path, pixels=dinov2 | {"crop_size": {"height": 224, "width": 224}})
+    assert image_settings(tmp_path, trained=False)["image_size"] == 224
+    with pytest.raises(LlavaError, match="preprocessor_config.json has crop_size"):
         image_settings(tmp_path)
 
 

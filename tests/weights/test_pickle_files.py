@@ -1,6 +1,7 @@
 """PyTorch's files: the same tensors as PyTorch reads, and nothing that they ask for is run."""
 
 import collections
+import json
 import os
 import zipfile
 
@@ -178,3 +179,42 @@ def test_single_bytes_changed_never_crash(tmp_path):
                 tensor.read()
         except LlavaError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "float8_e4m3fn", "uint16", "int8"])
+def test_dtypes_of_no_parameter_are_told_with_the_tensor(dtype, tmp_path):
+    content = {"fine": torch.ones(2), "odd": torch.zeros(2, 3).to(getattr(torch, dtype))}
+    tensors = open_pickle(saved(tmp_path, content), allow_pickle=True)
+    np.testing.assert_array_equal(tensors["fine"].read(), 1)
+    with pytest.raises(LlavaError, match="'odd' in .*pytorch_model.bin is stored as"):
+        _ = tensors["odd"].value_dtype
+
+
+def write_shards(folder, **changes):
+    """Two shards and their index, in which `changes` are made ("" names no shard)."""
+    extra = {"extra": torch.ones(1)} if "extra" in changes else {}
+    torch.save({"a": torch.ones(2)} | extra, folder / "1.bin")
+    torch.save({"b": torch.ones(3)}, folder / "2.bin")
+    names = {"a": "1.bin", "b": "2.bin"} | changes
+    index = {"weight_map": {name: shard for name, shard in names.items() if shard}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"a": "2.bin"}, ["'a' is in 2.bin, where it is not"]),
+        ({"c": "1.bin"}, ["'c' is in 1.bin, where it is not"]),
+        ({"extra": ""}, ["'extra' is in", "1.bin and not in"]),
+        ({"a": "../1.bin"}, ["tensor 'a' in '../1.bin'"]),
+        ({"b": "3.bin"}, ["3.bin is missing"]),
+    ],
+)
+def test_an_index_that_is_not_of_its_shards(changes, words, tmp_path):
+    write_shards(tmp_path)
+    assert sorted(open_weights(tmp_path, allow_pickle=True)) == ["a", "b"]
+    write_shards(tmp_path, **changes)
+    with pytest.raises(LlavaError) as error:
+        open_weights(tmp_path, allow_pickle=True)
+    for word in ("pytorch_model.bin.index.json", *words):
+        assert word in str(error.value)

@@ -1,6 +1,7 @@
 """From a folder straight into sharded memory: each host reads the slices of its devices alone."""
 
 import dataclasses
+import shutil
 import tracemalloc
 
 import flax.linen as nn
@@ -8,17 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import param_shardings, put
 from llava_jax.weights import checksums
-from llava_jax.weights.lazy import LazyParameter
+from llava_jax.weights import lazy as lazy_module
+from llava_jax.weights.convert import convert
+from llava_jax.weights.lazy import LazyParameter, stored_bytes
+from llava_jax.weights.load import open_llava
 from llava_jax.weights.name_tables import Parameter
 from llava_jax.weights.run_directory import load_components, open_components
-from llava_jax.weights.safetensors_files import TensorToWrite, read_header, write_file
+from llava_jax.weights.safetensors_files import (
+    StoredTensor,
+    TensorToWrite,
+    read_header,
+    write_file,
+)
 from llava_jax.weights.save import save_decoder, save_vision
-from tests.tiny_model import CONFIG, random_params
+from tests.tiny_model import CONFIG, byte_tokenizer, random_params
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +93,29 @@ def test_blocks_outside_a_slice_are_not_opened(parts, monkeypatch):
     )
     assert kernel[1:2, :, 3:5].shape == (1, CONFIG.decoder.hidden_size, 2)
     assert opened == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_a_device_costs_the_bytes_that_it_holds(parts, monkeypatch, tmp_path):
+    """Of a converted folder: what is looked at for the devices of a host is what they hold."""
+    shutil.copytree(parts, tmp_path / "parts")
+    byte_tokenizer().save_pretrained(tmp_path / "parts/decoder")
+    fresh = open_llava(tmp_path / "parts/decoder", vision_tower=tmp_path / "parts/vision")
+    convert(fresh, tmp_path / "llava")
+    checkpoint = open_llava(tmp_path / "llava")
+    looked_at, copied = [], lazy_module._copied
+    count = lambda values: looked_at.append(values.nbytes) or copied(values)
+    monkeypatch.setattr(lazy_module, "_copied", count)
+    monkeypatch.setattr(StoredTensor, "read", None)  # never the whole
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    shardings = flatten_dict(param_shardings(mesh, abstract_params(checkpoint.config)), sep="/")
+    held, whole = dict.fromkeys(jax.devices(), 0), 0
+    for path, lazy in checkpoint.params.items():
+        whole += stored_bytes(lazy.tensors)
+        for device, index in shardings[path].devices_indices_map(lazy.shape).items():
+            looked_at.clear()
+            assert lazy[index].nbytes == sum(looked_at)
+            held[device] += sum(looked_at)
+    assert whole / 8 < max(held.values()) < whole / 5  # norms and biases are on every device
 
 
 def test_each_process_verifies_its_part_of_the_files(parts, monkeypatch):
