@@ -14,7 +14,6 @@ from absl import flags
 from bench.huggingface import HuggingFace
 from llava_jax import command
 from llava_jax.evaluation import easy_vqa
-from llava_jax.inference.command_line import mesh_of_all
 from llava_jax.inference.model import DTYPES, Llava
 from llava_jax.inference.sampling import SamplingParams
 
@@ -23,7 +22,6 @@ DATA = flags.DEFINE_string("data", None, "test.json of easy-VQA, as the quicksta
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "ours")
 HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "theirs; default: ours")
 LIMIT = flags.DEFINE_integer("limit", 256, "questions")
-COPIES = flags.DEFINE_integer("copies", 1, "of our model, which share the questions")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "ours")
 HF_BATCH_SIZES = flags.DEFINE_list("hf_batch_sizes", ["8", "32", "64"], "tried for theirs")
 TOKENS = flags.DEFINE_integer("tokens", 8, "of an answer at most")
@@ -31,8 +29,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 2, "of each, in turns")
 
 
 def main() -> None:
-    mesh = mesh_of_all(data=COPIES.value)
-    ours = Llava.from_pretrained(CHECKPOINT.value, DTYPE.value, mesh=mesh)
+    ours = Llava.from_pretrained(CHECKPOINT.value, DTYPE.value)
     dtype = HF_DTYPE.value or ours.engine.dtype
     theirs = HuggingFace(CHECKPOINT.value, dtype, ours)
     data = Path(DATA.value)
@@ -41,7 +38,7 @@ def main() -> None:
     requests = [ours.request(q.prompt, q.images, params) for q in questions]
     pictures = len({q.images for q in questions})
     print(f"{len(questions)} questions about {pictures} pictures: ours {DTYPE.value}, "
-          f"{COPIES.value} copies, Hugging Face {dtype}")  # fmt: skip
+          f"Hugging Face {dtype}")  # fmt: skip
 
     def run_ours(count):
         ours.engine.forget()

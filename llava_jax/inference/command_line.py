@@ -1,7 +1,6 @@
 """What the commands that ask a model have in common: its arguments, and how it is loaded."""
 
 import argparse
-import contextlib
 import os
 from pathlib import Path
 
@@ -38,7 +37,6 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
     mesh = None
     if (args.data, args.tensor) != (1, 1):
         count = max(args.data * args.tensor, 1)
-        divide_cpu(count)
         mesh = make_mesh(args.data, 1, args.tensor, jax.devices()[:count])
     return Llava.from_pretrained(
         args.checkpoint,
@@ -52,19 +50,8 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
 
 def mesh_of_all(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
     """A mesh of all devices, as `make_mesh` makes it; None where there is one, which needs none."""
-    divide_cpu(data * fsdp * tensor)
     mesh = make_mesh(data, fsdp, tensor)
     return mesh if mesh.size > 1 else None
-
-
-def divide_cpu(count: int) -> None:
-    """Makes JAX show a CPU as `count` devices; changes nothing on TPU and GPU.
-
-    To be called before anything asks JAX for its devices.
-    """
-    if count > 1:
-        with contextlib.suppress(RuntimeError):  # it was asked: there are what there are
-            jax.config.update("jax_num_cpu_devices", count)
 
 
 def keep_compilations() -> None:
