@@ -36,8 +36,8 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
     keep_compilations()
     mesh = None
     if (args.data, args.tensor) != (1, 1):
-        chosen = jax.devices()[: max(args.data * args.tensor, 1)]
-        mesh = make_mesh(args.data, 1, args.tensor, chosen)
+        count = max(args.data * args.tensor, 1)
+        mesh = make_mesh(args.data, 1, args.tensor, jax.devices()[:count])
     return Llava.from_pretrained(
         args.checkpoint,
         dtype=args.dtype,

@@ -32,6 +32,7 @@ from llava_jax.inference.slots import RowSlots
 from llava_jax.models.decoder import are_stacked
 from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
 from llava_jax.models.precision import compute_precision
+from llava_jax.parallel.sharding import replicated
 
 
 @dataclass
@@ -172,6 +173,12 @@ class Engine:
         the last time with `done` set. An answer whose request is wrong, or whose picture cannot be
         read, has its `error` set; the others are not touched.
         """
+        return (told for told in self.steps(requests, batch_size) if isinstance(told, Answer))
+
+    def steps(
+        self, requests: Iterable[tuple[Request, Answer]], batch_size: int
+    ) -> Iterator[Answer | jax.Array]:
+        """As `run`, and before each wait for the device the array that it is going to wait for."""
         source, waiting, running = iter(requests), deque(), {}
         try:
             while True:
@@ -254,7 +261,7 @@ class Engine:
 
     def _admit(
         self, waiting: deque[Job], running: dict[int, Job], batch_size: int
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Answer | jax.Array]:
         """Gives free rows to waiting requests, until either are few.
 
         A quarter of the rows or less is not worth a further call: they wait for rows that end.
@@ -282,7 +289,8 @@ class Engine:
             return True
         if not busy:
             self._state = None  # its memory must be free before the new one is made
-            self._state = self._place(DecodeState.empty(self._model, rows, size, self._kv_dtype))
+            empty = lambda: DecodeState.empty(self._model, rows, size, self._kv_dtype)
+            self._state = jax.jit(lambda: self._place(empty()))()
             self._admission.rows, self._size = RowSlots(rows, size), size
         return not busy
 
@@ -291,7 +299,9 @@ class Engine:
         store = self._store
         if store is None:
             shape = (self._image_slots, image_token_count(self.config))
-            store = jnp.zeros((*shape, self.config.decoder.hidden_size), self._model.dtype)
+            shape = (*shape, self.config.decoder.hidden_size)
+            where = self._mesh and replicated(self._mesh)
+            store = jnp.zeros(shape, self._model.dtype, device=where)
         waiting = list(images.items())
         while waiting:
             count = image_bucket(len(waiting))
@@ -303,16 +313,20 @@ class Engine:
             store = self._encode(self.params, store, pixels, slots)
         self._store = store
 
-    def _read_some(self, wave: list[Job], running: dict[int, Job], more: bool) -> Iterator[Answer]:
+    def _read_some(
+        self, wave: list[Job], running: dict[int, Job], more: bool
+    ) -> Iterator[Answer | jax.Array]:
         """One prefill, of the first requests of a wave; with `more` behind it, a filled one."""
         jobs, shape = take(wave, self._size, more)
         tokens, logprobs = self._call_prefill(jobs, shape)
+        for job in jobs:
+            self._admission.rows.put(job.row, job.contents)
+        yield tokens
         tokens, logprobs = jax.device_get((tokens[:, None], _shown(jobs, logprobs)))
         if logprobs is not None:
             logprobs = jax.tree.map(lambda x: x[:, None], logprobs)
         number = 0
         for job in jobs:
-            self._admission.rows.put(job.row, job.contents)
             running[job.row] = job
             self.counts.images += len(job.images)
             self.counts.prompt_tokens += job.length
@@ -336,7 +350,7 @@ class Engine:
         tokens = job.request.input_ids[1:]
         job.answer.prompt_logprobs = _token_logprobs(jax.device_get(told), 0, tokens, count)
 
-    def _advance(self, running: dict[int, Job], more: bool) -> Iterator[Answer]:
+    def _advance(self, running: dict[int, Job], more: bool) -> Iterator[Answer | jax.Array]:
         """One decode call; with `more` requests waiting it ends when a quarter of the rows do."""
         longest = max(job.length + len(job.produced) for job in running.values())
         window = min(cache_bucket(longest + TOKENS_PER_CALL), self._size)
@@ -344,6 +358,7 @@ class Engine:
         mask[list(running)] = True
         fewest = len(running) - len(running) // 4 if more else 1
         tokens, logprobs = self._call_decode(mask, fewest, window)
+        yield tokens
         tokens, logprobs = jax.device_get((tokens, _shown(running.values(), logprobs)))
         for row, job in list(running.items()):
             self._extend(job, row, tokens, logprobs, running)

@@ -17,11 +17,13 @@ class Request:
       input_ids: int32[T] with the placeholder ids of the images.
       images: for each image, in the order of the placeholders, a function that gives it as
         uint8[side, side, 3]; called when the request's turn comes.
+      pictures: what tells whether two requests are about the same images.
     """
 
     input_ids: np.ndarray
     images: tuple[Callable[[], np.ndarray], ...]
     params: SamplingParams
+    pictures: tuple = ()
 
 
 @dataclass

@@ -21,16 +21,16 @@ from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine, Request
-from llava_jax.inference.placement import place_params
+from llava_jax.inference.placement import copies, copy_params, place_params
 from llava_jax.inference.processor_inputs import read_inputs
 from llava_jax.inference.prompts import History, PromptReader, conversation, told_of
 from llava_jax.inference.quantization import pack_kernels, quantize_kernels
+from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.inference.sources import ImageSource, as_sources, fetch, source_name
 from llava_jax.models.decoder import separate_layers
-from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.precision import PRECISIONS, compute_precision
-from llava_jax.parallel.sharding import param_shardings
 
 DTYPES = ("auto", *PRECISIONS)
 
@@ -57,8 +57,8 @@ class Llava:
       allow_urls: images may be http(s) addresses.
       chat_template: a Hugging Face processor's, to be followed in place of `template`; the latter
         still tells where answers end.
-      mesh: of several devices (`llava_jax.parallel.mesh.make_mesh`): parameters are spread over it
-        by the rules of training, rows of a batch over data and fsdp, kv heads over tensor.
+      mesh: of several devices (`llava_jax.parallel.mesh.make_mesh`): as many copies of the model as
+        its data axis is long share the requests, and each is spread over fsdp and tensor.
     """
 
     def __init__(
@@ -83,11 +83,12 @@ class Llava:
         for name, value in (("weights", weights), ("kv_cache", kv_cache)):
             if value not in (None, "int8"):
                 raise LlavaError(f"{name} must be int8 or None, not {value!r}")
-        if mesh is not None:
-            params = jax.device_put(params, param_shardings(mesh, abstract_params(config)))
-        if weights:
-            params = quantize_kernels(params)
-        self.engine = Engine(config, params, dtype, self._stop_ids(), kv_cache, mesh)
+        engines = []
+        for part in copies(mesh) if mesh else [None]:
+            held = copy_params(config, params, part) if part else params
+            held = quantize_kernels(held) if weights else held
+            engines.append(Engine(config, held, dtype, self._stop_ids(), kv_cache, part))
+        self.engine = engines[0] if len(engines) == 1 else Replicas(engines)
         # Many questions about a picture follow each other: it is decoded once.
         self._read_file = functools.lru_cache(4)(lambda path, _, name: self._prepare(path, name))
 
@@ -109,13 +110,14 @@ class Llava:
         from llava_jax.weights.run_directory import load_model
 
         stored = compute_precision(check_dtype(dtype))[0].name
-        place = mesh and functools.partial(place_params, mesh=mesh, dtype=stored)
+        first = mesh and copies(mesh)[0]  # the others are given theirs by it
+        place = mesh and functools.partial(place_params, mesh=first, dtype=stored)
         loaded = load_model(path, stored, place, **options)
         rows = loaded.config.decoder.vocab_size
         tokenizer = load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens)
         params = loaded.params
         arrays, products = compute_precision(dtype)
-        if jax.default_backend() == "cpu" and mesh is None:
+        if jax.default_backend() == "cpu" and (mesh is None or first.size == 1):
             params = {**params, "decoder": separate_layers(params["decoder"])}
             if weights is None and "bfloat16" in (arrays.name, products):
                 params = pack_kernels(params)
@@ -308,7 +310,7 @@ class Llava:
                 functools.partial(self._load_image, source, f"image {i}", where)
                 for i, source in enumerate(sources)
             )
-            request = Request(ids, tuple(load), params)
+            request = Request(ids, tuple(load), params, tuple(map(_identity, sources)))
             self.engine.check(request)
         return request
 
@@ -358,6 +360,11 @@ class Llava:
     def _prepare(self, image: str | bytes | Image.Image, name: str) -> np.ndarray:
         c = self.config
         return preprocess(load_image(image, name), c.image_size, c.image_mode, c.image_mean, name)
+
+
+def _identity(source: ImageSource):
+    """What is equal for sources that are the same."""
+    return id(source) if isinstance(source, Image.Image) else source
 
 
 def _version(path: str) -> tuple[int, ...] | None:

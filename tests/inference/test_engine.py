@@ -302,12 +302,12 @@ def test_packed_kernels_compute_the_same():
 
 
 def test_a_model_on_a_mesh_gives_the_same_tokens_and_stays_where_it_is(llava):
-    mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     spread = Llava(CONFIG, random_params(CONFIG), byte_tokenizer(), TEMPLATE, mesh=mesh)
     requests = mixed_requests(10, seed=6)
     assert ask(spread, *requests, 4) == ask(llava, *requests, 4)
     kernel = spread.engine.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
     keys = spread.engine._state.cache.keys
     assert keys.addressable_shards[0].data.size == keys.size // 4
     before = spread.engine.counts.compilations

@@ -1,0 +1,124 @@
+"""Copies of a model that share requests: the answers of one, whoever gives them."""
+
+import jax
+import pytest
+
+from llava_jax.errors import LlavaError
+from llava_jax.inference.answer import Answer
+from llava_jax.inference.jobs import Request
+from llava_jax.inference.model import Llava
+from llava_jax.inference.replicas import Replicas, Router
+from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.decoder import separate_layers
+from llava_jax.parallel.mesh import make_mesh
+from tests.inference.test_engine import SIZE, TEMPLATE, ask, mixed_requests
+from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
+
+
+@pytest.fixture(scope="module")
+def one():
+    return tiny_llava(template=TEMPLATE)
+
+
+def spread(tensor: int, params: dict) -> Llava:
+    mesh = make_mesh(data=2, fsdp=1, tensor=tensor, devices=jax.devices()[: 2 * tensor])
+    return Llava(CONFIG, params, byte_tokenizer(), TEMPLATE, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """A device each, warmed up; layers for themselves, as on CPUs."""
+    params = random_params(CONFIG)
+    model = spread(1, {**params, "decoder": separate_layers(params["decoder"])})
+    model.engine.warm_up(batch_size=4, size=SIZE)
+    return model
+
+
+def test_two_copies_answer_as_one_and_compile_nothing_after_warm_up(one, two):
+    requests = mixed_requests(20, seed=0)
+    before = two.engine.counts.compilations
+    assert ask(two, *requests, 4) == ask(one, *requests, 4)
+    assert two.engine.counts.compilations == before and two.engine.rows == 4
+    shares = [engine.counts.requests for engine in two.engine.engines]
+    assert min(shares) >= 4 and sum(shares) == two.engine.counts.requests == 20
+    places = [
+        {d for leaf in jax.tree.leaves((e.params, e._state)) for d in leaf.devices()}
+        for e in two.engine.engines
+    ]
+    assert places == [{device} for device in jax.devices()[:2]]
+
+
+def test_two_copies_of_two_devices_each(one):
+    model = spread(2, random_params(CONFIG))
+    requests = mixed_requests(10, seed=6)
+    assert ask(model, *requests, 4) == ask(one, *requests, 4)
+    for engine in model.engine.engines:
+        keys = engine._state.cache.keys
+        assert keys.addressable_shards[0].data.size == keys.size // 2
+
+
+def test_the_questions_about_a_picture_go_to_one_copy(two):
+    two.engine.forget()
+    before = two.engine.counts.encoded_images
+    pictures = [random_image(20 + i) for i in range(6)]
+    two.generate([f"{c}?" for c in "abcdef" for _ in range(3)],
+                 [p for p in pictures for _ in range(3)], 6, max_tokens=2)  # fmt: skip
+    assert two.engine.counts.encoded_images == before + 6
+
+
+def test_one_who_has_enough_half_way_costs_the_next_nothing(one, two):
+    requests = mixed_requests(12, seed=3)
+    wanted = ask(one, *requests, 4)
+    for enough in (1, 3, 7, 15):
+        entries = [
+            two.entries(two.request(p, i, SamplingParams(t, ignore_eos=True)))[0]
+            for p, i, t in zip(*requests, strict=True)
+        ]
+        answers = two.engine.run(entries, 4)
+        for _ in range(enough):
+            next(answers)
+        answers.close()
+        assert ask(two, *requests, 4) == wanted
+
+
+def test_a_failure_of_one_copy_is_told_and_the_next_run_is_whole(one, two, monkeypatch):
+    requests = mixed_requests(8, seed=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(two.engine.engines[1], "_call_decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ask(two, *requests, 4)
+    assert ask(two, *requests, 4) == ask(one, *requests, 4)
+
+
+def test_a_wrong_request_spares_the_others(two):
+    entries = [two.entries(two.request(f"{i}?", None, SamplingParams(2)))[0] for i in range(4)]
+    broken = Request(entries[0][0].input_ids, (unreadable,), SamplingParams(2), ("broken",))
+    failed = Answer(two.tokenizer, (), ())
+    for _ in two.engine.run([*entries[:2], (broken, failed), *entries[2:]], 4):
+        pass
+    assert "no picture" in str(failed.error)
+    assert all(answer.done and answer.error is None for _, answer in entries)
+
+
+def unreadable():
+    raise LlavaError("no picture")
+
+
+def test_a_router_gives_every_request_once_and_pictures_to_one_engine():
+    request = lambda i, *pictures: (Request(None, (), None, pictures), i)
+    stream = [request(0, "a"), request(1, "a"), request(2, "b"), request(3, "b"), request(4)]
+    router = Router([*stream, request(5), *(request(i, "c") for i in range(6, 11))], 2, most=2)
+    first, second = router.feed(0), router.feed(1)
+    numbers = lambda feed, count: [next(feed)[1] for _ in range(count)]
+    assert numbers(first, 1) == [0]
+    assert numbers(second, 2) == [2, 3]  # 1 is kept for the first
+    assert numbers(first, 2) == [1, 4]
+    assert numbers(second, 2) == [5, 6]
+    # 7 and 8 wait for the second: more about c would keep the first from working.
+    assert numbers(first, 2) == [9, 10]
+    assert [i for _, i in second] == [7, 8] and list(first) == []
+
+
+def test_one_place_on_the_data_axis_is_an_engine_and_several_are_replicas(one, two):
+    assert not isinstance(one.engine, Replicas) and isinstance(two.engine, Replicas)
+    assert two.engine.stops(SamplingParams()) == one.engine.stops(SamplingParams())
