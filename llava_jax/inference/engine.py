@@ -89,6 +89,7 @@ class Engine:
         self._mesh = mesh
         self._image_slots = image_slots
         self.params = params
+        self._new_state = jax.jit(self._empty_state, static_argnums=(0, 1))  # never whole anywhere
         self._encode = self._compile(decoding.encode, donate_argnums=1)
         self._prefill = self._compile(decoding.prefill, donate_argnums=1)
         self._decode = self._compile(decoding.decode, donate_argnums=1, static_argnames="window")
@@ -131,6 +132,9 @@ class Engine:
             return jax.tree.map(place, told, is_leaf=is_state)
 
         return jax.jit(counted, **options)
+
+    def _empty_state(self, rows: int, size: int) -> DecodeState:
+        return self._place(DecodeState.empty(self._model, rows, size, self._kv_dtype))
 
     def _place(self, state: DecodeState) -> DecodeState:
         return state if self._mesh is None else place_state(state, self._mesh)
@@ -289,8 +293,7 @@ class Engine:
             return True
         if not busy:
             self._state = None  # its memory must be free before the new one is made
-            empty = lambda: DecodeState.empty(self._model, rows, size, self._kv_dtype)
-            self._state = jax.jit(lambda: self._place(empty()))()
+            self._state = self._new_state(rows, size)
             self._admission.rows, self._size = RowSlots(rows, size), size
         return not busy
 

@@ -75,6 +75,7 @@ def test_nothing_compiles_after_warm_up(llava):
     compiled.clear()
     for seed, batch_size in ((2, 4), (3, 3), (4, 4)):
         prompts, images, _ = mixed_requests(11, seed)
+        llava.engine.forget()
         llava.generate(prompts, images, batch_size, max_tokens=TOKENS, temperature=0.5, top_k=3)
         llava.generate(prompts, images, batch_size, logprobs=2, stop="e", max_tokens=TOKENS)
     assert compiled == [] and llava.engine.counts.compilations == before
