@@ -325,9 +325,9 @@ class Engine:
         for job in jobs:
             self._admission.rows.put(job.row, job.contents)
         yield tokens
-        tokens, logprobs = jax.device_get((tokens[:, None], _shown(jobs, logprobs)))
-        if logprobs is not None:
-            logprobs = jax.tree.map(lambda x: x[:, None], logprobs)
+        told = jax.device_get((tokens, _shown(jobs, logprobs)))
+        # On the host: on the device, each shape of it would be compiled.
+        tokens, logprobs = jax.tree.map(lambda x: x[:, None], told)
         number = 0
         for job in jobs:
             running[job.row] = job
