@@ -48,6 +48,7 @@ def test_two_copies_answer_as_one_and_compile_nothing_after_warm_up(one, two):
     assert places == [{device} for device in jax.devices()[:2]]
 
 
+@pytest.mark.slow
 def test_two_copies_of_two_devices_each(one):
     model = spread(2, random_params(CONFIG))
     requests = mixed_requests(10, seed=6)
