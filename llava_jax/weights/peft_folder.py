@@ -18,7 +18,7 @@ from llava_jax.models.lora import LoraConfig
 from llava_jax.weights.hf_decoder import decoder_to_hf
 from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES
-from llava_jax.weights.load import components
+from llava_jax.weights.load import components, is_llava_folder
 from llava_jax.weights.name_tables import STACKED, Parameter
 from llava_jax.weights.run_directory import RunModel, checkpoint_of, read_run_model, read_trained
 from llava_jax.weights.safetensors_files import TensorToWrite, write_file
@@ -36,8 +36,10 @@ def write_adapter(path: str | Path, out: Path, dtype: str | None = None) -> None
     """Writes the LoRA of a run, or of one of its steps.
 
     Raises:
-      LlavaError: the run has none, or also trained a whole encoder or language model.
+      LlavaError: there is none, or the run also trained a whole encoder or language model.
     """
+    if is_llava_folder(Path(path)):
+        raise LlavaError(f"{path} is a whole model, without LoRA: choose --format hf or llava.")
     step_folder = checkpoint_of(path)
     run = read_run_model(step_folder.parent.parent)
     if run.lora is None:

@@ -43,14 +43,15 @@ def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterato
     """Gives a temporary folder that becomes `out` only if the block ends well.
 
     Checksums of all its files are added last, so an interrupted write leaves nothing that looks
-    complete; a folder already at `out` is replaced in the same step.
+    complete; a folder already at `out` is replaced in the same step, or the one it is a link to.
 
     Args:
       digests: SHA-256 of files that were hashed as they were written; read when the block ends.
     Raises:
       LlavaError: another process is writing `out`, or there is no room or no right to write.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # x/.. is no place to write beside
+    out = out.resolve() if out.is_symlink() else out
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)

@@ -141,3 +141,18 @@ def test_replaced_in_one_step(tmp_path):
             (temporary / "file").write_text(text)
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_link_to_an_empty_folder_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with whole_folder(tmp_path / "out") as temporary:
+        (temporary / "file").write_text("new")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_a_path_by_way_of_a_folder_that_is_not_there(tmp_path):
+    with whole_folder(tmp_path / "out/not_there/..") as temporary:
+        (temporary / "file").write_text("new")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checksums.json", "file"]
