@@ -93,8 +93,10 @@ def _merge_by_score(core: Tokenizer, model: Path) -> None:
     transformers 5 makes them of `tokenizer.model` in the order of ids. Llama's runs of spaces have
     the lowest of both: SentencePiece joins spaces last of all.
     """
+    if not model.is_file():
+        return
     state = json.loads(core.to_str())
-    if not model.is_file() or state["model"]["type"] != "BPE":
+    if state["model"]["type"] != "BPE":
         return
     from sentencepiece import SentencePieceProcessor
 

@@ -133,7 +133,7 @@ def write_folder(folder: FolderToWrite, out: Path) -> None:
 
 def check_space(out: Path, needed: int) -> None:
     """Raises LlavaError when the disk of `out` has too little room."""
-    place = next(parent for parent in out.absolute().parents if parent.exists())
+    place = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise LlavaError(

@@ -50,8 +50,7 @@ def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterato
     Raises:
       LlavaError: another process is writing `out`, or there is no room or no right to write.
     """
-    out = Path(os.path.abspath(out))  # x/.. is no place to write beside
-    out = out.resolve() if out.is_symlink() else out
+    out = Path(out).resolve()  # through links; and x/.. is no place to write beside
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
