@@ -82,6 +82,26 @@ def test_one_who_has_enough_half_way_costs_the_next_nothing(one, two):
         assert ask(two, *requests, 4) == wanted
 
 
+def test_prompts_that_were_left_while_the_device_read_them_are_known_to_be_in_their_rows(two):
+    """Else the next prompt would take what it shares with their rows' earlier contents."""
+    engine = two.engine.engines[0]
+    engine.forget()
+    entry = lambda text: two.entries(two.request(text, None, SamplingParams(4, ignore_eos=True)))[0]
+
+    def ask_engine(texts):
+        entries = [entry(text) for text in texts]
+        assert all(engine.run(entries, 2))
+        return [answer.tokens for _, answer in entries]
+
+    earlier = ["abcdefgh one?", "abcdefgh two?"]  # in both rows
+    wanted = ask_engine(earlier)
+    work = engine.steps([entry("zyx other?"), entry("zyx another?")], 2)
+    while isinstance(next(work), Answer):
+        pass
+    work.close()
+    assert ask_engine(earlier) == wanted
+
+
 def test_a_failure_of_one_copy_is_told_and_the_next_run_is_whole(one, two, monkeypatch):
     requests = mixed_requests(8, seed=4)
     with monkeypatch.context() as patch:

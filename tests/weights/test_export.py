@@ -311,9 +311,13 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_no_room_on_the_disk(whole, tmp_path, capsys, monkeypatch):
-    usage = namedtuple("usage", "free")(10_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    usage, asked = namedtuple("usage", "free")(10_000), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
     refused(["convert", str(whole), "--out", str(tmp_path / "out")], capsys, "free")
+    (tmp_path / "disk/out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/out")
+    assert cli.main(["convert", str(whole), "--out", str(tmp_path / "link")]) == 1
+    assert asked == [tmp_path, tmp_path / "disk"]
 
 
 def test_a_changed_source(whole, tmp_path, capsys):
