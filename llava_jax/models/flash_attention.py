@@ -56,7 +56,11 @@ def splash_attention(
         groups = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     sharded = jax.shard_map(
-        run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        run,
+        in_specs=(heads, heads, heads, rows),
+        out_specs=heads,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
     )
     return sharded(query, key, value, mask.segment_ids)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"
 DTYPE_BYTES = {"pred": 1, "bf16": 2} | {
     f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
 }
@@ -26,6 +27,7 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 # Who takes part: [groups, size], or mesh['axis'=size, ...] {'axis', ...}, or {{members}, ...}
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\}|\{\{([\d,]*)\})")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_OF_HOSTS = "xla_megascale_runtime"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      kind: of KINDS.
+      kind: of KINDS, or BETWEEN_SLICES.
       shape: of the whole array: the result of a gather, what goes into a reduction; per device.
+        Between slices: what a device receives.
       size: its bytes.
       group: devices that take part together.
       runs: times a step.
@@ -53,7 +56,8 @@ class Collective:
     def received(self) -> float:
         """Bytes that enter each device in a step, by the bandwidth-optimal ring."""
         passes = 2 if self.kind == "all-reduce" else 1
-        share = 1 if self.kind == "collective-permute" else (self.group - 1) / self.group
+        whole = self.kind in ("collective-permute", BETWEEN_SLICES)
+        share = 1 if whole else (self.group - 1) / self.group
         return passes * share * self.size * self.runs
 
 
@@ -63,7 +67,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     A loop whose number of turns depends on data counts once. The TPU compiler splits a collective
     over fusions that it hides behind products; the parts, of which some have lost their name,
     count as one. A reduce-scatter it writes as a fusion `all-reduce-scatter`: an all-reduce, a
-    slice of it kept.
+    slice of it kept. What crosses slices it makes a transfer of the hosts.
 
     Args:
       devices: of the program, for collectives that name no groups.
@@ -73,7 +77,15 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     found, seen = [], {}
     for name, lines in computations.items():
         for result, opcode, rest in _instructions(lines):
-            if opcode.removesuffix("-start") not in KINDS or not runs[name]:
+            if not runs[name]:
+                continue
+            if opcode == "recv" and _OF_HOSTS in rest:
+                dtype, shape = _arrays(result)[0]
+                size = math.prod(shape) * DTYPE_BYTES[dtype]
+                found.append(
+                    Collective(BETWEEN_SLICES, dtype, shape, size, devices, runs[name], "")
+                )
+            if opcode.removesuffix("-start") not in KINDS:
                 continue
             if _is_part(seen, result, opcode, rest):
                 continue
@@ -143,11 +155,7 @@ def _trip_count(computations: dict[str, list[str]], rest: str) -> int:
 
 def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
     """The collectives of one instruction: one for each array that it was combined from."""
-    kind = opcode.removesuffix("-start")
-    arrays = [
-        (dtype, tuple(int(n) for n in sizes.split(",") if n))
-        for dtype, sizes in _ARRAY.findall(result)
-    ]
+    kind, arrays = opcode.removesuffix("-start"), _arrays(result)
     if opcode != kind and kind != "all-reduce":  # the result lists the operands first
         operands = rest.split(")")[0].count("%")
         arrays = arrays[operands : 2 * operands]
@@ -159,6 +167,12 @@ def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
             shape = (*shape[:dimension], shape[dimension] * group, *shape[dimension + 1 :])
         size = math.prod(shape) * DTYPE_BYTES[dtype]
         yield Collective(kind, dtype, shape, size, group, runs, scope[1] if scope else "")
+
+
+def _arrays(result: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every array of a result."""
+    shape = lambda sizes: tuple(int(n) for n in sizes.split(",") if n)
+    return [(dtype, shape(sizes)) for dtype, sizes in _ARRAY.findall(result)]
 
 
 def _group_size(rest: str, devices: int) -> int:

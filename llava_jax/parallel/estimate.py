@@ -89,12 +89,20 @@ def memory_traffic(config: LlavaConfig, plan: dict) -> float:
     return update + weights + activations
 
 
-def estimate(where: Topology, executed: float, model: float, traffic: float, sent: float) -> dict:
+def estimate(
+    where: Topology,
+    executed: float,
+    model: float,
+    traffic: float,
+    sent: float,
+    between: float = 0.0,
+) -> dict:
     """Seconds of each term on each chip, of the step, and the MFU that follows.
 
     Args:
       executed, model: FLOPs of a step over all chips.
-      traffic, sent: bytes of a step on one chip, through memory and through links.
+      traffic, sent, between: bytes of a step on one chip, through memory, through the links of a
+        slice and through the network between slices.
     """
     chip, chips = where.chip, len(where.devices)
     terms = {
@@ -102,6 +110,8 @@ def estimate(where: Topology, executed: float, model: float, traffic: float, sen
         "memory": traffic / chip.hbm_bandwidth,
         "collectives": sent / where.bandwidth if where.bandwidth else 0.0,
     }
+    if where.slices > 1:
+        terms["between slices"] = between / chip.network
     best, worst = max(terms.values()), sum(terms.values())
     share = lambda seconds: model / chips / chip.peak / seconds
     return {

@@ -28,11 +28,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: "
             "the sizes must multiply to that number (one of them may be -1)"
         )
-    kinds = (AxisType.Auto,) * len(AXES)
-    slices = slice_count(devices)
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    return Mesh(hybrid_grid(sizes, slices, devices), AXES, axis_types=kinds)
+    return Mesh(device_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def slice_count(devices) -> int:
@@ -41,16 +37,24 @@ def slice_count(devices) -> int:
     return len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
 
 
-def hybrid_grid(sizes: list[int], slices: int, devices) -> np.ndarray:
-    """Devices [data, fsdp, tensor] of several slices: only `data` crosses the slow network."""
+def device_grid(sizes: list[int], devices) -> np.ndarray:
+    """Devices [data, fsdp, tensor]; between TPU slices, on the slow network, only `data` crosses.
+
+    Of a slice an axis may be any part of the torus, which `jax.make_mesh` allows on v5e alone.
+    """
     data, *others = sizes
+    slices = slice_count(devices)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if data % slices:
         raise LlavaError(
             f"mesh data={data} does not spread over {slices} TPU slices: give "
             f"--config.mesh.data={slices}, or a multiple; gradients alone then cross between slices"
         )
     inside = (data // slices, *others)
-    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+    )
 
 
 def microbatches(mesh: Mesh, rows: int, wanted: int) -> int:

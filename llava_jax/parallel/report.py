@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.data.templates import get_template
-from llava_jax.parallel.collectives import Collective
+from llava_jax.parallel.collectives import BETWEEN_SLICES, Collective
 from llava_jax.parallel.compiling import Compiled, Stage
 from llava_jax.parallel.estimate import (
     CAPTIONS,
@@ -76,11 +76,13 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
     }
     if compiled.memory is None:
         return told
-    sent = sum(c.received for c in compiled.collectives)
+    between = sum(c.received for c in compiled.collectives if c.kind == BETWEEN_SLICES)
+    sent = sum(c.received for c in compiled.collectives) - between
     told |= {
         "collectives": by_kind(compiled.collectives),
         "collective_bytes": sent,
-        "fsdp": fsdp_bytes(stage, compiled.collectives),
+        "between_slices_bytes": between,
+        "fsdp": {"least": least_fsdp_bytes(stage), "measured": sent},
     }
     if where.chip:
         told["estimate"] = estimate_of(stage, told)
@@ -97,10 +99,10 @@ def by_kind(collectives: list[Collective]) -> dict[str, dict]:
     return kinds
 
 
-def fsdp_bytes(stage: Stage, collectives: list[Collective]) -> dict[str, float]:
-    """Bytes that sharding the weights costs a device in a step, beside the least there can be.
+def least_fsdp_bytes(stage: Stage) -> float:
+    """The least bytes that sharding the weights can cost a device in a step.
 
-    The least: trained weights are gathered for the forward and the backward pass in the compute
+    Trained weights are gathered for the forward and the backward pass in the compute
     dtype and their gradients scattered in float32; frozen ones are gathered for each pass they
     take part in. Once a microbatch.
     """
@@ -112,11 +114,7 @@ def fsdp_bytes(stage: Stage, collectives: list[Collective]) -> dict[str, float]:
     # The gradient flows back through a frozen decoder, not through a frozen encoder.
     passes = {name: 1 if name == "vision" else 2 for name in frozen}
     least = trained * (2 * width + 4) + sum(frozen[n] * passes[n] * width for n in frozen)
-    measured = sum(c.received for c in collectives)
-    return {
-        "least": stage.config.accumulation * least * share / tensor,
-        "measured": measured,
-    }
+    return stage.config.accumulation * least * share / tensor
 
 
 def estimate_of(stage: Stage, told: dict) -> dict:
@@ -134,7 +132,8 @@ def estimate_of(stage: Stage, told: dict) -> dict:
         "tokens": rows * length / stage.batch_shards,
     }
     traffic = memory_traffic(model, plan)
-    return estimate(stage.where, executed, told["model_flops"], traffic, told["collective_bytes"])
+    sent, between = told["collective_bytes"], told["between_slices_bytes"]
+    return estimate(stage.where, executed, told["model_flops"], traffic, sent, between)
 
 
 def print_report(told: dict) -> None:
@@ -158,7 +157,7 @@ def print_report(told: dict) -> None:
     if "fsdp" in told:
         fsdp = told["fsdp"]
         print(
-            f"all collectives: {fsdp['measured'] / 1e9:.2f} GB into each chip a step; sharded "
+            f"within a slice: {fsdp['measured'] / 1e9:.2f} GB into each chip a step; sharded "
             f"weights cost at least {fsdp['least'] / 1e9:.2f} GB"
         )
     if "estimate" in told:

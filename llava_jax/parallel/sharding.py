@@ -34,6 +34,8 @@ RULES = (
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
 )
+# Within one part of the data axis, where a step is run part by part.
+RULES_OF_A_PART = tuple((name, "fsdp" if axis == BATCH_AXES else axis) for name, axis in RULES)
 
 
 def param_shardings(mesh: Mesh, boxed_params) -> dict:

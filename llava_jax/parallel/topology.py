@@ -6,7 +6,9 @@ What a chip can do is taken from the vendors' pages and from "How to Scale Your 
 
 import dataclasses
 import importlib.util
+import math
 import os
+import re
 
 import jax
 
@@ -25,6 +27,7 @@ class Chip:
       hbm_bandwidth: bytes/s.
       link: bytes/s of one link between neighbours, one way.
       ring: the axis size from which an axis closes to a ring.
+      network: bytes/s between slices, one way: a chip's share of its host's network cards.
     """
 
     hbm: int
@@ -32,12 +35,13 @@ class Chip:
     hbm_bandwidth: float
     link: float
     ring: int
+    network: float
 
 
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 197e12, 0.82e12, 4.5e10, 16),
-    "v5p": Chip(int(95.74 * GIB), 459e12, 2.76e12, 9e10, 4),
-    "v6e": Chip(int(31.25 * GIB), 918e12, 1.64e12, 9e10, 16),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 0.82e12, 4.5e10, 16, 3.125e9),
+    "v5p": Chip(int(95.74 * GIB), 459e12, 2.76e12, 9e10, 4, 6.25e9),
+    "v6e": Chip(int(31.25 * GIB), 918e12, 1.64e12, 9e10, 16, 12.5e9),
 }
 
 
@@ -46,24 +50,26 @@ class Topology:
     """A set of devices to compile for.
 
     Attributes:
-      name: as given, such as `v5e:4x4` or `cpu:8`.
-      shape: chips along each axis of the torus.
+      name: as given, such as `v5e:4x4`, `2xv5e:4x4` or `cpu:8`.
+      shape: chips along each axis of a slice's torus.
       chip: None for CPUs.
+      slices: that have a torus each; the hosts' network joins them.
     """
 
     name: str
     devices: tuple[jax.Device, ...]
     shape: tuple[int, ...]
     chip: Chip | None
+    slices: int = 1
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes/s that enter a chip when all chips gather along every axis; None for one chip.
+        """Bytes/s that enter a chip when a slice gathers along every axis; None for one chip.
 
         An axis that closes to a ring brings data from both sides, an open one from one side at
         its ends, for which the others wait.
         """
-        if self.chip is None or len(self.devices) == 1:
+        if self.chip is None or math.prod(self.shape) == 1:
             return None
         closed = [size % self.chip.ring == 0 for size in self.shape]
         if self.chip is CHIPS["v5p"]:  # closes its axes only together
@@ -75,25 +81,26 @@ class Topology:
 def topology(name: str) -> Topology:
     """The devices of a name: `KIND:AxB` or `KIND:AxBxC` for a TPU, `cpu:N` for simulated CPUs.
 
-    To be called before anything else asks JAX for its devices.
+    `NxKIND:AxB` are N such slices of TPUs. To be called before anything else asks JAX for its
+    devices.
 
     Raises:
       LlavaError: no such topology, or the TPU compiler is not installed.
     """
-    kind, _, sizes = name.partition(":")
-    try:
-        shape = tuple(int(size) for size in sizes.split("x"))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1 or kind not in (*CHIPS, "cpu") or shape[1:] and kind == "cpu":
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    slices, kind, sizes = found.groups() if found else (None, None, "")
+    shape = tuple(map(int, filter(None, sizes.split("x"))))
+    if kind not in (*CHIPS, "cpu") or kind == "cpu" and (slices or len(shape) > 1):
         raise LlavaError(
             f"dry_run={name!r} is no topology: give cpu:8, or one of {', '.join(CHIPS)} with its "
-            "chips, such as v5e:4x4 or v5p:4x4x4"
+            "chips, such as v5e:4x4 or v5p:4x4x4, or several such slices: 2xv5e:4x4"
         )
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         return Topology(name, _simulated_cpus(shape[0]), shape, None)
-    return Topology(name, _tpu_devices(name, shape), shape, CHIPS[kind])
+    slices = int(slices or 1)
+    devices = _tpu_devices(name, f"{kind}:{sizes}", shape, slices)
+    return Topology(name, devices, shape, CHIPS[kind], slices)
 
 
 def _simulated_cpus(count: int) -> tuple[jax.Device, ...]:
@@ -106,7 +113,9 @@ def _simulated_cpus(count: int) -> tuple[jax.Device, ...]:
     return tuple(devices)
 
 
-def _tpu_devices(name: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
+def _tpu_devices(
+    name: str, one_slice: str, shape: tuple[int, ...], slices: int
+) -> tuple[jax.Device, ...]:
     if not importlib.util.find_spec("libtpu"):
         raise LlavaError(
             f"dry_run={name} needs the TPU compiler: pip install -e '.[tpu]' in an environment of "
@@ -122,7 +131,10 @@ def _tpu_devices(name: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
     bounds = [min(size, 2) if axis < 2 else 1 for axis, size in enumerate((*shape, 1, 1)[:3])]
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chips_per_host_bounds=bounds
+            platform="tpu",
+            topology_name=one_slice,
+            chips_per_host_bounds=bounds,
+            num_slices=slices,
         )
     except jax.errors.JaxRuntimeError as error:
         raise LlavaError(

@@ -86,7 +86,9 @@ def _sum_and_grads(
         _local_sum_and_grads, chunk=chunk, want_hidden=want_hidden, want_table=want_table
     )
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
+    axes = tuple(
+        axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
+    )
     if not axes:
         return run(hidden_states, table, targets, weights)
     scatter = "fsdp" in axes and table.shape[1] % mesh.shape["fsdp"] == 0

@@ -3,12 +3,15 @@
 from collections.abc import Callable
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from llava_jax.models.decoder import output_embedding
 from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
+from llava_jax.parallel.sharding import RULES_OF_A_PART
 from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_token_targets
 from llava_jax.training.optimizer import merge_params
 
@@ -132,12 +135,37 @@ def make_train_step(
         cuts = jax.tree.map(cut, rows)
         return jax.lax.scan(add, (jnp.float32(0), zeros), cuts)[0]
 
+    def summed(trainable, frozen, *rows):
+        """Loss and gradients of a batch. Parts of the `data` axis add theirs up once a step.
+
+        Left to the compiler they would for every microbatch, and slices of a pod would wait for
+        the slow network between them.
+        """
+        axes = jax.sharding.get_abstract_mesh().shape
+        # Where all three axes are split, XLA's partitioner aborts at the embedding's lookup.
+        if axes.get("data", 1) == 1 or axes["fsdp"] > 1 and axes["tensor"] > 1:
+            return accumulated(trainable, frozen, *rows)
+
+        def of_a_part(*arguments):
+            with nn.logical_axis_rules(RULES_OF_A_PART):
+                return jax.lax.psum(accumulated(*arguments), "data")
+
+        whole, part = PartitionSpec(), PartitionSpec("data")
+        parts = jax.shard_map(
+            of_a_part,
+            in_specs=(whole, whole, *[part] * len(rows)),
+            out_specs=whole,
+            axis_names={"data"},
+            check_vma=False,
+        )
+        return parts(trainable, frozen, *rows)
+
     def train_step(state: TrainState, frozen: dict, batch: dict):
         supervised = jnp.sum(batch_targets(batch) != IGNORE_INDEX, axis=1)  # [B]
         weights = row_weights(supervised, parity)
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(weights)))
-        loss, grads = accumulated(state.params, frozen, batch, weights, keys)
+        loss, grads = summed(state.params, frozen, batch, weights, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss,

@@ -15,7 +15,7 @@ from llava_jax.parallel.topology import topology
 # As the TPU compiler writes: a gather in a loop of three turns, split over two fusions that share
 # a channel; a scatter as a reduction of which a slice is kept; a permutation and a scatter beside
 # it; two gathers that share a channel and nothing else; a reduction of two arrays; a loop without
-# limit.
+# limit; a sum over slices, which the hosts do, and something else that comes from a host.
 TEXT = """\
 HloModule step
 %gather.1 (p: bf16[1,8]) -> bf16[4,8] {
@@ -51,6 +51,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %scatter = f32[2,16]{1,0} reduce-scatter(%g), channel_id=10, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
   %by_hand = bf16[8]{0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}, metadata={op_name="q_proj"}
   %by_hand.1 = bf16[8]{0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}, metadata={op_name="v_proj"}
+  %recv.3 = (bf16[16,8]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after-all.3), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.4 = (f32[8]{0}, u32[], token[]) recv(%after-all.4), channel_id=2, is_host_transfer=true
   %both = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), channel_id=11, replica_groups=[1,8]<=[8], to_apply=%add
 }
 """  # noqa: E501
@@ -68,6 +70,7 @@ def test_a_text_by_hand():
         ("all-gather", "bf16", (8,)): (2, 1, 16 / 2),
         ("all-reduce", "f32", (4,)): (8, 1, 2 * 16 * 7 / 8),
         ("all-reduce", "bf16", (6,)): (8, 1, 2 * 12 * 7 / 8),
+        ("between slices", "bf16", (16, 8)): (8, 1, 256),
     }
     assert {key: (c.group, c.runs, c.received) for key, c in found.items()} == wanted
     assert found["all-gather", "bf16", (4, 8)].scope == "layers/up_proj"

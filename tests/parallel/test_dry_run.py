@@ -1,5 +1,6 @@
 """Dry runs: numbers against hand counts; simulated devices, and TPUs where libtpu is."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -139,15 +140,18 @@ def test_assumed_rows_never_hold_more_than_their_room():
 def test_the_roofline_takes_the_largest_term():
     where = Topology("v5p:4x4x4", (None,) * 64, (4, 4, 4), CHIPS["v5p"])
     seconds = {"compute": 0.5, "memory": 0.1, "collectives": 0.2}
-    told = estimate(
-        where,
-        executed=seconds["compute"] * 64 * 459e12,
-        model=0.3 * 64 * 459e12,
-        traffic=seconds["memory"] * CHIPS["v5p"].hbm_bandwidth,
-        sent=seconds["collectives"] * where.bandwidth,
-    )
+    work = {
+        "executed": seconds["compute"] * 64 * 459e12,
+        "model": 0.3 * 64 * 459e12,
+        "traffic": seconds["memory"] * CHIPS["v5p"].hbm_bandwidth,
+        "sent": seconds["collectives"] * where.bandwidth,
+    }
+    told = estimate(where, **work)
     assert told["seconds"] == pytest.approx(seconds) and told["bound_by"] == "compute"
     assert told["mfu"] == pytest.approx(0.6) and told["mfu_nothing_hidden"] == pytest.approx(0.375)
+    two = dataclasses.replace(where, slices=2)
+    told = estimate(two, **work, between=0.75 * CHIPS["v5p"].network)
+    assert told["bound_by"] == "between slices" and told["mfu"] == pytest.approx(0.4)
 
 
 @pytest.mark.slow

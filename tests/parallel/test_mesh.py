@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.parallel.mesh import hybrid_grid, make_mesh, microbatches, slice_count
+from llava_jax.parallel.mesh import device_grid, make_mesh, microbatches, slice_count
 
 
 @pytest.mark.parametrize(
@@ -50,23 +50,39 @@ class Chip:
     """As much of a TPU device as laying out a mesh asks for."""
 
     id: int
-    slice_index: int
-    platform: str = "cpu"
-    device_kind: str = "cpu"
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(slices: int, side: int) -> list[Chip]:
+    """Squares of chips."""
+    places = [(s, x, y) for s in range(slices) for x in range(side) for y in range(side)]
+    return [Chip(i, (x, y, 0), s) for i, (s, x, y) in enumerate(places)]
 
 
 def test_only_the_data_axis_crosses_slices():
-    chips = [Chip(i, i // 4) for i in range(8)]
-    grid = hybrid_grid([4, 2, 1], 2, chips[::-1])
+    grid = device_grid([4, 2, 1], chips(2, 2)[::-1])
     assert grid.shape == (4, 2, 1)
     assert [{c.slice_index for c in part.flat} for part in grid] == [{0}, {0}, {1}, {1}]
     with pytest.raises(LlavaError, match="data=1 does not spread over 2 TPU slices: .*mesh.data=2"):
-        hybrid_grid([1, 8, 1], 2, chips)
+        device_grid([1, 8, 1], chips(2, 2))
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_axis_may_be_a_part_of_one_of_the_torus(slices):
+    grid = device_grid([slices, 8, 2], chips(slices, 4))
+    assert len({c.id for c in grid.flat}) == 16 * slices
+    for one, other in grid.reshape(-1, 2):  # partners on the tensor axis are neighbours
+        assert sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
 
 
 def test_slices_are_those_of_tpus():
-    assert slice_count([Chip(i, i // 4, "tpu") for i in range(8)]) == 2
-    assert slice_count([Chip(i, i // 4, "gpu") for i in range(8)]) == 1
+    assert slice_count(chips(2, 2)) == 2
+    assert slice_count([dataclasses.replace(c, platform="gpu") for c in chips(2, 2)]) == 1
     assert slice_count(jax.devices()) == 1
 
 

@@ -13,6 +13,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params
 from llava_jax.models.lora import LoraConfig, init_lora
 from llava_jax.models.presets import PRESETS
+from llava_jax.parallel.collectives import read_collectives
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import (
     RULES,
@@ -111,16 +112,18 @@ def train(config: LlavaConfig, mesh, steps: int = 2, accumulation: int = 1, lora
     state = fresh_state(wanted, params, optimizer)
     frozen = place(params, frozen)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = jax.jit(
-            make_train_step(LlavaModel(config), optimizer, accumulation, 8, joined(lora)),
-            out_shardings=(placed, None),
-        )
+        step = jitted_step(config, optimizer, accumulation, state, lora)
         arrays = put_batch(mesh, batch(config))
         for _ in range(steps):
             state, metrics = step(state, frozen, arrays)
             losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
+
+
+def jitted_step(config: LlavaConfig, optimizer, accumulation: int, state, lora=None):
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(LlavaModel(config), optimizer, accumulation, 8, joined(lora))
+    return jax.jit(step, out_shardings=(placed, None))
 
 
 ONE_KV_HEAD = dataclasses.replace(
@@ -151,6 +154,20 @@ def test_sharded_is_one_device(config, sizes, accumulation, one_device):
     assert wanted_losses[1] < wanted_losses[0]
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def crossing_bytes(accumulation: int) -> float:
+    """Bytes of sums that a step on a mesh of eight parts of the data axis brings each device."""
+    mesh, optimizer = make_mesh(data=8, fsdp=1), adamw(GROUPS, warmup_cosine(5, 0.0), **OPTIONS)
+    state, frozen = abstract_state(mesh, abstract_model(CONFIG, None), GROUPS, optimizer, "float32")
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        step = jitted_step(CONFIG, optimizer, accumulation, state)
+        text = step.lower(state, frozen, put_batch(mesh, batch(CONFIG, 32))).compile().as_text()
+    return sum(c.received for c in read_collectives(text, 8))
+
+
+def test_gradients_cross_the_data_axis_once_a_step():
+    assert crossing_bytes(4) == pytest.approx(crossing_bytes(1), rel=0.01)
 
 
 LORA = LoraConfig(4, 8.0, ("decoder/layers/*", "vision/layers/*"), dropout=0.2)

@@ -15,7 +15,10 @@ def test_simulated_cpus_have_no_chip():
     assert where.bandwidth is None
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4x", "h100:8", "cpu:2x4", "v5e:0x4", "cpu:9"])
+@pytest.mark.parametrize(
+    "name",
+    ["v5e", "v5e:4x", "h100:8", "cpu:2x4", "v5e:0x4", "cpu:9", "0xv5e:2x2", "2xcpu:4", "x", ""],
+)
 def test_names_that_mean_no_devices_are_refused(name):
     with pytest.raises(LlavaError, match="dry_run"):
         topology(name)
@@ -43,3 +46,10 @@ def test_a_slice_of_a_tpu():
     assert len(where.devices) == 8 and where.devices[0].platform == "tpu"
     with pytest.raises(LlavaError, match="no such slice"):
         topology("v5e:3x5")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_slices_of_a_tpu():
+    where = topology("2xv5e:2x2")
+    assert [d.slice_index for d in where.devices] == [0] * 4 + [1] * 4
+    assert where.slices == 2 and where.bandwidth == topology("v5e:2x2").bandwidth
