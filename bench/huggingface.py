@@ -1,11 +1,16 @@
 """The same requests through transformers' generate: the other side of the inference benchmarks."""
 
+import os
+
 import numpy as np
 import torch
 import transformers
 
 from llava_jax.inference.engine import Request
 from llava_jax.inference.model import Llava
+
+# Read when JAX first looks for devices: else it takes most of a card that both sides share.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 class HuggingFace:
