@@ -3,6 +3,7 @@
 import base64
 import http.client
 import os
+import stat
 import time
 import urllib.request
 
@@ -63,7 +64,21 @@ def source_name(source: ImageSource, default: str) -> str:
     if not isinstance(source, str | os.PathLike):
         return default
     source = os.fspath(source)
-    return default if _scheme(source) == "data" else source
+    if _scheme(source) == "data":
+        return default
+    return source if len(source) <= 300 else f"{source[:300]}..."  # a picture's bytes, no path
+
+
+def file_version(path: str, name: str) -> tuple[int, ...]:
+    """What changes when a file does; LlavaError where there is none. `name` is as it is told."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # the latter: a zero byte in the path
+        told = getattr(error, "strerror", None) or error
+        raise LlavaError(f"no image file {name!r}: {told}") from None
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write
+        raise LlavaError(f"{name!r} is not a file")
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _decode(source: str) -> bytes:
