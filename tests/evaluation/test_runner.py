@@ -114,6 +114,20 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_file(
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_lines_of_another_form_are_asked_again(llava, data, tmp_path):
+    run(llava, data, tmp_path / "out")
+    path = tmp_path / "out" / "predictions.jsonl"
+    whole = path.read_bytes()
+    first = whole.split(b"\n")[0] + b"\n"
+    for line in (b"5\n", b"[]\n", b'{"id": "q-1"}\n', b'{"id": [], "prediction": "a"}\n'):
+        path.write_bytes(first + line)
+        run(llava, data, tmp_path / "out")
+        assert path.read_bytes() == whole
+    path.with_name("run.json").write_text("[]")
+    with pytest.raises(LlavaError, match="answers of another run"):
+        run(llava, data, tmp_path / "out")
+
+
 def test_shards_together_are_the_whole_run(llava, data, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     scores = run(llava, data, whole)

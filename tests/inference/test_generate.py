@@ -194,6 +194,9 @@ def test_answers_of_another_run_are_not_continued(run, tmp_path):
     write(tmp_path / "in.jsonl", good(3))
     with pytest.raises(LlavaError, match="different: input, sampling"):
         run()
+    (tmp_path / "out.jsonl.run.json").write_text("[]")
+    with pytest.raises(LlavaError, match="different: input, parameters"):
+        run()
     assert len(run("--overwrite")) == 3 and len(first) == 2
 
 
