@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and how a full disk is told."""
+"""The one exception that means "the user can fix this", and how faults of files are told."""
 
 import errno
 
@@ -12,8 +12,10 @@ class LlavaError(ValueError):
     """
 
 
-def no_room(error: OSError) -> str:
-    """The sentence about a full disk or quota; raises the error again where it is another."""
-    if error.errno not in _NO_ROOM:
+def file_fault(error: OSError) -> str:
+    """The sentence about a full disk or a path that cannot be used; raises other errors again."""
+    if error.errno in _NO_ROOM:
+        return f"no room to write {error.filename or 'a file'}: {error.strerror}"
+    if error.filename is None:
         raise error
-    return f"no room to write {error.filename or 'a file'}: {error.strerror}"
+    return f"cannot use {error.filename}: {error.strerror}"
