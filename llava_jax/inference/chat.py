@@ -1,7 +1,9 @@
 """`llava-jax chat`: one question, or a conversation, about pictures in the terminal."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +130,11 @@ def main(args: argparse.Namespace) -> int:
 
 def talk(model: Llava, conversation: Conversation, settings: dict) -> None:
     """The loop of a conversation; a wrong input is told and the conversation goes on."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # not in every Python
+            import readline  # noqa: F401  now arrow keys edit the line and are no part of it
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is no UTF-8 is a fault of its line alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -147,14 +154,15 @@ def talk(model: Llava, conversation: Conversation, settings: dict) -> None:
 
 def _one_line(model: Llava, conversation: Conversation, line: str, settings: dict) -> None:
     command, _, rest = line.partition(" ")
+    path = os.path.expanduser(rest.strip())
     if command == "/reset":
         conversation.reset()
     elif command == "/image":
-        conversation.add_image(rest.strip())
+        conversation.add_image(path)
     elif command == "/boxes":
-        conversation.save_boxes(rest.strip())
+        conversation.save_boxes(path)
     elif command == "/save":
-        conversation.save(rest.strip())
+        conversation.save(path)
     elif command.startswith("/"):
         print(f"unknown command {command}\n{HELP}", file=sys.stderr)
     elif line:
