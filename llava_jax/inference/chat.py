@@ -16,6 +16,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.boxes import draw_boxes, parse_boxes, to_pixels
 from llava_jax.inference.command_line import add_model_arguments, load_from_arguments
 from llava_jax.inference.model import Llava
+from llava_jax.inference.sampling import SamplingParams
 from llava_jax.inference.sources import fetch, source_name
 
 HELP = """/image FILE shows a picture with the next question
@@ -111,16 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Answers `--prompt`, or talks until /quit or the end of the input; returns the exit code."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    SamplingParams.from_names(settings)  # a wrong one is told before the model is loaded
     conversation = Conversation(args.allow_urls)
     for path in args.image:
         conversation.add_image(path)
     model = load_from_arguments(args)
-    settings = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
     if args.prompt is not None:
         print("".join(conversation.ask(model, args.prompt, **settings)))
     else:

@@ -147,6 +147,11 @@ def test_end_of_input_ends_the_conversation(model, tmp_path, monkeypatch):
     assert len(model.calls) == 1
 
 
+def test_wrong_settings_are_told_before_the_model_loads(tmp_path):
+    with pytest.raises(LlavaError, match="max_tokens must be a whole number from 1, not 0"):
+        run("--checkpoint", "no/such", "--max_new_tokens", "0")
+
+
 def test_wrong_paths_are_told_before_the_model_loads(tmp_path):
     with pytest.raises(LlavaError, match="no/such.png"):
         run("--checkpoint", str(tmp_path), "--image", "no/such.png")
