@@ -70,6 +70,17 @@ def evaluate(
         return _conclude(benchmark, run, [done[q.id]["prediction"] for q in questions], output)
 
 
+def default_output(checkpoint: str) -> Path:
+    """eval in the work directory of the checkpoint, of which it may be one step.
+
+    For a name of the Hugging Face hub, runs/NAME/eval: a folder of the whole name would hide it.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        return Path("runs", path.name, "eval")
+    return (path.parent.parent if path.parent.name == "checkpoints" else path) / "eval"
+
+
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Makes the folder and locks it, so that two runs never write there at once."""

@@ -11,7 +11,7 @@ import pytest
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import BENCHMARKS, Shard, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
-from llava_jax.evaluation.runner import evaluate
+from llava_jax.evaluation.runner import default_output, evaluate
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.quantization import pack_kernels
@@ -285,6 +285,14 @@ def test_wrong_command_lines_are_told_in_a_sentence(arguments, message, data):
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_results_lie_with_the_checkpoint_and_never_hide_a_name_of_the_hub(tmp_path, monkeypatch):
+    step = tmp_path / "checkpoints" / "4"
+    step.mkdir(parents=True)
+    assert default_output(str(tmp_path)) == default_output(str(step)) == tmp_path / "eval"
+    monkeypatch.chdir(tmp_path)
+    assert default_output("llava-hf/llava-1.5-7b-hf") == Path("runs/llava-1.5-7b-hf/eval")
 
 
 def test_every_benchmark_has_a_config():
