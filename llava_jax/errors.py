@@ -3,6 +3,8 @@
 import errno
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+            errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)  # fmt: skip
 
 
 class LlavaError(ValueError):
@@ -16,6 +18,6 @@ def file_fault(error: OSError) -> str:
     """The sentence about a full disk or a path that cannot be used; raises other errors again."""
     if error.errno in _NO_ROOM:
         return f"no room to write {error.filename or 'a file'}: {error.strerror}"
-    if error.filename is None:
-        raise error
-    return f"cannot use {error.filename}: {error.strerror}"
+    if error.errno in _NO_PATH and error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}"
+    raise error
