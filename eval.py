@@ -41,14 +41,14 @@ def main() -> None:
         benchmark = benchmark.first(LIMIT.value)
     check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
     # Late: loading JAX takes seconds that a mistyped flag or a missing file should not cost.
-    from llava_jax.evaluation.runner import evaluate
+    from llava_jax.evaluation.runner import default_output, evaluate
     from llava_jax.inference.command_line import keep_compilations, mesh_of_all
     from llava_jax.inference.model import Llava
 
     keep_compilations()
     mesh = mesh_of_all(**config.mesh)
     model = Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype, mesh=mesh)
-    root = Path(OUTPUT.value or default_output(Path(CHECKPOINT.value)))
+    root = Path(OUTPUT.value or default_output(CHECKPOINT.value))
     output = root / benchmark.name
     scores = evaluate(
         model, benchmark, output, config.max_new_tokens, config.batch_size, OVERWRITE.value, shard
@@ -60,12 +60,6 @@ def main() -> None:
         print(table(scores))
     print(comparison(benchmark.name, scores))
     print(f"answers: {output / 'predictions.jsonl'}\nreport: {write_report(root)}")
-
-
-def default_output(checkpoint: Path) -> Path:
-    """eval in the work directory of the checkpoint, of which it may be one step."""
-    is_step = checkpoint.parent.name == "checkpoints"
-    return (checkpoint.parent.parent if is_step else checkpoint) / "eval"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-from llava_jax.errors import LlavaError, no_room
+from llava_jax.errors import LlavaError, file_fault
 
 # name -> (module with add_arguments(parser) and main(args), one line of help)
 COMMANDS = {
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        print(f"llava-jax {args.command}: {no_room(error)}", file=sys.stderr)
+        print(f"llava-jax {args.command}: {file_fault(error)}", file=sys.stderr)
         return 1
 
 

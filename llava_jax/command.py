@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from llava_jax.errors import LlavaError, no_room
+from llava_jax.errors import LlavaError, file_fault
 
 
 def run(main: Callable[[], None], required: tuple[str, ...] = ("config",)) -> None:
@@ -26,7 +26,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ("config",)) -> No
         except LlavaError as error:
             sys.exit(f"error: {error}")
         except OSError as error:
-            sys.exit(f"error: {no_room(error)}")
+            sys.exit(f"error: {file_fault(error)}")
 
     flags.mark_flags_as_required(required)
     app.run(told, flags_parser=parse_flags)

@@ -1,8 +1,10 @@
-"""The one exception that means "the user can fix this", and how a full disk is told."""
+"""The one exception that means "the user can fix this", and how faults of files are told."""
 
 import errno
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+            errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)  # fmt: skip
 
 
 class LlavaError(ValueError):
@@ -12,8 +14,10 @@ class LlavaError(ValueError):
     """
 
 
-def no_room(error: OSError) -> str:
-    """The sentence about a full disk or quota; raises the error again where it is another."""
-    if error.errno not in _NO_ROOM:
-        raise error
-    return f"no room to write {error.filename or 'a file'}: {error.strerror}"
+def file_fault(error: OSError) -> str:
+    """The sentence about a full disk or a path that cannot be used; raises other errors again."""
+    if error.errno in _NO_ROOM:
+        return f"no room to write {error.filename or 'a file'}: {error.strerror}"
+    if error.errno in _NO_PATH and error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}"
+    raise error

@@ -47,7 +47,7 @@ def load_image(
     name = name or (source if isinstance(source, str) else "image")
     if isinstance(source, Image.Image):
         _check_pixels(source.size, name, max_pixels)
-        return _upright_rgb(source)
+        return _decode(source, name)  # it may be of a file that nothing was read of yet
     with _open(source, name, max_pixels) as image:
         return _decode(image, name)
 

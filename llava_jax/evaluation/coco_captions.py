@@ -31,6 +31,8 @@ def load(root: Path, split: str) -> Benchmark:
 
     def make(image) -> Question:
         references = captions[image["id"]]
+        if not references:
+            raise LlavaError(f"image {image['id']} has no caption")
         return ask(
             image["id"],
             CAPTION,

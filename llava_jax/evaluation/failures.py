@@ -41,7 +41,9 @@ def write_failures(path: Path, benchmark: Benchmark, predictions: Sequence[str])
         count += f"; the {len(shown)} worst are shown"
     articles = "\n".join(_article(benchmark, *pairs[i], grades[i]) for i in shown)
     title = escape(f"{benchmark.name}: failures")
-    path.write_text(_PAGE.format(title=title, count=count, articles=articles), encoding="utf-8")
+    page = _PAGE.format(title=title, count=count, articles=articles)
+    # A file's name that is no UTF-8 comes as halves of characters.
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _article(benchmark: Benchmark, question: Question, text: str, grade: float) -> str:

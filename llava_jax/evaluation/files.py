@@ -102,7 +102,7 @@ def questions_of(
 def check_images(questions: Sequence[Question], source: str) -> None:
     """LlavaError if a picture that will be asked about is not there."""
     paths = {path for q in questions for path in q.images if isinstance(path, str)}
-    missing = sorted(path for path in paths if not os.path.exists(path))
+    missing = sorted(path for path in paths if not os.path.isfile(path))
     if missing:
         raise LlavaError(
             f"{len(missing):,} of {len(paths):,} pictures are missing, {missing[0]} for one: they "

@@ -98,6 +98,7 @@ def load_mmbench(root: Path, file: str, language: str) -> Benchmark:
         root, f"https://download.openmmlab.com/mmclassification/datasets/mmbench/{file}"
     )
     rows = folder.tsv(file)
+    pictures = {row.get("index"): row.get("image") for row in rows}
     suffix = LETTER if language == "en" else LETTER_CN
 
     def make(row) -> Question:
@@ -108,7 +109,8 @@ def load_mmbench(root: Path, file: str, language: str) -> Benchmark:
         return ask(
             int(row["index"]),
             f"{text}\n{suffix}",
-            decode_image(row["image"]),
+            # Later releases name a rotated copy's picture by the index of the row that has it.
+            decode_image(pictures.get(row["image"], row["image"])),
             image_name=f"{file}, row {row['index']}",
             reference=f"{answer}. {row[answer]}" if answer else "",
             kind=row.get("l2-category") or row.get("category") or "all",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Score
+from llava_jax.evaluation.files import NOT_AS_EXPECTED
 
 # LLaVA-1.5 7B and 13B, from its model zoo (https://github.com/haotian-liu/LLaVA). The last two
 # were graded by GPT-4 of the time, which no later grading reproduces.
@@ -23,6 +24,10 @@ PUBLISHED = {
     "llava_bench": (65.4, 72.5),
     "mmvet": (31.1, 36.1),
 }
+HEAD = (
+    "| benchmark | questions | metric | score | LLaVA-1.5 7B | 13B |",
+    "|---|--:|---|--:|--:|--:|",
+)
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -50,37 +55,38 @@ def comparison(benchmark: str, scores: Sequence[Score]) -> str:
 
 def write_report(folder: Path) -> Path:
     """report.md and report.json over every finished benchmark below `folder`."""
-    results = {}
-    for path in sorted(folder.rglob("metrics.json")):
+    results, rows, details = {}, [], []
+    for mark in sorted(folder.rglob("run.json")):  # without it, a metrics.json is not of ours
+        path = mark.with_name("metrics.json")
+        if not path.exists():
+            continue
+        # The benchmark's name; before it a folder, where another --output lies inside this one.
+        name = mark.parent.relative_to(folder).as_posix()
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            results[metrics["benchmark"]] = metrics
-        except (ValueError, KeyError, TypeError) as error:
+            metrics = results[name] = json.loads(path.read_text(encoding="utf-8"))
+            scores = _scores(metrics)
+            rows.append(_row(name, metrics, scores))
+        except NOT_AS_EXPECTED as error:
             raise LlavaError(f"cannot read the result {path}: {error}; delete it") from None
+        if scores:
+            details.append(f"## {name}\n\n```\n{table(scores)}\n```\n")
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
     path = folder / "report.md"
-    path.write_text(_markdown(results), encoding="utf-8")
+    path.write_text("\n".join([*HEAD, *rows]) + "\n\n" + "\n".join(details), encoding="utf-8")
     return path
 
 
-def _markdown(results: Mapping[str, Mapping]) -> str:
-    lines = [
-        "| benchmark | questions | metric | score | LLaVA-1.5 7B | 13B |",
-        "|---|--:|---|--:|--:|--:|",
-    ]
-    details = []
-    for benchmark, metrics in results.items():
-        scores = _scores(metrics)
-        metric, value = "to be graded", metrics.get("submission", "")
-        if scores:
-            name, number = next(iter(scores[-1].values.items()))
-            metric, value = f"{name}, {scores[-1].kind}", f"{number:.1f}"
-            details.append(f"## {benchmark}\n\n```\n{table(scores)}\n```\n")
-        published = [f"{number:.1f}" for number in PUBLISHED.get(benchmark, ())] or ["", ""]
-        cells = (benchmark, f"{metrics['answers']:,}", metric, value, *published)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + "\n".join(details)
+def _row(name: str, metrics: Mapping, scores: Sequence[Score]) -> str:
+    """A line of the report's table."""
+    metric, value = "to be graded", metrics.get("submission", "")
+    if scores:
+        of, number = list(scores[-1].values.items())[0]
+        metric, value = f"{of}, {scores[-1].kind}", f"{number:.1f}"
+    published = PUBLISHED.get(metrics["benchmark"])
+    published = [f"{number:.1f}" for number in published] if published else ["", ""]
+    cells = (name, f"{metrics['answers']:,}", metric, value, *published)
+    return f"| {' | '.join(cells)} |"
 
 
 def _scores(metrics: Mapping) -> list[Score]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, Shard
 from llava_jax.evaluation.failures import write_failures
+from llava_jax.inference.answer_file import encode_line
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
@@ -69,6 +70,17 @@ def evaluate(
         return _conclude(benchmark, run, [done[q.id]["prediction"] for q in questions], output)
 
 
+def default_output(checkpoint: str) -> Path:
+    """eval in the work directory of the checkpoint, of which it may be one step.
+
+    For a name of the Hugging Face hub, runs/NAME/eval: a folder of the whole name would hide it.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        return Path("runs", path.name, "eval")
+    return (path.parent.parent if path.parent.name == "checkpoints" else path) / "eval"
+
+
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Makes the folder and locks it, so that two runs never write there at once."""
@@ -91,7 +103,7 @@ def _answer(model, name, questions, done, output, params, batch_size) -> dict[st
     window = BATCHES_AT_A_TIME * batch_size
     new = {}
     with (
-        open(output / "predictions.jsonl", "a", encoding="utf-8") as file,
+        open(output / "predictions.jsonl", "ab") as file,
         tqdm(
             total=len(questions), initial=len(questions) - len(todo), unit="question", desc=name
         ) as bar,
@@ -104,7 +116,7 @@ def _answer(model, name, questions, done, output, params, batch_size) -> dict[st
             ]
             texts = model.answer(requests, batch_size, bar.update)
             lines = [_line(q, text) for (_, q), text in zip(part, texts, strict=True)]
-            file.writelines(map(_dump, lines))
+            file.writelines(map(encode_line, lines))
             file.flush()
             new |= {line["id"]: line for line in lines}
     return new
@@ -134,15 +146,11 @@ def _line(question: Question, prediction: str) -> dict:
     }
 
 
-def _dump(line: dict) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
 def _write_lines(path: Path, lines: list[dict]) -> None:
     """Writes the file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(map(_dump, lines))
+    with open(partial, "wb") as file:
+        file.writelines(map(encode_line, lines))
     os.replace(partial, path)
 
 
@@ -156,6 +164,7 @@ def _claim(folder: Path, run: dict, overwrite: bool) -> None:
             other = json.loads(mark.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             other = {}
+        other = other if isinstance(other, dict) else {}
         changed = [key for key in run if other.get(key) != run[key]]
         if changed:
             raise LlavaError(
@@ -179,7 +188,10 @@ def _finished(path: Path, ids: set[str], repair: bool) -> dict[str, dict]:
                 line = json.loads(raw)
             except ValueError:
                 break
-            if not raw.endswith(b"\n") or line["id"] not in ids:
+            # Of another form: written by somebody else.
+            texts = [line.get(k) for k in ("id", "prediction")] if isinstance(line, dict) else []
+            ours = bool(texts) and all(isinstance(text, str) for text in texts)
+            if not ours or not raw.endswith(b"\n") or line["id"] not in ids:
                 break
             lines[line["id"]] = line
             size += len(raw)

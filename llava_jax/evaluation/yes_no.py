@@ -95,7 +95,10 @@ def load_mme(root: Path) -> Benchmark:
         texts = path / "questions_answers_YN" if nested else path
         pictures = path / "images" if nested else path
         images = {p.stem: p for p in sorted(pictures.iterdir()) if p.suffix != ".txt"}
-        for file in sorted(texts.glob("*.txt")):
+        files = sorted(texts.glob("*.txt"))
+        if not files:  # its points would lack in the sum
+            raise LlavaError(f"{texts} has no questions: they are published at {folder.source}")
+        for file in files:
             if file.stem not in images:
                 raise LlavaError(f"{pictures} has no picture for the questions of {file.name}")
             questions += _mme_questions(file, images[file.stem], category)
@@ -105,6 +108,8 @@ def load_mme(root: Path) -> Benchmark:
 def _mme_questions(file: Path, image: Path, category: str) -> list[Question]:
     with readable(file):
         lines = [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    if len(lines) != 2:
+        raise LlavaError(f"{file} has {len(lines)} questions, not two: is it the published file?")
 
     def make(line) -> Question:
         question, answer = line.strip().split("\t")

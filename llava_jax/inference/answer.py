@@ -103,9 +103,11 @@ class Answer:
         Held back while the answer grows: an unfinished character, the beginning of a stop text,
         and trailing white space. `final` says that no token will follow.
         """
-        text = self.text
+        text = self._decoded
         if not (final or self.done):
-            text = text[: len(text) - self._pending(text)].rstrip()
+            # A stop text may begin with the white space that is dropped in front of the answer.
+            text = text[: len(text) - self._pending(text)]
+        text = text.strip()
         if not text.startswith(self._shown):
             return ""
         piece = text[len(self._shown) :]

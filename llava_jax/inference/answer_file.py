@@ -51,6 +51,7 @@ def _changed(mark: Path, run: dict) -> list[str]:
     other = {}
     with contextlib.suppress(OSError, ValueError):
         other = json.loads(mark.read_text(encoding="utf-8"))
+    other = other if isinstance(other, dict) else {}
     return [key for key in run if other.get(key) != run[key]]
 
 

@@ -1,7 +1,9 @@
 """`llava-jax chat`: one question, or a conversation, about pictures in the terminal."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.boxes import draw_boxes, parse_boxes, to_pixels
 from llava_jax.inference.command_line import add_model_arguments, load_from_arguments
 from llava_jax.inference.model import Llava
+from llava_jax.inference.sampling import SamplingParams
 from llava_jax.inference.sources import fetch, source_name
 
 HELP = """/image FILE shows a picture with the next question
@@ -109,16 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Answers `--prompt`, or talks until /quit or the end of the input; returns the exit code."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    SamplingParams.from_names(settings)  # a wrong one is told before the model is loaded
     conversation = Conversation(args.allow_urls)
     for path in args.image:
         conversation.add_image(path)
     model = load_from_arguments(args)
-    settings = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
     if args.prompt is not None:
         print("".join(conversation.ask(model, args.prompt, **settings)))
     else:
@@ -128,6 +128,11 @@ def main(args: argparse.Namespace) -> int:
 
 def talk(model: Llava, conversation: Conversation, settings: dict) -> None:
     """The loop of a conversation; a wrong input is told and the conversation goes on."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # not in every Python
+            import readline  # noqa: F401  now arrow keys edit the line and are no part of it
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is no UTF-8 is a fault of its line alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -147,14 +152,15 @@ def talk(model: Llava, conversation: Conversation, settings: dict) -> None:
 
 def _one_line(model: Llava, conversation: Conversation, line: str, settings: dict) -> None:
     command, _, rest = line.partition(" ")
+    path = os.path.expanduser(rest.strip())
     if command == "/reset":
         conversation.reset()
     elif command == "/image":
-        conversation.add_image(rest.strip())
+        conversation.add_image(path)
     elif command == "/boxes":
-        conversation.save_boxes(rest.strip())
+        conversation.save_boxes(path)
     elif command == "/save":
-        conversation.save(rest.strip())
+        conversation.save(path)
     elif command.startswith("/"):
         print(f"unknown command {command}\n{HELP}", file=sys.stderr)
     elif line:

@@ -74,14 +74,15 @@ def main(args: argparse.Namespace) -> int:
     }
     root = Path(args.image_root) if args.image_root else Path(args.input).parent
     output, done = open_answers(Path(args.output), run, args.overwrite)
-    start = time.perf_counter()
+    start, wrong = time.perf_counter(), 0
     with output, tqdm(total=total, initial=done, unit="request", desc="generate") as bar:
         requests = Requests(args.input, done, model, root, args.sampling)
         for line in answer_lines(model, requests, args.batch_size):
             output.write(encode_line(line))
             output.flush()
+            wrong += "error" in line
             bar.update()
-    report(model, time.perf_counter() - start)
+    report(model, time.perf_counter() - start, wrong)
     return 0
 
 
@@ -91,6 +92,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise LlavaError(f"no file of requests at {args.input}")
     if Path(args.output).exists() and Path(args.output).samefile(args.input):
         raise LlavaError(f"--output is the file of requests, {args.input}: give another")
+    if Path(args.output).is_dir():
+        raise LlavaError(f"--output is a folder, {args.output}: give a file")
+    if args.image_root and not Path(args.image_root).is_dir():
+        raise LlavaError(f"no folder of images at {args.image_root}")
     if args.batch_size < 1:
         raise LlavaError(f"--batch_size must be at least 1, not {args.batch_size}")
     SamplingParams.from_names(args.sampling)
@@ -173,8 +178,8 @@ def _finished(requests: Requests) -> Iterator[dict]:
         requests.next += 1
 
 
-def report(model: Llava, seconds: float) -> None:
-    """Throughput of this run on stderr."""
+def report(model: Llava, seconds: float, wrong: int) -> None:
+    """Throughput of this run on stderr, and how many requests have an error for an answer."""
     c = model.engine.counts
     seconds = max(seconds, 1e-9)
     print(
@@ -185,3 +190,5 @@ def report(model: Llava, seconds: float) -> None:
         f"{c.encoded_images:,} of {c.images:,} images encoded",
         file=sys.stderr,
     )
+    if wrong:
+        print(f"{wrong:,} requests were wrong: their lines have an 'error'", file=sys.stderr)

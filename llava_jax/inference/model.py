@@ -8,7 +8,7 @@ import functools
 import itertools
 import numbers
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from llava_jax.inference.prompts import History, PromptReader, conversation, tol
 from llava_jax.inference.quantization import pack_kernels, quantize_kernels
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.inference.sources import ImageSource, as_sources, fetch, source_name
+from llava_jax.inference.sources import ImageSource, as_sources, fetch, file_version, source_name
 from llava_jax.models.decoder import separate_layers
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.precision import PRECISIONS, compute_precision
@@ -230,20 +230,22 @@ class Llava:
                 yield numbers[id(answer)], piece
 
     def _requests(self, prompts, images, batch_size: int, sampling: dict) -> list[Request]:
-        if isinstance(prompts, str):
-            raise LlavaError("prompts must be a list of texts")
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise LlavaError(f"prompts must be a list of texts, not {type(prompts).__name__}")
         prompts = list(prompts)
         sources = self._sources(prompts, images)
         seeds = sampling.pop("seed", 0)
-        seeds = seeds if isinstance(seeds, Sequence | np.ndarray) else [seeds] * len(prompts)
+        params = SamplingParams.from_names(sampling)
+        if np.ndim(seeds) == 0:
+            seeds = [seeds] * len(prompts)
         if len(seeds) != len(prompts):
             raise LlavaError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
         if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise LlavaError(f"batch_size must be a whole number from 1, not {batch_size!r}")
         requests = []
         for i, prompt in enumerate(prompts):
-            params = SamplingParams.from_names({**sampling, "seed": seeds[i]})
-            requests.append(self.request(prompt, sources[i], params, where=f"prompt {i}: "))
+            of_prompt = dataclasses.replace(params, seed=seeds[i])
+            requests.append(self.request(prompt, sources[i], of_prompt, where=f"prompt {i}: "))
         return requests
 
     def answer(
@@ -340,11 +342,13 @@ class Llava:
         """One entry a prompt."""
         if images is None:
             return [None] * len(prompts)
-        if isinstance(images, ImageSource) or len(images) != len(prompts):
-            count = 1 if isinstance(images, ImageSource) else len(images)
+        wanted = "give one entry a prompt (None, an image or a list of images)"
+        if isinstance(images, ImageSource | Mapping) or not isinstance(images, Iterable):
+            raise LlavaError(f"images must be a list, not {type(images).__name__}: {wanted}")
+        images = list(images)
+        if len(images) != len(prompts):
             raise LlavaError(
-                f"{count} entries in images for {len(prompts)} prompts: give one entry a prompt "
-                "(None, an image or a list of images)"
+                f"{len(images)} entries in images for {len(prompts)} prompts: {wanted}"
             )
         return images
 
@@ -354,7 +358,7 @@ class Llava:
         with told_of(where):
             found = fetch(source, self.allow_urls)
             if isinstance(found, str):
-                return self._read_file(found, _version(found), name)
+                return self._read_file(found, file_version(found, name), name)
             return self._prepare(found, name)
 
     def _prepare(self, image: str | bytes | Image.Image, name: str) -> np.ndarray:
@@ -365,15 +369,6 @@ class Llava:
 def _identity(source: ImageSource):
     """What is equal for sources that are the same."""
     return id(source) if isinstance(source, Image.Image) else source
-
-
-def _version(path: str) -> tuple[int, ...] | None:
-    """What changes when a file does."""
-    try:
-        status = os.stat(path)
-    except OSError:  # the error is told by who reads it
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def check_dtype(dtype: str) -> str:

@@ -1,7 +1,7 @@
 """A question, and what was said before it, as the token ids that a model reads."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -59,8 +59,10 @@ class PromptReader:
 def conversation(question: str, history: History) -> list[Turn]:
     """Turns of the (question, answer) pairs of a history and of a last question."""
     turns = []
+    if not isinstance(history, Iterable):
+        raise LlavaError(f"history must hold (question, answer) pairs, not {history!r:.80}")
     for pair in history:
-        if len(pair) != 2:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise LlavaError(f"history must hold (question, answer) pairs, not {pair!r:.80}")
         turns += [Turn("human", pair[0]), Turn("gpt", pair[1])]
     turns.append(Turn("human", question))

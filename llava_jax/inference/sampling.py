@@ -93,6 +93,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("max_tokens", "seed", "top_k", "min_tokens", "n"):
+            # Of NumPy's, seed + 1 or -max_tokens may leave the range of their type.
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @classmethod
     def from_names(cls, *names: dict) -> "SamplingParams":

@@ -1,9 +1,10 @@
 """Where pictures come from: a path, a `data:` or http(s) address, encoded bytes, Pillow."""
 
 import base64
-import binascii
+import http.client
 import os
-import urllib.error
+import stat
+import time
 import urllib.request
 
 from PIL import Image
@@ -13,6 +14,7 @@ from llava_jax.errors import LlavaError
 ImageSource = str | os.PathLike | bytes | Image.Image
 MAX_BYTES = 50_000_000  # of a downloaded picture
 TIMEOUT = 10  # seconds without an answer
+PATIENCE = 60  # seconds for the whole of one
 
 
 def fetch(source: ImageSource, allow_urls: bool) -> str | bytes | Image.Image:
@@ -39,7 +41,8 @@ def is_address(source: str) -> bool:
 
 
 def _scheme(source: str) -> str:
-    return source.partition(":")[0].lower()
+    scheme, colon, _ = source.partition(":")
+    return scheme.lower() if colon else ""
 
 
 def as_sources(images) -> list[ImageSource]:
@@ -61,7 +64,21 @@ def source_name(source: ImageSource, default: str) -> str:
     if not isinstance(source, str | os.PathLike):
         return default
     source = os.fspath(source)
-    return default if _scheme(source) == "data" else source
+    if _scheme(source) == "data":
+        return default
+    return source if len(source) <= 300 else f"{source[:300]}..."  # a picture's bytes, no path
+
+
+def file_version(path: str, name: str) -> tuple[int, ...]:
+    """What changes when a file does; LlavaError where there is none. `name` is as it is told."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # the latter: a zero byte in the path
+        told = getattr(error, "strerror", None) or error
+        raise LlavaError(f"no image file {name!r}: {told}") from None
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write
+        raise LlavaError(f"{name!r} is not a file")
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _decode(source: str) -> bytes:
@@ -69,8 +86,8 @@ def _decode(source: str) -> bytes:
     if not comma or not head.endswith(";base64"):
         raise LlavaError(f"{head[:40]!r} must be data:image/...;base64, and the encoded picture")
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode("".join(data.split()), validate=True)  # lines may be wrapped
+    except ValueError as error:  # of which binascii.Error is one
         raise LlavaError(f"a picture's base64 data cannot be decoded: {error}") from None
 
 
@@ -86,11 +103,17 @@ def _download(address: str) -> bytes:
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
+    data, end = bytearray(), time.monotonic() + PATIENCE
     try:
         with opener.open(address, timeout=TIMEOUT) as answer:
-            data = answer.read(MAX_BYTES + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise LlavaError(f"cannot download {address:.200}: {error}") from None
-    if len(data) > MAX_BYTES:
-        raise LlavaError(f"{address:.200} has more than {MAX_BYTES:,} bytes")
-    return data
+            # Piece by piece: a server that sends a byte now and then would keep all others waiting.
+            while piece := answer.read1(1 << 20):
+                data += piece
+                if len(data) > MAX_BYTES:
+                    raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it takes more than {PATIENCE} seconds")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LlavaError(f"cannot download {address:.200}: {told}") from None
+    return bytes(data)

@@ -51,6 +51,16 @@ def test_prompt_and_results_file(root, monkeypatch):
         load_benchmark("coco_captions", root, {"split": "test"})
 
 
+def test_a_picture_without_captions_is_told(root, monkeypatch):
+    monkeypatch.setattr(coco_captions, "_require_scorer", lambda: None)
+    path = root / "annotations/captions_val2014.json"
+    data = json.loads(path.read_text())
+    data["images"].append({"id": 11, "file_name": "a.jpg"})
+    path.write_text(json.dumps(data))
+    with pytest.raises(LlavaError, match="record 2: image 11 has no caption"):
+        load_benchmark("coco_captions", root, {"split": "val2014"})
+
+
 def test_cider_is_the_official_packages(root):
     pytest.importorskip("pycocoevalcap")
     if shutil.which("java") is None:

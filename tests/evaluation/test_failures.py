@@ -33,6 +33,14 @@ def test_failures_are_shown_with_their_pictures_as_text(tmp_path):
     assert re.search(r"default-src 'none'", page)
 
 
+def test_halves_of_characters_are_written_as_escapes(tmp_path):
+    """Which the name of a file has where it is no UTF-8."""
+    question = ask(0, "what?", png("red"), "caf\udce9.png", "\ud800")
+    write_failures(tmp_path / "f.html", benchmark([question]), ["x"])
+    page = (tmp_path / "f.html").read_text(encoding="utf-8")
+    assert "caf\\udce9.png" in page and "\\ud800" in page
+
+
 def test_boxes_and_missing_pictures(tmp_path):
     questions = [
         ask(0, "where?", png("black"), reference="x"),

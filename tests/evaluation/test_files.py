@@ -72,6 +72,9 @@ def test_missing_pictures_are_told_at_the_start(tmp_path):
     check_images(questions[:1], "https://example.org")
     with pytest.raises(LlavaError, match=r"2 of 3 pictures are missing, .*b.jpg for one: .*exa"):
         check_images(questions, "https://example.org")
+    folder = ask(9, "?", str(tmp_path))
+    with pytest.raises(LlavaError, match="1 of 1 pictures are missing"):
+        check_images([folder], "https://example.org")
 
 
 def test_a_literal_image_mark_in_a_question_is_no_picture():

@@ -140,6 +140,13 @@ def test_mmbench_reads_a_letter_or_one_options_text(text, letter):
     assert mmbench_answer(text, {"A": "a seed", "B": "a leaf"}) == letter
 
 
+def test_mmbench_takes_the_picture_of_another_row_by_its_index(tmp_path):
+    picture = base64.b64encode(png()).decode()
+    row = ["7", QUESTION, HINT, "a", "b", "", "", "A", "c", picture, "r", "l", "", "dev"]
+    rotated = ["1000007", *row[1:9], "7", *row[10:]]
+    assert [q.images for q in mmbench(tmp_path, [rotated, row]).questions] == [(png(),)] * 2
+
+
 def test_mmbench_is_circular_and_plain(tmp_path):
     benchmark = mmbench(tmp_path)
     scores = lines(benchmark.score(benchmark.questions, ["A", "A", "B"]))

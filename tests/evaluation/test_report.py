@@ -27,15 +27,19 @@ def test_the_score_stands_beside_the_published_one():
     assert comparison("refcoco/val", POPE) == "refcoco/val: mean F1 85.0 (none published)"
 
 
-def test_one_report_over_all(tmp_path):
-    def write(folder, benchmark, scores, **more):
-        (tmp_path / folder).mkdir(parents=True)
-        scores = {s.kind: {"count": s.count, **s.values} for s in scores}
-        metrics = {"benchmark": benchmark, "scores": scores, "answers": 1234, **more}
-        (tmp_path / folder / "metrics.json").write_text(json.dumps(metrics))
+def write(folder, benchmark, scores, **more):
+    """A result as the runner leaves it."""
+    folder.mkdir(parents=True)
+    scores = {s.kind: {"count": s.count, **s.values} for s in scores}
+    metrics = {"benchmark": benchmark, "scores": scores, "answers": 1234, **more}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "run.json").write_text("{}")
 
-    write("pope", "pope", POPE)
-    write("vqav2/test-dev2015", "vqav2/test-dev2015", [], submission="vqav2_submission.json")
+
+def test_one_report_over_all(tmp_path):
+    write(tmp_path / "pope", "pope", POPE)
+    submission = {"submission": "vqav2_submission.json"}
+    write(tmp_path / "vqav2/test-dev2015", "vqav2/test-dev2015", [], **submission)
     path = write_report(tmp_path)
     text = path.read_text()
     assert "| pope | 1,234 | F1, mean | 85.0 | 85.9 | 85.9 |" in text
@@ -51,3 +55,16 @@ def test_one_report_over_all(tmp_path):
     (tmp_path / "pope/metrics.json").write_text("{")
     with pytest.raises(LlavaError, match=r"cannot read the result .*metrics.json"):
         write_report(tmp_path)
+
+
+def test_a_report_loses_no_result_and_takes_none_of_others(tmp_path):
+    write(tmp_path / "pope", "pope", POPE)
+    write(tmp_path / "13b/pope", "pope", [Score("mean", 30, {"F1": 95.0})])
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/metrics.json").write_text('{"loss": 1.5}')
+    (tmp_path / "seed").mkdir()  # a run that has not ended
+    (tmp_path / "seed/run.json").write_text("{}")
+    text = write_report(tmp_path).read_text()
+    assert "| 13b/pope | 1,234 | F1, mean | 95.0 | 85.9 | 85.9 |" in text
+    assert "| pope | 1,234 | F1, mean | 85.0 | 85.9 | 85.9 |" in text
+    assert list(json.loads((tmp_path / "report.json").read_text())) == ["13b/pope", "pope"]

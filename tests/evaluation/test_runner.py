@@ -11,7 +11,7 @@ import pytest
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import BENCHMARKS, Shard, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
-from llava_jax.evaluation.runner import evaluate
+from llava_jax.evaluation.runner import default_output, evaluate
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.quantization import pack_kernels
@@ -112,6 +112,20 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_file(
     run(llava, data, cut)
     for name in ("predictions.jsonl", "metrics.json", "run.json"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_lines_of_another_form_are_asked_again(llava, data, tmp_path):
+    run(llava, data, tmp_path / "out")
+    path = tmp_path / "out" / "predictions.jsonl"
+    whole = path.read_bytes()
+    first = whole.split(b"\n")[0] + b"\n"
+    for line in (b"5\n", b"[]\n", b'{"id": "q-1"}\n', b'{"id": [], "prediction": "a"}\n'):
+        path.write_bytes(first + line)
+        run(llava, data, tmp_path / "out")
+        assert path.read_bytes() == whole
+    path.with_name("run.json").write_text("[]")
+    with pytest.raises(LlavaError, match="answers of another run"):
+        run(llava, data, tmp_path / "out")
 
 
 def test_shards_together_are_the_whole_run(llava, data, tmp_path, monkeypatch):
@@ -271,6 +285,14 @@ def test_wrong_command_lines_are_told_in_a_sentence(arguments, message, data):
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_results_lie_with_the_checkpoint_and_never_hide_a_name_of_the_hub(tmp_path, monkeypatch):
+    step = tmp_path / "checkpoints" / "4"
+    step.mkdir(parents=True)
+    assert default_output(str(tmp_path)) == default_output(str(step)) == tmp_path / "eval"
+    monkeypatch.chdir(tmp_path)
+    assert default_output("llava-hf/llava-1.5-7b-hf") == Path("runs/llava-1.5-7b-hf/eval")
 
 
 def test_every_benchmark_has_a_config():

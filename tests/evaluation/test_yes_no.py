@@ -137,3 +137,15 @@ def test_mme_without_a_picture_or_category_is_told(tmp_path):
     (release / "count").rename(release / "counting")
     with pytest.raises(LlavaError, match=r"count is missing: it is published at"):
         load_benchmark("mme", tmp_path, {})
+
+
+def test_mme_files_that_are_not_whole_are_told(tmp_path):
+    mme(tmp_path)
+    file = tmp_path / "MME_Benchmark_release_version/count/0021.txt"
+    file.write_text("Is it one?\tYes\n")
+    with pytest.raises(LlavaError, match="0021.txt has 1 questions, not two"):
+        load_benchmark("mme", tmp_path, {})
+    for path in file.parent.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(LlavaError, match="count has no questions: they are published at"):
+        load_benchmark("mme", tmp_path, {})

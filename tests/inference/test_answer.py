@@ -64,6 +64,14 @@ def test_text_appears_while_the_answer_grows():
     assert answer.take() == ""
 
 
+def test_a_stop_text_may_begin_with_the_white_space_in_front_of_an_answer():
+    answer, pieces = Answer(TOKENIZER, [], ["\nUSER:"]), []
+    for token in tokens_of("\nUSER: hi"):
+        answer.extend([token])
+        pieces.append(answer.take())
+    assert answer.done and answer.text == "" and pieces == [""] * len(pieces)
+
+
 def test_an_answer_cut_inside_a_character_leaves_it_out():
     answer = Answer(TOKENIZER, [], [])
     answer.extend(tokens_of("ok 青")[:-1])

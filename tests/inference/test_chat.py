@@ -126,9 +126,30 @@ def test_boxes_are_drawn_on_the_picture_they_are_about(
     assert not (tmp_path / "boxes.png.png").exists()
 
 
+def test_paths_begin_at_home_where_they_say_so(model, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = ["/image ~/0.png", "One?", "/save ~/talk.json"]
+    assert run("--checkpoint", str(tmp_path), lines=lines, monkeypatch=monkeypatch) == 0
+    assert model.calls[0][:2] == ("<image>\nOne?", shown(pictures[:1]))
+    assert (tmp_path / "talk.json").exists()
+
+
+def test_a_byte_that_is_no_utf8_is_a_fault_of_its_line_alone(model, tmp_path, capsys, monkeypatch):
+    typed = io.BytesIO(b"One?\ncaf\xe9 fail\nTwo?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+    assert run("--checkpoint", str(tmp_path)) == 0
+    assert [call[0] for call in model.calls] == ["One?", "caf\udce9 fail", "Two?"]
+    assert capsys.readouterr().out == "answer 1\nanswer 3\n"
+
+
 def test_end_of_input_ends_the_conversation(model, tmp_path, monkeypatch):
     assert run("--checkpoint", str(tmp_path), lines=["Hi"], monkeypatch=monkeypatch) == 0
     assert len(model.calls) == 1
+
+
+def test_wrong_settings_are_told_before_the_model_loads(tmp_path):
+    with pytest.raises(LlavaError, match="max_tokens must be a whole number from 1, not 0"):
+        run("--checkpoint", "no/such", "--max_new_tokens", "0")
 
 
 def test_wrong_paths_are_told_before_the_model_loads(tmp_path):

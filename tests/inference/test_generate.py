@@ -4,9 +4,11 @@ import argparse
 import base64
 import contextlib
 import json
+import re
 
 import pytest
 
+from llava_jax import cli
 from llava_jax.errors import LlavaError
 from llava_jax.inference import command_line, generate, model
 from llava_jax.inference.answer_file import open_answers
@@ -82,7 +84,7 @@ def test_devices_are_those_asked_for(run, llava, tmp_path, monkeypatch):
         run("--data", "3", "--tensor", "3")
 
 
-def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path):
+def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path, capsys):
     data = "data:image/png;base64,"
     picture = base64.b64encode((tmp_path / "0.png").read_bytes()).decode()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
@@ -92,6 +94,9 @@ def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path):
         '{"id": 5}': "a text 'prompt'",
         '{"prompt": "a", "images": "no.png"}': "no.png",
         '{"prompt": "a", "images": "broken.png"}': "broken.png",
+        '{"prompt": "a", "images": "b\\u0000.png"}': "no image file",
+        '{"prompt": "a", "images": "."}': "is not a file",
+        '{"prompt": "a", "images": "data:image/png;base64,\\u00e9"}': "cannot be decoded",
         '{"prompt": "a", "images": [7]}': "images must be paths",
         '{"prompt": "a", "images": ""}': "images must be paths or addresses, none empty",
         '{"prompt": "a", "images": "HTTPS://localhost/a.png"}': "allow addresses",
@@ -116,6 +121,7 @@ def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path):
     assert len(told) == len(lines)
     for at, message in enumerate(wrong.values()):
         assert message in told[2 * at]["error"], told[2 * at]
+    assert f"{len(wrong)} requests were wrong" in capsys.readouterr().err
     texts = {line["text"] for line in told[1::2]}
     assert len(texts) == 1 and told[4]["id"] == 5 and told[1]["id"] == 1
 
@@ -194,6 +200,9 @@ def test_answers_of_another_run_are_not_continued(run, tmp_path):
     write(tmp_path / "in.jsonl", good(3))
     with pytest.raises(LlavaError, match="different: input, sampling"):
         run()
+    (tmp_path / "out.jsonl.run.json").write_text("[]")
+    with pytest.raises(LlavaError, match="different: input, parameters"):
+        run()
     assert len(run("--overwrite")) == 3 and len(first) == 2
 
 
@@ -223,12 +232,22 @@ def test_settings_of_the_command_line_give_way_to_the_requests(run, llava, tmp_p
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--sampling", '{"top": 1}'], "unknown sampling parameter 'top'"),
         (["--checkpoint", "no/such"], "no checkpoint folder at no/such"),
+        (["--image_root", "no/such"], "no folder of images at no/such"),
+        (["--output", "."], "--output is a folder, .: give a file"),
     ],
 )
 def test_wrong_arguments_are_told_at_the_start(run, tmp_path, arguments, message):
     write(tmp_path / "in.jsonl", good(1))
     with pytest.raises(LlavaError, match=message):
         run(*arguments)
+
+
+def test_an_output_that_cannot_be_made_is_told(run, tmp_path, capsys):
+    write(tmp_path / "in.jsonl", [])
+    (tmp_path / "file").write_text("")
+    arguments = ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/file/out.jsonl"]
+    assert cli.main(["generate", "--checkpoint", str(tmp_path), *arguments]) == 1
+    assert re.search(r"generate: cannot use .*file.*: ", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", ["[]", "{max_tokens: 3}"])

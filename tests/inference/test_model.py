@@ -1,10 +1,12 @@
 """`Llava`: batches equal to singles, order, compilations, errors, and what it imports."""
 
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference import model
@@ -164,16 +166,33 @@ def test_bfloat16_is_near_float32(llava):
     assert isinstance(low.generate("hi", random_image(0), max_new_tokens=4), str)
 
 
+def truncated() -> Image.Image:
+    """Opened, not read yet: what is wrong shows later."""
+    file = io.BytesIO()
+    random_image(0, (300, 300)).save(file, "PNG")
+    return Image.open(io.BytesIO(file.getvalue()[:300]))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"prompts": ["", "<image> <image>"], "images": [None, b""]}, "prompt 1: .* 2 <image>"),
         ({"prompts": ["a <image>"]}, "prompt 0: .* 1 <image> but 0"),
         ({"prompts": ["a", "b"], "images": [None]}, "1 entries in images for 2 prompts"),
-        ({"prompts": ["a", "b"], "images": random_image(0)}, "1 entries in images for 2 prompts"),
+        ({"prompts": ["a", "b"], "images": random_image(0)}, "images must be a list, not Image"),
+        ({"prompts": ["a"], "images": 5}, "images must be a list, not int: give one"),
+        ({"prompts": ["a"], "images": {"a": b""}}, "images must be a list, not dict"),
+        ({"prompts": None}, "prompts must be a list of texts, not NoneType"),
+        ({"prompts": b"ab"}, "prompts must be a list of texts, not bytes"),
+        ({"prompts": [], "max_token": 3}, "did you mean max_tokens"),
+        ({"prompts": [], "n": "3"}, "n must be a whole number"),
         ({"prompts": ["a", 7]}, "prompt 1: a question or answer must be text, not 7"),
         ({"prompts": ["a"], "images": ["no/such.png"]}, "prompt 0: .*no/such.png"),
         ({"prompts": ["a"], "images": [b"not an image"]}, "prompt 0: .*not an image"),
+        ({"prompts": ["a"], "images": ["a\0.png"]}, "prompt 0: no image file .*null byte"),
+        ({"prompts": ["a"], "images": ["a" * 9999]}, "no image file 'a{300}...': File name"),
+        ({"prompts": ["a"], "images": ["/dev/zero"]}, "prompt 0: '/dev/zero' is not a file"),
+        ({"prompts": ["a"], "images": [truncated()]}, "prompt 0: image 'image 0' is broken"),
         ({"prompts": ["a"], "images": [3.5]}, "prompt 0: an image must be a path"),
         ({"prompts": ["a"], "max_new_tokens": 0}, "max_tokens must be a whole number from 1"),
         ({"prompts": ["a"], "temperature": -1}, "temperature must be a number from 0"),
@@ -181,6 +200,7 @@ def test_bfloat16_is_near_float32(llava):
         ({"prompts": ["a"], "top_p": 0}, "top_p must be above 0"),
         ({"prompts": ["a"], "seed": -1}, "seed must be a whole number"),
         ({"prompts": ["a"], "seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"prompts": ["a"], "seed": np.array(0.5)}, "seed must be a whole number"),
         ({"prompts": ["a"], "max_token": 3}, "unknown .* .max_token.: .* max_tokens"),
         ({"prompts": ["a"], "batch_size": 0}, "batch_size must be a whole number"),
     ],
@@ -188,6 +208,20 @@ def test_bfloat16_is_near_float32(llava):
 def test_wrong_requests_are_told_in_a_sentence(llava, arguments, message):
     with pytest.raises(LlavaError, match=message):
         llava.generate(**arguments)
+
+
+@pytest.mark.parametrize("history", [5, "ab", ["ab"], [("a",)], [{"role": "user", "content": "a"}]])
+def test_a_history_of_another_form_is_told(llava, history):
+    with pytest.raises(LlavaError, match="history must hold .question, answer. pairs, not"):
+        llava.chat("b", history=history)
+
+
+def test_iterables_and_numpys_numbers_are_taken(llava):
+    settings = {"max_tokens": np.int32(2), "temperature": np.float32(1), "n": np.int64(2)}
+    prompts, pictures = ["a", "b"], [random_image(0), None]
+    expected = llava.generate(prompts, pictures, max_tokens=2, temperature=1.0, n=2, seed=7)
+    assert llava.generate(iter(prompts), iter(pictures), seed=np.int32(7), **settings) == expected
+    assert llava.generate(tuple(prompts), tuple(pictures), seed=[7, 7], **settings) == expected
 
 
 def test_unknown_dtypes_are_errors(llava):
