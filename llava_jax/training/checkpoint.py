@@ -62,6 +62,7 @@ class Checkpoints:
         )
         self._folder = (workdir / "checkpoints").resolve()
         logging.getLogger("absl").addFilter(told_by_us)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its other futures' same error
         with self._write_errors_told():
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
