@@ -52,6 +52,7 @@ from llava_jax.training.state import (
 )
 from llava_jax.training.step import compile_step, make_eval_step
 from llava_jax.training.validation import Validation
+from llava_jax.weights.hf_fields import read_json
 from llava_jax.weights.run_directory import RunModel, latest_step, write_json, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
@@ -94,28 +95,37 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
     return train, build(data.validation, data.validation_split, **held_out)
 
 
-def claim_workdir(workdir: Path, recipe_now: dict):
-    """Makes the run directory this recipe's; gives the lock file, to be kept open while it runs.
+def lock_workdir(workdir: Path):
+    """Makes the run directory; gives the lock file, to be kept open while the run goes on.
 
     Raises:
-      LlavaError: another train.py runs there, or it has checkpoints of another recipe.
+      LlavaError: it cannot be written, or another train.py runs there.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / ".lock", "w")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")
+    except OSError as error:
+        raise LlavaError(f"config.workdir {workdir} cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LlavaError(f"another train.py is running in {workdir}: wait or stop it") from None
+    except OSError as error:  # as on Lustre mounted without flock
+        hosts.tell(f"{workdir} takes no locks ({error.strerror}): start no second run there")
+    return lock
+
+
+def claim_workdir(workdir: Path, recipe_now: dict) -> None:
+    """Makes the run directory this recipe's; LlavaError where it has checkpoints of another."""
     path = workdir / "config.json"
     if path.exists() and latest_step(workdir) is not None:
-        changed = recipe.differences(json.loads(path.read_text()), recipe_now)
+        changed = recipe.differences(read_json(path), recipe_now)
         if changed:
             raise LlavaError(
                 f"{workdir} holds the run of another recipe ({'; '.join(changed)}): choose "
                 "another config.workdir, go back to that recipe, or delete the folder"
             )
     write_json(path, recipe_now)
-    return lock
 
 
 def make_state(run_model, sources, seed, optimizer, wanted, resumed) -> tuple:
@@ -175,12 +185,13 @@ def run(config: ConfigDict) -> None:
     part = process_part(mesh)
     tokenizer_dir = recipe.tokenizer_folder(config)
     tokenizer = load_tokenizer(tokenizer_dir, model_config.decoder.vocab_size)
+    lock = hosts.first_alone(lambda: lock_workdir(workdir))
     # The first process measures the data; the others find in the cache what it measured.
     build = functools.partial(open_data, config, model_config, tokenizer)
     data, held_out = hosts.first_alone(build) or build()
     hosts.check_same({"the training data": data.fingerprint})
     recipe_now |= {"data_fingerprint": data.fingerprint}
-    lock = hosts.first_alone(lambda: claim_workdir(workdir, recipe_now))
+    hosts.first_alone(lambda: claim_workdir(workdir, recipe_now))
 
     dtype, precision = compute_precision(config.model.dtype)
     schedule = warmup_cosine(data.steps, config.optimizer.warmup_ratio)

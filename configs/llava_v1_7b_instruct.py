@@ -1,6 +1,10 @@
 """LLaVA v1 7B, stage 2: projector and language model learn from LLaVA-Instruct-158K.
 
-Hyper-parameters of the published run: 3 epochs, batch 32, rate 2e-5, cosine with 3% warm-up.
+Hyper-parameters of the published run: 3 epochs, batch 32, rate 2e-5, cosine with 3% warm-up, no
+weight decay, no clipping. `batch_size` counts rows of 2,048 tokens. Packed, one holds several
+conversations (256 tokens of picture and a few hundred of text each): with 32 rows an update sees
+more of them than the published 32. For as many updates as published give
+--config.data.packing=False, or fewer rows: 8 if a row holds four, as the start tells.
 """
 
 from configs import base

@@ -177,7 +177,8 @@ def test_a_disk_without_room_ends_the_run_and_spares_what_is_there(
     process = start_script(world, values, file_size=24)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert f"\nerror: a checkpoint could not be written to {workdir}/checkpoints: " in err
+    last = err.rstrip().splitlines()[-1]
+    assert last.startswith(f"error: a checkpoint could not be written to {workdir}/checkpoints: ")
     assert latest_step(workdir) == 2
     run(values)
     assert_same_runs(workdir, whole)

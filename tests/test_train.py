@@ -1,5 +1,6 @@
 """train.py from the outside: both stages, kill and resume, what it leaves, what it refuses."""
 
+import errno
 import json
 import random
 import re
@@ -279,6 +280,33 @@ def test_two_runs_in_one_work_directory(world, run, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(LlavaError, match=f"another train.py is running in {tmp_path}"):
             run(align(world, tmp_path))
+
+
+def test_a_work_directory_that_cannot_be_written_is_told_before_the_data_is_read(
+    world, run, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    values = {"data.train": str(tmp_path / "none.json")}
+    with pytest.raises(LlavaError, match="workdir .*/file cannot be written: File exists"):
+        run(align(world, tmp_path / "file", values))
+    with pytest.raises(LlavaError, match="workdir .*/file/run cannot be written: Not a directory"):
+        run(align(world, tmp_path / "file/run", values))
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    tiny_run.train_module().lock_workdir(tmp_path).close()
+    assert f"{tmp_path} takes no locks (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_recipe_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
+    (tmp_path / "config.json").write_text("garbage")
+    with pytest.raises(LlavaError, match="config.json cannot be read as JSON"):
+        tiny_run.train_module().claim_workdir(tmp_path, {})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, run, tmp_path):

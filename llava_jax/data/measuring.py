@@ -22,7 +22,7 @@ from llava_jax.data.turns import render_turns, token_row
 from llava_jax.errors import LlavaError
 
 _CHUNK = 1024  # records tokenized at a time
-_CACHE_VERSION = 3  # raise it when the meaning of a cached value changes
+_CACHE_VERSION = 4  # raise it when the meaning of a cached value changes
 
 
 class Measured(NamedTuple):
@@ -30,13 +30,14 @@ class Measured(NamedTuple):
 
     lengths: int64 [N], tokens after cutting at max_length. image_counts: int64 [N]. refused:
     reason -> numbers of the records that cannot be used. bad_images: what is wrong with each
-    record that is refused for a bad image.
+    record that is refused for a bad image. cut: how many lost their end at max_length.
     """
 
     lengths: np.ndarray
     image_counts: np.ndarray
     refused: dict[str, list[int]]
     bad_images: list[str]
+    cut: int
 
 
 class ImagePolicy(NamedTuple):
@@ -89,7 +90,7 @@ def measure(
         scan = _Scan(records, tokenizer, template, max_length, turns, policy.skip)
         scan.run(tokenize=cache.lengths is None, progress=progress)
         if cache.lengths is None:
-            cache.lengths, cache.image_counts, cache.refused = scan.results()
+            cache.lengths, cache.image_counts, cache.refused, cache.cut = scan.results()
             cache.write()
         where = "within the data set" if records.image_root is None else scan.files_state()
         if cache.images_seen != f"{where} {demands}" or scan.missing:
@@ -107,7 +108,7 @@ def measure(
     refused = _add(cache.refused, "bad image", sorted(faults))
     crowded = np.flatnonzero(cache.image_counts > images_per_row).tolist()
     refused = _add(refused, f"more images than images_per_row={images_per_row}", crowded)
-    return Measured(cache.lengths, cache.image_counts, refused, messages)
+    return Measured(cache.lengths, cache.image_counts, refused, messages, cache.cut)
 
 
 def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
@@ -127,12 +128,13 @@ class _Scan:
         self._lengths = np.zeros(len(records), np.int64)
         self._image_counts = np.zeros(len(records), np.int64)
         self._refused: dict[str, list[int]] = {}
+        self._cut = 0
         self._waiting: list[tuple[int, list[tuple[Segment, ...]]]] = []
         self._files_state = hashlib.sha256()
         self.missing: dict[int, RecordError] = {}
 
     def results(self):
-        return self._lengths, self._image_counts, self._refused
+        return self._lengths, self._image_counts, self._refused, self._cut
 
     def files_state(self) -> str:
         """Changes when a path, size or time of modification of an image file does."""
@@ -179,6 +181,7 @@ class _Scan:
             if length > self._max_length:
                 row, reason = truncate(token_row(self._tokenizer, texts), self._max_length)
                 length = 0 if row is None else len(row)
+                self._cut += row is not None
                 if row is None:
                     reason = f"{reason} at max_length={self._max_length}"
                     self._refused.setdefault(reason, []).append(index)
@@ -220,6 +223,7 @@ class _Cache:
     def __init__(self, folder, records, tokenizer, template, max_length, turns):
         self.lengths = self.image_counts = None
         self.refused: dict[str, list[int]] = {}
+        self.cut = 0
         self.images_seen = ""
         self._path = None
         if folder is None:
@@ -235,6 +239,7 @@ class _Cache:
             with np.load(self._path) as data:
                 self.refused = json.loads(str(data["refused"]))
                 self.images_seen = str(data["images_seen"])
+                self.cut = int(data["cut"])
                 self.lengths, self.image_counts = data["lengths"], data["image_counts"]
         except Exception:  # absent or broken: measure anew
             pass
@@ -250,5 +255,6 @@ class _Cache:
             image_counts=self.image_counts,
             refused=json.dumps(self.refused),
             images_seen=self.images_seen,
+            cut=self.cut,
         )
         os.replace(part, self._path)

@@ -58,7 +58,8 @@ class TrainingData:
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
     `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `fill` (share of real tokens),
-    `records_total`, `records_used`, `refused` (reason -> record numbers), `bad_images` (messages).
+    `records_total`, `records_used`, `refused` (reason -> record numbers), `bad_images` (messages),
+    `records_cut` (at max_length).
 
     Raises LlavaError naming file, record index and id for a faulty record; when no record is
     usable; when an epoch has fewer rows than a batch.
@@ -116,6 +117,7 @@ class TrainingData:
             turns, cache_dir, threads, progress,
         )  # fmt: skip
         self.refused, self.bad_images = measured.refused, measured.bad_images
+        self.records_cut, self._max_length = measured.cut, max_length
         self.records, self.records_total = records, len(records)
         self.fingerprint = records.fingerprint()
         is_usable = np.ones(len(records), bool)
@@ -160,9 +162,11 @@ class TrainingData:
         return "; ".join(parts) or "none refused"
 
     def describe(self) -> str:
-        """One line for the log: what is used, what is refused and why, how full the rows are."""
+        """One line for the log: what is used, cut, or refused and why, how full the rows are."""
+        cut = f"; {self.records_cut:,} cut to {self._max_length} tokens" if self.records_cut else ""
         return (
-            f"{self.records_used:,} of {self.records_total:,} records ({self._refused_text()}), "
+            f"{self.records_used:,} of {self.records_total:,} records "
+            f"({self._refused_text()}{cut}), "
             f"{self.rows_per_epoch:,} rows an epoch, {self.fill:.0%} full, {self.steps:,} steps "
             f"of {self.batch_size}"
         )

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from llava_jax.errors import LlavaError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+_PATIENCE = 30.0  # seconds
+_WAITING = "waiting for the other processes of this run: all must start, and reach the first"
 _NO_CLUSTER = "coordinator_address should be defined"
 
 
@@ -25,6 +28,7 @@ def start() -> None:
     JAX finds the others on Cloud TPU, Slurm, Kubernetes (JobSet, indexed Job) and Open MPI.
     Elsewhere each process is told by JAX_COORDINATOR_ADDRESS (host:port of the first),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID. Must run before anything else asks JAX for a device.
+    One that waits for others says so; JAX itself ends it after five minutes.
 
     Raises:
       LlavaError: the surroundings name other processes, but not all that is needed to join them.
@@ -33,6 +37,14 @@ def start() -> None:
     if "KUBERNETES_SERVICE_HOST" in os.environ and not in_job:
         return  # a pod by itself, such as a notebook
     number = lambda name: int(os.environ[name]) if name in os.environ else None
+    if ":" not in os.environ.get("JAX_COORDINATOR_ADDRESS", ":"):
+        raise LlavaError(
+            f"JAX_COORDINATOR_ADDRESS is {os.environ['JAX_COORDINATOR_ADDRESS']!r}: it needs a "
+            "port, as 10.0.0.1:1234"
+        )
+    waiting = threading.Timer(_PATIENCE, print, [_WAITING], {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
@@ -45,6 +57,19 @@ def start() -> None:
                 "this pod is one of a Kubernetes Job, but cannot find the others: "
                 "pip install 'jax[k8s]'"
             ) from None
+    finally:
+        waiting.cancel()
+    if alone_on_its_host(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        # JAX takes a process that Slurm or Open MPI started for one of one GPU.
+        jax.config.update("jax_cuda_visible_devices", "all")
+
+
+def alone_on_its_host(surroundings: Mapping[str, str]) -> bool:
+    """True where Slurm or Open MPI, as environment variables tell, started one process a host."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in surroundings:
+        return surroundings["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    tasks = surroundings.get("SLURM_NTASKS")
+    return tasks is not None and tasks == surroundings.get("SLURM_STEP_NUM_NODES")
 
 
 def is_first() -> bool:

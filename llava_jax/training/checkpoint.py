@@ -16,7 +16,12 @@ from llava_jax.errors import LlavaError
 from llava_jax.parallel import hosts
 from llava_jax.parallel.sharding import put
 from llava_jax.training.step import TrainState
-from llava_jax.weights.run_directory import check_complete, check_params, saved_params
+from llava_jax.weights.run_directory import (
+    check_complete,
+    check_params,
+    first_line,
+    saved_params,
+)
 
 ITEMS = ("params", "opt_state", "bit_sums")
 
@@ -57,6 +62,7 @@ class Checkpoints:
         )
         self._folder = (workdir / "checkpoints").resolve()
         logging.getLogger("absl").addFilter(told_by_us)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its other futures' same error
         with self._write_errors_told():
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
@@ -121,10 +127,13 @@ class Checkpoints:
         check_complete(str(folder), saved, wanted, list(like.params))
         try:
             items = self._manager.restore(step, args=ocp.args.Composite(**restores))
-        except (ValueError, KeyError, OSError) as error:
-            return None, f"{folder} is damaged: {str(error).splitlines()[0]}"
+            sums = dict(items["bit_sums"])
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise  # no room for it, which is no fault of its files
+        except Exception as error:  # Orbax and TensorStore raise many kinds, a bare one for arrays
+            return None, f"{folder} is damaged: {first_line(error)}"
         found = bit_sums({name: items[name] for name in targets})
-        if changed := [path for path, total in items["bit_sums"].items() if found[path] != total]:
+        if changed := [path for path, total in found.items() if sums.get(path) != total]:
             return None, f"{folder} is damaged: the bits of {changed[0]} have changed"
         return TrainState(
             put(step, like.step.sharding, jnp.int32), items["params"], items["opt_state"]
@@ -148,7 +157,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise LlavaError(
                 f"a checkpoint could not be written to {self._folder}: "
-                f"{str(error).splitlines()[0]}. Those before it are whole: make room, and start "
+                f"{first_line(error)}. Those before it are whole: make room, and start "
                 "again to go on from the newest"
             ) from error
 

@@ -61,8 +61,12 @@ class Loop:
             disable=jax.process_index() != 0,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        self._finished_at, pending = time.perf_counter(), None
-        for step in range(start + 1, steps + 1):
+        with bar:  # closed before an error is told
+            return self._steps(state, batches, range(start + 1, steps + 1), bar)
+
+    def _steps(self, state: TrainState, batches: Iterator[Batch], numbers: range, bar):
+        self._finished_at, pending, steps = time.perf_counter(), None, numbers.stop - 1
+        for step in numbers:
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
@@ -84,7 +88,6 @@ class Loop:
                 self._finished_at = time.perf_counter()  # neither counts as step time
             if last:
                 break
-        bar.close()
         return state
 
     def _finish(self, step: int, metrics: dict, batch: Batch, waited: float, steps: int, bar):

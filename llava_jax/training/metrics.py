@@ -13,6 +13,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from llava_jax.parallel import hosts
+
 
 class MetricsLog:
     """Appends to a run's logs; after a resume they read as if the run had never stopped.
@@ -107,18 +109,33 @@ def _start_wandb(project: str, workdir: Path, config: dict):
 
 
 def drop_later_lines(path: Path, last_step: int) -> None:
-    """Keeps the whole lines of a log up to `last_step`; a line cut by a kill is dropped."""
+    """Keeps the lines of a log up to `last_step`; a line cut by a kill is dropped.
+
+    So is one that is no line of a log, which a crash of the machine may leave; that is told.
+    """
     if not path.exists():
         return
-    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+    lines = [(line, _parsed(line)) for line in _whole_lines(path)]
+    if broken := sum(values is None for _, values in lines):
+        hosts.tell(f"{path}: {broken} of {len(lines)} lines are damaged and left out")
+    kept = [line for line, values in lines if values and values["step"] <= last_step]
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(partial, path)
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a .jsonl log; an unfinished last line is left out."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """The lines of a .jsonl log; an unfinished last line is left out, and what is damaged."""
+    return [values for values in map(_parsed, _whole_lines(path)) if values]
+
+
+def _parsed(line: bytes) -> dict | None:
+    """The values of one line, or None where it is damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 
 import flax.linen as nn
@@ -35,6 +36,23 @@ MODEL_OVERRIDES = ("projector", "feature_layer", "image_size", "image_mode")
 # What may differ when a run is resumed: it changes speed, logs or place, never the result.
 FREE_KEYS = ("workdir", "accumulation", "mesh", "log_every", "save_every", "keep", "wandb_project")
 FREE_KEYS += ("model.remat_policy", "model.attention", "data.workers", "loss_chunk")
+RANGES = {  # what is told -> (what must hold, where a value is set; keys)
+    "it must be at least 1": (
+        lambda x: x >= 1,
+        "batch_size accumulation epochs steps log_every validate_every save_every keep loss_chunk "
+        "sample_tokens data.max_length",
+    ),
+    "it must not be negative": (
+        lambda x: x >= 0,
+        "seed samples data.images_per_row data.workers data.bad_image_ceiling optimizer.clip_norm "
+        "optimizer.weight_decay",
+    ),
+    "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps"),
+    "it is a share, from 0 to less than 1": (
+        lambda x: 0 <= x < 1,
+        "lora.dropout optimizer.warmup_ratio optimizer.b1 optimizer.b2",
+    ),
+}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -47,9 +65,14 @@ def check_config(config: ConfigDict) -> None:
         raise LlavaError("config.trainable is empty: name what trains, such as projector")
     if (config.epochs is None) == (config.steps is None):
         raise LlavaError("set exactly one of config.epochs and config.steps")
-    for key in ("batch_size", "accumulation", "log_every", "validate_every", "save_every", "keep"):
-        if config[key] < 1:
-            raise LlavaError(f"config.{key} is {config[key]}: it must be at least 1")
+    values = flatten(config.to_dict())
+    for wanted, (holds, keys) in RANGES.items():
+        for key in keys.split():
+            if values[key] is not None and not holds(values[key]):
+                raise LlavaError(f"config.{key} is {values[key]}: {wanted}")
+    for group, rate in config.trainable.items():
+        if not 0 <= rate < math.inf:
+            raise LlavaError(f"config.trainable.{group} is {rate}: a learning rate is 0 or more")
     if config.parity and config.batch_size % PARITY_DEVICES:
         raise LlavaError(
             f"config.parity cuts a batch into {PARITY_DEVICES} equal parts, but "
@@ -215,10 +238,6 @@ def lora_config(config: ConfigDict, model: LlavaConfig) -> LoraConfig | None:
         )
     if not trains:
         return None
-    if not 0 <= config.lora.dropout < 1:
-        raise LlavaError(
-            f"config.lora.dropout is {config.lora.dropout}: it is a share, from 0 to less than 1"
-        )
     lora = LoraConfig(
         config.lora.rank, config.lora.alpha, tuple(config.lora.targets), config.lora.dropout
     )

@@ -287,6 +287,12 @@ def _expected(
     return flatten_dict(nn.meta.unbox(boxed))
 
 
+def first_line(error: Exception) -> str:
+    """What an error of Orbax says, without the details that it hangs on."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line.split(". See full TensorStore")[0]
+
+
 def saved_params(step_folder: Path) -> dict:
     """The trained tree of a checkpoint, each leaf told by its shape and dtype alone."""
     with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
@@ -308,8 +314,10 @@ def read_trained(step_folder: Path, run: RunModel) -> dict:
         try:
             restore = ocp.args.PyTreeRestore(restore_args=on_host)
             trained = reader.restore(step_folder.resolve() / "params", args=restore)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise LlavaError(f"{step_folder} is damaged: {str(error).splitlines()[0]}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds, a bare one for arrays
+            raise LlavaError(f"{step_folder} is damaged: {first_line(error)}") from None
     _check_bit_sums(step_folder, trained)
     return trained
 

@@ -188,7 +188,7 @@ def test_a_record_the_template_cannot_write_is_named(make):
         make(template="plain")
 
 
-def test_refused_records_are_counted_with_reasons(make, data_set):
+def test_refused_records_are_counted_with_reasons(make, data_set, tmp_path):
     def change(items):
         items[1]["conversations"][0]["value"] = "long " * 300 + "<image>"  # image moves to front
         items[2]["conversations"][0]["value"] = "why " * 300 + "\n<image>"
@@ -206,6 +206,9 @@ def test_refused_records_are_counted_with_reasons(make, data_set):
     assert (
         "2 refused: no supervised token is left at max_length=128 (index 1, 2)" in data.describe()
     )
+    for _ in range(2):  # measured, then out of the cache
+        again = make(images_per_row=1, cache_dir=tmp_path / "cache")
+        assert "(index 0, 8); 1 cut to 128 tokens), " in again.describe()
     ids = {i for batch in data.batch_iterator() for i in batch.record_ids}
     assert "r3" in ids and not ids & {"r0", "r1", "r2", "r8", "r16"}
 

@@ -1,9 +1,12 @@
 """How processes find each other, as their surroundings tell, and what must be the same in all."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 
+import jax
 import pytest
 
 from llava_jax.parallel import hosts
@@ -14,12 +17,14 @@ SLURM = {
     "SLURM_NTASKS": "1",
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "1",
 }
 OPEN_MPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
     "OMPI_COMM_WORLD_SIZE": "1",
     "OMPI_COMM_WORLD_RANK": "0",
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
 }
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 START = """
@@ -28,7 +33,8 @@ from llava_jax.errors import LlavaError
 from llava_jax.parallel import hosts
 try:
     hosts.start()
-    print("joined" if jax.distributed.is_initialized() else "alone", jax.process_count())
+    how = "joined" if jax.distributed.is_initialized() else "alone"
+    print(how, jax.process_count(), "gpus:", jax.config.values["jax_cuda_visible_devices"])
 except LlavaError as error:
     print("error:", error)
 """
@@ -37,14 +43,21 @@ except LlavaError as error:
 @pytest.mark.parametrize(
     "surroundings, told",
     [
-        ({}, "alone 1"),
-        (SLURM, "joined 1"),
-        (OPEN_MPI, "joined 1"),
-        (POD, "alone 1"),
+        ({}, "alone 1 gpus: all"),
+        (SLURM, "joined 1 gpus: all"),
+        (OPEN_MPI, "joined 1 gpus: all"),
+        (POD, "alone 1 gpus: all"),
         (POD | {"JOB_COMPLETION_INDEX": "1"}, "error: this pod is one of a Kubernetes Job, but"),
         ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1234"}, "error: the processes of this run cannot"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "127.0.0.1"},
+            "error: JAX_COORDINATOR_ADDRESS .* needs a port",
+        ),
     ],
-    ids=["laptop", "Slurm", "Open MPI", "pod", "Kubernetes without its package", "half told"],
+    ids=[
+        *("laptop", "Slurm", "Open MPI", "pod", "Kubernetes without its package", "half told"),
+        "no port",
+    ],
 )
 def test_processes_are_found_by_their_surroundings(surroundings, told):
     marks = ("SLURM", "OMPI", "KUBERNETES", "JOB_", "JAX_COORDINATOR", "JAX_NUM", "JAX_PROCESS")
@@ -56,7 +69,29 @@ def test_processes_are_found_by_their_surroundings(surroundings, told):
         text=True,
         timeout=200,
     )
-    assert process.stdout.strip().splitlines()[-1].startswith(told), process.stderr
+    assert re.match(told, process.stdout.strip().splitlines()[-1]), process.stderr
+
+
+@pytest.mark.parametrize(
+    "surroundings, alone",
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+    ],
+)
+def test_a_process_alone_on_its_host_takes_all_gpus(surroundings, alone):
+    assert hosts.alone_on_its_host(surroundings) == alone
+
+
+def test_a_process_that_waits_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "_PATIENCE", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(0.5))
+    monkeypatch.setattr(os, "environ", {})
+    hosts.start()
+    assert "waiting for the other processes" in capsys.readouterr().err
 
 
 def test_the_code_is_told_by_its_content(tmp_path):

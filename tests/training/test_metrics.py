@@ -45,6 +45,16 @@ def test_a_line_cut_within_a_character_is_dropped(tmp_path):
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 9, b"[1]", b'{"loss": 1}', b"\xff", b""])
+def test_a_line_that_a_crash_damaged_is_left_out_and_told(damage, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"step": 3}\n')
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3]
+    drop_later_lines(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert f"{path}: 1 of 4 lines are damaged and left out" in capsys.readouterr().err
+
+
 def test_no_log_is_no_error(tmp_path):
     drop_later_lines(tmp_path / "none.jsonl", 3)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,57 @@
+"""Whatever happens to a file of the newest checkpoint: its own bits come back, or those before."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llava_jax.training.checkpoint import Checkpoints
+from llava_jax.training.step import TrainState
+
+DAMAGE = {
+    "gone": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "another text": lambda path: path.write_text('{"not": "this"}'),
+}
+
+
+def state(step: int) -> TrainState:
+    # Numbers that compress badly: small arrays get no file of their own.
+    kernel = jax.random.normal(jax.random.key(step), (32, 64))
+    params = {"projector": {"kernel": kernel}}
+    return TrainState(jnp.int32(step), params, optax.scale_by_adam().init(params))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A run directory with the checkpoints 1 and 2."""
+    workdir = tmp_path_factory.mktemp("run")
+    checkpoints = Checkpoints(workdir, keep=9)
+    for step in (1, 2):
+        checkpoints.save(state(step), step)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_any_file_gives_the_same_bits_or_the_step_before(
+    kind, two_steps, tmp_path, capsys
+):
+    newest = two_steps / "checkpoints/2"
+    files = [p.relative_to(newest) for p in newest.rglob("*") if p.stat().st_size and p.is_file()]
+    put_aside = set()
+    for number, file in enumerate(files):
+        workdir = tmp_path / str(number)
+        shutil.copytree(two_steps, workdir)
+        DAMAGE[kind](workdir / "checkpoints/2" / file)
+        found = Checkpoints(workdir, keep=9).restore_newest(state(0))
+        step = int(found.step)
+        jax.tree.map(np.testing.assert_array_equal, found, state(step))
+        told = capsys.readouterr().err
+        assert step == 2 or "is damaged" in told or "cannot be read" in told, file
+        if step == 1:
+            put_aside.add(file.parts[0])
+    assert {"params", "opt_state", "bit_sums"} <= put_aside
