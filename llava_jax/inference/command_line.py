@@ -10,12 +10,16 @@ from jax.sharding import Mesh
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import DTYPES, Llava
 from llava_jax.parallel.mesh import make_mesh
+from llava_jax.weights.hub import local_folder
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What the commands that ask a model have in common."""
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="of train.py, or Hugging Face"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run of train.py, a Hugging Face folder, or a name on the hub",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--weights", choices=["int8"], help="eight bits a weight")
@@ -31,7 +35,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_from_arguments(args: argparse.Namespace) -> Llava:
     """The model of `add_model_arguments`; what is compiled for it is kept for the next time."""
-    if not Path(args.checkpoint).is_dir():
+    checkpoint = local_folder(args.checkpoint)
+    if not checkpoint.is_dir():
         raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
     keep_compilations()
     mesh = None
@@ -39,7 +44,7 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
         count = max(args.data * args.tensor, 1)
         mesh = make_mesh(args.data, 1, args.tensor, jax.devices()[:count])
     return Llava.from_pretrained(
-        args.checkpoint,
+        checkpoint,
         dtype=args.dtype,
         weights=args.weights,
         kv_cache=args.kv_cache,

@@ -155,5 +155,7 @@ def test_wrong_settings_are_told_before_the_model_loads(tmp_path):
 def test_wrong_paths_are_told_before_the_model_loads(tmp_path):
     with pytest.raises(LlavaError, match="no/such.png"):
         run("--checkpoint", str(tmp_path), "--image", "no/such.png")
-    with pytest.raises(LlavaError, match="no checkpoint folder at no/such"):
+    with pytest.raises(LlavaError, match="no checkpoint folder at no/such/run"):
+        run("--checkpoint", "no/such/run", "--prompt", "Hi")
+    with pytest.raises(LlavaError, match="no/such is no folder here, and the Hugging Face hub"):
         run("--checkpoint", "no/such", "--prompt", "Hi")

@@ -231,7 +231,7 @@ def test_settings_of_the_command_line_give_way_to_the_requests(run, llava, tmp_p
         (["--input", "no/such.jsonl"], "no file of requests at no/such.jsonl"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--sampling", '{"top": 1}'], "unknown sampling parameter 'top'"),
-        (["--checkpoint", "no/such"], "no checkpoint folder at no/such"),
+        (["--checkpoint", "no/such/run"], "no checkpoint folder at no/such/run"),
         (["--image_root", "no/such"], "no folder of images at no/such"),
         (["--output", "."], "--output is a folder, .: give a file"),
     ],
