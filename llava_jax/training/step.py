@@ -118,6 +118,7 @@ def make_train_step(
     def loss_and_grads(trainable, frozen, batch, weights, keys):
         loss = lambda t: batch_loss(model, join(t, frozen, keys), batch, chunk, weights)
         total, grads = jax.value_and_grad(loss)(trainable)
+        # Here, before parts of the data axis add up: XLA for CPUs aborts at their sum in bfloat16.
         return total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def accumulated(trainable, frozen, *rows):
