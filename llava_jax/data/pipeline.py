@@ -8,6 +8,7 @@ the same bytes, and works on any number of processes; each builds only its own r
 import bisect
 import functools
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -221,7 +222,18 @@ class TrainingData:
 
         if not flags.FLAGS.is_parsed():  # Grain reads a flag of its own in every worker
             flags.FLAGS.mark_as_parsed()
-        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        return batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=self._workers), worker_init_fn=_outlive_sigterm
+        )
+
+
+def _outlive_sigterm(worker: int, workers: int) -> None:
+    """Slurm tells all processes of a job to end: the run does, and ends its workers itself.
+
+    Without rows to wait for it could not finish the step that it is to save.
+    """
+    del worker, workers
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _RowBuilder:

@@ -1,4 +1,7 @@
 import json
+import multiprocessing
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -276,6 +279,15 @@ def break_in_the_middle(file):
     data = bytearray(file.read_bytes())
     data[60:90] = bytes(30)
     file.write_bytes(data)
+
+
+def test_workers_outlive_sigterm(make):
+    """Slurm sends it to every process of a job, and the run wants to finish its step."""
+    batches = make(workers=1, epochs=None, steps=60).batch_iterator()
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    assert sum(1 for _ in batches) == 59
 
 
 @pytest.mark.parametrize("workers", [0, 1])
