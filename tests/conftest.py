@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,17 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What one test compiled, all others read: of this process, of its scripts and of xdist's workers,
+# which inherit the folder. It ends with the process that made it: another machine's code may crash.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with parts/, data/ and a compilation cache, to be read only."""
+    """A folder with parts/ and data/, to be read only."""
     from tests import tiny_run
 
     folder = tmp_path_factory.mktemp("world")

@@ -164,9 +164,9 @@ def start_script(
         "from tests.tiny_run import recipe\n\n\n"
         f"def get_config():\n    return recipe({{}}, {values!r})\n"
     )
-    surroundings = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_COMPILATION_CACHE_DIR": str(world / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    surroundings = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT / "tests/without_torch"),
     }
     limit = ["bash", "-c", f'ulimit -f {file_size}; exec "$0" "$@"'] if file_size else []
     return subprocess.Popen(

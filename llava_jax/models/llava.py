@@ -4,6 +4,7 @@ B rows, T length, I images a row, S image side, P tokens an image, D model size,
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -157,6 +158,7 @@ def _touch_all(model: LlavaModel, input_ids, images, position_ids, segment_ids):
     return model.attend(model(input_ids, images, position_ids, segment_ids))
 
 
+@functools.cache  # a trace of the whole model: a second and more, and many ask
 def abstract_params(config: LlavaConfig) -> dict:
-    """Shapes and logical axes of `init_params` without computing anything."""
+    """Shapes and logical axes of `init_params` without computing anything; to be read only."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
