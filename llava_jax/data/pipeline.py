@@ -7,6 +7,7 @@ the same bytes, and works on any number of processes; each builds only its own r
 
 import bisect
 import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -223,17 +224,25 @@ class TrainingData:
         if not flags.FLAGS.is_parsed():  # Grain reads a flag of its own in every worker
             flags.FLAGS.mark_as_parsed()
         return batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=self._workers), worker_init_fn=_outlive_sigterm
+            grain.MultiprocessingOptions(num_workers=self._workers),
+            worker_init_fn=live_as_long_as_the_run,
         )
 
 
-def _outlive_sigterm(worker: int, workers: int) -> None:
-    """Slurm tells all processes of a job to end: the run does, and ends its workers itself.
+def live_as_long_as_the_run(worker: int, workers: int) -> None:
+    """SIGTERM does not end a worker; the run does, or its death.
 
-    Without rows to wait for it could not finish the step that it is to save.
+    Slurm tells all processes of a job to end, and without rows to wait for the run could not
+    finish the step that it is to save. A run that is killed tells its workers nothing.
     """
     del worker, workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class _RowBuilder:

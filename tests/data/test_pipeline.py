@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,11 @@ from PIL import Image
 
 from llava_jax.data.build import build_data_set
 from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.pipeline import TrainingData, live_as_long_as_the_run
 from llava_jax.data.records import open_records
 from llava_jax.errors import LlavaError
 
+SPAWN = multiprocessing.get_context("spawn")
 CONFIG = SimpleNamespace(
     image_size=28, vision=SimpleNamespace(patch_size=14, class_token=True), keep_class_token=False,
     image_token_id=-200, image_mean=(0.5, 0.4, 0.3), image_std=(1, 1, 1), image_mode="pad",
@@ -288,6 +290,30 @@ def test_workers_outlive_sigterm(make):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGTERM)
     assert sum(1 for _ in batches) == 59
+
+
+def be_a_worker(pipe):
+    live_as_long_as_the_run(0, 1)
+    pipe.send("started")
+    time.sleep(60)
+
+
+def be_a_run(pipe):
+    worker = SPAWN.Process(target=be_a_worker, args=(pipe,))
+    worker.start()
+    worker.join()
+
+
+def test_workers_end_with_a_run_that_is_killed():
+    here, there = SPAWN.Pipe()
+    run = SPAWN.Process(target=be_a_run, args=(there,))
+    run.start()
+    there.close()
+    assert here.recv() == "started"
+    run.kill()
+    assert here.poll(20), "the worker lives on"
+    with pytest.raises(EOFError):
+        here.recv()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
