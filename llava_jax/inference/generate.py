@@ -191,4 +191,4 @@ def report(model: Llava, seconds: float, wrong: int) -> None:
         file=sys.stderr,
     )
     if wrong:
-        print(f"{wrong:,} requests were wrong: their lines have an 'error'", file=sys.stderr)
+        print(f"wrong requests: {wrong:,}; their lines have an 'error'", file=sys.stderr)

@@ -121,7 +121,7 @@ def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path, capsys)
     assert len(told) == len(lines)
     for at, message in enumerate(wrong.values()):
         assert message in told[2 * at]["error"], told[2 * at]
-    assert f"{len(wrong)} requests were wrong" in capsys.readouterr().err
+    assert f"wrong requests: {len(wrong)};" in capsys.readouterr().err
     texts = {line["text"] for line in told[1::2]}
     assert len(texts) == 1 and told[4]["id"] == 5 and told[1]["id"] == 1
 
