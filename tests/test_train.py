@@ -49,31 +49,42 @@ def saved_paths(step_folder: Path, item: str) -> list[tuple]:
     ]
 
 
-def test_both_stages_from_the_command_line(world, tmp_path):
-    first, second = tmp_path / "align", tmp_path / "instruct"
+LONG = {"steps": 12, "save_every": 3, "validate_every": 5, "accumulation": 2}
+
+
+@pytest.fixture(scope="module")
+def both_stages(world, tmp_path_factory) -> tuple[Path, Path, str]:
+    """The run directories of stage 1 and, LONG, of stage 2 by the script; what the first told."""
+    folder = tmp_path_factory.mktemp("stages")
+    first, second = folder / "align", folder / "instruct"
     code, out, err = run_script(world, align(world, first))
     assert code == 0, err
-    assert f"{first}: 4 steps done" in out and "llava-jax chat --checkpoint" in out
-    code, out, err = run_script(world, instruct(world, second, first))
+    code, _, err = run_script(world, instruct(world, second, first, LONG))
     assert code == 0, err
+    return first, second, out
+
+
+def test_both_stages_from_the_command_line(both_stages):
+    first, second, out = both_stages
+    assert f"{first}: 4 steps done" in out and "llava-jax chat --checkpoint" in out
     for name in ("config.json", "model.json", "tokenizer/tokenizer.json", "loss.png"):
         assert (second / name).stat().st_size > 0, name
     assert list((second / "tensorboard").iterdir())
 
     steps = [line for line in read_lines(second / "metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["step"] for line in steps] == list(range(1, 13))
     wanted = {"loss", "grad_norm", "learning_rate/projector", "learning_rate/decoder", "images"}
     wanted |= {"tokens_per_second", "images_per_second", "real_token_share", "step_seconds"}
     assert wanted | {"data_wait_seconds", "tokens", "supervised_tokens"} <= steps[0].keys()
     assert all(np.isfinite(value) for line in steps for value in line.values())
     held_out = [x["step"] for x in read_lines(second / "metrics.jsonl") if "validation_loss" in x]
-    assert held_out == [2, 4]
+    assert held_out == [5, 10, 12]
     samples = read_lines(second / "samples.jsonl")
     assert [(s["step"], s["id"]) for s in samples] == [
-        (step, f"talk-{i}") for step in (2, 4) for i in (0, 1)
+        (step, f"talk-{i}") for step in held_out for i in (0, 1)
     ]
     assert {"question", "prediction", "reference"} <= samples[0].keys()
-    assert sorted(p.name for p in (second / "checkpoints").iterdir()) == ["2", "4"]
+    assert sorted(p.name for p in (second / "checkpoints").iterdir()) == ["12", "9"]
     assert isinstance(Llava.from_pretrained(second).chat("Hi?", max_new_tokens=2), str)
 
 
@@ -112,22 +123,12 @@ def kill_at_line(process: subprocess.Popen, log: Path, lines: int, delay: float)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
 
 
-@pytest.fixture(scope="module")
-def long_run(world, aligned, tmp_path_factory):
-    """(recipe without its workdir, the run directory of an uninterrupted run of it)."""
-    steps = {"steps": 12, "save_every": 3, "validate_every": 5, "accumulation": 2}
-    workdir = tmp_path_factory.mktemp("long") / "whole"
-    code, _, err = run_script(world, instruct(world, workdir, aligned, steps))
-    assert code == 0, err
-    return steps, workdir
-
-
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
-def test_killed_and_resumed_is_never_killed(world, aligned, long_run, tmp_path, seed):
+def test_killed_and_resumed_is_never_killed(world, both_stages, tmp_path, seed):
     """Killed before or while the first checkpoint is written, and again after it."""
-    steps, whole = long_run
+    start, whole, _ = both_stages
     workdir = tmp_path / "killed"
-    values = instruct(world, workdir, aligned, steps)
+    values = instruct(world, workdir, start, LONG)
     chance = random.Random(seed)
     for lines in (chance.randrange(1, 6), chance.randrange(9, 13)):
         process = start_script(world, values)

@@ -1,6 +1,7 @@
 """The runner on easy-VQA: its files, continuing after a kill, shards, and the command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -310,14 +311,20 @@ def test_eval_answers_scores_and_reports(data, tmp_path, aligned):
     command = [sys.executable, "eval.py", "--config=configs/eval/easy_vqa.py"]
     command += [f"--checkpoint={aligned}", f"--output={tmp_path / 'out'}"]
     command += [f"--config.data_root={data.parent}", "--config.options.split=test"]
-    for arguments, text in [
-        ([], "easy_vqa/test: overall accuracy 0.0 (none published)"),
+    for devices, arguments, text in [
+        (2, [], "easy_vqa/test: overall accuracy 0.0 (none published)"),
         (
+            4,
             ["--limit=3", "--config.mesh.tensor=2"],
             "easy_vqa/test-first-3: overall accuracy 0.0 (none published)",
         ),
     ]:
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags += " --xla_backend_optimization_level=0"
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags},
+        )  # fmt: skip
         assert done.returncode == 0 and text in done.stdout, done.stderr
     out = tmp_path / "out" / "easy_vqa"
     whole = predictions(out / "test")
