@@ -237,7 +237,7 @@ def start_theirs(config: ConfigDict, batches: list[dict], projector: dict, threa
     optimizer = torch.optim.AdamW(
         groups, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, fused=True
     )
-    if config.model.remat_policy != "none":
+    if config.model.remat_policy in ("attention", "full"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     prepared = [prepare(batch, shape, device) for batch in batches]
     for arrays in prepared:

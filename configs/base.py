@@ -20,8 +20,9 @@ def get_config() -> ConfigDict:
     config.model.template = "v1"
     config.model.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
     config.model.attention = "auto"  # xla | cudnn (GPU) | splash (TPU) | auto: by the devices
-    # none | dots | attention | full: from most memory and least compute to the opposite.
-    config.model.remat_policy = "none"
+    # none | linear | attention | full: from most memory and least compute to the opposite. linear
+    # keeps the results of linear layers and of the attention kernel, and computes the rest again.
+    config.model.remat_policy = "linear"
 
     # Where parameters start: Hugging Face folders, or the run directory of an earlier stage.
     config.init = ConfigDict()

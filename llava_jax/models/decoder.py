@@ -15,13 +15,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.models.attention import apply_rope, attention, attention_mask
-from llava_jax.models.flash_attention import SAVED_NAME, PackedCausal
-from llava_jax.models.linear import Linear
+from llava_jax.models.flash_attention import ATTENTION_OUT, PackedCausal
+from llava_jax.models.linear import LINEAR_OUT, Linear
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),  # of splash
+    "linear": jax.checkpoint_policies.save_only_these_names(LINEAR_OUT, ATTENTION_OUT),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 SPLASH_TILE = 128  # a row's length must be a multiple
-SAVED_NAME = "attention_out"  # what a remat policy calls the kernel's output
+ATTENTION_OUT = "attention_out"  # what a remat policy calls the output of splash
 
 
 @flax.struct.dataclass
@@ -92,7 +92,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=SAVED_NAME,
+        residual_checkpoint_name=ATTENTION_OUT,
         interpret=interpret,
     )
 

@@ -3,9 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
 
 from llava_jax.models.precision import product_dtype, transposed
+
+LINEAR_OUT = "linear_out"  # what a remat policy calls the products of linear layers
 
 
 @jax.custom_vjp
@@ -85,7 +88,7 @@ class Linear(nn.Module):
         x = x.astype(self.dtype)
         if kernel.dtype == jnp.uint16:  # the bits of bfloat16: see `pack_kernels`
             kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
-        y = matmul(x, kernel)
+        y = checkpoint_name(matmul(x, kernel), LINEAR_OUT)
         if self.has_variable("params", "kernel_scale"):  # put there by `quantize_kernels`
             scale = self.get_variable("params", "kernel_scale")
             y = (y.astype(jnp.float32) * scale).astype(y.dtype)

@@ -11,7 +11,7 @@ from llava_jax.parallel.topology import Topology
 from llava_jax.training.flops import decoder_flops_per_token, step_flops
 
 # Share of the decoder's forward pass that each remat policy computes a second time.
-RECOMPUTED = {"none": 0.0, "dots": 0.0, "attention": 1.0, "full": 1.0}
+RECOMPUTED = {"none": 0.0, "linear": 0.0, "attention": 1.0, "full": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from llava_jax.errors import LlavaError
 
 # From the one that computes least and keeps most.
-LADDER = ("none", "dots", "attention", "full")
+LADDER = ("none", "linear", "attention", "full")
 
 
 def candidates(batch_size: int, shards: int) -> Iterator[tuple[str, int]]:

@@ -82,6 +82,21 @@ def test_remat_changes_memory_and_no_gradient():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(abs(b).max()))
 
 
+def test_remat_computes_again_what_its_name_says():
+    """Products of one layer in the gradient: 9 forward, 18 backward, and those computed again."""
+    config, row = config_with().decoder, packed_row()
+    params = random_params(config_with())["decoder"]
+
+    def products(policy):
+        total = lambda p: jnp.sum(hidden_states(p, *row, config, policy))
+        return jax.jit(jax.grad(total)).lower(params).as_text().count("stablehlo.dot_general ")
+
+    again = {policy: products(policy) - products("none") for policy in REMAT_POLICIES}
+    assert products("none") == 27
+    # Scores and sums of attention; with all but the last of the seven linear layers.
+    assert again == {"none": 0, "linear": 2, "attention": 8, "full": 8}
+
+
 def test_bfloat16_products_are_close_to_float32():
     config, row = config_with().decoder, packed_row()
     params = random_params(config_with())["decoder"]

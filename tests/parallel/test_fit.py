@@ -24,8 +24,8 @@ def dry_run(room: int, tried: list):
     ("room", "best"),
     [
         (100, ("none", 1)),
-        (45, ("dots", 1)),
-        (20, ("dots", 2)),  # half a batch keeps what a whole one must compute again
+        (45, ("linear", 1)),
+        (20, ("linear", 2)),  # half a batch keeps what a whole one must compute again
         (5, ("attention", 4)),
         (1, None),
     ],
@@ -41,4 +41,4 @@ def test_the_fastest_that_fits(room, best):
 def test_what_cannot_be_faster_is_not_tried():
     tried = []
     fastest_fit(32, 8, dry_run(45, tried), lambda _: None)
-    assert tried == [("none", 1), ("dots", 1), ("none", 2)]
+    assert tried == [("none", 1), ("linear", 1), ("none", 2)]

@@ -56,7 +56,7 @@ def config(parts=None, **changes):
         ({"trainable": {"projector": float("inf")}}, "config.trainable.projector is inf"),
         (
             {"model__remat_policy": "some"},
-            "remat_policy is 'some': choose one of none, dots, attention, full",
+            "remat_policy is 'some': choose one of none, linear, attention, full",
         ),
         ({"model__dtype": "int8"}, "config.model.dtype is 'int8': choose one of auto, .*mixed"),
         ({"model__template": "v7"}, "unknown template 'v7'"),
