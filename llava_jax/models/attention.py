@@ -8,8 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.models.flash_attention import (
+    ATTENTION_OUT,
     SPLASH_TILE,
     PackedCausal,
     cudnn_attention,
@@ -118,35 +120,61 @@ def attention(
     q = q.reshape(batch, kv_heads, -1, size).astype(operands)  # [B, K, N / K * T, H]
     k, v = (x.swapaxes(1, 2).astype(operands) for x in (key, value))  # [B, K, S, H]
     with jax.named_scope("attention"):
-        scores = _batched_product(q, k, 3) * size**-0.5  # [B, K, N / K * T, S]
-        scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-        if mask is not None:
-            scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:3], -1)
-        out = _batched_product(weights.astype(operands), v, 2).astype(query.dtype)
+        out = _weighted_mean(q, k, v, mask, size**-0.5).astype(query.dtype)
     out = out.reshape(batch, kv_heads, -1, length, size).transpose(0, 3, 1, 2, 4)
     return out.reshape(query.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _batched_product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_mean(q: jax.Array, k: jax.Array, v: jax.Array, mask, scale: float) -> jax.Array:
+    """softmax(scale * q k^T) v, float32 [B, K, G * T, H].
+
+    Neither the weights nor their gradient are divided by the sums: rows of the result are, and of
+    its gradient, of which there are fewer numbers.
+
+    Args:
+      q: [B, K, G * T, H], the G query heads of a kv head one after the other.
+      k, v: [B, K, S, H].
+      mask: bool[B, 1, T, S] or None.
+    """
+    return _weighted_mean_forward(q, k, v, mask, scale)[0]
+
+
+def _weighted_mean_forward(q, k, v, mask, scale):
+    scores = _product(q, k, 3) * scale  # [B, K, G * T, S]
+    if mask is not None:
+        length, keys = mask.shape[2:]
+        of_heads = scores.reshape(*scores.shape[:2], -1, length, keys)
+        of_heads = jnp.where(mask[:, :, None], of_heads, jnp.finfo(scores.dtype).min)
+        scores = of_heads.reshape(scores.shape)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    powers = jnp.exp(scores - largest)
+    share = 1 / jnp.sum(powers, axis=-1, keepdims=True)
+    powers = powers.astype(q.dtype)
+    out = checkpoint_name(_product(powers, v, 2) * share, ATTENTION_OUT)
+    return out, (q, k, v, powers, share, out)
+
+
+def _weighted_mean_backward(scale, residuals, d_out):
+    q, k, v, powers, share, out = residuals
+    d_out = d_out * share
+    mean = jnp.sum(d_out * out, axis=-1, keepdims=True)
+    d_out = d_out.astype(q.dtype)
+    d_scores = powers * (_product(d_out, v, 3) - mean) * scale
+    d_scores = d_scores.astype(q.dtype)
+    d_q = _product(d_scores, k, 2).astype(q.dtype)
+    d_k = _product(transposed(d_scores), q, 2).astype(q.dtype)
+    d_v = _product(transposed(powers), d_out, 2).astype(q.dtype)
+    return d_q, d_k, d_v, None
+
+
+_weighted_mean.defvjp(_weighted_mean_forward, _weighted_mean_backward)
+
+
+def _product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
     """float32 products of two stacks of matrices, [B, K, ...] each, x over its last axis."""
     axes = (((3,), (y_axis,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
-
-
-def _batched_product_backward(y_axis, operands, d_out):
-    x, y = operands
-    d_out = d_out.astype(x.dtype)
-    d_x = _batched_product(d_out, y, 2 if y_axis == 3 else 3)
-    rows, columns = (d_out, x) if y_axis == 3 else (x, d_out)
-    d_y = _batched_product(transposed(rows), columns, 2)
-    return d_x.astype(x.dtype), d_y.astype(y.dtype)
-
-
-_batched_product.defvjp(
-    lambda x, y, y_axis: (_batched_product(x, y, y_axis), (x, y)), _batched_product_backward
-)
 
 
 @jax.custom_vjp
