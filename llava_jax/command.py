@@ -24,12 +24,22 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ("config",)) -> No
         except KeyboardInterrupt:
             sys.exit(130)
         except LlavaError as error:
-            sys.exit(f"error: {error}")
+            stop(error)
         except OSError as error:
-            sys.exit(f"error: {file_fault(error)}")
+            stop(file_fault(error))
 
     flags.mark_flags_as_required(required)
     app.run(told, flags_parser=parse_flags)
+
+
+def stop(fault: LlavaError | str) -> None:
+    """Ends the process with the fault as its last line.
+
+    Nothing that fails in threads still at work is told after it, such as TensorStore's, whose
+    writes to a full disk end later.
+    """
+    sys.unraisablehook = lambda _: None
+    sys.exit(f"error: {fault}")
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
