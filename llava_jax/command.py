@@ -1,6 +1,7 @@
 """The frame around train.py and eval.py: absl flags and an ml_collections config, no tracebacks."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def stop(fault: LlavaError | str) -> None:
     writes to a full disk end later.
     """
     sys.unraisablehook = lambda _: None
+    time.sleep(1)  # a traceback that is being written ends
     sys.exit(f"error: {fault}")
 
 
