@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
     config.model.attention = "auto"  # xla | cudnn (GPU) | splash (TPU) | auto: by the devices
     # none | linear | attention | full: from most memory and least compute to the opposite. linear
-    # keeps the results of linear layers and of the attention kernel, and computes the rest again.
+    # keeps the results of linear layers and of attention (not of cuDNN's), attention only those.
     config.model.remat_policy = "linear"
 
     # Where parameters start: Hugging Face folders, or the run directory of an earlier stage.

@@ -1,7 +1,6 @@
 """The frame around train.py and eval.py: absl flags and an ml_collections config, no tracebacks."""
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,23 +24,12 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ("config",)) -> No
         except KeyboardInterrupt:
             sys.exit(130)
         except LlavaError as error:
-            stop(error)
+            sys.exit(f"error: {error}")
         except OSError as error:
-            stop(file_fault(error))
+            sys.exit(f"error: {file_fault(error)}")
 
     flags.mark_flags_as_required(required)
     app.run(told, flags_parser=parse_flags)
-
-
-def stop(fault: LlavaError | str) -> None:
-    """Ends the process with the fault as its last line.
-
-    Nothing that fails in threads still at work is told after it, such as TensorStore's, whose
-    writes to a full disk end later.
-    """
-    sys.unraisablehook = lambda _: None
-    time.sleep(1)  # a traceback that is being written ends
-    sys.exit(f"error: {fault}")
 
 
 def parse_flags(arguments: list[str]) -> list[str]:

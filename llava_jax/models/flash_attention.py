@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 SPLASH_TILE = 128  # a row's length must be a multiple
-ATTENTION_OUT = "attention_out"  # what a remat policy calls the output of splash
+ATTENTION_OUT = "attention_out"  # what a remat policy calls the result, but for cuDNN's
 
 
 @flax.struct.dataclass

@@ -5,6 +5,7 @@ Beside them lies the sum of the bits of every array, by which a change on disk i
 
 import contextlib
 import logging
+import sys
 from pathlib import Path
 
 import jax
@@ -29,6 +30,15 @@ ITEMS = ("params", "opt_state", "bit_sums")
 def told_by_us(record: logging.LogRecord) -> bool:
     """A log filter: without the traceback that Orbax logs for an error it raises later on."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def tell_unraisable(unraisable) -> None:
+    """An unraisable hook: without writes of TensorStore that end after an error closed their loop.
+
+    Their tracebacks would be the last lines of a run that a full disk ends.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 @jax.jit
@@ -63,6 +73,7 @@ class Checkpoints:
         self._folder = (workdir / "checkpoints").resolve()
         logging.getLogger("absl").addFilter(told_by_us)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its other futures' same error
+        sys.unraisablehook = tell_unraisable
         with self._write_errors_told():
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 

@@ -1,6 +1,7 @@
 """Whatever happens to a file of the newest checkpoint: its own bits come back, or those before."""
 
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +56,19 @@ def test_damage_to_any_file_gives_the_same_bits_or_the_step_before(
         if step == 1:
             put_aside.add(file.parts[0])
     assert {"params", "opt_state", "bit_sums"} <= put_aside
+
+
+def test_a_write_that_ends_late_is_silent_and_nothing_else_is(tmp_path, monkeypatch, capsys):
+    class Late:
+        def __init__(self, text: str):
+            self.text = text
+
+        def __del__(self):
+            raise RuntimeError(self.text)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
+    Checkpoints(tmp_path, keep=1).close()
+    Late("Event loop is closed")
+    assert not capsys.readouterr().err
+    Late("another fault")
+    assert "another fault" in capsys.readouterr().err
