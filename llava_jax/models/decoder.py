@@ -184,16 +184,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, rope, mask, layer, cache: KVCache | None, chunks: Chunks | None):
         c = self.config
-        batch, length, _ = x.shape  # [B, T, D], or [Q, 1, D] of chunks
-        q = linear(c.num_heads * c.head_dim, ("embed", "heads"), c.qkv_bias, self.dtype, "q_proj")(
-            x
+        into_heads = lambda heads, axis, name: Linear(
+            (heads, c.head_dim), ("embed", axis), self.dtype, c.qkv_bias, name=name
         )
-        k, v = (
-            linear(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, self.dtype, n)(x)
-            for n in ("k_proj", "v_proj")
-        )
-        q = q.reshape(batch, length, c.num_heads, c.head_dim)
-        k, v = (a.reshape(batch, length, c.num_kv_heads, c.head_dim) for a in (k, v))
+        q = into_heads(c.num_heads, "heads", "q_proj")(x)  # [B, T, N, H], or [Q, 1, N, H]
+        k, v = (into_heads(c.num_kv_heads, "kv_heads", f"{name}_proj")(x) for name in "kv")
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="k_norm")(k)
@@ -204,9 +199,10 @@ class Attention(nn.Module):
             cache, k, v = write_cache(cache, layer, chunks, k[:, 0], v[:, 0])
             k, v = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
             out = attention(q[chunks.tokens, 0], k, v, mask)
-            out = out.reshape(-1, *out.shape[2:])[chunks.places]
-        out = out.reshape(batch, length, c.num_heads * c.head_dim)
-        out = linear(c.hidden_size, ("heads", "embed"), c.o_bias, self.dtype, "o_proj")(out)
+            out = out.reshape(-1, *out.shape[2:])[chunks.places, None]
+        out = Linear(
+            c.hidden_size, ("heads", "embed"), self.dtype, c.o_bias, inputs=2, name="o_proj"
+        )(out)
         return out, cache
 
 

@@ -1,5 +1,8 @@
 """The linear layer: operands in the compute dtype, sums and master gradients in float32."""
 
+import functools
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,37 +14,58 @@ from llava_jax.models.precision import product_dtype, transposed
 LINEAR_OUT = "linear_out"  # what a remat policy calls the products of linear layers
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[..., in] x [in, out] -> [..., out] in the dtype of x, summed in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+    """[..., *in] x [*in, *out] -> [..., *out] in the dtype of x, summed in float32.
 
     The gradient follows the same rule, and a float32 kernel gets it unrounded: autodiff of a
     kernel cast to bfloat16 would round it.
+
+    Args:
+      inputs: axes that `in` has.
     """
-    return product(x, kernel, (x.ndim - 1, 0), x.dtype)
+    return product(x, kernel, tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)), x.dtype)
 
 
-def product(x: jax.Array, y: jax.Array, contracted: tuple[int, int], dtype) -> jax.Array:
-    """The product of two arrays over one axis of each, operands as `product_dtype` says.
+def product(
+    x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...], dtype
+) -> jax.Array:
+    """The product of two arrays over the first or last axes of each.
 
-    float32 is asked for and rounded afterwards: XLA's CPU compiler multiplies in bfloat16 only so.
+    Operands are as `product_dtype` says. float32 is asked for and rounded afterwards: XLA's CPU
+    compiler multiplies in bfloat16 only so, and only matrices.
     """
     operands = product_dtype(x.dtype)
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+    def of_arrays(x, y):
+        return dot(x, y, ((x_axes, y_axes), ((), ())))
+
+    def of_matrices(x, y):
+        kept = [x.shape[i] for i in range(x.ndim) if i not in x_axes]
+        kept += [y.shape[i] for i in range(y.ndim) if i not in y_axes]
+        (x, x_axis), (y, y_axis) = _as_matrix(x, x_axes), _as_matrix(y, y_axes)
+        x = x if x_axis else transposed(x)
+        return dot(x, y, (((1,), (y_axis,)), ((), ()))).reshape(kept)
+
     x, y = x.astype(operands), y.astype(operands)
-    if contracted[0] == 0:
-        x, contracted = transposed(x), (1, contracted[1])
-    axes = ((contracted[:1], contracted[1:]), ((), ()))
-    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32).astype(dtype)
+    return jax.lax.platform_dependent(x, y, tpu=of_arrays, default=of_matrices).astype(dtype)
 
 
-def _backward(residuals, dy):
+def _as_matrix(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, int]:
+    """x with its first or last axes as one and the others as one, and which of the two they are."""
+    size = math.prod(x.shape[i] for i in axes)
+    return (x.reshape(size, -1), 0) if axes[0] == 0 else (x.reshape(-1, size), 1)
+
+
+def _backward(inputs, residuals, dy):
     x, kernel = residuals
-    rows = lambda array: array.reshape(-1, array.shape[-1])
-    d_kernel = product(rows(x), rows(dy), (0, 0), kernel.dtype)
-    return product(dy, kernel, (dy.ndim - 1, 1), x.dtype), d_kernel
+    rows = tuple(range(x.ndim - inputs))
+    outputs = tuple(range(len(rows), dy.ndim)), tuple(range(inputs, kernel.ndim))
+    return product(dy, kernel, *outputs, x.dtype), product(x, dy, rows, rows, kernel.dtype)
 
 
-matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _backward)
+matmul.defvjp(lambda x, kernel, inputs: (matmul(x, kernel, inputs), (x, kernel)), _backward)
 
 
 def dropout(x: jax.Array, rate: jax.Array, keys: jax.Array) -> jax.Array:
@@ -67,40 +91,47 @@ def dropout(x: jax.Array, rate: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """[..., in] -> [..., features]; with a low-rank update where `lora_a` and `lora_b` are.
+    """[..., *in] -> [..., *out]; with a low-rank update where `lora_a` and `lora_b` are.
 
     Attributes:
-      axes: logical axis names of the kernel [in, features].
+      features: sizes of `out`. Attention's heads get an axis here, not by a reshape of the
+        result: TPUs lay heads out in another order, and would copy it twice.
+      axes: logical axis names of the kernel, which is stored as a matrix [in, out].
       dtype: of the result, and of the operands unless `product_dtype` says otherwise.
+      inputs: axes that `in` has.
     """
 
-    features: int
+    features: int | tuple[int, ...]
     axes: tuple[str, str]
     dtype: jnp.dtype
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    inputs: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        out = (self.features,) if isinstance(self.features, int) else self.features
+        into, leading = x.shape[-self.inputs :], x.shape[: -self.inputs]
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", kernel_init, (math.prod(into), math.prod(out)))
         x = x.astype(self.dtype)
         if kernel.dtype == jnp.uint16:  # the bits of bfloat16: see `pack_kernels`
             kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
-        y = checkpoint_name(matmul(x, kernel), LINEAR_OUT)
+        y = matmul(x, kernel.reshape(*into, *out), self.inputs)
+        y = checkpoint_name(y, LINEAR_OUT)
         if self.has_variable("params", "kernel_scale"):  # put there by `quantize_kernels`
-            scale = self.get_variable("params", "kernel_scale")
+            scale = self.get_variable("params", "kernel_scale").reshape(out)
             y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
-            y += self._update(x)
+            y += self._update(x.reshape(*leading, -1)).reshape(y.shape)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[1:])
-            y += self.param("bias", bias_init, (self.features,)).astype(y.dtype)
+            y += self.param("bias", bias_init, (math.prod(out),)).reshape(out).astype(y.dtype)
         return y
 
     def _update(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., features], the low-rank update's part of the result."""
+        """[..., in] -> [..., out], the low-rank update's part of the result."""
         a, b = (self.get_variable("params", f"lora_{name}") for name in "ab")
         if self.has_variable("params", "lora_keys"):
             keys, rate = (self.get_variable("params", f"lora_{n}") for n in ("keys", "dropout"))

@@ -116,12 +116,10 @@ class ViTAttention(nn.Module):
     def __call__(self, x):  # [B, P, D]
         c = self.config
         into, out = ("vision_embed", "vision_heads"), ("vision_heads", "vision_embed")
-        heads = (*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
-        q, k, v = (
-            linear(c.hidden_size, into, f"{n}_proj", self.dtype)(x).reshape(heads) for n in "qkv"
-        )
-        x = attention(q, k, v).reshape(x.shape)
-        return linear(c.hidden_size, out, "out_proj", self.dtype)(x)
+        heads = c.num_heads, c.hidden_size // c.num_heads
+        q, k, v = (Linear(heads, into, self.dtype, name=f"{n}_proj")(x) for n in "qkv")
+        x = attention(q, k, v)
+        return Linear(c.hidden_size, out, self.dtype, inputs=2, name="out_proj")(x)
 
 
 class ViTMLP(nn.Module):

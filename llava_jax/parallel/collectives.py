@@ -1,14 +1,10 @@
-"""What a compiled program sends between devices, read from its text.
+"""What a compiled program sends between devices, read from its text."""
 
-A layer scanned L times stands in the text once, inside a loop; every collective is counted as
-often as the loops around it run.
-"""
-
-import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+
+from llava_jax.parallel.program import instructions, read_program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"
@@ -16,13 +12,7 @@ DTYPE_BYTES = {"pred": 1, "bf16": 2} | {
     f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
 }
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)|branch_computations=\{(.*?)\}"
-)
-_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 # Who takes part: [groups, size], or mesh['axis'=size, ...] {'axis', ...}, or {{members}, ...}
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\}|\{\{([\d,]*)\})")
@@ -72,11 +62,10 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     Args:
       devices: of the program, for collectives that name no groups.
     """
-    computations, entry = _computations(text)
-    runs = _run_counts(computations, entry)
+    computations, runs = read_program(text)
     found, seen = [], {}
     for name, lines in computations.items():
-        for result, opcode, rest in _instructions(lines):
+        for result, opcode, rest in instructions(lines):
             if not runs[name]:
                 continue
             if opcode == "recv" and _OF_HOSTS in rest:
@@ -110,47 +99,6 @@ def _is_part(seen: dict, result: str, opcode: str, rest: str) -> bool:
     part = bool(names) and (name is None or bool(names & {name, None}))
     names.add(name)
     return part
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    computations, entry, lines = {}, "", []
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            lines = computations.setdefault(match[2], [])
-            entry = match[2] if match[1] else entry
-        else:
-            lines.append(line)
-    return computations, entry
-
-
-def _instructions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
-    for line in lines:
-        if match := _INSTRUCTION.match(line):
-            yield match[1], match[2], match[3]
-
-
-def _run_counts(computations: dict[str, list[str]], entry: str) -> collections.Counter:
-    """How often each computation runs in one run of the program."""
-    runs = collections.Counter()
-    pending = [(entry, 1)]
-    while pending:
-        name, times = pending.pop()
-        runs[name] += times
-        for _, opcode, rest in _instructions(computations.get(name, [])):
-            if opcode.endswith(("-done", "-update")):  # names what its start has run
-                continue
-            turns = _trip_count(computations, rest) if opcode == "while" else 1
-            for called, branches in _CALLED.findall(rest):
-                for callee in filter(None, [called, *re.findall(r"[\w.\-]+", branches)]):
-                    pending.append((callee, times * turns))
-    return runs
-
-
-def _trip_count(computations: dict[str, list[str]], rest: str) -> int:
-    """What a loop's condition compares its counter with; 1 where that is no constant."""
-    condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
-    limits = [int(n) for line in computations[condition] for n in _CONSTANT.findall(line)]
-    return limits[0] if len(limits) == 1 else 1
 
 
 def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):

@@ -20,6 +20,7 @@ from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.collectives import Collective, read_collectives
 from llava_jax.parallel.mesh import BATCH_AXES, make_mesh, microbatches
+from llava_jax.parallel.program import kernel_cycles
 from llava_jax.parallel.sharding import RULES, batch_sharding
 from llava_jax.parallel.topology import GIB, Topology
 from llava_jax.training import recipe
@@ -85,12 +86,14 @@ class Compiled:
       memory: bytes on a device by kind; None where it ran out of memory. Kinds that live at
         different times share room, so they add up to more than is needed.
       needed: bytes on a device at the peak, as far as the compiler tells.
+      kernel_cycles: see `program.kernel_cycles`.
       seconds: it took.
     """
 
     memory: dict[str, int] | None
     needed: int
     collectives: list[Collective]
+    kernel_cycles: int
     seconds: float
 
 
@@ -111,7 +114,7 @@ def compile_stage(stage: Stage) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Compiled(None, needed_by(str(error)), [], time.perf_counter() - began)
+            return Compiled(None, needed_by(str(error)), [], 0, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     m = program.memory_analysis()
     memory = {
@@ -120,8 +123,9 @@ def compile_stage(stage: Stage) -> Compiled:
         "temporary": m.temp_size_in_bytes,
         "code": m.generated_code_size_in_bytes,
     }
-    collectives = read_collectives(program.as_text(), len(stage.where.devices))
-    return Compiled(memory, m.peak_memory_in_bytes, collectives, seconds)
+    text = program.as_text()
+    collectives = read_collectives(text, len(stage.where.devices))
+    return Compiled(memory, m.peak_memory_in_bytes, collectives, kernel_cycles(text), seconds)
 
 
 def needed_by(message: str) -> int:

@@ -1,14 +1,15 @@
 """How long a step would take at best: a roofline of compute, memory and links.
 
 Each term is what the hardware cannot do faster. The estimate is the largest of them, as if the
-others were hidden behind it; beside it stands their sum, as if nothing were.
+others were hidden behind it; beside it stands their sum, as if nothing were, and what the compiler
+expects of the kernels that it made: those never reach the roofline.
 """
 
 import dataclasses
 
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.parallel.topology import Topology
-from llava_jax.training.flops import decoder_flops_per_token, step_flops
+from llava_jax.training.flops import attention_flops, decoder_flops_per_token, step_flops
 
 # Share of the decoder's forward pass that each remat policy computes a second time.
 RECOMPUTED = {"none": 0.0, "linear": 0.0, "attention": 1.0, "full": 1.0}
@@ -65,9 +66,8 @@ def executed_flops(
         "attention_pairs": rows * length * (length + 1) / 2,
         "supervised_tokens": 0,
     }
-    d = config.decoder
     once = rows * length * decoder_flops_per_token(config)
-    once += 4.0 * everything["attention_pairs"] * d.num_layers * d.num_heads * d.head_dim
+    once += attention_flops(config, everything["attention_pairs"])
     return step_flops(config, trainable, everything) + RECOMPUTED[remat] * once
 
 
@@ -96,6 +96,7 @@ def estimate(
     traffic: float,
     sent: float,
     between: float = 0.0,
+    kernels: float = 0.0,
 ) -> dict:
     """Seconds of each term on each chip, of the step, and the MFU that follows.
 
@@ -103,6 +104,7 @@ def estimate(
       executed, model: FLOPs of a step over all chips.
       traffic, sent, between: bytes of a step on one chip, through memory, through the links of a
         slice and through the network between slices.
+      kernels: seconds that the compiler expects of its kernels.
     """
     chip, chips = where.chip, len(where.devices)
     terms = {
@@ -121,4 +123,6 @@ def estimate(
         "step_seconds_nothing_hidden": worst,
         "mfu": share(best),
         "mfu_nothing_hidden": share(worst),
+        "kernel_seconds": kernels,
+        "mfu_of_kernels": share(max(kernels, best)),
     }

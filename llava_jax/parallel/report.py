@@ -18,7 +18,7 @@ from llava_jax.parallel.estimate import (
     memory_traffic,
 )
 from llava_jax.parallel.topology import GIB
-from llava_jax.training.flops import step_flops
+from llava_jax.training.flops import attention_flops, step_flops
 
 
 def bytes_on_a_device(tree) -> int:
@@ -85,7 +85,7 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
         "fsdp": {"least": least_fsdp_bytes(stage), "measured": sent},
     }
     if where.chip:
-        told["estimate"] = estimate_of(stage, told)
+        told["estimate"] = estimate_of(stage, compiled.kernel_cycles, told)
     return told
 
 
@@ -117,8 +117,8 @@ def least_fsdp_bytes(stage: Stage) -> float:
     return stage.config.accumulation * least * share / tensor
 
 
-def estimate_of(stage: Stage, told: dict) -> dict:
-    """The roofline of a step of this stage."""
+def estimate_of(stage: Stage, kernel_cycles: int, told: dict) -> dict:
+    """The roofline of a step of this stage, and its kernels beside it."""
     config, model, trainable = stage.config, stage.model.config, set(stage.state.params)
     rows, length, remat = config.batch_size, config.data.max_length, config.model.remat_policy
     executed = executed_flops(model, trainable, rows, length, config.data.images_per_row, remat)
@@ -133,7 +133,13 @@ def estimate_of(stage: Stage, told: dict) -> dict:
     }
     traffic = memory_traffic(model, plan)
     sent, between = told["collective_bytes"], told["between_slices_bytes"]
-    return estimate(stage.where, executed, told["model_flops"], traffic, sent, between)
+    kernels = kernel_cycles / stage.where.chip.clock
+    if stage.model.attention == "splash":  # of which the compiler says nothing
+        passes = 3 + (remat == "full")
+        scores = passes * attention_flops(model, rows * length * (length + 1) / 2)
+        kernels += scores / len(stage.where.devices) / stage.where.chip.peak
+    model_flops = told["model_flops"]
+    return estimate(stage.where, executed, model_flops, traffic, sent, between, kernels)
 
 
 def print_report(told: dict) -> None:
@@ -167,5 +173,7 @@ def print_report(told: dict) -> None:
         print(
             f"roofline: {terms}; a step takes {best:.3f} s (MFU {e['mfu']:.0%}, bound by "
             f"{e['bound_by']}) if the rest hides behind it, {worst:.3f} s "
-            f"(MFU {e['mfu_nothing_hidden']:.0%}) if nothing does"
+            f"(MFU {e['mfu_nothing_hidden']:.0%}) if nothing does\n"
+            f"kernels: {e['kernel_seconds']:.3f} s by the compiler's own figures, attention at the "
+            f"peak; MFU {e['mfu_of_kernels']:.0%} if the links hide behind them"
         )

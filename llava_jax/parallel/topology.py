@@ -24,6 +24,7 @@ class Chip:
     Attributes:
       hbm: bytes that a program may use, as the compiler counts them.
       peak: dense bfloat16 FLOP/s.
+      clock: cycles/s of its cores.
       hbm_bandwidth: bytes/s.
       link: bytes/s of one link between neighbours, one way.
       ring: the axis size from which an axis closes to a ring.
@@ -32,6 +33,7 @@ class Chip:
 
     hbm: int
     peak: float
+    clock: float
     hbm_bandwidth: float
     link: float
     ring: int
@@ -39,9 +41,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 197e12, 0.82e12, 4.5e10, 16, 3.125e9),
-    "v5p": Chip(int(95.74 * GIB), 459e12, 2.76e12, 9e10, 4, 6.25e9),
-    "v6e": Chip(int(31.25 * GIB), 918e12, 1.64e12, 9e10, 16, 12.5e9),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 1.5e9, 0.82e12, 4.5e10, 16, 3.125e9),
+    "v5p": Chip(int(95.74 * GIB), 459e12, 1.75e9, 2.76e12, 9e10, 4, 6.25e9),
+    "v6e": Chip(int(31.25 * GIB), 918e12, 1.75e9, 1.64e12, 9e10, 16, 12.5e9),
 }
 
 

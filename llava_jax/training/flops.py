@@ -36,6 +36,12 @@ def decoder_flops_per_token(config: LlavaConfig) -> float:
     return 2.0 * d.num_layers * (attention + mlp)
 
 
+def attention_flops(config: LlavaConfig, pairs: float) -> float:
+    """Forward FLOPs of the decoder's attention over so many (query, key) pairs."""
+    d = config.decoder
+    return 4.0 * pairs * d.num_layers * d.num_heads * d.head_dim
+
+
 def image_flops(config: LlavaConfig) -> tuple[float, float]:
     """Forward FLOPs of one image through the encoder's used blocks, and through the projector."""
     v = config.vision
@@ -63,7 +69,7 @@ def step_flops(config: LlavaConfig, trainable: set[str], counts: dict[str, float
     passes = 3 if "decoder" in trainable else 2
     decoder = counts["tokens"] * decoder_flops_per_token(config)
     head = 2.0 * counts["supervised_tokens"] * d.hidden_size * d.vocab_size
-    scores = 4.0 * counts["attention_pairs"] * d.num_layers * d.num_heads * d.head_dim
+    scores = attention_flops(config, counts["attention_pairs"])
     vision, projector = image_flops(config)
     return (
         passes * (decoder + head)

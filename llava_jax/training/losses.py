@@ -132,7 +132,7 @@ def _local_sum_and_grads(
         h = jax.lax.dynamic_slice_in_dim(hidden_states, start, chunk, axis=1)  # [B, C, D]
         t = jax.lax.dynamic_slice_in_dim(targets, start, chunk, axis=1)  # [B, C]
         h = h.reshape(-1, h.shape[-1])
-        logits = product(h, table, (1, 1), jnp.float32).reshape(*t.shape, -1)  # [B, C, V]
+        logits = product(h, table, (1,), (1,), jnp.float32).reshape(*t.shape, -1)  # [B, C, V]
         log_z = jax.nn.logsumexp(logits, axis=-1)
         weight = jnp.where(t != IGNORE_INDEX, weights[:, None], 0.0)  # [B, C]
         at_target = jnp.take_along_axis(logits, jnp.maximum(t, 0)[..., None], axis=-1)[..., 0]
@@ -142,10 +142,10 @@ def _local_sum_and_grads(
             d_logits -= jax.nn.one_hot(t, logits.shape[-1], dtype=jnp.float32)
             d_logits = (weight[..., None] * d_logits).astype(h.dtype).reshape(len(h), -1)
         if want_hidden:
-            d_h = product(d_logits, table, (1, 0), h.dtype).reshape(*t.shape, -1)
+            d_h = product(d_logits, table, (1,), (0,), h.dtype).reshape(*t.shape, -1)
             d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, start, axis=1)
         if want_table:
-            d_table += product(d_logits, h, (0, 0), jnp.float32)
+            d_table += product(d_logits, h, (0,), (0,), jnp.float32)
         return start + chunk, total, d_hidden, d_table
 
     start = (

@@ -72,6 +72,43 @@ def test_linear_is_the_affine_map_over_any_leading_axes(use_bias):
     np.testing.assert_allclose(layer.apply({"params": params}, x), wanted, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_have_an_axis_of_their_own_and_the_same_numbers(inputs, dtype):
+    """A kernel as an array, on either side, against the matrix that it is stored as."""
+    shape = (12, 3, 4) if inputs == 1 else (3, 4, 12)
+    kernel = jnp.asarray(RNG.normal(size=(12, 12)), jnp.float32)
+    x = jnp.asarray(RNG.normal(size=(2, 5, *shape[:inputs])), dtype)
+    weights = jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32)
+
+    def total(x, kernel, as_matrix):
+        if as_matrix:
+            y = matmul(x.reshape(2, 5, -1), kernel)
+        else:
+            y = matmul(x, kernel.reshape(shape), inputs)
+        return jnp.sum(y.reshape(2, 5, -1).astype(jnp.float32) * weights), y
+
+    grads = jax.jit(jax.grad(total, (0, 1), has_aux=True), static_argnums=2)
+    (found, y), (wanted, matrix) = (grads(x, kernel, as_matrix) for as_matrix in (False, True))
+    assert y.shape == (2, 5, *shape[inputs:]) and y.dtype == dtype
+    for a, b in zip((*found, y.reshape(matrix.shape)), (*wanted, matrix), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-6)
+
+
+def test_all_that_is_added_to_a_linear_layer_has_its_heads_too():
+    """Bias, the scales of int8 and a low-rank update of one whose result has two axes."""
+    draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    params = {"kernel": draw(12, 12), "bias": draw(12), "kernel_scale": draw(12)}
+    params |= {"lora_a": draw(12, 2), "lora_b": draw(2, 12)}
+    x, axes = draw(2, 5, 12), ("embed", "heads")
+    plain = Linear(12, axes, jnp.float32).apply({"params": params}, x)
+    heads = Linear((3, 4), axes, jnp.float32).apply({"params": params}, x)
+    np.testing.assert_allclose(heads, plain.reshape(2, 5, 3, 4), rtol=1e-6, atol=1e-6)
+    out = Linear(12, axes, jnp.float32, inputs=2).apply({"params": params}, x.reshape(2, 5, 3, 4))
+    np.testing.assert_allclose(out, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_gradients_of_swiglu_are_those_of_autodiff():
     gate, up, weights = jnp.asarray(RNG.normal(size=(3, 4, 9)) * 4, jnp.float32)
 

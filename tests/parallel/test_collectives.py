@@ -1,15 +1,21 @@
-"""Collectives read from a program's text: a text by hand, compiled programs by hand count."""
+"""Collectives and kernels read from a program's text: by hand, and compiled programs by count."""
 
 import collections
+import dataclasses
 import importlib.util
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from llava_jax.models.decoder import Decoder
+from llava_jax.models.presets import preset
 from llava_jax.parallel.collectives import read_collectives
 from llava_jax.parallel.mesh import make_mesh
+from llava_jax.parallel.program import instructions, kernel_cycles, read_program
 from llava_jax.parallel.topology import topology
 
 # As the TPU compiler writes: a gather in a loop of three turns, split over two fusions that share
@@ -29,7 +35,7 @@ HloModule step
   ROOT %dynamic-slice.17 = bf16[5,4]{1,0} dynamic-slice(%all-reduce.3, %multiply.4, %constant.106), dynamic_slice_sizes={5,4}
 }
 %body (p: (s32[], bf16[1,8])) -> (s32[], bf16[1,8]) {
-  %start = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%gather.1
+  %start = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%gather.1, backend_config={"window_config":{"estimated_cycles":"70","cost_model_type":"X"}}
   %end = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%gather.2
   %fusion.39 = bf16[5,4]{1,0} fusion(%end), kind=kCustom, calls=%all-reduce-scatter.clone.1
   %collective-permute-start.1 = (bf16[1,8]{1,0}, bf16[1,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
@@ -53,6 +59,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %by_hand.1 = bf16[8]{0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}, metadata={op_name="v_proj"}
   %recv.3 = (bf16[16,8]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after-all.3), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv.4 = (f32[8]{0}, u32[], token[]) recv(%after-all.4), channel_id=2, is_host_transfer=true
+  %product = f32[8]{0} fusion(%a), kind=kOutput, calls=%fused, backend_config={"window_config":{"estimated_cycles":"1000"}}
   %both = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), channel_id=11, replica_groups=[1,8]<=[8], to_apply=%add
 }
 """  # noqa: E501
@@ -75,6 +82,10 @@ def test_a_text_by_hand():
     assert {key: (c.group, c.runs, c.received) for key, c in found.items()} == wanted
     assert found["all-gather", "bf16", (4, 8)].scope == "layers/up_proj"
     assert len(collectives) == len(wanted) + 1  # one channel, two names: two gathers
+
+
+def test_cycles_of_kernels_count_as_often_as_their_loop_turns():
+    assert kernel_cycles(TEXT) == 3 * 70 + 1000
 
 
 @pytest.mark.parametrize("layers", [2, 5])
@@ -118,3 +129,33 @@ def test_a_scanned_gradient_on_a_tpu():
         received[c.kind] += c.received
     once = layers * width * width * 2 * 7 / 8
     assert received == {"all-gather": 2 * once, "reduce-scatter": once}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_a_tpu_copies_no_heads():
+    """Nothing of a layer moves queries, keys, values or their gradients to another layout.
+
+    A layer with a reshape between products and heads copies each twice, a twelfth of its time.
+    """
+    device = topology("v5e:1x1").devices[0]
+    config = dataclasses.replace(
+        preset("llava-1.5-7b").decoder,
+        hidden_size=1024, intermediate_size=1536, num_heads=8, num_kv_heads=8, num_layers=2,
+    )  # fmt: skip
+    decoder = Decoder(config, jnp.bfloat16, "full", "splash")
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=SingleDeviceSharding(device)
+    )
+    rows, ids = place((2, 2048, 1024), jnp.bfloat16), place((2, 2048), jnp.int32)
+    params = jax.eval_shape(decoder.init, jax.random.key(0), rows, ids, ids)["params"]
+    params = jax.tree.map(lambda leaf: place(leaf.shape, jnp.bfloat16), nn.meta.unbox(params))
+
+    def loss(params, x, ids):
+        return jnp.sum(decoder.apply({"params": params}, x, ids, ids).astype(jnp.float32) ** 2)
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(params, rows, ids).compile().as_text()
+    computations, runs = read_program(text)
+    heads = re.compile(r"bf16\[2,(2048,8,128|8,2048,128|2048,1024)\]")
+    in_layers = [line for name, lines in computations.items() if runs[name] == 2 for line in lines]
+    assert any("splash" in line for line in in_layers)
+    assert [r for r, code, _ in instructions(in_layers) if code == "copy" and heads.search(r)] == []

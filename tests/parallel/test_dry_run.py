@@ -149,6 +149,8 @@ def test_the_roofline_takes_the_largest_term():
     told = estimate(where, **work)
     assert told["seconds"] == pytest.approx(seconds) and told["bound_by"] == "compute"
     assert told["mfu"] == pytest.approx(0.6) and told["mfu_nothing_hidden"] == pytest.approx(0.375)
+    assert estimate(where, **work, kernels=0.4)["mfu_of_kernels"] == pytest.approx(0.6)
+    assert estimate(where, **work, kernels=0.75)["mfu_of_kernels"] == pytest.approx(0.4)
     two = dataclasses.replace(where, slices=2)
     told = estimate(two, **work, between=0.75 * CHIPS["v5p"].network)
     assert told["bound_by"] == "between slices" and told["mfu"] == pytest.approx(0.4)
