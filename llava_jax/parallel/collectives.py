@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from llava_jax.parallel.program import instructions, read_program
+from llava_jax.parallel.program import fused_computations, instructions, read_program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"
@@ -31,6 +31,7 @@ class Collective:
       size: its bytes.
       group: devices that take part together.
       runs: times a step.
+      hidden: devices work while it is under way.
       scope: the name the compiler kept of the code it comes from.
     """
 
@@ -40,6 +41,7 @@ class Collective:
     size: int
     group: int
     runs: int
+    hidden: bool
     scope: str
 
     @property
@@ -63,6 +65,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
       devices: of the program, for collectives that name no groups.
     """
     computations, runs = read_program(text)
+    fused = fused_computations(computations)
     found, seen = [], {}
     for name, lines in computations.items():
         for result, opcode, rest in instructions(lines):
@@ -72,7 +75,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
                 dtype, shape = _arrays(result)[0]
                 size = math.prod(shape) * DTYPE_BYTES[dtype]
                 found.append(
-                    Collective(BETWEEN_SLICES, dtype, shape, size, devices, runs[name], "")
+                    Collective(BETWEEN_SLICES, dtype, shape, size, devices, runs[name], False, "")
                 )
             if opcode.removesuffix("-start") not in KINDS:
                 continue
@@ -81,6 +84,8 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
             several = _collectives(opcode, result, rest, runs[name], devices)
             if name.startswith("all-reduce-scatter"):
                 several = (dataclasses.replace(c, kind="reduce-scatter") for c in several)
+            elif name in fused:
+                several = (dataclasses.replace(c, hidden=True) for c in several)
             found += several
     return sorted(found, key=lambda c: -c.received)
 
@@ -114,7 +119,8 @@ def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
             dimension = int(re.search(r"dimensions=\{(\d+)\}", rest)[1])
             shape = (*shape[:dimension], shape[dimension] * group, *shape[dimension + 1 :])
         size = math.prod(shape) * DTYPE_BYTES[dtype]
-        yield Collective(kind, dtype, shape, size, group, runs, scope[1] if scope else "")
+        name = scope[1] if scope else ""
+        yield Collective(kind, dtype, shape, size, group, runs, opcode != kind, name)
 
 
 def _arrays(result: str) -> list[tuple[str, tuple[int, ...]]]:

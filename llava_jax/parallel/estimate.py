@@ -1,8 +1,9 @@
 """How long a step would take at best: a roofline of compute, memory and links.
 
 Each term is what the hardware cannot do faster. The estimate is the largest of them, as if the
-others were hidden behind it; beside it stands their sum, as if nothing were, and what the compiler
-expects of the kernels that it made: those never reach the roofline.
+others were hidden behind it; beside it stands their sum, as if nothing were. A third figure is of
+the program as compiled: what the compiler expects of its kernels, which never reach the roofline,
+and what they wait for.
 """
 
 import dataclasses
@@ -96,6 +97,7 @@ def estimate(
     traffic: float,
     sent: float,
     between: float = 0.0,
+    waiting: float = 0.0,
     kernels: float = 0.0,
 ) -> dict:
     """Seconds of each term on each chip, of the step, and the MFU that follows.
@@ -104,6 +106,7 @@ def estimate(
       executed, model: FLOPs of a step over all chips.
       traffic, sent, between: bytes of a step on one chip, through memory, through the links of a
         slice and through the network between slices.
+      waiting: those of `sent` behind which the chip has nothing to do.
       kernels: seconds that the compiler expects of its kernels.
     """
     chip, chips = where.chip, len(where.devices)
@@ -114,6 +117,9 @@ def estimate(
     }
     if where.slices > 1:
         terms["between slices"] = between / chip.network
+    # What crosses between slices is the sum of a step's gradients, after all else.
+    waits = waiting / where.bandwidth if where.bandwidth else 0.0
+    waits += terms.get("between slices", 0.0)
     best, worst = max(terms.values()), sum(terms.values())
     share = lambda seconds: model / chips / chip.peak / seconds
     return {
@@ -124,5 +130,6 @@ def estimate(
         "mfu": share(best),
         "mfu_nothing_hidden": share(worst),
         "kernel_seconds": kernels,
-        "mfu_of_kernels": share(max(kernels, best)),
+        "waiting_seconds": waits,
+        "mfu_as_compiled": share(max(kernels + waits, best)),
     }

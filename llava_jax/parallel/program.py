@@ -56,6 +56,17 @@ def instructions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
             yield match[1], match[2], match[3]
 
 
+def fused_computations(computations: dict[str, list[str]]) -> set[str]:
+    """Names of those that are one kernel each."""
+    return {
+        name
+        for lines in computations.values()
+        for _, opcode, rest in instructions(lines)
+        if opcode == "fusion"
+        for name in re.findall(r"calls=%?([\w.\-]+)", rest)
+    }
+
+
 def _run_counts(computations: dict[str, list[str]], entry: str) -> collections.Counter:
     """How often each computation runs in one run of the program."""
     runs = collections.Counter()

@@ -77,11 +77,13 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
     if compiled.memory is None:
         return told
     between = sum(c.received for c in compiled.collectives if c.kind == BETWEEN_SLICES)
-    sent = sum(c.received for c in compiled.collectives) - between
+    within = [c for c in compiled.collectives if c.kind != BETWEEN_SLICES]
+    sent = sum(c.received for c in within)
     told |= {
         "collectives": by_kind(compiled.collectives),
         "collective_bytes": sent,
         "between_slices_bytes": between,
+        "waiting_bytes": sum(c.received for c in within if not c.hidden),
         "fsdp": {"least": least_fsdp_bytes(stage), "measured": sent},
     }
     if where.chip:
@@ -138,8 +140,10 @@ def estimate_of(stage: Stage, kernel_cycles: int, told: dict) -> dict:
         passes = 3 + (remat == "full")
         scores = passes * attention_flops(model, rows * length * (length + 1) / 2)
         kernels += scores / len(stage.where.devices) / stage.where.chip.peak
-    model_flops = told["model_flops"]
-    return estimate(stage.where, executed, model_flops, traffic, sent, between, kernels)
+    crossing = {"sent": sent, "between": between, "waiting": told["waiting_bytes"]}
+    return estimate(
+        stage.where, executed, told["model_flops"], traffic, **crossing, kernels=kernels
+    )
 
 
 def print_report(told: dict) -> None:
@@ -174,6 +178,7 @@ def print_report(told: dict) -> None:
             f"roofline: {terms}; a step takes {best:.3f} s (MFU {e['mfu']:.0%}, bound by "
             f"{e['bound_by']}) if the rest hides behind it, {worst:.3f} s "
             f"(MFU {e['mfu_nothing_hidden']:.0%}) if nothing does\n"
-            f"kernels: {e['kernel_seconds']:.3f} s by the compiler's own figures, attention at the "
-            f"peak; MFU {e['mfu_of_kernels']:.0%} if the links hide behind them"
+            f"as compiled: kernels {e['kernel_seconds']:.3f} s by the compiler's own figures "
+            f"(attention at the peak), {e['waiting_seconds']:.3f} s in which they wait for "
+            f"{told['waiting_bytes'] / 1e9:.2f} GB: MFU {e['mfu_as_compiled']:.0%}"
         )

@@ -17,6 +17,7 @@ from llava_jax.parallel.collectives import read_collectives
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.program import instructions, kernel_cycles, read_program
 from llava_jax.parallel.topology import topology
+from llava_jax.training.step import COMPILER_OPTIONS
 
 # As the TPU compiler writes: a gather in a loop of three turns, split over two fusions that share
 # a channel; a scatter as a reduction of which a slice is kept; a permutation and a scatter beside
@@ -80,6 +81,9 @@ def test_a_text_by_hand():
         ("between slices", "bf16", (16, 8)): (8, 1, 256),
     }
     assert {key: (c.group, c.runs, c.received) for key, c in found.items()} == wanted
+    hidden = {key for key, c in found.items() if c.hidden}
+    in_kernel, started = ("all-gather", "bf16", (4, 8)), ("collective-permute", "bf16", (1, 8))
+    assert hidden == {in_kernel, started}
     assert found["all-gather", "bf16", (4, 8)].scope == "layers/up_proj"
     assert len(collectives) == len(wanted) + 1  # one channel, two names: two gathers
 
@@ -129,6 +133,28 @@ def test_a_scanned_gradient_on_a_tpu():
         received[c.kind] += c.received
     once = layers * width * width * 2 * 7 / 8
     assert received == {"all-gather": 2 * once, "reduce-scatter": once}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+@pytest.mark.parametrize("slice_of", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_weights_are_gathered_behind_products(slice_of):
+    """With the step's options; without them those of v6e wait, and v5p adds up in their place."""
+    mesh = make_mesh(devices=list(topology(slice_of).devices))
+    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    weights = jax.ShapeDtypeStruct((4, 4096, 4096), jnp.bfloat16, sharding=place(None, "fsdp"))
+    x = jax.ShapeDtypeStruct((8 * 2048, 4096), jnp.bfloat16, sharding=place("fsdp"))
+
+    def forward(weights, x):
+        def layer(x, both):
+            for w in both:
+                x = jax.lax.with_sharding_constraint(x @ w, place("fsdp"))
+            return x, None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    program = jax.jit(forward).lower((weights, weights), x).compile(COMPILER_OPTIONS["tpu"])
+    found = read_collectives(program.as_text(), 8)
+    assert {c.kind for c in found} == {"all-gather"} and any(c.hidden for c in found)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")

@@ -149,8 +149,11 @@ def test_the_roofline_takes_the_largest_term():
     told = estimate(where, **work)
     assert told["seconds"] == pytest.approx(seconds) and told["bound_by"] == "compute"
     assert told["mfu"] == pytest.approx(0.6) and told["mfu_nothing_hidden"] == pytest.approx(0.375)
-    assert estimate(where, **work, kernels=0.4)["mfu_of_kernels"] == pytest.approx(0.6)
-    assert estimate(where, **work, kernels=0.75)["mfu_of_kernels"] == pytest.approx(0.4)
+    assert estimate(where, **work, kernels=0.4)["mfu_as_compiled"] == pytest.approx(0.6)
+    waiting = {"waiting": 0.1 * where.bandwidth, "kernels": 0.5}
+    told = estimate(where, **work, **waiting)
+    assert told["mfu_as_compiled"] == pytest.approx(0.3 / 0.6)
+    assert told["waiting_seconds"] == pytest.approx(0.1) and told["kernel_seconds"] == 0.5
     two = dataclasses.replace(where, slices=2)
     told = estimate(two, **work, between=0.75 * CHIPS["v5p"].network)
     assert told["bound_by"] == "between slices" and told["mfu"] == pytest.approx(0.4)
