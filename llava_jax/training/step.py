@@ -28,6 +28,7 @@ COMPILER_OPTIONS = {
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
         "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
         "xla_tpu_overlap_compute_collective_tc": "true",
+        "xla_tpu_prefer_async_allgather_to_allreduce": "true",
     }
 }
 MODEL_INPUTS = ("input_ids", "images", "position_ids", "segment_ids")
