@@ -134,15 +134,20 @@ def estimate_of(stage: Stage, kernel_cycles: int, told: dict) -> dict:
         "tokens": rows * length / stage.batch_shards,
     }
     traffic = memory_traffic(model, plan)
-    sent, between = told["collective_bytes"], told["between_slices_bytes"]
     kernels = kernel_cycles / stage.where.chip.clock
     if stage.model.attention == "splash":  # of which the compiler says nothing
         passes = 3 + (remat == "full")
         scores = passes * attention_flops(model, rows * length * (length + 1) / 2)
         kernels += scores / len(stage.where.devices) / stage.where.chip.peak
-    crossing = {"sent": sent, "between": between, "waiting": told["waiting_bytes"]}
     return estimate(
-        stage.where, executed, told["model_flops"], traffic, **crossing, kernels=kernels
+        stage.where,
+        executed,
+        told["model_flops"],
+        traffic,
+        sent=told["collective_bytes"],
+        between=told["between_slices_bytes"],
+        waiting=told["waiting_bytes"],
+        kernels=kernels,
     )
 
 

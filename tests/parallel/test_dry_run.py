@@ -157,6 +157,7 @@ def test_the_roofline_takes_the_largest_term():
     two = dataclasses.replace(where, slices=2)
     told = estimate(two, **work, between=0.75 * CHIPS["v5p"].network)
     assert told["bound_by"] == "between slices" and told["mfu"] == pytest.approx(0.4)
+    assert told["waiting_seconds"] == pytest.approx(0.75)
 
 
 @pytest.mark.slow
