@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llava_jax.models.decoder import Decoder
+from llava_jax.models.lora import LoraConfig, abstract_lora, attach_lora
 from llava_jax.models.presets import preset
 from llava_jax.parallel.collectives import read_collectives
 from llava_jax.parallel.mesh import make_mesh
@@ -158,8 +159,10 @@ def test_what_gathers_wait_for(slice_of, hidden):
     assert any(c.hidden for c in found) == hidden
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
-def test_a_tpu_copies_no_heads():
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_tpu_copies_no_heads(with_lora):
     """Nothing of a layer moves queries, keys, values or their gradients to another layout.
 
     A layer with a reshape between products and heads copies each twice, 7% of its kernels' time.
@@ -174,13 +177,24 @@ def test_a_tpu_copies_no_heads():
         shape, dtype, sharding=SingleDeviceSharding(device)
     )
     rows, ids = place((2, 2048, 1024), jnp.bfloat16), place((2, 2048), jnp.int32)
-    params = jax.eval_shape(decoder.init, jax.random.key(0), rows, ids, ids)["params"]
+    params = {"decoder": jax.eval_shape(decoder.init, jax.random.key(0), rows, ids, ids)["params"]}
+    lora = LoraConfig(16, 16.0, ("decoder/layers/*",), dropout=0.05)
+    if with_lora:
+        params["lora"] = abstract_lora(lora, params)
     params = jax.tree.map(lambda leaf: place(leaf.shape, jnp.bfloat16), nn.meta.unbox(params))
 
-    def loss(params, x, ids):
-        return jnp.sum(decoder.apply({"params": params}, x, ids, ids).astype(jnp.float32) ** 2)
+    def loss(trained, params, x, ids, keys):
+        params = {**params, **trained}
+        if with_lora:
+            params = attach_lora(params, lora, jax.random.wrap_key_data(keys))
+        hidden = decoder.apply({"params": params["decoder"]}, x, ids, ids)
+        return jnp.sum(hidden.astype(jnp.float32) ** 2)
 
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(params, rows, ids).compile().as_text()
+    trained = {"lora" if with_lora else "decoder": params.pop("lora" if with_lora else "decoder")}
+    lowered = jax.jit(jax.grad(loss, (0, 2))).lower(
+        trained, params, rows, ids, place((2, 2), jnp.uint32)
+    )
+    text = lowered.compile().as_text()
     computations, runs = read_program(text)
     heads = re.compile(r"bf16\[2,(2048,8,128|8,2048,128|2048,1024)\]")
     in_layers = [line for name, lines in computations.items() if runs[name] == 2 for line in lines]
