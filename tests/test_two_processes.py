@@ -1,6 +1,7 @@
 """Two processes of four devices each against one: what they compute, read, write and refuse."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -87,7 +88,8 @@ def test_two_processes_are_one(one, two):
 def test_the_first_process_alone_tells_and_writes(two):
     workdir, ((_, out, err), (_, other_out, other_err)) = two
     assert "4 steps done" in out and "of 2 processes as" in err
-    told = [x for x in other_out.splitlines() if x and "peer ranks" not in x]  # Gloo's own
+    # Without Gloo's own, of two threads, which may end a line with a number in the next.
+    told = [x for x in other_out.splitlines() if re.search("[a-z]", x) and "peer ranks" not in x]
     assert not told and "steps" not in other_err and "compiled" not in other_err
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines if "grad_norm" in x] == [1, 2, 3, 4]

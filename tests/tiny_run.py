@@ -165,7 +165,7 @@ def start_script(
         f"def get_config():\n    return recipe({{}}, {values!r})\n"
     )
     surroundings = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "PYTHONPATH": str(ROOT / "tests/without_torch"),
     }
     limit = ["bash", "-c", f'ulimit -f {file_size}; exec "$0" "$@"'] if file_size else []

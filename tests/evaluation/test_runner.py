@@ -319,8 +319,7 @@ def test_eval_answers_scores_and_reports(data, tmp_path, aligned):
             "easy_vqa/test-first-3: overall accuracy 0.0 (none published)",
         ),
     ]:
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        flags += " --xla_backend_optimization_level=0"
+        flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
         done = subprocess.run(
             [*command, *arguments], capture_output=True, text=True, cwd=ROOT,
             env=os.environ | {"XLA_FLAGS": flags},
