@@ -77,13 +77,12 @@ def dropout(x: jax.Array, rate: jax.Array, keys: jax.Array) -> jax.Array:
       x: [rows, ...].
       keys: uint32[rows, 2], data of JAX's keys.
     """
-    count, step = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in range(x.ndim - 1, 0, -1):  # the place in a row
-        count += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(step)
-        step *= x.shape[axis]
     # A hash of key and place, done on the way into a product. Threefry, by which JAX draws, is a
     # hundred operations that XLA repeats for each number: a fifth of LoRA's work on a TPU.
-    bits = count
+    bits, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in range(x.ndim - 1, 0, -1):  # the place in the row
+        bits += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+        stride *= x.shape[axis]
     for word in range(2):
         bits = _mixed(bits ^ keys[:, word].reshape(-1, *[1] * (x.ndim - 1)))
     kept = bits >= jnp.round(rate * 2.0**32).astype(jnp.uint32)
