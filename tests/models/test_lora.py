@@ -125,6 +125,20 @@ def test_dropout_meets_its_rate_and_depends_on_the_row_s_key_alone():
         assert abs((a & b).mean() - 0.05**2) < 5 * (0.05**2 / x.size) ** 0.5
     assert 0.03 < dropped.mean(axis=(0, 2)).min() < dropped.mean(axis=(0, 2)).max() < 0.07
     np.testing.assert_array_equal(dropout(x[1:2], jnp.float32(0.05), data[1:2])[0], found[1])
+    heads = dropout(
+        x.reshape(3, 50, 1, 401), jnp.float32(0.05), data
+    )  # an axis more, the same places
+    np.testing.assert_array_equal(heads.reshape(x.shape), found)
+
+
+def test_every_bit_of_a_key_counts():
+    one_off = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    words = np.array([7, 11], np.uint32)
+    data = [words, *(words ^ [bit, 0] for bit in one_off), *(words ^ [0, bit] for bit in one_off)]
+    ones = jnp.ones((len(data), 200, 100))
+    dropped = np.asarray(dropout(ones, jnp.float32(0.5), jnp.asarray(data, jnp.uint32))) == 0
+    agree = (dropped[1:] == dropped[0]).mean(axis=(1, 2))
+    assert abs(agree - 0.5).max() < 5 * 0.5 / 20_000**0.5
 
 
 def test_dropout_is_peft_s():

@@ -190,10 +190,9 @@ def test_a_tpu_copies_no_heads(with_lora):
         hidden = decoder.apply({"params": params["decoder"]}, x, ids, ids)
         return jnp.sum(hidden.astype(jnp.float32) ** 2)
 
-    trained = {"lora" if with_lora else "decoder": params.pop("lora" if with_lora else "decoder")}
-    lowered = jax.jit(jax.grad(loss, (0, 2))).lower(
-        trained, params, rows, ids, place((2, 2), jnp.uint32)
-    )
+    part = "lora" if with_lora else "decoder"
+    trained, keys = {part: params.pop(part)}, place((2, 2), jnp.uint32)
+    lowered = jax.jit(jax.grad(loss, (0, 2))).lower(trained, params, rows, ids, keys)
     text = lowered.compile().as_text()
     computations, runs = read_program(text)
     heads = re.compile(r"bf16\[2,(2048,8,128|8,2048,128|2048,1024)\]")
