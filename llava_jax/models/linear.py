@@ -31,24 +31,26 @@ def product(
 ) -> jax.Array:
     """The product of two arrays over the first or last axes of each.
 
-    Operands are as `product_dtype` says. float32 is asked for and rounded afterwards: XLA's CPU
-    compiler multiplies in bfloat16 only so, and only matrices.
+    Operands are as `product_dtype` says. A device sums in float32; what several devices have of a
+    sum crosses between them as `dtype`, which for gradients in bfloat16 is half the bytes.
     """
     operands = product_dtype(x.dtype)
-    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
     def of_arrays(x, y):
-        return dot(x, y, ((x_axes, y_axes), ((), ())))
+        axes = (x_axes, y_axes), ((), ())
+        return jax.lax.dot_general(x, y, axes, preferred_element_type=dtype)
 
-    def of_matrices(x, y):
+    def of_matrices(x, y):  # XLA's CPU compiler multiplies in bfloat16 only these, to float32
         kept = [x.shape[i] for i in range(x.ndim) if i not in x_axes]
         kept += [y.shape[i] for i in range(y.ndim) if i not in y_axes]
         (x, x_axis), (y, y_axis) = _as_matrix(x, x_axes), _as_matrix(y, y_axes)
+        axes = ((1,), (y_axis,)), ((), ())
         x = x if x_axis else transposed(x)
-        return dot(x, y, (((1,), (y_axis,)), ((), ()))).reshape(kept)
+        dot = jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+        return dot.reshape(kept).astype(dtype)
 
     x, y = x.astype(operands), y.astype(operands)
-    return jax.lax.platform_dependent(x, y, tpu=of_arrays, default=of_matrices).astype(dtype)
+    return jax.lax.platform_dependent(x, y, cpu=of_matrices, default=of_arrays)
 
 
 def _as_matrix(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, int]:
@@ -133,7 +135,10 @@ class Linear(nn.Module):
             scale = self.get_variable("params", "kernel_scale").reshape(out)
             y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
-            y += self._update(x, out)
+            # Kernels of its own: fused with the product above or its gradient, XLA draws the
+            # dropout's bits anew for each tile of theirs.
+            apart = jax.lax.optimization_barrier
+            y += apart(self._update(apart(x), out))
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[1:])
             y += self.param("bias", bias_init, (math.prod(out),)).reshape(out).astype(y.dtype)

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from llava_jax.parallel.program import fused_computations, instructions, read_program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -14,8 +16,14 @@ DTYPE_BYTES = {"pred": 1, "bf16": 2} | {
 
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# Who takes part: [groups, size], or mesh['axis'=size, ...] {'axis', ...}, or {{members}, ...}
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\}|\{\{([\d,]*)\})")
+# Who takes part, in one of three ways: numbers from 0 laid out as an array, its axes moved, cut
+# into groups; a mesh of such numbers and the axes that a group spans; lists of members.
+_NUMBERS = r"\[(?P<{0}>[\d,]+)\](?:T\((?P<{0}_order>[\d,]+)\))?"
+_GROUPS = re.compile(
+    rf"replica_groups=(?:\[\d+,(?P<size>\d+)\]<={_NUMBERS.format('tiles')}"
+    rf"|mesh\[(?P<axes>.*?)\](?:, device_ids=\({_NUMBERS.format('ids')}\))? \{{(?P<spanned>.*?)\}}"
+    r"|\{\{(?P<members>[\d,]*)\})"
+)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OF_HOSTS = "xla_megascale_runtime"
 
@@ -29,7 +37,7 @@ class Collective:
       shape: of the whole array: the result of a gather, what goes into a reduction; per device.
         Between slices: what a device receives.
       size: its bytes.
-      group: devices that take part together.
+      group: numbers of the devices of its first group, counted as the mesh lists them.
       runs: times a step.
       hidden: devices work while it is under way.
       scope: the name the compiler kept of the code it comes from.
@@ -39,7 +47,7 @@ class Collective:
     dtype: str
     shape: tuple[int, ...]
     size: int
-    group: int
+    group: tuple[int, ...]
     runs: int
     hidden: bool
     scope: str
@@ -49,7 +57,7 @@ class Collective:
         """Bytes that enter each device in a step, by the bandwidth-optimal ring."""
         passes = 2 if self.kind == "all-reduce" else 1
         whole = self.kind in ("collective-permute", BETWEEN_SLICES)
-        share = 1 if whole else (self.group - 1) / self.group
+        share = 1 if whole else 1 - 1 / len(self.group)
         return passes * share * self.size * self.runs
 
 
@@ -66,7 +74,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     """
     computations, runs = read_program(text)
     fused = fused_computations(computations)
-    found, seen = [], {}
+    found, seen, everyone = [], {}, tuple(range(devices))
     for name, lines in computations.items():
         for result, opcode, rest in instructions(lines):
             if not runs[name]:
@@ -75,7 +83,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
                 dtype, shape = _arrays(result)[0]
                 size = math.prod(shape) * DTYPE_BYTES[dtype]
                 found.append(
-                    Collective(BETWEEN_SLICES, dtype, shape, size, devices, runs[name], False, "")
+                    Collective(BETWEEN_SLICES, dtype, shape, size, everyone, runs[name], False, "")
                 )
             if opcode.removesuffix("-start") not in KINDS:
                 continue
@@ -112,12 +120,12 @@ def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
     if opcode != kind and kind != "all-reduce":  # the result lists the operands first
         operands = rest.split(")")[0].count("%")
         arrays = arrays[operands : 2 * operands]
-    group = _group_size(rest, devices)
+    group = _first_group(rest, devices)
     scope = _OP_NAME.search(rest)
     for dtype, shape in arrays:
         if kind == "reduce-scatter":
             dimension = int(re.search(r"dimensions=\{(\d+)\}", rest)[1])
-            shape = (*shape[:dimension], shape[dimension] * group, *shape[dimension + 1 :])
+            shape = (*shape[:dimension], shape[dimension] * len(group), *shape[dimension + 1 :])
         size = math.prod(shape) * DTYPE_BYTES[dtype]
         name = scope[1] if scope else ""
         yield Collective(kind, dtype, shape, size, group, runs, opcode != kind, name)
@@ -125,18 +133,32 @@ def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
 
 def _arrays(result: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every array of a result."""
-    shape = lambda sizes: tuple(int(n) for n in sizes.split(",") if n)
-    return [(dtype, shape(sizes)) for dtype, sizes in _ARRAY.findall(result)]
+    return [(dtype, _integers(sizes)) for dtype, sizes in _ARRAY.findall(result)]
 
 
-def _group_size(rest: str, devices: int) -> int:
-    groups = _GROUPS.search(rest)
-    if not groups:
-        return devices
-    size, axes, chosen, members = groups.groups()
-    if size:
-        return int(size)
-    if axes is not None:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", chosen))
-    return members.count(",") + 1 if members else devices
+def _first_group(rest: str, devices: int) -> tuple[int, ...]:
+    found = _GROUPS.search(rest)
+    if not found or found["members"] == "":
+        return tuple(range(devices))
+    if found["members"]:
+        return _integers(found["members"])
+    if found["size"]:
+        group = _numbers(found["tiles"], found["tiles_order"]).ravel()[: int(found["size"])]
+    else:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found["axes"])}
+        spanned = re.findall(r"'([^']+)'", found["spanned"])
+        ids = _numbers(found["ids"] or str(math.prod(sizes.values())), found["ids_order"])
+        first = tuple(slice(None) if name in spanned else 0 for name in sizes)
+        group = ids.reshape(*sizes.values())[first].ravel()
+    return tuple(group.tolist())
+
+
+def _numbers(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... as an array of `shape`, its axes in another `order`."""
+    shape = _integers(shape)
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose(_integers(order)) if order else numbers
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)

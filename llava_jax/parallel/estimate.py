@@ -95,7 +95,7 @@ def estimate(
     executed: float,
     model: float,
     traffic: float,
-    sent: float,
+    links: float,
     between: float = 0.0,
     waiting: float = 0.0,
     kernels: float = 0.0,
@@ -104,22 +104,22 @@ def estimate(
 
     Args:
       executed, model: FLOPs of a step over all chips.
-      traffic, sent, between: bytes of a step on one chip, through memory, through the links of a
-        slice and through the network between slices.
-      waiting: those of `sent` behind which the chip has nothing to do.
+      traffic, between: bytes of a step on one chip, through memory and through the network
+        between slices.
+      links: seconds for what crosses the links of a slice.
+      waiting: those of them in which the chip has nothing else to do.
       kernels: seconds that the compiler expects of its kernels.
     """
     chip, chips = where.chip, len(where.devices)
     terms = {
         "compute": executed / chips / chip.peak,
         "memory": traffic / chip.hbm_bandwidth,
-        "collectives": sent / where.bandwidth if where.bandwidth else 0.0,
+        "collectives": links,
     }
     if where.slices > 1:
         terms["between slices"] = between / chip.network
     # What crosses between slices is the sum of a step's gradients, after all else.
-    waits = waiting / where.bandwidth if where.bandwidth else 0.0
-    waits += terms.get("between slices", 0.0)
+    waits = waiting + terms.get("between slices", 0.0)
     best, worst = max(terms.values()), sum(terms.values())
     share = lambda seconds: model / chips / chip.peak / seconds
     return {

@@ -87,7 +87,7 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
         "fsdp": {"least": least_fsdp_bytes(stage), "measured": sent},
     }
     if where.chip:
-        told["estimate"] = estimate_of(stage, compiled.kernel_cycles, told)
+        told["estimate"] = estimate_of(stage, compiled.kernel_cycles, within, told)
     return told
 
 
@@ -119,8 +119,18 @@ def least_fsdp_bytes(stage: Stage) -> float:
     return stage.config.accumulation * least * share / tensor
 
 
-def estimate_of(stage: Stage, kernel_cycles: int, told: dict) -> dict:
-    """The roofline of a step of this stage, and its kernels beside it."""
+def link_seconds(stage: Stage, collectives: list[Collective]) -> float:
+    """What these take at the least one after the other, each over the links that its chips have."""
+    devices = stage.mesh.devices.flat
+    return sum(c.received / stage.where.bandwidth(devices[i] for i in c.group) for c in collectives)
+
+
+def estimate_of(stage: Stage, kernel_cycles: int, within: list[Collective], told: dict) -> dict:
+    """The roofline of a step of this stage, and its kernels beside it.
+
+    Args:
+      within: its collectives within a slice.
+    """
     config, model, trainable = stage.config, stage.model.config, set(stage.state.params)
     rows, length, remat = config.batch_size, config.data.max_length, config.model.remat_policy
     executed = executed_flops(model, trainable, rows, length, config.data.images_per_row, remat)
@@ -144,9 +154,9 @@ def estimate_of(stage: Stage, kernel_cycles: int, told: dict) -> dict:
         executed,
         told["model_flops"],
         traffic,
-        sent=told["collective_bytes"],
+        links=link_seconds(stage, within),
         between=told["between_slices_bytes"],
-        waiting=told["waiting_bytes"],
+        waiting=link_seconds(stage, [c for c in within if not c.hidden]),
         kernels=kernels,
     )
 

@@ -9,8 +9,10 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterable
 
 import jax
+import numpy as np
 
 from llava_jax.errors import LlavaError
 
@@ -64,20 +66,22 @@ class Topology:
     chip: Chip | None
     slices: int = 1
 
-    @property
-    def bandwidth(self) -> float | None:
-        """Bytes/s that enter a chip when a slice gathers along every axis; None for one chip.
+    def bandwidth(self, devices: Iterable[jax.Device]) -> float:
+        """Bytes/s that enter a chip when these chips of a slice gather along every axis.
 
         An axis that closes to a ring brings data from both sides, an open one from one side at
-        its ends, for which the others wait.
+        its ends, for which the others wait. Chips with others between them, which gather among
+        themselves, share the links. Infinite for one chip.
         """
-        if self.chip is None or math.prod(self.shape) == 1:
-            return None
         closed = [size % self.chip.ring == 0 for size in self.shape]
         if self.chip is CHIPS["v5p"]:  # closes its axes only together
             closed = [all(closed)] * len(closed)
-        ways = [1 + ring for size, ring in zip(self.shape, closed, strict=True) if size > 1]
-        return self.chip.link * sum(ways)
+        ways, places = 0.0, np.array([device.coords for device in devices])
+        for axis, size in enumerate(self.shape):
+            along = np.unique(places[:, axis])
+            if len(along) > 1:
+                ways += (2 if closed[axis] and len(along) == size else 1) / (along[1] - along[0])
+        return self.chip.link * ways or math.inf
 
 
 def topology(name: str) -> Topology:

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llava_jax.models.decoder import Decoder
+from llava_jax.models.linear import matmul
 from llava_jax.models.lora import LoraConfig, abstract_lora, attach_lora
 from llava_jax.models.presets import preset
 from llava_jax.parallel.collectives import read_collectives
@@ -62,7 +63,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %recv.3 = (bf16[16,8]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after-all.3), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv.4 = (f32[8]{0}, u32[], token[]) recv(%after-all.4), channel_id=2, is_host_transfer=true
   %product = f32[8]{0} fusion(%a), kind=kOutput, calls=%fused, backend_config={"window_config":{"estimated_cycles":"1000"}}
-  %both = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), channel_id=11, replica_groups=[1,8]<=[8], to_apply=%add
+  %both = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), channel_id=11, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  %sum = f32[3]{0} all-reduce(%a), channel_id=12, replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, use_global_device_ids=true, to_apply=%add
 }
 """  # noqa: E501
 
@@ -70,16 +72,18 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 def test_a_text_by_hand():
     collectives = read_collectives(TEXT, 8)
     found = {(c.kind, c.dtype, c.shape): c for c in collectives}
+    every, even, first = tuple(range(8)), (0, 2, 4, 6), (0, 1, 2, 3)
     wanted = {
-        ("all-gather", "bf16", (4, 8)): (4, 3, 3 * 64 * 3 / 4),  # group, runs, bytes received
-        ("reduce-scatter", "bf16", (40, 4)): (8, 3, 3 * 320 * 7 / 8),
-        ("collective-permute", "bf16", (1, 8)): (8, 3, 3 * 16),
-        ("all-reduce", "f32", (2,)): (8, 1, 2 * 8 * 7 / 8),
-        ("reduce-scatter", "f32", (8, 16)): (4, 1, 512 * 3 / 4),
-        ("all-gather", "bf16", (8,)): (2, 1, 16 / 2),
-        ("all-reduce", "f32", (4,)): (8, 1, 2 * 16 * 7 / 8),
-        ("all-reduce", "bf16", (6,)): (8, 1, 2 * 12 * 7 / 8),
-        ("between slices", "bf16", (16, 8)): (8, 1, 256),
+        ("all-gather", "bf16", (4, 8)): (even, 3, 3 * 64 * 3 / 4),  # group, runs, bytes received
+        ("reduce-scatter", "bf16", (40, 4)): (every, 3, 3 * 320 * 7 / 8),
+        ("collective-permute", "bf16", (1, 8)): (every, 3, 3 * 16),
+        ("all-reduce", "f32", (2,)): (every, 1, 2 * 8 * 7 / 8),
+        ("reduce-scatter", "f32", (8, 16)): (first, 1, 512 * 3 / 4),
+        ("all-gather", "bf16", (8,)): ((0, 1), 1, 16 / 2),
+        ("all-reduce", "f32", (4,)): (even, 1, 2 * 16 * 3 / 4),
+        ("all-reduce", "bf16", (6,)): (even, 1, 2 * 12 * 3 / 4),
+        ("all-reduce", "f32", (3,)): (first, 1, 2 * 12 * 3 / 4),
+        ("between slices", "bf16", (16, 8)): (every, 1, 256),
     }
     assert {key: (c.group, c.runs, c.received) for key, c in found.items()} == wanted
     hidden = {key for key, c in found.items() if c.hidden}
@@ -134,6 +138,20 @@ def test_a_scanned_gradient_on_a_tpu():
         received[c.kind] += c.received
     once = layers * width * width * 2 * 7 / 8
     assert received == {"all-gather": 2 * once, "reduce-scatter": once}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_gradients_of_weights_are_scattered_in_bfloat16():
+    """Twice the bytes otherwise, where several devices have a part of the sum each."""
+    mesh = make_mesh(devices=list(topology("v5e:2x4").devices))
+    place = lambda shape, *spec: jax.ShapeDtypeStruct(
+        shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+    )
+    kernel, x = place((1024, 2048), "fsdp"), place((8, 128, 1024), "fsdp")
+    total = lambda kernel, x: jnp.sum(matmul(x, kernel).astype(jnp.float32) ** 2)
+    program = jax.jit(jax.grad(total), out_shardings=kernel.sharding).lower(kernel, x).compile()
+    found = {(c.kind, c.dtype) for c in read_collectives(program.as_text(), 8)}
+    assert found == {("all-gather", "bf16"), ("reduce-scatter", "bf16")}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")

@@ -144,13 +144,13 @@ def test_the_roofline_takes_the_largest_term():
         "executed": seconds["compute"] * 64 * 459e12,
         "model": 0.3 * 64 * 459e12,
         "traffic": seconds["memory"] * CHIPS["v5p"].hbm_bandwidth,
-        "sent": seconds["collectives"] * where.bandwidth,
+        "links": seconds["collectives"],
     }
     told = estimate(where, **work)
     assert told["seconds"] == pytest.approx(seconds) and told["bound_by"] == "compute"
     assert told["mfu"] == pytest.approx(0.6) and told["mfu_nothing_hidden"] == pytest.approx(0.375)
     assert estimate(where, **work, kernels=0.4)["mfu_as_compiled"] == pytest.approx(0.6)
-    waiting = {"waiting": 0.1 * where.bandwidth, "kernels": 0.5}
+    waiting = {"waiting": 0.1, "kernels": 0.5}
     told = estimate(where, **work, **waiting)
     assert told["mfu_as_compiled"] == pytest.approx(0.3 / 0.6)
     assert told["waiting_seconds"] == pytest.approx(0.1) and told["kernel_seconds"] == 0.5
