@@ -48,32 +48,40 @@ def run(config: ConfigDict, name: str, fit: bool, open_data: Callable) -> int:
 
 
 def find_fit(config: ConfigDict, where: Topology) -> dict:
-    """The fastest remat policy and microbatch size of a config that fit, printed as it goes."""
+    """The fastest remat policy, microbatch size and mesh that fit, printed as it goes."""
 
-    def try_out(policy: str, accumulation: int) -> dict:
+    def try_out(policy: str, accumulation: int, data: int) -> dict:
         changed = ConfigDict(config.to_dict())
         changed.model.remat_policy, changed.accumulation = policy, accumulation
+        changed.mesh.data, changed.mesh.fsdp = data, -1
         stage = make_stage(changed, where)
         return report(stage, compile_stage(stage))
 
     def tell(entry: dict) -> None:
+        seconds = entry["step_seconds"]
+        told = f"fits, {seconds:.3f} s a step if nothing hides" if seconds else "fits"
         print(
-            f"--config.model.remat_policy={entry['remat_policy']} "
-            f"--config.accumulation={entry['accumulation']}: {entry['needed'] / GIB:.2f} GiB, "
-            f"{'fits' if entry['fits'] else 'does not fit'}",
+            f"{as_flags(entry)}: {entry['needed'] / GIB:.2f} GiB, "
+            f"{told if entry['fits'] else 'does not fit'}",
             flush=True,
         )
 
-    shards = make_stage(config, where).batch_shards
-    found = fastest_fit(config.batch_size, shards, try_out, tell)
-    best = found["best"]
+    mesh = make_stage(config, where).mesh.shape
+    found = fastest_fit(config.batch_size, mesh, try_out, tell)
     print(
-        f"fastest that fits: --config.model.remat_policy={best['remat_policy']} "
-        f"--config.accumulation={best['accumulation']}"
-        if best
+        f"fastest that fits: {as_flags(found['best'])}"
+        if found["best"]
         else "nothing fits: take more chips, or --config.optimizer.moments_dtype=bfloat16"
     )
     return found
+
+
+def as_flags(entry: dict) -> str:
+    """The settings of `fastest_fit` as train.py takes them."""
+    return (
+        f"--config.model.remat_policy={entry['remat_policy']} "
+        f"--config.accumulation={entry['accumulation']} --config.mesh.data={entry['data']}"
+    )
 
 
 def missing_paths(config: ConfigDict) -> list[str]:

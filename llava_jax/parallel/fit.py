@@ -1,6 +1,6 @@
-"""Which remat policy and microbatch size make a step fastest and still fit."""
+"""Which remat policy, microbatch size and mesh make a step fastest and still fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from llava_jax.errors import LlavaError
 
@@ -17,41 +17,59 @@ def candidates(batch_size: int, shards: int) -> Iterator[tuple[str, int]]:
 
 
 def fastest_fit(
-    batch_size: int, shards: int, try_out: Callable[[str, int], dict], tell: Callable
+    batch_size: int,
+    mesh: Mapping[str, int],
+    try_out: Callable[[str, int, int], dict],
+    tell: Callable,
 ) -> dict:
     """Tries settings until no other can be faster.
 
     A larger microbatch is never slower under one policy, and neither is a policy that recomputes
     less; so of every microbatch size the first policy that fits is its best, and a size counts
-    only while it opens a policy that no larger one had room for.
+    only while it opens a policy that no larger one had room for. The best is then tried with
+    weights sharded over half the chips, and again half, while that is faster and fits.
 
     Args:
-      shards: devices that a batch is split over.
-      try_out: (policy, microbatches) -> the report of a dry run.
+      mesh: sizes of the axes to begin with; a batch is split over `data` and `fsdp`.
+      try_out: (policy, microbatches, size of `data`) -> the report of a dry run.
 
     Returns:
       `tried`, every setting with the bytes it needs, and `best`, the setting or None.
     """
     tried, best = [], None
-    open_policies = list(LADDER)
-    for policy, accumulation in candidates(batch_size, shards):
-        if policy not in open_policies:
-            continue
-        told = try_out(policy, accumulation)
-        seconds = told.get("estimate", {}).get("step_seconds_nothing_hidden")
+
+    def attempt(policy: str, accumulation: int, data: int) -> dict:
+        told = try_out(policy, accumulation, data)
         entry = {
             "remat_policy": policy,
             "accumulation": accumulation,
+            "data": data,
             "needed": told["bytes"]["needed"],
             "fits": told["fits"],
-            "step_seconds": seconds,
+            "step_seconds": told.get("estimate", {}).get("step_seconds_nothing_hidden"),
         }
         tell(entry)
         tried.append(entry)
-        if told["fits"]:
+        return entry
+
+    def faster(entry: dict, other: dict) -> bool:
+        return (entry["step_seconds"] or 0) < (other["step_seconds"] or 0)
+
+    data, fsdp, open_policies = mesh["data"], mesh["fsdp"], list(LADDER)
+    for policy, accumulation in candidates(batch_size, data * fsdp):
+        if policy not in open_policies:
+            continue
+        entry = attempt(policy, accumulation, data)
+        if entry["fits"]:
             open_policies = open_policies[: open_policies.index(policy)]
-            if best is None or (seconds or 0) < (best["step_seconds"] or 0):
+            if best is None or faster(entry, best):
                 best = entry
     if not tried:
-        raise LlavaError(f"a batch of {batch_size} rows is smaller than its {shards} shards")
+        raise LlavaError(f"a batch of {batch_size} rows is smaller than its {data * fsdp} shards")
+    while best and best["step_seconds"] and fsdp % 2 == 0:
+        data, fsdp = 2 * data, fsdp // 2
+        entry = attempt(best["remat_policy"], best["accumulation"], data)
+        if not entry["fits"] or not faster(entry, best):
+            break
+        best = entry
     return {"tried": tried, "best": best}
