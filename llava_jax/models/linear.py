@@ -135,8 +135,8 @@ class Linear(nn.Module):
             scale = self.get_variable("params", "kernel_scale").reshape(out)
             y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
-            # Kernels of its own: fused with the product above or its gradient, XLA draws the
-            # dropout's bits anew for each tile of theirs.
+            # In kernels of its own: where it is fused with the product above or its gradient, XLA
+            # draws the dropout's bits anew for each of their tiles.
             apart = jax.lax.optimization_barrier
             y += apart(self._update(apart(x), out))
         if self.use_bias:

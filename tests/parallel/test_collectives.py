@@ -188,13 +188,13 @@ def test_a_tpu_copies_no_heads(with_lora):
     device = topology("v5e:1x1").devices[0]
     config = dataclasses.replace(
         preset("llava-1.5-7b").decoder,
-        hidden_size=1024, intermediate_size=1536, num_heads=8, num_kv_heads=8, num_layers=2,
+        hidden_size=768, intermediate_size=1536, num_heads=8, num_kv_heads=8, num_layers=2,
     )  # fmt: skip
     decoder = Decoder(config, jnp.bfloat16, "full", "splash")
     place = lambda shape, dtype: jax.ShapeDtypeStruct(
         shape, dtype, sharding=SingleDeviceSharding(device)
     )
-    rows, ids = place((2, 2048, 1024), jnp.bfloat16), place((2, 2048), jnp.int32)
+    rows, ids = place((2, 2048, 768), jnp.bfloat16), place((2, 2048), jnp.int32)
     params = {"decoder": jax.eval_shape(decoder.init, jax.random.key(0), rows, ids, ids)["params"]}
     lora = LoraConfig(16, 16.0, ("decoder/layers/*",), dropout=0.05)
     if with_lora:
