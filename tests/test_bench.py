@@ -46,7 +46,7 @@ def test_a_table_of_scaling_has_both_ways_to_grow(world, tmp_path, capsys, monke
     assert start(same_share) == [["cpu:2", "8", "4"], ["cpu:4", "16", "4"]]
     assert compiled == [("cpu:2", 8), ("cpu:4", 8), ("cpu:4", 16)]  # each once
     assert float(same_batch[0][3]) >= 0 and float(same_batch[0][4]) >= 0
-    assert same_batch[0][5:] == ["-"] * 5  # of a CPU no speed is assumed
+    assert same_batch[0][5:] == ["-"] * 6  # of a CPU no speed is assumed
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_a_table_of_scaling_over_tpus(world, tmp_path, capsys):
     for table in scaled(world, tmp_path, ["v5e:2x2", "v5e:2x4"], capsys):
         for line in table:
             assert all(float(cell) >= 0 for cell in line[3:8])
-            assert line[8].count(" to ") == line[9].count(" to ") == 1
+            assert line[8].count(" to ") == line[9].count(" to ") == 1 and line[10][-1] == "%"
 
 
 def test_a_recipe_s_shape_is_timed_with_random_parameters(monkeypatch):
