@@ -75,7 +75,8 @@ def get_config() -> ConfigDict:
     config.parity = False
     config.loss_chunk = 64  # positions a row whose logits exist at once
 
-    # Mesh axes; -1 takes the devices that the others leave.
+    # Mesh axes: copies of the weights, shards of each copy, devices that share a layer's products;
+    # -1 takes the devices that the others leave.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
 
     config.log_every = 10
