@@ -80,7 +80,8 @@ def as_flags(entry: dict) -> str:
     """The settings of `fastest_fit` as train.py takes them."""
     return (
         f"--config.model.remat_policy={entry['remat_policy']} "
-        f"--config.accumulation={entry['accumulation']} --config.mesh.data={entry['data']}"
+        f"--config.accumulation={entry['accumulation']} "
+        f"--config.mesh.data={entry['data']} --config.mesh.fsdp=-1"
     )
 
 

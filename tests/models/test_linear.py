@@ -1,6 +1,7 @@
 """Hand-written gradients against autodiff, and what bfloat16 products may and may not round."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +40,30 @@ def test_a_float32_kernel_gets_its_gradient_unrounded_from_bfloat16_activations(
     np.testing.assert_allclose(d_kernel, exact, rtol=1e-5, atol=1e-6)
     rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
     assert abs(d_kernel - rounded).max() > 1e-3
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((12,), (5,)), ((12,), (3, 4)), ((3, 4), (6,))])
+def test_products_of_arrays_are_those_of_matrices(monkeypatch, inputs, outputs):
+    """What TPUs and GPUs do, done here, against what CPUs do."""
+    x = jnp.asarray(RNG.normal(size=(2, 7, *inputs)), jnp.float32)
+    kernel = jnp.asarray(RNG.normal(size=(*inputs, *outputs)), jnp.float32)
+    total = lambda x, k: jnp.sum(jnp.sin(matmul(x, k, len(inputs))))
+    of_matrices = jax.value_and_grad(total, (0, 1))(x, kernel)
+    taken = lambda *operands, cpu, default: default(*operands)
+    monkeypatch.setattr(jax.lax, "platform_dependent", taken)
+    of_arrays = jax.value_and_grad(total, (0, 1))(x, kernel)
+    for found, wanted in zip(jax.tree.leaves(of_arrays), jax.tree.leaves(of_matrices), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_devices_add_up_gradients_in_the_kernel_s_dtype(platform):
+    """What several devices have a part of crosses between them as the product gives it."""
+    x, kernel = X.astype(jnp.bfloat16), KERNEL.astype(jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(matmul(x, k).astype(jnp.float32) * WEIGHTS)))
+    text = jax.export.export(gradient, platforms=[platform])(kernel).mlir_module()
+    products = [line for line in text.splitlines() if "dot_general" in line and "->" in line]
+    assert any("-> tensor<12x5xbf16>" in line for line in products), products
 
 
 def test_products_sum_in_float32():

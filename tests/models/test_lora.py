@@ -125,9 +125,8 @@ def test_dropout_meets_its_rate_and_depends_on_the_row_s_key_alone():
         assert abs((a & b).mean() - 0.05**2) < 5 * (0.05**2 / x.size) ** 0.5
     assert 0.03 < dropped.mean(axis=(0, 2)).min() < dropped.mean(axis=(0, 2)).max() < 0.07
     np.testing.assert_array_equal(dropout(x[1:2], jnp.float32(0.05), data[1:2])[0], found[1])
-    heads = dropout(
-        x.reshape(3, 50, 1, 401), jnp.float32(0.05), data
-    )  # an axis more, the same places
+    # An axis more, the same places.
+    heads = dropout(x.reshape(3, 50, 1, 401), jnp.float32(0.05), data)
     np.testing.assert_array_equal(heads.reshape(x.shape), found)
 
 
