@@ -42,8 +42,8 @@ def main() -> None:
     check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
     # Late: loading JAX takes seconds that a mistyped flag or a missing file should not cost.
     from llava_jax.evaluation.runner import default_output, evaluate
-    from llava_jax.inference.command_line import keep_compilations, mesh_of_all
     from llava_jax.inference.model import Llava
+    from llava_jax.serving.command_line import keep_compilations, mesh_of_all
 
     keep_compilations()
     mesh = mesh_of_all(**config.mesh)

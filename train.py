@@ -21,18 +21,19 @@ from ml_collections import ConfigDict, config_flags
 from llava_jax import command
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
-from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.dry_run import run as dry_run
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.models.precision import compute_precision
-from llava_jax.parallel import dry_run, hosts
+from llava_jax.parallel import hosts
 from llava_jax.parallel.mesh import make_mesh, microbatches
 from llava_jax.parallel.sharding import (
     RULES,
     process_part,
     put_batch,
 )
+from llava_jax.text.tokenization import load_tokenizer
 from llava_jax.training import recipe
 from llava_jax.training.checkpoint import Checkpoints
 from llava_jax.training.flops import mfu
@@ -52,7 +53,7 @@ from llava_jax.training.state import (
 )
 from llava_jax.training.step import compile_step, make_eval_step
 from llava_jax.training.validation import Validation
-from llava_jax.weights.hf_fields import read_json
+from llava_jax.weights.read.hf_fields import read_json
 from llava_jax.weights.run_directory import RunModel, latest_step, write_json, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)

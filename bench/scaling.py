@@ -13,9 +13,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from llava_jax import command
-from llava_jax.parallel.compiling import compile_stage, make_stage
-from llava_jax.parallel.report import report
-from llava_jax.parallel.topology import GIB, topology
+from llava_jax.dry_run.compiling import compile_stage, make_stage
+from llava_jax.dry_run.report import report
+from llava_jax.dry_run.topology import GIB, topology
 
 HEAD = ("topology", "rows", "microbatches", "GiB a chip", "GB into a chip", "compute s")
 HEAD += ("memory s", "collectives s", "step s", "MFU", "as compiled")

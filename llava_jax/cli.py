@@ -9,8 +9,8 @@ from llava_jax.errors import LlavaError, file_fault
 
 # name -> (module with add_arguments(parser) and main(args), one line of help)
 COMMANDS = {
-    "generate": ("llava_jax.inference.generate", "answer a file of requests"),
-    "chat": ("llava_jax.inference.chat", "ask a model about pictures"),
+    "generate": ("llava_jax.serving.generate", "answer a file of requests"),
+    "chat": ("llava_jax.serving.chat", "ask a model about pictures"),
     "build": ("llava_jax.data.build", "make a TFDS ArrayRecord data set of LLaVA records"),
     "validate": ("llava_jax.data.validate", "check every record and image of a data set"),
     "convert": ("llava_jax.weights.convert", "make one checked folder of any LLaVA checkpoint"),

@@ -14,6 +14,17 @@ class LlavaError(ValueError):
     """
 
 
+class RecordError(LlavaError):
+    """A fault of one record; `kind` is a short name of the fault, for counting."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):
+        return RecordError, (self.kind, str(self))
+
+
 def file_fault(error: OSError) -> str:
     """The sentence about a full disk or a path that cannot be used; raises other errors again."""
     if error.errno in _NO_ROOM:

@@ -20,7 +20,7 @@ from llava_jax import Llava
 from llava_jax.errors import LlavaError
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.weights import run_directory
-from llava_jax.weights.load import load_decoder, load_vision
+from llava_jax.weights.read.llava_folder import load_decoder, load_vision
 from llava_jax.weights.run_directory import checkpoint_of, latest_step, load_run
 from tests import tiny_run
 from tests.tiny_model import random_image

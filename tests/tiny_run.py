@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base
-from llava_jax.weights.save import save_decoder, save_vision
+from llava_jax.weights.write.save import save_decoder, save_vision
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params
 
 ROOT = Path(__file__).parent.parent

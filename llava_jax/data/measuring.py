@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax.data.images import ImageError, check_shape, inspect_image
-from llava_jax.data.records import Record, RecordError, checked_record
-from llava_jax.data.templates import Segment, Template
-from llava_jax.data.tokenization import SegmentTokenizer, truncate
-from llava_jax.data.turns import render_turns, token_row
-from llava_jax.errors import LlavaError
+from llava_jax.data.media import ImageError, check_shape, inspect_image
+from llava_jax.data.records import Record, checked_record
+from llava_jax.errors import LlavaError, RecordError
+from llava_jax.text.templates import Segment, Template
+from llava_jax.text.tokenization import SegmentTokenizer, truncate
+from llava_jax.text.turns import render_turns, token_row
 
 _CHUNK = 1024  # records tokenized at a time
 _CACHE_VERSION = 4  # raise it when the meaning of a cached value changes

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_jax.data.tokenization import IGNORE_INDEX, TokenRow
-from llava_jax.data.turns import turn_positions
+from llava_jax.text.tokenization import IGNORE_INDEX, TokenRow
+from llava_jax.text.turns import turn_positions
 
 # Records that are packed together. On lengths like the 665K mix's (`tests/data/test_packing.py`) it
 # leaves 11.9% of 2,048 tokens empty; by a linear program over a sample 11.6% is the

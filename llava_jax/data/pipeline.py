@@ -17,15 +17,15 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from llava_jax.data.images import MAX_PIXELS, ImageError, load_image, preprocess
 from llava_jax.data.measuring import ImagePolicy, measure, render_record
+from llava_jax.data.media import MAX_PIXELS, ImageError, load_image, preprocess
 from llava_jax.data.packing import PackPlan, pack, plan_rows
 from llava_jax.data.records import Record
-from llava_jax.data.templates import Template, get_template
-from llava_jax.data.tokenization import SegmentTokenizer, TokenRow, truncate
-from llava_jax.data.turns import TURNS, token_row
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.text.templates import Template, get_template
+from llava_jax.text.tokenization import SegmentTokenizer, TokenRow, truncate
+from llava_jax.text.turns import TURNS, token_row
 
 
 class Batch(NamedTuple):

@@ -19,29 +19,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_jax.errors import LlavaError
-
-IMAGE_TOKEN = "<image>"
-ROLES = ("human", "gpt")
-
-
-class RecordError(LlavaError):
-    """A fault of one record; `kind` is a short name of the fault, for counting."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-    def __reduce__(self):
-        return RecordError, (self.kind, str(self))
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message: role "human" or "gpt", and its text."""
-
-    role: str
-    text: str
+from llava_jax.errors import LlavaError, RecordError
+from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 import json
 import sys
 
-from llava_jax.data.records import IMAGE_TOKEN, RecordError, checked_record, open_records
-from llava_jax.data.templates import TEMPLATES, get_template, render
-from llava_jax.data.tokenization import (
+from llava_jax.data.records import checked_record, open_records
+from llava_jax.errors import LlavaError, RecordError
+from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.templates import TEMPLATES, get_template, render
+from llava_jax.text.tokenization import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     SegmentTokenizer,
     TokenRow,
     load_tokenizer,
 )
-from llava_jax.errors import LlavaError
 
 _GREEN, _CYAN, _PLAIN = "\033[32m", "\033[36m", "\033[0m"
 

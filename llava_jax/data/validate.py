@@ -13,10 +13,11 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax.data.images import MAX_PIXELS, load_image
-from llava_jax.data.records import Record, RecordError, check_record, open_records
-from llava_jax.data.templates import TEMPLATES, get_template, render
-from llava_jax.data.tokenization import SegmentTokenizer, load_tokenizer, truncate
+from llava_jax.data.media import MAX_PIXELS, load_image
+from llava_jax.data.records import Record, check_record, open_records
+from llava_jax.errors import RecordError
+from llava_jax.text.templates import TEMPLATES, get_template, render
+from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer, truncate
 
 _SHOWN = 3  # culprits printed of each kind
 _BAR_WIDTH = 40

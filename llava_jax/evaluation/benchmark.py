@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.errors import LlavaError
+from llava_jax.text.conversation import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_jax.data.records import IMAGE_TOKEN, check_record, open_records
+from llava_jax.data.records import check_record, open_records
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, graded
 from llava_jax.evaluation.files import Folder
+from llava_jax.text.conversation import IMAGE_TOKEN
 
 
 def load(root: Path, split: str) -> Benchmark:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_jax.data.images import ImageError, load_image
+from llava_jax.data.media import ImageError, load_image
 from llava_jax.evaluation.benchmark import Benchmark, Question
 
 MOST = 200  # failures on a page

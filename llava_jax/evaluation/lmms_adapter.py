@@ -16,12 +16,12 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from llava_jax.data.records import IMAGE_TOKEN
 from llava_jax.errors import LlavaError
-from llava_jax.inference.command_line import mesh_of_all
 from llava_jax.inference.engine import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.serving.command_line import mesh_of_all
+from llava_jax.text.conversation import IMAGE_TOKEN
 
 BATCHES_AT_A_TIME = 8  # whose pictures are in memory together
 FROM_LMMS_EVAL = {"device", "max_batch_size"}  # what it passes to every model; jax chooses devices

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, Shard
 from llava_jax.evaluation.failures import write_failures
-from llava_jax.inference.answer_file import encode_line
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.serving.answer_file import encode_line
 from llava_jax.weights.run_directory import write_json
 
 BATCHES_AT_A_TIME = 4  # questions sorted by shape together, and the most a kill can lose

@@ -25,8 +25,8 @@ from llava_jax.inference.buckets import (
 )
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
 from llava_jax.inference.jobs import Job, Request
-from llava_jax.inference.packing import PrefillShape, pack, take
 from llava_jax.inference.placement import place_state
+from llava_jax.inference.prefill import PrefillShape, pack, take
 from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, SamplingParams
 from llava_jax.inference.slots import RowSlots
 from llava_jax.models.decoder import are_stacked

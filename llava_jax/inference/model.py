@@ -15,9 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.templates import get_template
-from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.data.media import load_image, preprocess
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine, Request
@@ -31,6 +29,8 @@ from llava_jax.inference.sources import ImageSource, as_sources, fetch, file_ver
 from llava_jax.models.decoder import separate_layers
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.precision import PRECISIONS, compute_precision
+from llava_jax.text.templates import get_template
+from llava_jax.text.tokenization import load_tokenizer
 
 DTYPES = ("auto", *PRECISIONS)
 

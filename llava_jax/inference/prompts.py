@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from llava_jax.data.processor_prompt import ProcessorPrompt
-from llava_jax.data.records import IMAGE_TOKEN, Turn
-from llava_jax.data.templates import Template, render
-from llava_jax.data.tokenization import SegmentTokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.text.conversation import IMAGE_TOKEN, Turn
+from llava_jax.text.processor_prompt import ProcessorPrompt
+from llava_jax.text.templates import Template, render
+from llava_jax.text.tokenization import SegmentTokenizer
 
 History = Sequence[tuple[str, str]]
 

@@ -18,7 +18,7 @@ from llava_jax.data.build import build_data_set
 from llava_jax.errors import LlavaError
 from llava_jax.quickstart.packages import package_file, package_folder
 from llava_jax.weights.checksums import is_whole
-from llava_jax.weights.save import whole_folder
+from llava_jax.weights.write.save import whole_folder
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")

@@ -19,11 +19,11 @@ from llava_jax.models.presets import DINOV2_SMALL, IMAGENET_MEAN, IMAGENET_STD, 
 from llava_jax.models.vit import ViTConfig
 from llava_jax.quickstart.packages import package_file
 from llava_jax.weights.checksums import is_whole
+from llava_jax.weights.formats.safetensors_files import TensorToWrite
 from llava_jax.weights.hf_decoder import decoder_to_hf
 from llava_jax.weights.hf_vision import vision_to_hf
-from llava_jax.weights.load import load_decoder, load_vision
-from llava_jax.weights.safetensors_files import TensorToWrite
-from llava_jax.weights.save import whole_folder, write_checkpoint
+from llava_jax.weights.read.llava_folder import load_decoder, load_vision
+from llava_jax.weights.write.save import whole_folder, write_checkpoint
 
 DECODER_FOLDER = "smollm2-135m-instruct"
 VISION_FOLDER = "dinov2-vits14"

@@ -10,8 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llava_jax.data.images import IMAGE_MODES
-from llava_jax.data.templates import get_template
+from llava_jax.data.media import IMAGE_MODES
 from llava_jax.errors import LlavaError
 from llava_jax.models.attention import IMPLEMENTATIONS, choose_attention
 from llava_jax.models.decoder import REMAT_POLICIES
@@ -20,8 +19,9 @@ from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
 from llava_jax.models.projector import projector_depth
+from llava_jax.text.templates import get_template
 from llava_jax.training.step import PARITY_DEVICES
-from llava_jax.weights.hf_config import composed_config
+from llava_jax.weights.read.hf_config import composed_config
 from llava_jax.weights.run_directory import (
     COMPONENTS,
     Source,

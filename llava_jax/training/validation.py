@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from tqdm import tqdm
 
-from llava_jax.data.images import load_image
+from llava_jax.data.media import load_image
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import Record
 from llava_jax.inference.model import Llava

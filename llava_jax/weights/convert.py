@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights import hf_folder
 from llava_jax.weights.export import add_output_arguments, hugging_face, original, write_folder
 from llava_jax.weights.hub import local_folder
-from llava_jax.weights.load import Checkpoint, open_llava
-from llava_jax.weights.save import refuse_existing
+from llava_jax.weights.read.llava_folder import Checkpoint, open_llava
+from llava_jax.weights.write import hf_folder
+from llava_jax.weights.write.save import refuse_existing
 
 FOLDERS = {  # options of open_llava
     "base": "the model that an adapter or a projector was trained on",

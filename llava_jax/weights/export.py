@@ -12,24 +12,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax.data.chat_template import chat_template
-from llava_jax.data.processor_prompt import check_image_token
-from llava_jax.data.records import IMAGE_TOKEN
-from llava_jax.data.templates import get_template
-from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
-from llava_jax.weights import hf_folder, original_folder
+from llava_jax.text.chat_template import chat_template
+from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.processor_prompt import check_image_token
+from llava_jax.text.templates import get_template
+from llava_jax.text.tokenization import load_tokenizer
 from llava_jax.weights.checksums import CHECKSUMS_FILE
+from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files
 from llava_jax.weights.hf_decoder import decoder_to_hf
-from llava_jax.weights.hf_fields import read_json
 from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES
-from llava_jax.weights.load import Checkpoint, components, is_llava_folder, open_llava
-from llava_jax.weights.peft_folder import write_adapter
+from llava_jax.weights.read.hf_fields import read_json
+from llava_jax.weights.read.llava_folder import Checkpoint, components, is_llava_folder, open_llava
 from llava_jax.weights.run_directory import checkpoint_of, open_run
-from llava_jax.weights.safetensors_files import TensorToWrite, write_checkpoint_files
-from llava_jax.weights.save import (
+from llava_jax.weights.write import hf_folder, original_folder
+from llava_jax.weights.write.peft_folder import write_adapter
+from llava_jax.weights.write.save import (
     array_params,
     refuse_existing,
     stored_tensors,

@@ -4,7 +4,7 @@ import dataclasses
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
-from llava_jax.weights.hf_fields import MAX_LAYERS, Fields, is_positive
+from llava_jax.weights.read.hf_fields import MAX_LAYERS, Fields, is_positive
 
 _DECODER_DEFAULTS = {
     "vocab_size": 32000,

@@ -2,7 +2,7 @@
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.vit import ACTIVATIONS, ViTConfig
-from llava_jax.weights.hf_fields import MAX_LAYERS, Fields
+from llava_jax.weights.read.hf_fields import MAX_LAYERS, Fields
 
 VISION_FAMILIES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2")
 _CLIP_DEFAULTS = {

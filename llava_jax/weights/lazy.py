@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
+from llava_jax.weights.formats.safetensors_files import DTYPES, StoredTensor
 from llava_jax.weights.name_tables import STACKED, NameTable, Parameter
-from llava_jax.weights.safetensors_files import DTYPES, StoredTensor
 
 PARAMETER_DTYPES = {
     "float32": np.dtype(np.float32),

@@ -28,10 +28,10 @@ from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, merge_lora
 from llava_jax.models.vit import ViTConfig, num_blocks
 from llava_jax.weights.checksums import CHECKSUMS_FILE, read_checksums, sha256
-from llava_jax.weights.hf_fields import read_json
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.lazy import LazyParameter, read_tree
-from llava_jax.weights.load import (
+from llava_jax.weights.read.hf_fields import read_json
+from llava_jax.weights.read.llava_folder import (
     is_llava_folder,
     open_decoder,
     open_llava,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llava_jax.data.packing import pack, plan_rows
-from llava_jax.data.tokenization import TokenRow
+from llava_jax.text.tokenization import TokenRow
 
 
 def lengths_and_images(count, seed=0):

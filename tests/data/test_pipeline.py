@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava_jax.data.build import build_data_set
-from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.media import load_image, preprocess
 from llava_jax.data.pipeline import TrainingData, live_as_long_as_the_run
 from llava_jax.data.records import open_records
 from llava_jax.errors import LlavaError

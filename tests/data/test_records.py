@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
-from llava_jax.data.records import RecordError, check_record, checked_record, open_records
-from llava_jax.errors import LlavaError
+from llava_jax.data.records import check_record, checked_record, open_records
+from llava_jax.errors import LlavaError, RecordError
 
 HUMAN = {"from": "human", "value": "hi"}
 GPT = {"from": "gpt", "value": "yo"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROGRAM = """
 import collections, json, jax
-from llava_jax.inference.command_line import keep_compilations
+from llava_jax.serving.command_line import keep_compilations
 from tests.tiny_model import random_image, tiny_llava
 
 keep_compilations()

@@ -8,7 +8,7 @@ import pytest
 from llava_jax.inference import decoding
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
 from llava_jax.inference.jobs import Job, Request
-from llava_jax.inference.packing import PrefillShape, pack
+from llava_jax.inference.prefill import PrefillShape, pack
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.decoder import Chunks, RopeScaling, empty_cache
 from llava_jax.models.llava import LlavaModel

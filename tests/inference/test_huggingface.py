@@ -97,7 +97,7 @@ def test_a_folder_is_read_onto_a_mesh_part_by_part(pair, tmp_path, monkeypatch):
     theirs.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     whole = []
-    monkeypatch.setattr("llava_jax.weights.load.read_tree", lambda *_: whole.append(1))
+    monkeypatch.setattr("llava_jax.weights.read.llava_folder.read_tree", lambda *_: whole.append(1))
     spread = Llava.from_pretrained(tmp_path, mesh=make_mesh(data=2, fsdp=2, tensor=2))
     assert not whole
     kernel = spread.engine.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from llava_jax.data.images import load_image
+from llava_jax.data.media import load_image
 from llava_jax.errors import LlavaError
 from llava_jax.inference import sources
 from llava_jax.inference.sources import fetch

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llava_jax.dry_run.collectives import read_collectives
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params
 from llava_jax.models.lora import LoraConfig, init_lora
 from llava_jax.models.presets import PRESETS
-from llava_jax.parallel.collectives import read_collectives
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import (
     RULES,

@@ -19,22 +19,22 @@ import pytest
 from safetensors.numpy import load_file
 
 from llava_jax import cli
-from llava_jax.data.records import Turn
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.llava import LlavaConfig, abstract_params, image_token_count
 from llava_jax.models.lora import LoraConfig, abstract_lora
 from llava_jax.models.vit import ViTConfig
+from llava_jax.text.conversation import Turn
 from llava_jax.weights.export import hugging_face, original, write_folder
-from llava_jax.weights.load import Checkpoint, open_llava
+from llava_jax.weights.formats.safetensors_files import SINGLE_FILE
+from llava_jax.weights.read.llava_folder import Checkpoint, open_llava
 from llava_jax.weights.run_directory import (
     RunModel,
     Source,
     weights_checksum,
     write_run_model,
 )
-from llava_jax.weights.safetensors_files import SINGLE_FILE
-from llava_jax.weights.save import array_params
+from llava_jax.weights.write.save import array_params
 from tests.tiny_model import CONFIG, byte_tokenizer, config_with, random_image, random_params
 
 CLIP = ViTConfig(16, 32, 3, 2, 4, 8, "quick_gelu", 1e-5, True, True, False, False)
@@ -351,7 +351,7 @@ DIES_HALF_WAY = """
 import dataclasses, os, signal, sys
 from pathlib import Path
 from llava_jax.weights.export import hugging_face, write_folder
-from llava_jax.weights.load import open_llava
+from llava_jax.weights.read.llava_folder import open_llava
 source, out = map(Path, sys.argv[1:])
 folder = hugging_face(open_llava(source), None)
 tensors, half = list(folder.tensors), len(folder.tensors) // 2

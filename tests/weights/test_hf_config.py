@@ -8,10 +8,10 @@ import pytest
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.presets import DINOV2_SMALL, SMOLLM2_135M, clip_large
-from llava_jax.weights.hf_config import composed_config, llava_config
 from llava_jax.weights.hf_decoder import decoder_config, decoder_to_hf
-from llava_jax.weights.hf_images import image_settings
 from llava_jax.weights.hf_vision import vision_config, vision_to_hf
+from llava_jax.weights.read.hf_config import composed_config, llava_config
+from llava_jax.weights.read.hf_images import image_settings
 
 LLAVA_15 = {  # as llava-hf/llava-1.5-7b-hf has it: mostly defaults left out
     "architectures": ["LlavaForConditionalGeneration"],

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.load import load_decoder, load_llava, load_vision
+from llava_jax.weights.read.llava_folder import load_decoder, load_llava, load_vision
 from tests.weights.conftest import edit_config
 
 

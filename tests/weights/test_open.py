@@ -11,13 +11,13 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from llava_jax import cli  # noqa: E402
-from llava_jax.data.chat_template import chat_template  # noqa: E402
-from llava_jax.data.records import Turn  # noqa: E402
-from llava_jax.data.templates import get_template  # noqa: E402
 from llava_jax.errors import LlavaError  # noqa: E402
 from llava_jax.inference.model import Llava  # noqa: E402
+from llava_jax.text.chat_template import chat_template  # noqa: E402
+from llava_jax.text.conversation import Turn  # noqa: E402
+from llava_jax.text.templates import get_template  # noqa: E402
 from llava_jax.weights import hub  # noqa: E402
-from llava_jax.weights.load import (  # noqa: E402
+from llava_jax.weights.read.llava_folder import (  # noqa: E402
     is_llava_folder,
     load_decoder,
     load_vision,

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from llava_jax.errors import LlavaError  # noqa: E402
 from llava_jax.models.llava import LlavaModel, image_token_count  # noqa: E402
-from llava_jax.weights.load import load_llava, open_llava  # noqa: E402
+from llava_jax.weights.read.llava_folder import load_llava, open_llava  # noqa: E402
 from tests.weights.conftest import TEXT, VISION, edit_config, randomize  # noqa: E402
 
 TOWER = "model.vision_tower.vision_tower.vision_model."

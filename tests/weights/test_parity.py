@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from llava_jax.models.decoder import Decoder  # noqa: E402
 from llava_jax.models.llava import LlavaModel, image_token_count, normalize_images  # noqa: E402
 from llava_jax.models.vit import ViT  # noqa: E402
-from llava_jax.weights.load import load_decoder, load_llava, load_vision  # noqa: E402
+from llava_jax.weights.read.llava_folder import load_decoder, load_llava, load_vision  # noqa: E402
 from tests.weights.conftest import TEXT, VISION, edit_config, randomize, rename  # noqa: E402
 
 TOLERANCE = 1e-4

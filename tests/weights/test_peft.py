@@ -12,7 +12,7 @@ from llava_jax import cli  # noqa: E402
 from llava_jax.errors import LlavaError  # noqa: E402
 from llava_jax.inference.model import Llava  # noqa: E402
 from llava_jax.models.llava import image_token_count  # noqa: E402
-from llava_jax.weights.load import open_llava  # noqa: E402
+from llava_jax.weights.read.llava_folder import open_llava  # noqa: E402
 from tests.weights.test_export import lora_run  # noqa: E402
 from tests.weights.test_parity import tiny_llava  # noqa: E402
 

@@ -13,8 +13,8 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import Decoder
 from llava_jax.models.presets import DINOV2_SMALL, SMOLLM2_135M, clip_large
 from llava_jax.models.vit import ViT
-from llava_jax.weights.load import load_decoder, load_vision
-from llava_jax.weights.save import save_decoder, save_vision, whole_folder
+from llava_jax.weights.read.llava_folder import load_decoder, load_vision
+from llava_jax.weights.write.save import save_decoder, save_vision, whole_folder
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 LLAMA = dataclasses.replace(SMOLLM2_135M, **SMALL, vocab_size=20, num_kv_heads=1, head_dim=8)

@@ -17,17 +17,17 @@ from llava_jax.parallel.sharding import param_shardings, put
 from llava_jax.weights import checksums
 from llava_jax.weights import lazy as lazy_module
 from llava_jax.weights.convert import convert
-from llava_jax.weights.lazy import LazyParameter, stored_bytes
-from llava_jax.weights.load import open_llava
-from llava_jax.weights.name_tables import Parameter
-from llava_jax.weights.run_directory import load_components, open_components
-from llava_jax.weights.safetensors_files import (
+from llava_jax.weights.formats.safetensors_files import (
     StoredTensor,
     TensorToWrite,
     read_header,
     write_file,
 )
-from llava_jax.weights.save import save_decoder, save_vision
+from llava_jax.weights.lazy import LazyParameter, stored_bytes
+from llava_jax.weights.name_tables import Parameter
+from llava_jax.weights.read.llava_folder import open_llava
+from llava_jax.weights.run_directory import load_components, open_components
+from llava_jax.weights.write.save import save_decoder, save_vision
 from tests.tiny_model import CONFIG, byte_tokenizer, random_params
 
 

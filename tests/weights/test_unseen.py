@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from llava_jax import cli  # noqa: E402
 from llava_jax.inference.model import Llava  # noqa: E402
 from llava_jax.models.llava import image_token_count  # noqa: E402
-from llava_jax.weights.load import open_llava  # noqa: E402
+from llava_jax.weights.read.llava_folder import open_llava  # noqa: E402
 from tests.tiny_model import byte_tokenizer  # noqa: E402
 from tests.weights.conftest import randomize, rename  # noqa: E402
 from tests.weights.test_parity import with_tower_level  # noqa: E402

@@ -1,0 +1,135 @@
+"""How long a step would take at best: a roofline of compute, memory and links.
+
+Each term is what the hardware cannot do faster. The estimate is the largest of them, as if the
+others were hidden behind it; beside it stands their sum, as if nothing were. A third figure is of
+the program as compiled: what the compiler expects of its kernels, which never reach the roofline,
+and what they wait for.
+"""
+
+import dataclasses
+
+from llava_jax.dry_run.topology import Topology
+from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.training.flops import attention_flops, decoder_flops_per_token, step_flops
+
+# Share of the decoder's forward pass that each remat policy computes a second time.
+RECOMPUTED = {"none": 0.0, "linear": 0.0, "attention": 1.0, "full": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What rows are taken to hold where the data is not there to be counted.
+
+    Attributes:
+      fill: share of real tokens in a row.
+      text: tokens of a conversation beside its picture.
+      supervised: share of the text that is learnt.
+      pictured: share of conversations with a picture.
+    """
+
+    fill: float
+    text: int
+    supervised: float
+    pictured: float
+
+
+# Captions of LCS-558K; the 665K mix: 94% have a picture, and about 900 tokens with it.
+CAPTIONS = Contents(fill=0.95, text=32, supervised=0.9, pictured=1.0)
+CONVERSATIONS = Contents(fill=0.88, text=340, supervised=0.4, pictured=0.94)
+
+
+def assumed_counts(
+    config: LlavaConfig, contents: Contents, rows: int, length: int, images_per_row: int
+) -> dict[str, float]:
+    """What a step's batch holds, in the terms of `step_flops`."""
+    conversation = contents.text + contents.pictured * image_token_count(config)
+    in_a_row = min(length * contents.fill / conversation, images_per_row / contents.pictured)
+    conversations = rows * in_a_row
+    tokens = conversations * conversation
+    return {
+        "tokens": tokens,
+        "images": conversations * contents.pictured,
+        "attention_pairs": tokens * (conversation + 1) / 2,
+        "supervised_tokens": conversations * contents.text * contents.supervised,
+    }
+
+
+def executed_flops(
+    config: LlavaConfig, trainable: set[str], rows: int, length: int, images: int, remat: str
+) -> float:
+    """FLOPs that the devices really do: padding, empty image slots and recomputation included.
+
+    Attention counts the blocks up to the diagonal; the loss is counted as in `step_flops`.
+    """
+    everything = {
+        "tokens": rows * length,
+        "images": rows * images,
+        "attention_pairs": rows * length * (length + 1) / 2,
+        "supervised_tokens": 0,
+    }
+    once = rows * length * decoder_flops_per_token(config)
+    once += attention_flops(config, everything["attention_pairs"])
+    return step_flops(config, trainable, everything) + RECOMPUTED[remat] * once
+
+
+def memory_traffic(config: LlavaConfig, plan: dict) -> float:
+    """Bytes that a chip reads and writes in a step: weights, optimizer and layers' activations.
+
+    Args:
+      plan: `trainable` and `optimizer`, bytes on this chip; `decoder`, parameters of the whole
+        decoder; `passes` over it a microbatch; `accumulation`; `tokens` on this chip.
+    """
+    d = config.decoder
+    # Read and written once: masters and moments. Gradients: written, read.
+    update = 2 * (plan["trainable"] + plan["optimizer"]) + 2 * plan["trainable"]
+    # Each pass writes the gathered bfloat16 weights and reads them.
+    weights = plan["accumulation"] * plan["passes"] * 2 * 2.0 * plan["decoder"]
+    width = d.head_dim * (2 * d.num_heads + 2 * d.num_kv_heads)
+    linear_layers = 4 * d.hidden_size + width + 3 * (d.hidden_size + d.intermediate_size)
+    activations = plan["tokens"] * plan["passes"] * d.num_layers * 2.0 * linear_layers
+    return update + weights + activations
+
+
+def estimate(
+    where: Topology,
+    executed: float,
+    model: float,
+    traffic: float,
+    links: float,
+    between: float = 0.0,
+    waiting: float = 0.0,
+    kernels: float = 0.0,
+) -> dict:
+    """Seconds of each term on each chip, of the step, and the MFU that follows.
+
+    Args:
+      executed, model: FLOPs of a step over all chips.
+      traffic, between: bytes of a step on one chip, through memory and through the network
+        between slices.
+      links: seconds for what crosses the links of a slice.
+      waiting: those of them in which the chip has nothing else to do.
+      kernels: seconds that the compiler expects of its kernels.
+    """
+    chip, chips = where.chip, len(where.devices)
+    terms = {
+        "compute": executed / chips / chip.peak,
+        "memory": traffic / chip.hbm_bandwidth,
+        "collectives": links,
+    }
+    if where.slices > 1:
+        terms["between slices"] = between / chip.network
+    # What crosses between slices is the sum of a step's gradients, after all else.
+    waits = waiting + terms.get("between slices", 0.0)
+    best, worst = max(terms.values()), sum(terms.values())
+    share = lambda seconds: model / chips / chip.peak / seconds
+    return {
+        "seconds": terms,
+        "bound_by": max(terms, key=terms.get),
+        "step_seconds": best,
+        "step_seconds_nothing_hidden": worst,
+        "mfu": share(best),
+        "mfu_nothing_hidden": share(worst),
+        "kernel_seconds": kernels,
+        "waiting_seconds": waits,
+        "mfu_as_compiled": share(max(kernels + waits, best)),
+    }

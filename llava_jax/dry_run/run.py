@@ -1,0 +1,119 @@
+"""`train.py --dry_run`: what a stage would cost on devices that are not there."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from llava_jax.dry_run.compiling import compile_stage, make_stage
+from llava_jax.dry_run.fit import fastest_fit
+from llava_jax.dry_run.report import print_report, report
+from llava_jax.dry_run.topology import GIB, Topology, topology
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.text.tokenization import load_tokenizer
+from llava_jax.training import recipe
+
+DOES_NOT_FIT = 3  # exit status
+
+
+def run(config: ConfigDict, name: str, fit: bool, open_data: Callable) -> int:
+    """The dry run of a config, printed; the last line is all of it as one JSON object.
+
+    Args:
+      name: of the topology.
+      fit: try other settings until the fastest that fits is found.
+      open_data: (config, model config, tokenizer) -> (training data, held-out data).
+
+    Returns:
+      The exit status: 0, or DOES_NOT_FIT.
+    """
+    where = topology(name)
+    data = sample = None
+    stage = make_stage(config, where)
+    if missing := missing_paths(config):
+        print(f"not here, so what rows hold is assumed: {', '.join(missing)}")
+    else:
+        data, sample = first_row(config, stage.model.config, open_data)
+        print(sample)
+    told = report(stage, compile_stage(stage), data.fill if data else None)
+    print_report(told)
+    if fit:
+        told["fit"] = find_fit(config, where)
+    told["first_row"] = sample
+    print(json.dumps(told))
+    return 0 if told["fits"] else DOES_NOT_FIT
+
+
+def find_fit(config: ConfigDict, where: Topology) -> dict:
+    """The fastest remat policy, microbatch size and mesh that fit, printed as it goes."""
+
+    def try_out(policy: str, accumulation: int, data: int) -> dict:
+        changed = ConfigDict(config.to_dict())
+        changed.model.remat_policy, changed.accumulation = policy, accumulation
+        changed.mesh.data, changed.mesh.fsdp = data, -1
+        stage = make_stage(changed, where)
+        return report(stage, compile_stage(stage))
+
+    def tell(entry: dict) -> None:
+        seconds = entry["step_seconds"]
+        told = f"fits, {seconds:.3f} s a step if nothing hides" if seconds else "fits"
+        print(
+            f"{as_flags(entry)}: {entry['needed'] / GIB:.2f} GiB, "
+            f"{told if entry['fits'] else 'does not fit'}",
+            flush=True,
+        )
+
+    mesh = make_stage(config, where).mesh.shape
+    found = fastest_fit(config.batch_size, mesh, try_out, tell)
+    print(
+        f"fastest that fits: {as_flags(found['best'])}"
+        if found["best"]
+        else "nothing fits: take more chips, or --config.optimizer.moments_dtype=bfloat16"
+    )
+    return found
+
+
+def as_flags(entry: dict) -> str:
+    """The settings of `fastest_fit` as train.py takes them."""
+    return (
+        f"--config.model.remat_policy={entry['remat_policy']} "
+        f"--config.accumulation={entry['accumulation']} "
+        f"--config.mesh.data={entry['data']} --config.mesh.fsdp=-1"
+    )
+
+
+def missing_paths(config: ConfigDict) -> list[str]:
+    """Those of the data's and the tokenizer's paths that are not on this machine."""
+    tokenizer = config.init.tokenizer or config.init.checkpoint or config.init.decoder
+    paths = {"data.train": config.data.train, "the tokenizer's folder": tokenizer}
+    return [f"{key} ({path})" for key, path in paths.items() if not Path(path).exists()]
+
+
+def first_row(config: ConfigDict, model_config: LlavaConfig, open_data: Callable) -> tuple:
+    """(training data, the first packed row of the first step as text)."""
+    tokenizer = load_tokenizer(recipe.tokenizer_folder(config))
+    data, _ = open_data(config, model_config, tokenizer)
+    batch = next(data.batch_iterator(0, 0, config.batch_size))
+    row = {name: array[0] for name, array in batch.arrays.items() if name != "images"}
+    return data, row_text(row, tokenizer, model_config.image_token_id)
+
+
+def row_text(row: dict[str, np.ndarray], tokenizer, image_token_id: int) -> str:
+    """A packed row as text: a line for each segment, what is learnt between «».
+
+    Args:
+      row: input_ids, labels and segment_ids, int[T].
+    """
+    kinds = np.stack([row["segment_ids"], row["labels"] >= 0, row["input_ids"] == image_token_id])
+    places = itertools.groupby(range(kinds.shape[1]), key=lambda i: tuple(kinds[:, i].tolist()))
+    lines: dict[int, str] = {}
+    for (segment, learnt, image), run_of in places:
+        ids = row["input_ids"][list(run_of)]
+        text = f"<image x {len(ids)}>" if image else tokenizer.decode(ids)
+        lines[segment] = lines.get(segment, "") + (f"«{text}»" if learnt else text)
+    padding = int(np.sum(row["segment_ids"] == 0))
+    texts = [f"segment {segment}: {text}" for segment, text in lines.items() if segment]
+    return "\n".join(["first row of the first step:", *texts, f"padding: {padding} tokens"])

@@ -1,0 +1,1 @@
+"""Requests from outside: files of them, and a conversation in the terminal."""

@@ -1,0 +1,169 @@
+"""`llava-jax chat`: one question, or a conversation, about pictures in the terminal."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from llava_jax.data.media import load_image
+from llava_jax.errors import LlavaError
+from llava_jax.inference.boxes import draw_boxes, parse_boxes, to_pixels
+from llava_jax.inference.model import Llava
+from llava_jax.inference.sampling import SamplingParams
+from llava_jax.inference.sources import fetch, source_name
+from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
+from llava_jax.text.conversation import IMAGE_TOKEN
+
+HELP = """/image FILE shows a picture with the next question
+/boxes FILE writes the last picture there, with the last answer's boxes drawn
+/save FILE writes the conversation there
+/reset starts over
+/quit ends"""
+
+
+@dataclass
+class Conversation:
+    """What was said so far, and the pictures that wait for the next question.
+
+    Every picture is written as `<image>` in the question it was shown with, so the history renders
+    to the same prompt each time.
+    """
+
+    allow_urls: bool = False
+    history: list[tuple[str, str]] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    waiting: int = 0
+
+    def add_image(self, source: str) -> None:
+        """Shows a picture with the next question; LlavaError if it cannot be read."""
+        name = source_name(source, "picture")
+        self.images.append(load_image(fetch(source, self.allow_urls), name))
+        self.names.append(name)
+        self.waiting += 1
+
+    def reset(self) -> None:
+        """Forgets everything, pictures too."""
+        self.history, self.images, self.names, self.waiting = [], [], [], 0
+
+    def save(self, path: str) -> None:
+        """Writes it as a LLaVA record, which `llava-jax show` and training read."""
+        turns = [
+            {"from": role, "value": text}
+            for pair in self.history
+            for role, text in zip(("human", "gpt"), pair, strict=True)
+        ]
+        if not turns:
+            raise LlavaError("nothing was said yet: there is nothing to save")
+        shown = self.names[: len(self.names) - self.waiting]
+        record = {"id": Path(path).stem} | ({"image": shown} if shown else {})
+        try:
+            Path(path).write_text(
+                json.dumps([record | {"conversations": turns}], ensure_ascii=False, indent=2)
+                + "\n",
+                encoding="utf-8",
+            )
+        except OSError as error:
+            raise LlavaError(f"cannot write {path!r}: {error.strerror}") from None
+
+    def save_boxes(self, path: str) -> None:
+        """Writes the last picture that was asked about with the boxes of the last answer drawn."""
+        boxes = parse_boxes(self.history[-1][1]) if self.history else []
+        if not boxes:
+            raise LlavaError("the last answer has no box such as [0.1, 0.2, 0.5, 0.9]")
+        shown = self.images[: len(self.images) - self.waiting]
+        if not shown:
+            raise LlavaError("no picture was shown: there is nothing to draw on")
+        drawn = draw_boxes(shown[-1], [to_pixels(box, shown[-1].size) for box in boxes], "red")
+        try:
+            drawn.save(path)
+        except (OSError, ValueError) as error:  # the latter: a suffix of no picture's
+            raise LlavaError(f"cannot write {path!r}: {error}") from None
+
+    def ask(self, model: Llava, question: str, **settings):
+        """Yields the pieces of the answer and remembers it."""
+        # What the user types is text: a literal <image> would ask for a picture that is not there.
+        question = question.replace(IMAGE_TOKEN, "")
+        question = f"{IMAGE_TOKEN}\n" * self.waiting + question
+        answer = ""
+        for piece in model.stream_chat(question, self.images, self.history, **settings):
+            answer += piece
+            yield piece
+        self.history.append((question, answer.replace(IMAGE_TOKEN, "")))
+        self.waiting = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="may be given several times"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="ask once and print only the answer")
+    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answers `--prompt`, or talks until /quit or the end of the input; returns the exit code."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    SamplingParams.from_names(settings)  # a wrong one is told before the model is loaded
+    conversation = Conversation(args.allow_urls)
+    for path in args.image:
+        conversation.add_image(path)
+    model = load_from_arguments(args)
+    if args.prompt is not None:
+        print("".join(conversation.ask(model, args.prompt, **settings)))
+    else:
+        talk(model, conversation, settings)
+    return 0
+
+
+def talk(model: Llava, conversation: Conversation, settings: dict) -> None:
+    """The loop of a conversation; a wrong input is told and the conversation goes on."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # not in every Python
+            import readline  # noqa: F401  now arrow keys edit the line and are no part of it
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is no UTF-8 is a fault of its line alone
+        sys.stdin.reconfigure(errors="surrogateescape")
+    print(HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if line == "/quit":
+            return
+        try:
+            _one_line(model, conversation, line, settings)
+        except LlavaError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped)", file=sys.stderr)
+
+
+def _one_line(model: Llava, conversation: Conversation, line: str, settings: dict) -> None:
+    command, _, rest = line.partition(" ")
+    path = os.path.expanduser(rest.strip())
+    if command == "/reset":
+        conversation.reset()
+    elif command == "/image":
+        conversation.add_image(path)
+    elif command == "/boxes":
+        conversation.save_boxes(path)
+    elif command == "/save":
+        conversation.save(path)
+    elif command.startswith("/"):
+        print(f"unknown command {command}\n{HELP}", file=sys.stderr)
+    elif line:
+        for piece in conversation.ask(model, line, **settings):
+            print(piece, end="", flush=True)
+        print()

@@ -1,0 +1,1 @@
+"""Conversations as text and as token ids: templates, chat templates, tokenization."""

@@ -1,0 +1,278 @@
+"""Rendered segments -> token ids, labels and the places of the images.
+
+As in LLaVA's tokenizer_image_token, the text is cut at `<image>` and each chunk is tokenized whole
+and on its own: what a tokenizer does at the start of a text (the Llama-2 one writes a space there)
+happens after each image too. Labels come from character offsets: a token is supervised iff it
+overlaps a supervised segment, so nothing is ever searched in the text.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from llava_jax.errors import LlavaError
+from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.templates import Segment
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN_INDEX = -200
+IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One conversation as tokens.
+
+    input_ids, labels: int32 [T]; labels are aligned with input_ids (not shifted) and -100 where
+    there is no loss. image_spans: for each image the half-open range of its placeholder ids.
+    offsets: int64 [T, 2], the characters of the rendered text that each token stands for; (-1, -1)
+    for placeholders and for a BOS that the tokenizer added. turn_ids: int32 [T] where the row
+    holds independent questions: 0 for what they share, then 1, 2, …; None otherwise.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    image_spans: tuple[tuple[int, int], ...]
+    offsets: np.ndarray
+    turn_ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def load_tokenizer(
+    path: str | os.PathLike, vocab_size: int | None = None, added_tokens: Sequence[str] = ()
+):
+    """A Hugging Face tokenizer from a local folder.
+
+    Args:
+      vocab_size: rows of the model's embedding table, where the tokenizer is to be checked for it.
+      added_tokens: special tokens that it must learn first, in this order.
+    Raises:
+      LlavaError: naming the folder: it holds no tokenizer, or one with ids past the table.
+    """
+    # Only its tokenizers are wanted: no word about PyTorch not being there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    if not Path(path).is_dir():
+        raise LlavaError(f"no tokenizer folder at {path}")
+    load = functools.partial(AutoTokenizer.from_pretrained, str(path), local_files_only=True)
+    try:
+        try:
+            tokenizer = load()
+        except AttributeError:  # a config.json of the original LLaVA with scaled positions
+            tokenizer = load(config=PretrainedConfig())
+    except Exception as error:  # transformers raises many kinds here
+        first_line = str(error).strip().split("\n")[0]
+        raise LlavaError(f"cannot load a tokenizer from {path}: {first_line}") from None
+    _backend(tokenizer)
+    if not (Path(path) / "tokenizer.json").exists():
+        _merge_by_score(tokenizer.backend_tokenizer, Path(path) / "tokenizer.model")
+    tokenizer.add_tokens(list(added_tokens), special_tokens=True)
+    if vocab_size is not None:
+        past = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+        if past:
+            raise LlavaError(
+                f"the tokenizer in {path} does not fit the model: its token {past[max(past)]!r} is "
+                f"{max(past)}, and the embedding table has {vocab_size} rows"
+            )
+    return tokenizer
+
+
+def _merge_by_score(core: Tokenizer, model: Path) -> None:
+    """Puts the merges of a SentencePiece model in the order of its scores.
+
+    transformers 5 makes them of `tokenizer.model` in the order of ids. Llama's runs of spaces have
+    the lowest of both: SentencePiece joins spaces last of all.
+    """
+    if not model.is_file():
+        return
+    state = json.loads(core.to_str())
+    if state["model"]["type"] != "BPE":
+        return
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(model))
+    except RuntimeError:  # another kind of model under the same name
+        return
+    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(len(pieces))}
+    key = lambda pair: (scores.get("".join(pair), 0), *map(len, pair))
+    state["model"]["merges"].sort(key=key, reverse=True)
+    core.model = Tokenizer.from_str(json.dumps(state)).model
+
+
+def _backend(tokenizer) -> Tokenizer:
+    """A private copy of the tokenizer's Rust core whose offsets keep leading spaces."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(core, Tokenizer):
+        raise LlavaError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} "
+            f"({type(tokenizer).__name__}) gives no character offsets; "
+            "labels need a fast tokenizer (a tokenizer.json)"
+        )
+    state = json.loads(core.to_str())
+    state["truncation"] = state["padding"] = None
+    _keep_spaces(state["post_processor"])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _keep_spaces(processor) -> None:
+    # Byte-level post-processors cut the space off the offsets of " word", and leave a token of
+    # spaces with an empty range; only the offsets change, never the ids.
+    if isinstance(processor, dict):
+        if "trim_offsets" in processor:
+            processor["trim_offsets"] = False
+        for inner in processor.get("processors", ()):
+            _keep_spaces(inner)
+
+
+class SegmentTokenizer:
+    """Tokenizes rendered conversations for one model; picklable.
+
+    tokenizer: a Hugging Face fast tokenizer. image_tokens: placeholder ids an image takes
+    (`llava_jax.models.llava.image_token_count`). image_token_id: the placeholder id.
+    use_im_start_end: wrap each image in `<im_start>` and `<im_end>`, as LLaVA v1 could; both must
+    be tokens of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        image_tokens: int,
+        image_token_id: int = IMAGE_TOKEN_INDEX,
+        use_im_start_end: bool = False,
+    ):
+        self.image_tokens = int(image_tokens)
+        self.image_token_id = int(image_token_id)
+        self.use_im_start_end = use_im_start_end
+        self._core = _backend(tokenizer)
+        if use_im_start_end:
+            for token in (IM_START_TOKEN, IM_END_TOKEN):
+                if self._core.token_to_id(token) is None:
+                    raise LlavaError(
+                        f"use_im_start_end needs the token {token} but the tokenizer "
+                        f"{getattr(tokenizer, 'name_or_path', '')!r} has none"
+                    )
+
+    def fingerprint(self) -> str:
+        """Everything that decides the ids, as text."""
+        options = [self.image_tokens, self.image_token_id, self.use_im_start_end]
+        return json.dumps(options) + self._core.to_str()
+
+    def __call__(self, segments: Sequence[Segment]) -> TokenRow:
+        """Segments of one conversation -> TokenRow."""
+        chunks, spans = self._chunks(segments)
+        encodings = self._core.encode_batch([text for _, text in chunks])
+        return self._row(chunks, encodings, spans)
+
+    def lengths(self, conversations: Sequence[Sequence[Segment]]) -> np.ndarray:
+        """The number of tokens of each conversation, int64 [N]; much faster than the rows."""
+        chunks = [[text for _, text in self._chunks(segments)[0]] for segments in conversations]
+        encodings = iter(self._core.encode_batch_fast([text for row in chunks for text in row]))
+        added = self._core.num_special_tokens_to_add(False)
+        leading = self._leading_specials()
+        result = np.zeros(len(chunks), np.int64)
+        for i, row in enumerate(chunks):
+            text_tokens = sum(len(next(encodings)) - added for _ in row)
+            result[i] = leading + text_tokens + self.image_tokens * (len(row) - 1)
+        return result
+
+    def _leading_specials(self) -> int:
+        mask = np.array(self._core.encode("a").special_tokens_mask)
+        return int(np.argmin(mask)) if len(mask) else 0
+
+    def text(self, segments: Sequence[Segment]) -> str:
+        """The rendered conversation; each `<image>` in it stands for one image."""
+        return "".join(self._segment_text(segment) for segment in segments)
+
+    def _segment_text(self, segment: Segment) -> str:
+        if not self.use_im_start_end:
+            return segment.text
+        return segment.text.replace(IMAGE_TOKEN, IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN)
+
+    def _chunks(self, segments: Sequence[Segment]):
+        """[(position in the text, chunk)] between the images, and [(start, end, segment)]."""
+        spans, position = [], 0
+        for segment in segments:
+            end = position + len(self._segment_text(segment))
+            spans.append((position, end, segment))
+            position = end
+        text = self.text(segments)
+        chunks, start = [], 0
+        for match in re.finditer(re.escape(IMAGE_TOKEN), text):
+            chunks.append((start, text[start : match.start()]))
+            start = match.end()
+        chunks.append((start, text[start:]))
+        return chunks, spans
+
+    def _row(self, chunks, encodings: Sequence[Encoding], spans) -> TokenRow:
+        ids, offsets, images = [], [], []
+        length = 0
+        for i, ((position, _), encoding) in enumerate(zip(chunks, encodings, strict=True)):
+            if i:
+                images.append((length, length + self.image_tokens))
+                ids.append(np.full(self.image_tokens, self.image_token_id, np.int32))
+                offsets.append(np.full((self.image_tokens, 2), -1, np.int64))
+                length += self.image_tokens
+            chunk_ids, chunk_offsets = _chunk_tokens(encoding, position, first=i == 0)
+            ids.append(chunk_ids)
+            offsets.append(chunk_offsets)
+            length += len(chunk_ids)
+        ids, offsets = np.concatenate(ids), np.concatenate(offsets)
+        return TokenRow(ids, _labels(ids, offsets, spans), tuple(images), offsets)
+
+
+def _chunk_tokens(encoding: Encoding, position: int, first: bool):
+    """int32 [T] ids and int64 [T, 2] offsets in the whole text, (-1, -1) for an added BOS.
+
+    Of the tokens the tokenizer adds by itself only those before the first chunk are kept. They are
+    known by the tokenizer's own mark, not by their id: ChatML begins with <|im_start|>, which is
+    the BOS of SmolLM2.
+    """
+    ids = np.array(encoding.ids, np.int32)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) + position
+    added = np.array(encoding.special_tokens_mask, bool)
+    # A token that stands for no character (a prefix) belongs to the character after it.
+    offsets[:, 1] = np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+    offsets[added] = -1
+    keep = ~added
+    if first:
+        keep |= np.cumsum(~added) == 0
+    return ids[keep], offsets[keep]
+
+
+def _labels(ids: np.ndarray, offsets: np.ndarray, spans) -> np.ndarray:
+    labels = np.full(len(ids), IGNORE_INDEX, np.int32)
+    for start, end, segment in spans:
+        leading = segment.leading_supervised_tokens
+        if not (segment.supervised or leading):
+            continue
+        overlap = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+        if not segment.supervised:
+            overlap = overlap[:leading]
+        labels[overlap] = ids[overlap]
+    return labels
+
+
+def truncate(row: TokenRow, max_length: int) -> tuple[TokenRow | None, str | None]:
+    """The row cut at the right to `max_length` tokens, or (None, why it cannot be used)."""
+    kept = [span for span in row.image_spans if span[0] < max_length]
+    if kept != list(row.image_spans):
+        return None, "an image would be cut off"
+    if any(end > max_length for _, end in kept):
+        return None, "an image would be cut in two"
+    labels = row.labels[:max_length]
+    if (labels == IGNORE_INDEX).all():
+        return None, "no supervised token is left"
+    ids, offsets = row.input_ids[:max_length], row.offsets[:max_length]
+    turn_ids = None if row.turn_ids is None else row.turn_ids[:max_length]
+    return TokenRow(ids, labels, row.image_spans, offsets, turn_ids), None

@@ -1,0 +1,270 @@
+"""PyTorch's files (`.bin`, `.pth`), read without PyTorch and without running what they ask for.
+
+Such a file is a zip archive: `data.pkl` is a pickle that says how each tensor lies in a storage,
+`data/KEY` holds the bytes of a storage, uncompressed. A pickle is a program that may call anything;
+the reader here knows the few names that a table of tensors needs and refuses all others. What comes
+out are places in the file, as of a safetensors file, so tensors are read one at a time.
+Format: torch/serialization.py and torch/_utils.py of PyTorch.
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import math
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.errors import LlavaError
+from llava_jax.weights.formats.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    check_index,
+    open_folder,
+    read_index,
+)
+
+PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MAX_PICKLE_BYTES = 100_000_000  # of data.pkl, which only names tensors
+_CRC_PIECE = 1 << 20  # bytes read at once
+
+# torch's storage class -> (dtype as safetensors spells it, bytes of an item)
+_STORAGES = {
+    "FloatStorage": ("F32", 4),
+    "HalfStorage": ("F16", 2),
+    "BFloat16Storage": ("BF16", 2),
+    "DoubleStorage": ("F64", 8),
+    "LongStorage": ("I64", 8),
+    "IntStorage": ("I32", 4),
+    "ShortStorage": ("I16", 2),
+    "CharStorage": ("I8", 1),
+    "ByteStorage": ("U8", 1),
+    "BoolStorage": ("BOOL", 1),
+    "ComplexFloatStorage": ("C64", 8),
+    "ComplexDoubleStorage": ("C128", 16),
+}
+# Dtypes without a storage class of their own, as the pickle names them: never a parameter's.
+_BARE_DTYPES = (
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("uint16", "uint32", "uint64"),
+)
+# Files beside the weights that also end in .bin or .pt and hold no model.
+_NOT_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+
+
+def open_weights(folder: str | Path, allow_pickle: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint folder by name: of its safetensors, else of its PyTorch files.
+
+    Raises:
+      LlavaError: as `open_folder`; PyTorch files without `allow_pickle`.
+    """
+    folder = Path(folder)
+    if (folder / INDEX_FILE).exists() or (folder / SINGLE_FILE).exists():
+        return open_folder(folder)
+    index = None
+    if (folder / PICKLE_INDEX).exists():
+        index = read_index(folder / PICKLE_INDEX, ".bin")
+    pickles = _alone(folder) if index is None else [folder / n for n in sorted({*index.values()})]
+    if not pickles:
+        return open_folder(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for path in pickles:
+        for name, tensor in open_pickle(path, allow_pickle).items():
+            if name in tensors:
+                raise LlavaError(
+                    f"tensor {name!r} is in both {tensors[name].path} and {path}: a checkpoint "
+                    "holds each tensor once."
+                )
+            tensors[name] = tensor
+    if index is not None:
+        check_index(folder / PICKLE_INDEX, index, tensors)
+    return tensors
+
+
+def _alone(folder: Path) -> list[Path]:
+    """The PyTorch file that holds a folder's model by itself, or none."""
+    found = [p for end in ("*.bin", "*.pth", "*.pt") for p in sorted(folder.glob(end))]
+    found = [p for p in found if p.name not in _NOT_A_MODEL]
+    named = [p for p in found if p.name == PICKLE_FILE]
+    if len(found) > 1 and not named:
+        raise LlavaError(
+            f"{folder} holds {', '.join(p.name for p in found)}: name the model {PICKLE_FILE}."
+        )
+    return named or found
+
+
+def open_pickle(path: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
+    """The tensors of one PyTorch file that holds a flat dict of them, by name.
+
+    Raises:
+      LlavaError: pickles are not allowed; the file asks for code; it is damaged, or no such dict.
+    """
+    if not allow_pickle:
+        raise LlavaError(
+            f"{path} is a pickle, which can run code: have its tensors read and nothing run with "
+            "`llava-jax convert --allow_pickle` (in Python, allow_pickle=True)."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _tensors(path, archive)
+    except LlavaError:
+        raise
+    except FileNotFoundError as error:
+        raise LlavaError(f"{path} is missing.") from error
+    except zipfile.BadZipFile as error:
+        raise LlavaError(
+            f"{path} is truncated, or was written before PyTorch 1.6: load and save it again with "
+            "PyTorch."
+        ) from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise LlavaError(f"{path} is damaged: {error!r}.") from error
+
+
+@dataclasses.dataclass
+class _Storage:
+    dtype: str
+    item_bytes: int
+    key: str
+    items: int
+
+
+@dataclasses.dataclass
+class _View:
+    """A tensor as the pickle describes it; believed only after `_place` has checked it."""
+
+    storage: _Storage
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PickledTensor(StoredTensor):
+    """A tensor of a PyTorch file: a view of a storage, whose bytes are checked before use.
+
+    Attributes:
+      axes: those of `shape` as they lie in the file, the slowest first.
+      storage: where the whole storage begins in the file, and its number of bytes.
+      crc: the CRC-32 that the archive has of it.
+    """
+
+    axes: tuple[int, ...]
+    storage: tuple[int, int]
+    crc: int
+
+    def _view(self, whole: bool) -> np.ndarray:
+        if _crc32(self.path, *self.storage, self.path.stat().st_mtime_ns) != self.crc:
+            raise LlavaError(
+                f"{self.path} is damaged: the values of tensor {self.name!r} are not those that "
+                "were written (its CRC-32 differs); get the file again."
+            )
+        shape = tuple(self.shape[axis] for axis in self.axes)
+        lying = StoredTensor(self.name, self.path, self.dtype, shape, self.offset)
+        return lying._view(whole).transpose(np.argsort(self.axes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _crc32(path: Path, start: int, size: int, modified: int) -> int:
+    """Of a part of a file; `modified` makes a file that changed be read again."""
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        for position in range(0, size, _CRC_PIECE):
+            crc = zlib.crc32(file.read(min(_CRC_PIECE, size - position)), crc)
+    return crc
+
+
+# The one written in Python: a pickle can make the one written in C fill any amount of memory.
+class _Reader(pickle._Unpickler):
+    def __init__(self, path: Path, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self.path = path
+        self.known = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, start, shape, strides, *_: (
+                _View(storage, start, shape, strides)
+            ),
+            ("torch._utils", "_rebuild_tensor_v3"): _bare_view,
+            ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
+            ("torch.storage", "UntypedStorage"): ("bytes", 1),
+            **{("torch", name): name for name in _BARE_DTYPES},
+            **{("torch", name): kind for name, kind in _STORAGES.items()},
+        }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.known:
+            raise LlavaError(
+                f"{self.path} asks for {module}.{name}, which a table of tensors does not need: "
+                "save its tensors alone, best as safetensors."
+            )
+        return self.known[module, name]
+
+    def persistent_load(self, pid: tuple) -> _Storage:
+        _, (dtype, item_bytes), key, _, items = pid
+        return _Storage(dtype, item_bytes, key, items)
+
+
+def _bare_view(storage, start, shape, strides, _requires_grad, _hooks, dtype, *_) -> _View:
+    if dtype not in _BARE_DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    return _View(dataclasses.replace(storage, dtype=dtype), start, shape, strides)
+
+
+def _tensors(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:
+    members = {member.filename: member for member in archive.infolist()}
+    description = [name for name in members if name.split("/", 1)[-1] == "data.pkl"]
+    if len(description) != 1 or members[description[0]].file_size > MAX_PICKLE_BYTES:
+        raise LlavaError(f"{path} is not a file of PyTorch tensors: it has no data.pkl of its own.")
+    root = description[0].removesuffix("data.pkl")
+    if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
+        raise LlavaError(f"{path} was written on a big-endian machine: save it again on another.")
+    views = _Reader(path, archive.read(description[0])).load()
+    if not isinstance(views, dict):
+        raise LlavaError(f"{path} holds a {type(views).__name__} and not a dict of tensors.")
+    with open(path, "rb") as file:
+        return {name: _place(path, file, root, members, name, view) for name, view in views.items()}
+
+
+def _place(path: Path, file, root: str, members: dict, name: str, view: _View) -> StoredTensor:
+    """A tensor's place in the file, with everything that the pickle claimed checked."""
+    if not isinstance(name, str) or not isinstance(view, _View):
+        raise LlavaError(f"{path} holds {name!r}, which is no tensor: save the tensors alone.")
+    storage, shape, strides = view.storage, tuple(view.shape), tuple(view.strides)
+    member = members[f"{root}data/{storage.key}"]
+    items = math.prod(shape)
+    sizes = (view.start, storage.items, *shape)
+    if not all(type(size) is int and size >= 0 for size in sizes) or len(shape) != len(strides):
+        raise LlavaError(f"{path} is damaged: the shape of tensor {name!r} makes no sense.")
+    if (
+        member.compress_type != zipfile.ZIP_STORED
+        or member.file_size != storage.items * storage.item_bytes
+        or view.start + items > storage.items
+    ):
+        raise LlavaError(f"{path} is damaged: tensor {name!r} does not fit its storage.")
+    axes = tuple(sorted(range(len(shape)), key=lambda axis: -strides[axis]))
+    lying = [shape[axis] for axis in axes]
+    dense = [math.prod(lying[i + 1 :]) for i in range(len(axes))]
+    if items and any(
+        shape[axis] > 1 and strides[axis] != step for axis, step in zip(axes, dense, strict=True)
+    ):
+        raise LlavaError(f"tensor {name!r} in {path} is stored with gaps: save it .contiguous().")
+    start = _data_start(file, member)
+    offset = start + view.start * storage.item_bytes
+    place = start, member.file_size
+    return PickledTensor(name, path, storage.dtype, shape, offset, axes, place, member.CRC)
+
+
+def _data_start(file, member: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: behind its local header, whose two lengths differ from the
+    directory's."""
+    file.seek(member.header_offset)
+    header = file.read(30)
+    if header[:4] != b"PK\x03\x04":
+        raise LlavaError(f"{file.name} is damaged: {member.filename} is not where it should be.")
+    lengths = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return member.header_offset + 30 + sum(lengths)

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs, read into our configuration and parameter tree."""

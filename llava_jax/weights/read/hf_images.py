@@ -1,0 +1,111 @@
+"""How a folder's pictures are prepared: its `preprocessor_config.json` -> LlavaConfig fields."""
+
+import math
+import re
+from pathlib import Path
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.llava import CLIP_MEAN, CLIP_STD
+from llava_jax.models.vit import ViTConfig
+from llava_jax.weights.read.hf_fields import Fields, is_positive, read_json
+
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
+_KINDS = ("CLIP", "Siglip", "Llava", "Bit")  # of image processors; DINOv2's is Bit
+_CLIP_DEFAULTS = {
+    "do_center_crop": True,
+    "size": {"shortest_edge": 224},
+    "crop_size": 224,
+    "resample": BICUBIC,
+    "rescale_factor": 1 / 255,
+}
+_SIGLIP_DEFAULTS = _CLIP_DEFAULTS | {
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+}
+
+
+def image_settings(folder: Path, trained: bool = True) -> dict | None:
+    """The LlavaConfig fields `image_mean`, `image_std`, `image_mode` and `image_size`.
+
+    Read from the folder's `preprocessor_config.json`, or the `processor_config.json` that
+    transformers 5 writes; None where there is neither.
+
+    Args:
+      trained: whether a model was trained with exactly these pictures. For one that is yet to be,
+        a square of `crop_size` is taken of the whole picture where `size` is another.
+    Raises:
+      LlavaError: the file asks for preprocessing that none of our image modes does.
+    """
+    path, values = folder / "preprocessor_config.json", None
+    if path.exists():
+        values = read_json(path)
+    elif (folder / "processor_config.json").exists():
+        path = folder / "processor_config.json"
+        values = read_json(path).get("image_processor")
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise LlavaError(f"{path} has image_processor={values!r}: it must be an object.")
+    kind = str(values.get("image_processor_type") or "CLIPImageProcessor")
+    kind = re.split("ImageProcessor|FeatureExtractor", kind)[0]  # some end in Fast or Pil
+    siglip = kind == "Siglip"
+    f = Fields(values, _SIGLIP_DEFAULTS if siglip else _CLIP_DEFAULTS, str(path))
+    if kind not in _KINDS:
+        f.refuse("image_processor_type", f"only those of {', '.join(_KINDS)} are supported")
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if values.get(step) is False:
+            f.refuse(step, "pictures are always resized, divided by 255 and normalised")
+    if f["resample"] != BICUBIC:
+        f.refuse("resample", "only bicubic (3) is supported")
+    if not math.isclose(f.number("rescale_factor"), 1 / 255, rel_tol=1e-6):
+        f.refuse("rescale_factor", "pictures are always divided by 255")
+    mode, side = _mode_and_side(f, trained)
+    default_mean, default_std = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
+    return {
+        "image_mean": _channels(f, "image_mean", default_mean),
+        "image_std": _channels(f, "image_std", default_std),
+        "image_mode": mode,
+        "image_size": side,
+    }
+
+
+def _mode_and_side(f: Fields, trained: bool) -> tuple[str, int]:
+    size, side, crop = f["size"], _side(f["size"]), f["do_center_crop"]
+    if side is None:
+        f.refuse("size", "pictures must become squares of one size")
+    if crop and _side(f["crop_size"]) != side:
+        if trained or _side(f["crop_size"]) is None:
+            f.refuse("crop_size", f"it must be the square that size={size!r} leaves")
+        side = _side(f["crop_size"])
+    if f["do_pad"]:
+        return "pad", side
+    if isinstance(size, dict) and "height" in size:
+        return "resize", side
+    if not crop:
+        f.refuse("do_center_crop", "pictures resized by their shortest edge must be cropped")
+    return "square", side
+
+
+def _channels(f: Fields, key: str, default: tuple) -> tuple[float, float, float]:
+    values = default if f[key] is None else f[key]
+    numbers = isinstance(values, list | tuple) and all(v == 0 or is_positive(v) for v in values)
+    if not numbers or len(values) != 3 or (key == "image_std" and 0 in values):
+        f.refuse(key, "it must be three numbers, one a colour")
+    return tuple(map(float, values))
+
+
+def _side(size: object) -> int | None:
+    """224 from 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    if isinstance(size, dict) and set(size) in ({"shortest_edge"}, {"height", "width"}):
+        first, *others = size.values()
+        size = first if all(side == first for side in others) else None
+    return size if type(size) is int and size > 0 else None
+
+
+def default_images(vision: ViTConfig) -> dict:
+    if vision.class_token:
+        mean, std, mode = CLIP_MEAN, CLIP_STD, "square"
+    else:
+        mean, std, mode = (0.5,) * 3, (0.5,) * 3, "resize"
+    size = vision.image_size
+    return {"image_mean": mean, "image_std": std, "image_mode": mode, "image_size": size}

@@ -1,0 +1,1 @@
+"""Our parameters written in the layouts of other programs."""

@@ -1,0 +1,245 @@
+"""The files of a Hugging Face LLaVA folder beside its weights: config, processor, tokenizer.
+
+Names and keys are those of the llava-hf checkpoints, which transformers, vLLM and llama.cpp read.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.text.conversation import IMAGE_TOKEN, Turn
+from llava_jax.text.templates import Template, render
+from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer
+from llava_jax.weights.hf_decoder import decoder_to_hf
+from llava_jax.weights.hf_vision import vision_to_hf
+from llava_jax.weights.read.hf_fields import read_json
+from llava_jax.weights.read.hf_images import BICUBIC
+from llava_jax.weights.write.save import write_json
+
+PADDED_TO = 64  # rows of a grown vocabulary, as in the llava-hf checkpoints
+COPIED_FILES = (  # of a tokenizer, whichever are there
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HFTokenizer:
+    """A tokenizer made ready for a Hugging Face LLaVA.
+
+    Attributes:
+      core: its Rust core, with a token for `<image>`.
+      image_id: the id of that token.
+      ids: bos_token_id, eos_token_id and pad_token_id, where it has them.
+      settings: contents of tokenizer_config.json.
+      source: the folder it came from.
+    """
+
+    core: Tokenizer
+    image_id: int
+    ids: dict[str, int]
+    settings: dict
+    source: Path
+
+    def write(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+        for name in COPIED_FILES:
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, folder / name)
+        self.core.save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", self.settings)
+        (folder / "chat_template.jinja").write_text(self.settings["chat_template"])
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """True for a whole LLaVA of transformers."""
+    path = folder / "config.json"
+    adapter = (folder / "adapter_config.json").exists()
+    return path.is_file() and not adapter and "text_config" in read_json(path)
+
+
+def prepare_tokenizer(
+    source: Path, jinja: str, vocab_size: int, added_tokens: Sequence[str] = ()
+) -> HFTokenizer:
+    """The tokenizer of a folder, `<image>` added where it is no token yet.
+
+    Args:
+      jinja: the chat template.
+      vocab_size, added_tokens: see `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(source, vocab_size, added_tokens)
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_padding()
+    core.no_truncation()
+    core.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+    path = source / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    # As the original LLaVA: padding is masked, so any token will do.
+    names["pad_token"] = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    names = {name: token for name, token in names.items() if token is not None}
+    # What was loaded as tokenizer.json says must stay so: which class transformers 5 takes depends
+    # on config.json too, and Llama's builds another tokenizer of the same file.
+    plain = type(tokenizer).__name__ == "TokenizersBackend"  # a name unknown before 5
+    if plain or settings.get("tokenizer_class") in (None, "TokenizersBackend"):
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings |= names | {
+        "padding_side": "left",
+        "processor_class": "LlavaProcessor",
+        "chat_template": jinja,
+    }
+    ids = {f"{name}_id": core.token_to_id(t) for name, t in names.items() if name != "unk_token"}
+    return HFTokenizer(core, core.token_to_id(IMAGE_TOKEN), ids, settings, source)
+
+
+def with_image_token(config: LlavaConfig, image_id: int) -> LlavaConfig:
+    """The config with `image_id` for images, and a vocabulary that has a row for it."""
+    rows = config.decoder.vocab_size
+    if image_id >= rows:
+        rows = -(-(image_id + 1) // PADDED_TO) * PADDED_TO
+    decoder = dataclasses.replace(config.decoder, vocab_size=rows)
+    return dataclasses.replace(config, decoder=decoder, image_token_id=image_id)
+
+
+def check_expressible(config: LlavaConfig) -> None:
+    """Raises LlavaError for what transformers' LlavaForConditionalGeneration cannot be."""
+    fault = None
+    if config.projector != "mlp2x_gelu":
+        fault = f"its projector is {config.projector}, and transformers has mlp2x_gelu only"
+    elif config.use_im_start_end:
+        fault = "it marks images with <im_start> and <im_end>, which transformers does not"
+    if fault:
+        raise LlavaError(
+            f"this model cannot be written in Hugging Face form: {fault}; use --format llava."
+        )
+
+
+def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
+    """config.json of a model, the inverse of `hf_config.llava_config`.
+
+    Args:
+      ids: bos_token_id, eos_token_id, pad_token_id.
+      dtype: of the tensors.
+    """
+    check_expressible(config)
+    layer = config.feature_layer
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_id,
+        "image_seq_length": image_token_count(config),
+        "ignore_index": -100,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": config.projector_bias,
+        "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
+        "vision_feature_select_strategy": _strategy(config),
+        "tie_word_embeddings": config.decoder.tie_word_embeddings,
+        **({"pad_token_id": ids["pad_token_id"]} if "pad_token_id" in ids else {}),
+        "text_config": decoder_to_hf(config.decoder) | ids | dtype_keys(dtype),
+        "vision_config": vision_to_hf(config.vision) | dtype_keys(dtype),
+        **dtype_keys(dtype),
+    }
+
+
+def _strategy(config: LlavaConfig) -> str:
+    drops = config.drop_first_patch or (config.vision.class_token and not config.keep_class_token)
+    return "default" if drops else "full"
+
+
+def dtype_keys(name: str) -> dict:
+    """What config.json says of the tensors' dtype."""
+    return {"dtype": name, "torch_dtype": name}  # of transformers 5 and of 4
+
+
+def preprocessor_config_json(config: LlavaConfig) -> dict:
+    """preprocessor_config.json: what our `image_mode` does, in the words of transformers."""
+    side = config.image_size
+    square, edge = {"height": side, "width": side}, {"shortest_edge": side}
+    kinds = {
+        "pad": ("LlavaImageProcessor", edge, {"do_pad": True}),
+        "square": ("CLIPImageProcessor", edge, {}),
+        "resize": ("SiglipImageProcessor", square, {}),
+    }
+    name, size, more = kinds[config.image_mode]
+    if config.image_mode != "resize":
+        more = more | {"do_center_crop": True, "crop_size": square}
+    return {
+        "image_processor_type": name,
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": BICUBIC,
+        **more,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+
+
+def processor_config_json(config: LlavaConfig) -> dict:
+    """processor_config.json: what it takes to count the tokens of an image."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": int(config.vision.class_token),
+        "vision_feature_select_strategy": _strategy(config),
+    }
+
+
+def generation_config_json(tokenizer: HFTokenizer, template: Template) -> dict:
+    """generation_config.json: an answer ends at the end-of-text token or the template's own end."""
+    stops = {tokenizer.core.token_to_id(stop) for stop in template.stop}
+    stops = sorted((stops | {tokenizer.ids.get("eos_token_id")}) - {None})
+    return tokenizer.ids | {"eos_token_id": stops, "do_sample": False}
+
+
+def warn_of_other_tokens(
+    tokenizer: HFTokenizer, template: Template, log: Callable[[str], None]
+) -> None:
+    """Tells when transformers will tokenize a conversation otherwise than training did.
+
+    Training tokenizes each stretch of text between images on its own, and transformers does not.
+    """
+    turns = [Turn("human", f"{IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A dog.")]
+    segments = render(template, turns)
+    trained = SegmentTokenizer(load_tokenizer(tokenizer.source), 1, tokenizer.image_id)
+    theirs = tokenizer.core.encode("".join(segment.text for segment in segments)).ids
+    if theirs != trained(segments).input_ids.tolist():
+        log(
+            f"warning: beside an image the tokenizer of {tokenizer.source} cuts text into other "
+            "tokens in transformers than in training: answers may differ a little."
+        )
+
+
+def write_side_files(
+    folder: Path,
+    config: LlavaConfig,
+    tokenizer: HFTokenizer,
+    template: Template,
+    dtype: str,
+    vision_use_head: bool,
+) -> None:
+    """Writes every file of the folder but the weights and their checksums.
+
+    vision_use_head: whether SigLIP's pooling head, which LLaVA never uses, is in the weights.
+    """
+    values = config_json(config, tokenizer.ids, dtype)
+    if values["vision_config"]["model_type"] == "siglip_vision_model":
+        values["vision_config"]["vision_use_head"] = vision_use_head
+    write_json(folder / "config.json", values)
+    write_json(folder / "preprocessor_config.json", preprocessor_config_json(config))
+    write_json(folder / "processor_config.json", processor_config_json(config))
+    write_json(folder / "generation_config.json", generation_config_json(tokenizer, template))
+    tokenizer.write(folder)

@@ -1,0 +1,91 @@
+"""The files of a folder in the form of the original LLaVA code, beside its weights.
+
+Keys are those that llava/model/builder.py and llava_arch.py of haotian-liu/LLaVA read. The vision
+encoder's own config and preprocessing lie in a sub-folder, named as `mm_vision_tower` ends.
+"""
+
+from pathlib import Path
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.presets import clip_large
+from llava_jax.weights.hf_decoder import decoder_to_hf
+from llava_jax.weights.hf_vision import vision_to_hf
+from llava_jax.weights.write.hf_folder import HFTokenizer, dtype_keys, preprocessor_config_json
+from llava_jax.weights.write.save import write_json
+
+CLASSES = {  # language model -> (class, model_type)
+    "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
+    "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
+}
+# Encoders that the original code fetches by name; any other must lie in a folder.
+PUBLIC_TOWERS = {
+    clip_large(224): "openai/clip-vit-large-patch14",
+    clip_large(336): "openai/clip-vit-large-patch14-336",
+}
+
+
+def check_expressible(config: LlavaConfig) -> None:
+    """Raises LlavaError for what the original code cannot be."""
+    family = decoder_to_hf(config.decoder)["model_type"]
+    fault = None
+    if family not in CLASSES:
+        fault = f"its language model is of the kind {family}, and the original code has llama and "
+        fault += "mistral"
+    elif not config.projector_bias:
+        fault = "its projector has no bias"
+    elif not isinstance(config.feature_layer, int) or config.drop_first_patch:
+        fault = "its image features are taken as only transformers does"
+    if fault:
+        raise LlavaError(
+            f"this model cannot be written in the original LLaVA form: {fault}; use --format hf."
+        )
+
+
+def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
+    """config.json of a model, the inverse of what `original.open_original` reads.
+
+    Args:
+      ids: bos_token_id, eos_token_id, pad_token_id.
+      dtype: of the tensors.
+    """
+    check_expressible(config)
+    values = decoder_to_hf(config.decoder)
+    name, model_type = CLASSES[values["model_type"]]
+    aspect = {} if config.image_mode == "resize" else {"image_aspect_ratio": config.image_mode}
+    return {
+        **values,
+        **ids,
+        **dtype_keys(dtype),
+        "architectures": [name],
+        "model_type": model_type,
+        "use_mm_proj": True,
+        "mm_projector_type": config.projector,
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_vision_tower": tower_name(config),
+        "mm_vision_select_layer": config.feature_layer,
+        "mm_vision_select_feature": "cls_patch" if config.keep_class_token else "patch",
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": config.use_im_start_end,
+        "mm_use_im_patch_token": False,
+        # Makes the original build the encoder before it reads the weights, and so take these.
+        "unfreeze_mm_vision_tower": True,
+        "tokenizer_model_max_length": config.decoder.max_position_embeddings,
+        "tokenizer_padding_side": "right",
+        **aspect,
+    }
+
+
+def tower_name(config: LlavaConfig) -> str:
+    """mm_vision_tower: a public name, or that of the sub-folder."""
+    return PUBLIC_TOWERS.get(config.vision, "vision_tower")
+
+
+def write_side_files(folder: Path, config: LlavaConfig, tokenizer: HFTokenizer, dtype: str) -> None:
+    """Writes every file of the folder but the weights and their checksums."""
+    write_json(folder / "config.json", config_json(config, tokenizer.ids, dtype))
+    tower = folder / Path(tower_name(config)).name
+    tower.mkdir()
+    write_json(tower / "config.json", vision_to_hf(config.vision) | dtype_keys(dtype))
+    write_json(tower / "preprocessor_config.json", preprocessor_config_json(config))
+    tokenizer.write(folder)

@@ -1,0 +1,172 @@
+"""Dry runs: numbers against hand counts; simulated devices, and TPUs where libtpu is."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax.dry_run import run as dry_run
+from llava_jax.dry_run.compiling import make_stage, needed_by
+from llava_jax.dry_run.estimate import (
+    CONVERSATIONS,
+    Contents,
+    assumed_counts,
+    estimate,
+    executed_flops,
+)
+from llava_jax.dry_run.report import bytes_on_a_device, parameter_count
+from llava_jax.dry_run.topology import CHIPS, GIB, Topology, topology
+from llava_jax.models.presets import preset
+from tests import tiny_run
+from tests.tiny_model import byte_tokenizer
+
+# Matrices of 7B: 32 layers of four 4096 x 4096 and three 4096 x 11008, their norms, embedding,
+# output projection and last norm.
+DECODER_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+PROJECTOR_7B = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+
+
+def load(name: str):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def test_the_published_recipe_by_shapes_alone():
+    """7B stage 2 over eight devices: counts, bytes and dtypes, with no weight and no file there."""
+    config = load("llava15_7b_instruct")
+    config.model.dtype = "bfloat16"
+    stage = make_stage(config, topology("cpu:8"))
+    assert parameter_count(stage.state.params) == DECODER_7B + PROJECTOR_7B
+    matrices = DECODER_7B - 65 * 4096
+    weights = bytes_on_a_device(stage.state.params)
+    assert weights == pytest.approx(4 * (matrices + PROJECTOR_7B) / 8 + 4 * 65 * 4096, rel=1e-3)
+    assert bytes_on_a_device(stage.state.opt_state) == pytest.approx(2 * weights, rel=1e-6)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(stage.frozen)} == {"bfloat16"}
+    leaves = jax.tree.leaves((stage.state, stage.frozen, stage.batch))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert stage.batch["images"].shape == (128, 3, 336, 336, 3)
+
+
+def test_moments_in_bfloat16_halve_the_optimizer():
+    config = load("llava15_7b_instruct")
+    config.optimizer.moments_dtype = "bfloat16"
+    stage = make_stage(config, topology("cpu:8"))
+    weights = bytes_on_a_device(stage.state.params)
+    assert bytes_on_a_device(stage.state.opt_state) == pytest.approx(weights, rel=1e-6)
+
+
+def run_dry(config, capsys, fit: bool = False) -> tuple[int, str, dict]:
+    """(exit status, what was printed, the JSON object of the last line)."""
+    train = tiny_run.train_module()
+    code = dry_run.run(config, "cpu:8", fit, train.open_data)
+    text = capsys.readouterr().out
+    return code, text, json.loads(text.splitlines()[-1])
+
+
+def test_a_run_that_is_all_here(world, tmp_path, capsys):
+    """The real step compiled, the first packed row shown with what is learnt, nothing trained."""
+    changes = {"batch_size": 8, "data.max_length": 48}
+    values = tiny_run.align(world, tmp_path / "run", changes)
+    config = tiny_run.recipe({}, values)
+    code, text, told = run_dry(config, capsys)
+    assert code == 0 and told["fits"]
+    assert told["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert told["bytes"]["needed"] >= told["bytes"]["arguments"] > 0
+    assert told["collectives"]["all-gather"]["bytes"] > 0
+    assert "«" in told["first_row"] and "<image x 4>" in told["first_row"]
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_files_that_are_not_here_are_told_and_assumed(world, tmp_path, capsys):
+    values = tiny_run.align(world, tmp_path / "run", {"batch_size": 8, "data.train": "gone.json"})
+    code, text, told = run_dry(tiny_run.recipe({}, values), capsys, fit=True)
+    assert code == 0 and "gone.json" in text.splitlines()[0]
+    assert told["first_row"] is None and told["assumed"]["fill"] > 0
+    best = told["fit"]["best"]
+    assert (best["remat_policy"], best["accumulation"], best["fits"]) == ("none", 1, True)
+
+
+def test_a_row_as_text_marks_what_is_learnt():
+    tokenizer = byte_tokenizer()
+    question, answer = tokenizer("ab")["input_ids"], tokenizer("cd")["input_ids"]
+    ids = [*question, -200, -200, *answer, *question, 0]
+    labels = [-100] * 4 + answer + [-100] * 3
+    row = {
+        "input_ids": np.array(ids),
+        "labels": np.array(labels),
+        "segment_ids": np.array([1] * 6 + [2] * 2 + [0]),
+    }
+    text = dry_run.row_text(row, tokenizer, -200)
+    assert text.splitlines()[1:] == [
+        "segment 1: ab<image x 2>«cd»",
+        "segment 2: ab",
+        "padding: 1 tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("the total memory required for HLO temporaries (24.06G) exceeds available HBM", 24.06),
+        ("Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm.", 18.5),
+    ],
+)
+def test_the_compilers_complaint_is_read(message, size):
+    assert needed_by(message) == int(size * GIB)
+
+
+def test_executed_flops_of_7b():
+    """Per token: 6N with all trained, 8N with full recomputation; attention and images aside."""
+    config, rows, length = preset("llava-1.5-7b"), 2, 2048
+    layers = DECODER_7B - 2 * 32000 * 4096 - 65 * 4096
+    attention = 4 * rows * length * (length + 1) / 2 * 32 * 32 * 128
+    count = lambda remat: executed_flops(config, {"decoder"}, rows, length, 0, remat)
+    assert count("none") == pytest.approx(3 * (2 * layers * rows * length + attention))
+    assert count("full") == pytest.approx(4 * (2 * layers * rows * length + attention))
+
+
+def test_assumed_rows_never_hold_more_than_their_room():
+    config = preset("llava-1.5-7b")
+    counts = assumed_counts(config, CONVERSATIONS, 128, 2048, 3)
+    assert counts["tokens"] == pytest.approx(128 * 2048 * CONVERSATIONS.fill)
+    assert counts["images"] <= 128 * 3
+    tight = assumed_counts(config, Contents(0.97, 32, 0.9, 1.0), 128, 2048, 1)
+    assert tight["images"] == 128 and tight["tokens"] == 128 * (576 + 32)
+
+
+def test_the_roofline_takes_the_largest_term():
+    where = Topology("v5p:4x4x4", (None,) * 64, (4, 4, 4), CHIPS["v5p"])
+    seconds = {"compute": 0.5, "memory": 0.1, "collectives": 0.2}
+    work = {
+        "executed": seconds["compute"] * 64 * 459e12,
+        "model": 0.3 * 64 * 459e12,
+        "traffic": seconds["memory"] * CHIPS["v5p"].hbm_bandwidth,
+        "links": seconds["collectives"],
+    }
+    told = estimate(where, **work)
+    assert told["seconds"] == pytest.approx(seconds) and told["bound_by"] == "compute"
+    assert told["mfu"] == pytest.approx(0.6) and told["mfu_nothing_hidden"] == pytest.approx(0.375)
+    assert estimate(where, **work, kernels=0.4)["mfu_as_compiled"] == pytest.approx(0.6)
+    waiting = {"waiting": 0.1, "kernels": 0.5}
+    told = estimate(where, **work, **waiting)
+    assert told["mfu_as_compiled"] == pytest.approx(0.3 / 0.6)
+    assert told["waiting_seconds"] == pytest.approx(0.1) and told["kernel_seconds"] == 0.5
+    two = dataclasses.replace(where, slices=2)
+    told = estimate(two, **work, between=0.75 * CHIPS["v5p"].network)
+    assert told["bound_by"] == "between slices" and told["mfu"] == pytest.approx(0.4)
+    assert told["waiting_seconds"] == pytest.approx(0.75)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_7b_fits_a_slice_through_the_tpu_compiler(capsys):
+    config = load("llava15_7b_instruct")
+    config.accumulation = 2
+    train = tiny_run.train_module()
+    assert dry_run.run(config, "v5e:4x4", False, train.open_data) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["bytes"]["needed"] < 14 * GIB and told["attention"] == "splash"
+    assert told["collective_bytes"] < 1.6 * told["fsdp"]["least"]

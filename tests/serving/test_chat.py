@@ -1,0 +1,161 @@
+"""`llava-jax chat`: one answer, the loop, and errors."""
+
+import argparse
+import io
+import json
+import sys
+
+import pytest
+
+from llava_jax.data.media import load_image
+from llava_jax.errors import LlavaError
+from llava_jax.inference.boxes import draw_boxes, to_pixels
+from llava_jax.inference.model import Llava
+from llava_jax.serving import chat, command_line
+from tests.tiny_model import random_image
+
+
+class Recorder:
+    """Stands for a model: answers with a number and remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def stream_chat(self, question, images, history, **settings):
+        pictures = [image.tobytes() for image in images]
+        self.calls.append((question, pictures, list(history), settings))
+        if "fail" in question:
+            raise LlavaError("too long")
+        yield "answer "
+        yield "[0.5, 0.25, 1, 0.75]" if "where" in question else str(len(self.calls))
+
+
+@pytest.fixture
+def model(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(Llava, "from_pretrained", lambda *_, **__: recorder)
+    monkeypatch.setattr(command_line, "keep_compilations", lambda: None)
+    return recorder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for i, path in enumerate(paths):
+        random_image(i).save(path)
+    return paths
+
+
+def shown(paths) -> list[bytes]:
+    return [load_image(path).tobytes() for path in paths]
+
+
+def run(*arguments, lines=None, monkeypatch=None):
+    parser = argparse.ArgumentParser()
+    chat.add_arguments(parser)
+    if lines is not None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    return chat.main(parser.parse_args([*arguments]))
+
+
+def test_prompt_prints_only_the_answer(model, pictures, tmp_path, capsys):
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0], "--image", pictures[1]]
+    code = run(*arguments, "--prompt", "Which?", "--max_new_tokens", "7", "--temperature", "0.5")
+    assert code == 0 and capsys.readouterr().out == "answer 1\n"
+    question, images, history, settings = model.calls[0]
+    assert question == "<image>\n<image>\nWhich?" and images == shown(pictures) and history == []
+    assert settings == {"max_new_tokens": 7, "temperature": 0.5, "top_p": 1.0, "seed": 0}
+
+
+def test_conversation_keeps_turns_and_pictures(model, pictures, tmp_path, capsys, monkeypatch):
+    lines = [
+        "One?", "", f"/image {pictures[1]}", "Two <image>?", "fail", "/nonsense",
+        "/image no/such.png", "Three?", "/reset", "Four?", "/quit", "Five?",
+    ]  # fmt: skip
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0]]
+    assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
+    one, two = ("<image>\nOne?", "answer 1"), ("<image>\nTwo ?", "answer 2")
+    assert [call[:3] for call in model.calls] == [
+        ("<image>\nOne?", shown(pictures[:1]), []),
+        ("<image>\nTwo ?", shown(pictures), [one]),
+        ("fail", shown(pictures), [one, two]),
+        ("Three?", shown(pictures), [one, two]),
+        ("Four?", [], []),
+    ]
+    out, err = capsys.readouterr()
+    assert out == "answer 1\nanswer 2\nanswer 4\nanswer 5\n"
+    assert "error: too long" in err and "unknown command /nonsense" in err
+    assert "no/such.png" in err
+
+
+def test_a_saved_conversation_is_a_llava_record(model, pictures, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "talk.json"
+    lines = [f"/save {path}", "One?", f"/image {pictures[1]}", f"/save {path}", "/save no/such/x"]
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0]]
+    assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
+    (record,) = json.loads(path.read_text())
+    assert record == {
+        "id": "talk",
+        "image": pictures[:1],  # the second was in no question yet
+        "conversations": [
+            {"from": "human", "value": "<image>\nOne?"},
+            {"from": "gpt", "value": "answer 1"},
+        ],
+    }
+    err = capsys.readouterr().err
+    assert "nothing was said yet" in err and "cannot write 'no/such/x'" in err
+
+
+def test_boxes_are_drawn_on_the_picture_they_are_about(
+    model, pictures, tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "boxes.png"
+    lines = [
+        f"/boxes {path}", "where?", f"/image {pictures[1]}", f"/boxes {path}", "/boxes no/such.png",
+        f"/boxes {tmp_path}/picture.text", "which?", f"/boxes {path}.png", "/reset", "where?",
+        f"/boxes {path}.png",
+    ]  # fmt: skip
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0]]
+    assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
+    shown = load_image(pictures[0])  # 11 x 9: the second was in no question yet
+    expected = draw_boxes(shown, [to_pixels((0.5, 0.25, 1, 0.75), (11, 9))], "red")
+    assert load_image(str(path)).tobytes() == expected.tobytes() != shown.tobytes()
+    err = capsys.readouterr().err
+    assert err.count("the last answer has no box") == 2 and "no picture was shown" in err
+    assert "cannot write 'no/such.png'" in err and "picture.text': unknown file extension" in err
+    assert not (tmp_path / "boxes.png.png").exists()
+
+
+def test_paths_begin_at_home_where_they_say_so(model, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = ["/image ~/0.png", "One?", "/save ~/talk.json"]
+    assert run("--checkpoint", str(tmp_path), lines=lines, monkeypatch=monkeypatch) == 0
+    assert model.calls[0][:2] == ("<image>\nOne?", shown(pictures[:1]))
+    assert (tmp_path / "talk.json").exists()
+
+
+def test_a_byte_that_is_no_utf8_is_a_fault_of_its_line_alone(model, tmp_path, capsys, monkeypatch):
+    typed = io.BytesIO(b"One?\ncaf\xe9 fail\nTwo?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+    assert run("--checkpoint", str(tmp_path)) == 0
+    assert [call[0] for call in model.calls] == ["One?", "caf\udce9 fail", "Two?"]
+    assert capsys.readouterr().out == "answer 1\nanswer 3\n"
+
+
+def test_end_of_input_ends_the_conversation(model, tmp_path, monkeypatch):
+    assert run("--checkpoint", str(tmp_path), lines=["Hi"], monkeypatch=monkeypatch) == 0
+    assert len(model.calls) == 1
+
+
+def test_wrong_settings_are_told_before_the_model_loads(tmp_path):
+    with pytest.raises(LlavaError, match="max_tokens must be a whole number from 1, not 0"):
+        run("--checkpoint", "no/such", "--max_new_tokens", "0")
+
+
+def test_wrong_paths_are_told_before_the_model_loads(tmp_path):
+    with pytest.raises(LlavaError, match="no/such.png"):
+        run("--checkpoint", str(tmp_path), "--image", "no/such.png")
+    with pytest.raises(LlavaError, match="no checkpoint folder at no/such/run"):
+        run("--checkpoint", "no/such/run", "--prompt", "Hi")
+    with pytest.raises(LlavaError, match="no/such is no folder here, and the Hugging Face hub"):
+        run("--checkpoint", "no/such", "--prompt", "Hi")

@@ -1,0 +1,33 @@
+"""Imports between packages point one way: a package sees only those named before it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llava_jax"
+ORDER = (
+    "errors", "files", "models", "parallel", "text", "data", "weights", "inference", "training",
+    "serving", "evaluation", "dry_run", "quickstart",
+)  # fmt: skip
+FRAME = {"__init__", "cli", "command"}  # the commands, which import what they run
+
+
+def imported(path: Path) -> set[str]:
+    """The packages of llava_jax that a file imports, wherever in the file it does."""
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    names = {node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[1] for name in names if name.startswith("llava_jax.")}
+
+
+def test_every_package_has_a_place_in_the_order():
+    found = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")}
+    assert found <= {*ORDER, *FRAME}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_package_imports_none_that_comes_after_it(name):
+    files = [PACKAGE / f"{name}.py", *(PACKAGE / name).rglob("*.py")]
+    allowed = {*ORDER[: ORDER.index(name) + 1]}
+    wrong = {str(file): imported(file) - allowed for file in files if file.exists()}
+    assert not {file: names for file, names in wrong.items() if names}
