@@ -29,7 +29,8 @@ def on_files(files, config):
     pages += [(path, path.read_text(encoding="utf-8")) for path in (ROOT / "docs").rglob("*.md")]
     linked = {linked_path(page, link[1]) for page, text in pages for link in LINK.finditer(text)}
     for path in sorted(path for path in linked if site_uri(path).startswith("source/")):
-        content = f"# {path.name}\n\n```{path.suffix[1:]}\n{path.read_text(encoding='utf-8')}\n```\n"
+        text = path.read_text(encoding="utf-8")
+        content = f"# {path.name}\n\n```{path.suffix[1:]}\n{text}\n```\n"
         uri, level = site_uri(path), InclusionLevel.NOT_IN_NAV
         files.append(File.generated(config, uri, content=content, inclusion=level))
     return files
