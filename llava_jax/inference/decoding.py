@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.inference.sampling import Logprobs, Sampling, logprobs_of, sample
-from llava_jax.models.decoder import Chunks, KVCache, empty_cache
+from llava_jax.models.cache import Chunks, KVCache, empty_cache
 from llava_jax.models.llava import LlavaModel
 
 TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to stop on text

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.inference.decoding import DecodeState
-from llava_jax.models.decoder import KVCache
+from llava_jax.models.cache import KVCache
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.parallel.sharding import param_shardings, put, replicated
 

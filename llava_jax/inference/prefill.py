@@ -9,7 +9,7 @@ from llava_jax.inference.buckets import cache_bucket, chunk_bucket, chunk_count,
 from llava_jax.inference.decoding import NO_TOKEN, Prompts
 from llava_jax.inference.jobs import Job
 from llava_jax.inference.sampling import Sampling
-from llava_jax.models.decoder import Chunks
+from llava_jax.models.cache import Chunks
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one attention entry of the project.
+"""Attention: its mask, its rotary positions, and the one entry to every implementation.
 
 B rows, T query length, S key length, N heads, K kv heads, H head size.
 """
@@ -23,16 +23,16 @@ IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
 
 def choose_attention(name: str, platform: str, dtype, length: int, turns: bool) -> str:
-    """The implementation that `name` means for training on a platform.
+    """The implementation to train with on a platform.
 
     Args:
-      name: one of IMPLEMENTATIONS, or `auto`: the platform's kernel where it can do the work.
+      name: one of IMPLEMENTATIONS, or `auto`: the platform's kernel if it can do the work.
       platform: of the mesh's devices: tpu, gpu, cpu.
       length: tokens of a row.
-      turns: rows hold independent turns.
+      turns: whether rows hold independent turns.
 
     Raises:
-      ValueError: the one asked for cannot do the work.
+      ValueError: the named implementation cannot do the work.
     """
     cannot = {
         "xla": {},
@@ -62,20 +62,41 @@ def attention_mask(
     sliding_window: int | None = None,
     turns: jax.Array | None = None,
 ) -> jax.Array:
-    """Who may look at whom: same segment, not later, and not further back than the window.
+    """Which keys each query attends to: same segment, not later, within the window.
 
-    Positions restart in each segment, so comparing them is only meaningful within one; a packed
-    row, a padded row and a part-filled KV cache are all described by these four arrays.
+    Positions restart in each segment and are compared only within one. Four arrays describe a
+    packed row, a padded row and a partly filled cache alike. Example, a row with conversations of
+    three and two tokens and one token of padding:
+
+        segments    1 1 1 2 2 0
+        positions   0 1 2 0 1 0
+
+        query 0     x . . . . .
+        query 1     x x . . . .
+        query 2     x x x . . .         with sliding_window=2:  . x x . . .
+        query 3     . . . x . .
+        query 4     . . . x x .
+        query 5     . . . . . x         padding attends to padding: finite, never used
+
+    With `turns`, a segment is a shared beginning (0) and independent continuations 1, 2, ...; a
+    query attends to the beginning and to its own turn:
+
+        segments    1 1 1 1 1
+        positions   0 1 2 2 3
+        turns       0 0 1 2 2
+
+        query 2     x x x . .
+        query 3     x x . x .
+        query 4     x x . x x
 
     Args:
       query_positions, query_segments: int[B, T].
       key_positions, key_segments: int[B, S].
-      sliding_window: number of latest positions a query sees, itself included (Mistral).
-      turns: int[B, T], with keys that are the queries: independent continuations 1, 2, … of what
-        a segment begins with (0); a query sees that beginning and its own turn.
+      sliding_window: number of latest positions a query attends to, its own included (Mistral).
+      turns: int[B, T]; queries and keys must be the same tokens.
 
     Returns:
-      bool[B, 1, T, S]. Padding (segment 0) sees only padding: finite, and never used.
+      bool[B, 1, T, S].
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
     mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
@@ -96,13 +117,11 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention with grouped kv heads, softmax in float32.
 
-    The one entry to every implementation.
-
     Args:
       query: [B, T, N, H].
       key, value: [B, S, K, H] with N a multiple of K.
-      mask: bool[B, 1, T, S], or None where every query sees every key (vision); splash takes
-        `PackedCausal` in its place.
+      mask: bool[B, 1, T, S], or None if every query attends to every key (vision). Splash takes
+        `PackedCausal` instead.
       implementation: one of IMPLEMENTATIONS.
 
     Returns:
@@ -115,7 +134,7 @@ def attention(
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
     operands = product_dtype(query.dtype)
-    # Queries that share a kv head are rows of one matrix: scores and sums are plain products.
+    # The queries of one kv head become rows of one matrix: scores and sums are plain products.
     q = query.reshape(batch, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, -1, size).astype(operands)  # [B, K, N / K * T, H]
     k, v = (x.swapaxes(1, 2).astype(operands) for x in (key, value))  # [B, K, S, H]
@@ -129,11 +148,11 @@ def attention(
 def _weighted_mean(q: jax.Array, k: jax.Array, v: jax.Array, mask, scale: float) -> jax.Array:
     """softmax(scale * q k^T) v, float32 [B, K, G * T, H].
 
-    Neither the weights nor their gradient are divided by the sums: rows of the result are, and of
-    its gradient, of which there are fewer numbers.
+    The rows of the result and of its gradient are divided by the softmax's sums, not the weights:
+    there are fewer numbers to divide.
 
     Args:
-      q: [B, K, G * T, H], the G query heads of a kv head one after the other.
+      q: [B, K, G * T, H], the G query heads of a kv head one after another.
       k, v: [B, K, S, H].
       mask: bool[B, 1, T, S] or None.
     """
@@ -172,7 +191,7 @@ _weighted_mean.defvjp(_weighted_mean_forward, _weighted_mean_backward)
 
 
 def _product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
-    """float32 products of two stacks of matrices, [B, K, ...] each, x over its last axis."""
+    """float32 products of two stacks of matrices [B, K, ...], over the last axis of x."""
     axes = (((3,), (y_axis,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
@@ -181,7 +200,7 @@ def _product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary position embedding in the half-split order of Hugging Face's Llama.
 
-    The same numbers to rounding on all platforms; no gradient is taken of the angles.
+    Equal on all platforms up to rounding. The angles get no gradient.
 
     Args:
       x: [B, T, N, H].
@@ -200,10 +219,10 @@ def _rotated_by_halves(x, cos, sin):
 
 
 def _rotated_by_product(x, cos, sin):
-    """Halves swapped by a product with a signed permutation, which is exact.
+    """Swaps the halves by a product with a signed permutation, which is exact.
 
-    A TPU has no cheap way to move half a vector's lanes: split, keys and queries are copied into
-    another layout and back, as float32.
+    A TPU cannot move half of a vector's lanes cheaply: a split copies keys and queries into another
+    layout and back, in float32.
     """
     half = x.shape[-1] // 2
     swap = np.kron([[0, 1], [-1, 0]], np.eye(half))  # x @ swap = [-second, first]

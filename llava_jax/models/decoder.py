@@ -1,13 +1,14 @@
-"""One decoder for the Llama family: Llama 1/2/3, Vicuna, Mistral, Qwen 2/2.5/3, SmolLM2, as data.
+"""One decoder for the Llama family: Llama 1/2/3, Vicuna, Mistral, Qwen 2/2.5/3, SmolLM2.
 
-B rows, T query length, S cache length, N heads, K kv heads, H head size, D model, V vocabulary,
-L layers; of a cached call: Q tokens, R chunks of them, C slots that a chunk looks at.
+The families differ in the values of `DecoderConfig` alone.
+
+B rows, T query length, N heads, K kv heads, H head size, D model, V vocabulary, L layers; of a
+cached call (see cache.py): Q tokens, R chunks of at most T tokens.
 """
 
 import dataclasses
 import math
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.models.attention import apply_rope, attention, attention_mask
+from llava_jax.models.cache import Chunks, KVCache, write_cache
 from llava_jax.models.flash_attention import ATTENTION_OUT, PackedCausal
 from llava_jax.models.linear import LINEAR_OUT, Linear
 
@@ -28,7 +30,7 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretching of rotary frequencies: `linear`, or `llama3` with its four numbers."""
+    """How rotary frequencies are stretched: `linear` by `factor`, or `llama3` by all four."""
 
     kind: str
     factor: float
@@ -60,83 +62,8 @@ class DecoderConfig:
     max_position_embeddings: int = 4096
 
 
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of what was read so far; slot s of a row holds its position s.
-
-    Attributes:
-      keys, values: [L, B, K, S, H], a head's slots together, as attention multiplies them.
-      scales: float32[2, L, B, K, S], what int8 keys and values are to be multiplied by; or None.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    scales: jax.Array | None = None
-
-
-def empty_cache(
-    config: DecoderConfig, rows: int, size: int, dtype, stacked: bool = True
-) -> KVCache | tuple[KVCache, ...]:
-    """Room for `size` tokens in each of `rows`, for a `stacked` decoder or one that is not.
-
-    dtype: int8 keeps a scale a token and head.
-    """
-    if not stacked:
-        one = dataclasses.replace(config, num_layers=1)
-        return tuple(empty_cache(one, rows, size, dtype) for _ in range(config.num_layers))
-    shape = (config.num_layers, rows, config.num_kv_heads, size, config.head_dim)
-    scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else None
-    # Two arrays of zeros: a donated one must not be given twice.
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scales)
-
-
-@flax.struct.dataclass
-class Chunks:
-    """How a list of Q tokens lies in the rows of a cache, and which slots each may look at.
-
-    A chunk is up to T tokens that follow each other in a row. Attention is computed chunk by chunk
-    and all else token by token: prompts of different lengths are not padded to the longest.
-
-    Attributes:
-      rows, slots: int32[Q], where the keys and values of each token are written; those of a row
-        that does not exist are dropped.
-      tokens: int32[R, T], the tokens of each chunk by their places in the list; any where a chunk
-        is shorter.
-      places: int32[Q], where among the R * T each token is.
-      sources: int32[R, C], the row that each of the first slots of a chunk's row is read from: a
-        prompt may look at another that it begins like, even one of the same call. None where
-        chunk r looks at row r.
-      copies: int32[R], the row that keeps what a chunk looks at, a row that does not exist where
-        none does. None as above.
-      window: C.
-    """
-
-    rows: jax.Array
-    slots: jax.Array
-    tokens: jax.Array
-    places: jax.Array
-    sources: jax.Array | None
-    copies: jax.Array | None
-    window: int = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def one_each(cls, slots: jax.Array, active: jax.Array, window: int) -> "Chunks":
-        """A token in each row of the cache, at slots int32[B]; written where `active`, bool[B]."""
-        every = jnp.arange(len(slots))
-        return cls(
-            jnp.where(active, every, every.size), slots, every[:, None], every, None, None, window
-        )
-
-    def mask(self, sliding_window: int | None) -> jax.Array:
-        """bool[R, 1, T, C]: a token sees the slots up to its own."""
-        queries = self.slots[self.tokens]
-        keys = jnp.broadcast_to(jnp.arange(self.window), (len(queries), self.window))
-        same = jnp.ones_like(queries), jnp.ones_like(keys)
-        return attention_mask(queries, keys, *same, sliding_window)
-
-
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
-    """float32[H // 2], rotary inverse frequencies with the config's scaling applied."""
+    """float32[H // 2]: rotary inverse frequencies, with the config's scaling."""
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     inv_freq = (1.0 / config.rope_theta**exponent).astype(np.float32)
     scaling = config.rope_scaling
@@ -146,7 +73,7 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
         return inv_freq / np.float32(scaling.factor)
     if scaling.kind != "llama3":
         raise ValueError(f"rope scaling {scaling.kind!r} is not supported: linear and llama3 are")
-    # Llama 3: long waves are stretched, short ones kept, those between are blended.
+    # Llama 3 stretches long waves, keeps short ones, and blends those in between.
     wavelength = 2 * math.pi / inv_freq
     turns = scaling.original_max_position_embeddings / wavelength
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -170,12 +97,8 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
-def linear(features: int, axes: tuple[str, str], use_bias: bool, dtype, name: str) -> Linear:
-    return Linear(features, axes, dtype, use_bias, name=name)
-
-
 class Attention(nn.Module):
-    """Causal self-attention over rows of tokens, or of chunks over a cache they are written to."""
+    """Causal self-attention within rows of tokens, or of chunks over a cache (see `Chunks`)."""
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -206,44 +129,9 @@ class Attention(nn.Module):
         return out, cache
 
 
-def write_cache(cache: KVCache, layer, chunks: Chunks, k, v):
-    """Puts k, v [Q, K, H] where they belong.
-
-    Returns the cache, and the layer's keys and values [R, K, C, H] that each chunk looks at.
-    """
-    heads, seen = np.arange(cache.keys.shape[2]), np.arange(chunks.window)
-
-    def place(stored, new):  # [L, B, K, S, ...] and [Q, K, ...]
-        new = new.astype(stored.dtype)
-        rows, slots = chunks.rows[:, None], chunks.slots[:, None]
-        stored = stored.at[layer, rows, heads, slots].set(new, mode="drop")
-        if chunks.sources is None:
-            return stored, stored[layer, :, :, : chunks.window]
-        looked_at = stored[layer, chunks.sources[:, None], heads[:, None], seen]
-        # Here, and not once for all layers: it is at hand, and the cache is updated in place.
-        stored = stored.at[layer, chunks.copies, :, : chunks.window].set(looked_at, mode="drop")
-        return stored, looked_at
-
-    if cache.scales is None:
-        (keys, k), (values, v) = place(cache.keys, k), place(cache.values, v)
-        return KVCache(keys, values), k, v
-    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    (keys, k), (values, v) = place(cache.keys, k), place(cache.values, v)
-    scales, of_seen = jax.vmap(place)(cache.scales, jnp.stack([k_scale, v_scale]))
-    k_scale, v_scale = of_seen[..., None]
-    return KVCache(keys, values, scales), k * k_scale, v * v_scale
-
-
-def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[..., H] -> int8 [..., H] and the float32 scale [...] that gives x back, nearly."""
-    x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-30) / 127
-    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
-
-
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, of which the backward pass keeps the two arguments and nothing else."""
+    """silu(gate) * up; the backward pass keeps the two arguments and nothing else."""
     return jax.nn.silu(gate) * up
 
 
@@ -268,11 +156,11 @@ class MLP(nn.Module):
     def __call__(self, x):
         c = self.config
         gate, up = (
-            linear(c.intermediate_size, ("embed", "mlp"), c.mlp_bias, self.dtype, name)(x)
+            Linear(c.intermediate_size, ("embed", "mlp"), self.dtype, c.mlp_bias, name=name)(x)
             for name in ("gate_proj", "up_proj")
         )
         x = nn.with_logical_constraint(swiglu(gate, up), ("batch", "length", "act_mlp"))
-        return linear(c.hidden_size, ("mlp", "embed"), c.mlp_bias, self.dtype, "down_proj")(x)
+        return Linear(c.hidden_size, ("mlp", "embed"), self.dtype, c.mlp_bias, name="down_proj")(x)
 
 
 class DecoderBlock(nn.Module):
@@ -295,9 +183,9 @@ class DecoderBlock(nn.Module):
 
 
 class SeparateLayers(nn.Module):
-    """The layers one by one, the parameters of each under its number: see `Decoder.stacked`.
+    """The layers one after another, each with its own parameters, named by number.
 
-    The cache is a tuple then, of one for each layer.
+    See `Decoder.stacked`. The cache is then a tuple, with one `KVCache` for each layer.
     """
 
     config: DecoderConfig
@@ -320,11 +208,11 @@ class Decoder(nn.Module):
 
     Attributes:
       remat_policy: which activations the backward pass recomputes, a key of REMAT_POLICIES.
-      attention: implementation where there is no cache; one of IMPLEMENTATIONS.
-      stacked: parameters of all layers are stacked on axis 0, and the layers one loop: quick to
-        compile. Else they are those of `separate_layers`: XLA's CPU compiler copies each layer's
-        out of a stack before it multiplies by them, a third of the time of a decode step, and
-        keys and values alike.
+      attention: the implementation without a cache, one of IMPLEMENTATIONS.
+      stacked: the parameters of all layers are stacked on axis 0 and the layers are one loop, which
+        compiles quickly. Otherwise each layer has its own arrays (see `separate_layers`): XLA's
+        CPU compiler copies a layer out of a stack before it multiplies by it, a third of the time
+        of a decode step; keys and values likewise.
     """
 
     config: DecoderConfig
@@ -351,7 +239,7 @@ class Decoder(nn.Module):
             self.layers = SeparateLayers(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
-            self.lm_head = linear(c.vocab_size, ("embed", "vocab"), False, self.dtype, "lm_head")
+            self.lm_head = Linear(c.vocab_size, ("embed", "vocab"), self.dtype, use_bias=False)
 
     def _scan(self, block):
         return nn.scan(
@@ -365,8 +253,8 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """int[B, T] -> [B, T, D]."""
-        # Rounded after the look-up: rows of the gradient are added up in the table's own dtype. In
-        # bfloat16 a frequent token's would stop growing at some 256 times what one place gives.
+        # Rounded after the look-up, so that the rows of the gradient are summed in the dtype of the
+        # table: in bfloat16 the sum of a frequent token stops growing at 256 equal terms.
         return self.embed_tokens(input_ids).astype(self.dtype)
 
     def __call__(
@@ -382,7 +270,7 @@ class Decoder(nn.Module):
           embeddings: [B, T, D].
           position_ids: int[B, T], from 0 in each segment.
           segment_ids: int[B, T], 0 for padding.
-          turn_ids: int[B, T], `turns` of `attention_mask`.
+          turn_ids: int[B, T], independent turns, see `attention_mask`.
         """
         window = self.config.sliding_window
         if self.attention == "splash":
@@ -398,7 +286,11 @@ class Decoder(nn.Module):
     def read(
         self, embeddings: jax.Array, cache: KVCache | tuple[KVCache, ...], chunks: Chunks
     ) -> tuple[jax.Array, KVCache | tuple[KVCache, ...]]:
-        """Hidden states [Q, D] of tokens [Q, D] behind what `cache` holds, and it with them."""
+        """Reads tokens [Q, D] into the rows of a cache.
+
+        Returns:
+          Their hidden states [Q, D], after the final norm, and the cache that holds them too.
+        """
         mask = chunks.mask(self.config.sliding_window)
         hidden, cache = self._run(embeddings[:, None], chunks.slots[:, None], mask, cache, chunks)
         return hidden[:, 0], cache
@@ -423,7 +315,7 @@ class Decoder(nn.Module):
 
 
 def separate_layers(params: dict) -> dict:
-    """Decoder parameters with those of each layer for themselves; one array is copied at a time."""
+    """Parameters for `Decoder(stacked=False)`; one stack at a time is in memory twice."""
     flat = flatten_dict(params)
     for path in [path for path in flat if path[0] == "layers"]:
         stack = flat.pop(path)
@@ -434,7 +326,7 @@ def separate_layers(params: dict) -> dict:
 
 
 def are_stacked(params: dict) -> bool:
-    """Whether decoder parameters are as training has them, not as `separate_layers` makes them."""
+    """Whether decoder parameters are stacked, as in training, or made by `separate_layers`."""
     return "0" not in params["layers"]
 
 

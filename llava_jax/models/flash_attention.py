@@ -1,7 +1,8 @@
-"""Attention that never holds the matrix of scores: splash on TPU, cuDNN on NVIDIA GPUs.
+"""Attention without the matrix of scores in memory: splash on TPU, cuDNN on NVIDIA GPUs.
 
-Each kernel takes one description of a packed row and gives what `attention` gives: the same
-numbers to rounding, for real tokens. B rows, T length, N heads, K kv heads, H head size.
+For real tokens each kernel equals `attention` up to rounding.
+
+B rows, T length, N heads, K kv heads, H head size.
 """
 
 import functools
@@ -9,20 +10,18 @@ import functools
 import flax
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 SPLASH_TILE = 128  # a row's length must be a multiple
-ATTENTION_OUT = "attention_out"  # what a remat policy calls the result, but for cuDNN's
+ATTENTION_OUT = "attention_out"  # the name of the result in remat policies; cuDNN's has none
 
 
 @flax.struct.dataclass
 class PackedCausal:
-    """Who may look at whom in a packed row, said in T numbers in place of T x T.
+    """The mask of a packed row as T numbers instead of T x T.
 
     Attributes:
-      segment_ids: int[B, T]; a query sees the keys of its segment that are not behind it.
-      sliding_window: number of latest positions a query sees, itself included.
+      segment_ids: int[B, T]; a query attends to the keys of its segment up to its own.
+      sliding_window: number of latest positions a query attends to, its own included.
     """
 
     segment_ids: jax.Array
@@ -32,15 +31,15 @@ class PackedCausal:
 def splash_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: PackedCausal, interpret: bool = False
 ) -> jax.Array:
-    """Attention by JAX's block-sparse TPU kernel, one program for each shard of the mesh.
+    """Attention by JAX's block-sparse TPU kernel, one program on each shard of the mesh.
 
-    Rows lie on the mesh axes of `batch`, heads on those of `act_heads`; without a mesh the kernel
-    runs on one device. Blocks that causality or the window rule out are never read.
+    Rows are sharded over the mesh axes of `batch`, heads over those of `act_heads`; without a mesh
+    the kernel runs on one device. Blocks that are masked as a whole are never read.
 
     Args:
       query: [B, T, N, H], T a multiple of SPLASH_TILE.
       key, value: [B, T, K, H] with N a multiple of K.
-      interpret: run the kernel's program step by step on any device (tests).
+      interpret: emulate the kernel on any device (for tests).
 
     Returns:
       [B, T, N, H] in the query's dtype.
@@ -52,7 +51,7 @@ def splash_attention(
     heads = flax.linen.logical_to_mesh_axes(("batch", None, "act_heads", None))
     rows = flax.linen.logical_to_mesh_axes(("batch", None))
     if heads[2] is not None and key.shape[2] % mesh.shape[heads[2]]:
-        # Fewer kv heads than shards: each query head takes its own copy along.
+        # Fewer kv heads than shards: each query head gets its own copy.
         groups = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     sharded = jax.shard_map(
@@ -69,13 +68,24 @@ def _splash(query, key, value, segment_ids, window: int | None, interpret: bool)
     _, length, heads, size = query.shape
     attend = _splash_kernel(length, heads, window, interpret)
     query, key, value = (x.swapaxes(1, 2) for x in (query * size**-0.5, key, value))
-    segments = kernel.SegmentIds(segment_ids, segment_ids)
+    segments = _splash_library()[0].SegmentIds(segment_ids, segment_ids)
     out = jax.vmap(attend)(query, key, value, segments)  # [B, N, T, H]
     return out.swapaxes(1, 2).astype(query.dtype)
 
 
+def _splash_library():
+    """JAX's kernel and its masks, imported when used: Pallas takes a while to import."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    return splash_attention_kernel, splash_attention_mask
+
+
 def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool):
     """The kernel for rows of `length`, with tiles that divide it."""
+    kernel, masks = _splash_library()
     block = max(b for b in (128, 256, 512, 1024) if length % b == 0)
     local = masks.LocalMask((length, length), (window and window - 1, 0), 0)
     blocks = kernel.BlockSizes(
@@ -100,5 +110,5 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
 def cudnn_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Attention by cuDNN's fused kernel, float16 or bfloat16; arguments as in `attention`."""
+    """Attention by cuDNN's fused kernel in float16 or bfloat16; arguments as in `attention`."""
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")

@@ -10,18 +10,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.models.precision import product_dtype, transposed
 
-LINEAR_OUT = "linear_out"  # what a remat policy calls the products of linear layers
+LINEAR_OUT = "linear_out"  # the name of these products in remat policies
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     """[..., *in] x [*in, *out] -> [..., *out] in the dtype of x, summed in float32.
 
-    The gradient follows the same rule, and a float32 kernel gets it unrounded: autodiff of a
+    The gradient follows the same rule. A float32 kernel gets an unrounded gradient; autodiff of a
     kernel cast to bfloat16 would round it.
 
     Args:
-      inputs: axes that `in` has.
+      inputs: number of axes of `in`.
     """
     return product(x, kernel, tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)), x.dtype)
 
@@ -31,8 +31,8 @@ def product(
 ) -> jax.Array:
     """The product of two arrays over the first or last axes of each.
 
-    Operands are as `product_dtype` says. A device sums in float32; what several devices have of a
-    sum crosses between them as `dtype`, which for gradients in bfloat16 is half the bytes.
+    Operands are rounded to `product_dtype`. A device sums in float32; partial sums are reduced
+    across devices in `dtype`, which for gradients in bfloat16 is half the bytes.
     """
     operands = product_dtype(x.dtype)
 
@@ -40,7 +40,7 @@ def product(
         axes = (x_axes, y_axes), ((), ())
         return jax.lax.dot_general(x, y, axes, preferred_element_type=dtype)
 
-    def of_matrices(x, y):  # XLA's CPU compiler multiplies in bfloat16 only these, to float32
+    def of_matrices(x, y):  # the only form that XLA's CPU compiler multiplies in bfloat16
         kept = [x.shape[i] for i in range(x.ndim) if i not in x_axes]
         kept += [y.shape[i] for i in range(y.ndim) if i not in y_axes]
         (x, x_axis), (y, y_axis) = _as_matrix(x, x_axes), _as_matrix(y, y_axes)
@@ -54,7 +54,7 @@ def product(
 
 
 def _as_matrix(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, int]:
-    """x with its first or last axes as one and the others as one, and which of the two they are."""
+    """x as a matrix, its first or last `axes` merged into one, and which of the two that is."""
     size = math.prod(x.shape[i] for i in axes)
     return (x.reshape(size, -1), 0) if axes[0] == 0 else (x.reshape(-1, size), 1)
 
@@ -70,19 +70,19 @@ matmul.defvjp(lambda x, kernel, inputs: (matmul(x, kernel, inputs), (x, kernel))
 
 
 def dropout(x: jax.Array, rate: jax.Array, keys: jax.Array) -> jax.Array:
-    """x with a share of its numbers zero, the rest times 1 / (1 - rate).
+    """x with a share `rate` of its numbers set to zero and the rest times 1 / (1 - rate).
 
-    What is dropped depends on the key of a row alone: not on how rows are cut into microbatches or
-    spread over devices.
+    The numbers dropped depend on the key of a row alone, not on how rows are cut into microbatches
+    or spread over devices.
 
     Args:
       x: [rows, ...].
-      keys: uint32[rows, 2], data of JAX's keys.
+      keys: uint32[rows, 2], the data of JAX keys.
     """
-    # A hash of key and place, done on the way into a product. Threefry, by which JAX draws, is a
-    # hundred operations that XLA repeats for each number: a fifth of LoRA's work on a TPU.
+    # A hash of key and position, fused into a product. Threefry, JAX's generator, takes a hundred
+    # operations for each number: a fifth of LoRA's work on a TPU.
     bits, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in range(x.ndim - 1, 0, -1):  # the place in the row
+    for axis in range(x.ndim - 1, 0, -1):  # the position in the row
         bits += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
         stride *= x.shape[axis]
     for word in range(2):
@@ -92,9 +92,9 @@ def dropout(x: jax.Array, rate: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """uint32 -> uint32, one to one, with every bit of the result hanging on every bit of x.
+    """uint32 -> uint32, one to one; every bit of the result depends on every bit of x.
 
-    The constants are those of Chris Wellons' `lowbias32`, found by search for the least bias.
+    Constants of `lowbias32` by Chris Wellons, which a search for the least bias found.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
@@ -102,14 +102,14 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """[..., *in] -> [..., *out]; with a low-rank update where `lora_a` and `lora_b` are.
+    """[..., *in] -> [..., *out], with a low-rank update if the parameters hold one (lora.py).
 
     Attributes:
-      features: sizes of `out`. Attention's heads get an axis here, not by a reshape of the
-        result: TPUs lay heads out in another order, and would copy it twice.
+      features: sizes of `out`. The heads of attention get their axis here, not by a reshape of the
+        result: TPUs store heads in another order and would copy the result twice.
       axes: logical axis names of the kernel, which is stored as a matrix [in, out].
-      dtype: of the result, and of the operands unless `product_dtype` says otherwise.
-      inputs: axes that `in` has.
+      dtype: of the result; operands are rounded to its `product_dtype`.
+      inputs: number of axes of `in`.
     """
 
     features: int | tuple[int, ...]
@@ -135,8 +135,8 @@ class Linear(nn.Module):
             scale = self.get_variable("params", "kernel_scale").reshape(out)
             y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
-            # In kernels of its own: where it is fused with the product above or its gradient, XLA
-            # draws the dropout's bits anew for each of their tiles.
+            # Separate kernels: fused with the product above or its gradient, XLA would draw the
+            # dropout's bits again for each of their tiles.
             apart = jax.lax.optimization_barrier
             y += apart(self._update(apart(x), out))
         if self.use_bias:
@@ -145,7 +145,7 @@ class Linear(nn.Module):
         return y
 
     def _update(self, x: jax.Array, out: tuple[int, ...]) -> jax.Array:
-        """[..., *in] -> [..., *out], the low-rank update's part of the result."""
+        """[..., *in] -> [..., *out]: what the low-rank update adds."""
         a, b = (self.get_variable("params", f"lora_{name}") for name in "ab")
         if self.has_variable("params", "lora_keys"):
             keys, rate = (self.get_variable("params", f"lora_{n}") for n in ("keys", "dropout"))

@@ -1,9 +1,10 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank updates of chosen linear layers.
 
-One more tree beside the model's, `{"lora": {path of a linear layer: {lora_a, lora_b}}}`: it trains,
-is saved and sharded like any other, and `Linear` adds it where `attach_lora` has put it.
+The update is one more tree of parameters next to the model's components,
+`{"lora": {path of a linear layer: {lora_a, lora_b}}}`, trained, saved and sharded like them.
+`attach_lora` puts its leaves next to the kernels, and `Linear` adds their product.
 
-R rank, B rows; the layers axis, where there is one, comes first.
+R rank, B rows; an axis of layers, if there is one, comes first.
 """
 
 import dataclasses
@@ -24,10 +25,10 @@ class LoraConfig:
     Attributes:
       rank: of the update.
       alpha: the update is scaled by alpha / rank.
-      targets: shell patterns of layers' paths; `*` stands for any part, slashes too. The output
-        projection cannot be adapted.
-      dropout: share of an update's inputs that a training step leaves out, drawn for each layer
-        and token; the others weigh 1 / (1 - dropout). What the layer itself sees stays whole.
+      targets: shell patterns of layer paths; `*` matches slashes too. The output projection
+        cannot be adapted.
+      dropout: share of the update's inputs that a training step sets to zero, drawn for each layer
+        and token; the rest are multiplied by 1 / (1 - dropout). The layer itself has no dropout.
     """
 
     rank: int
@@ -41,7 +42,7 @@ class LoraConfig:
 
 
 def abstract_lora(lora: LoraConfig, boxed_params: dict) -> dict:
-    """Shapes and logical axes of the update, from those of the model (`abstract_params`).
+    """Shapes and logical axes of the update, given those of the model (`abstract_params`).
 
     Raises:
       ValueError: a target matches no linear layer.
@@ -81,7 +82,7 @@ def _pair(path: tuple[str, ...], kernel: nn.LogicallyPartitioned, rank: int) -> 
 
 
 def init_lora(boxed_lora: dict, key: jax.Array) -> dict:
-    """Fresh parameters as PEFT draws them: lora_a uniform by its inputs, lora_b zero."""
+    """Fresh parameters as in PEFT: lora_a uniform, scaled by its inputs, and lora_b zero."""
     flat = flatten_dict(nn.meta.unbox(boxed_lora))
     keys = jax.random.split(key, len(flat))
 
@@ -96,10 +97,10 @@ def init_lora(boxed_lora: dict, key: jax.Array) -> dict:
 
 
 def attach_lora(params: dict, lora: LoraConfig, row_keys: jax.Array | None = None) -> dict:
-    """The model's tree with `lora` taken apart: each pair beside its kernel, lora_b scaled.
+    """The model's tree with each pair next to its kernel, and lora_b scaled.
 
     Args:
-      row_keys: [B] random keys, one for each row of the batch: inputs of the update are dropped.
+      row_keys: [B] random keys, one a row of the batch, to draw dropout with; None for no dropout.
     """
     flat = flatten_dict({name: tree for name, tree in params.items() if name != "lora"})
     for i, (path, leaf) in enumerate(sorted(flatten_dict(params["lora"]).items())):
@@ -113,7 +114,7 @@ def attach_lora(params: dict, lora: LoraConfig, row_keys: jax.Array | None = Non
 
 
 def _for_layers(keys: jax.Array, layers: int | None = None) -> jax.Array:
-    """Keys [B] -> uint32[layers, B, 2], other ones in each layer; without layers uint32[B, 2]."""
+    """Keys [B] -> uint32[layers, B, 2], different in each layer; uint32[B, 2] without layers."""
     if layers is None:
         return jax.random.key_data(keys)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
@@ -121,7 +122,7 @@ def _for_layers(keys: jax.Array, layers: int | None = None) -> jax.Array:
 
 
 def merge_lora(params: dict, lora: LoraConfig) -> dict:
-    """The model's tree with the update added to the kernels, in float32: a model without LoRA."""
+    """The tree of a model without LoRA: the update is added to the kernels, in float32."""
     flat = flatten_dict({name: tree for name, tree in params.items() if name != "lora"})
     pairs = flatten_dict(params["lora"])
     for path in [path[:-1] for path in pairs if path[-1] == "lora_a"]:

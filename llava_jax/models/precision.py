@@ -1,4 +1,4 @@
-"""Names for how a model computes, and what each means to arrays and to products."""
+"""The number formats that a model computes in: of arrays, of products, of eight bits."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ PRECISIONS = {
 
 
 def compute_precision(name: str, platform: str | None = None) -> tuple[jnp.dtype, str | None]:
-    """Dtype of activations, and `jax.default_matmul_precision` to go with it.
+    """Dtype of activations, and the `jax.default_matmul_precision` that goes with it.
 
     Args:
-      name: a key of PRECISIONS, or `auto` for what pays: bfloat16 on TPU and GPU, mixed on a CPU
-        that multiplies bfloat16, float32 on others.
-      platform: of the devices; None: of those that JAX uses.
+      name: a key of PRECISIONS, or `auto` for the fastest: bfloat16 on TPU and GPU, mixed on a CPU
+        that multiplies bfloat16, float32 on other CPUs.
+      platform: of the devices; None for JAX's default.
     """
     if name == "auto":
         on_cpu = (platform or jax.default_backend()) == "cpu"
@@ -30,7 +30,7 @@ def compute_precision(name: str, platform: str | None = None) -> tuple[jnp.dtype
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """True where the processor has instructions for it (x86: AVX512_BF16 or AMX)."""
+    """Whether the processor has instructions for it (x86: AVX512_BF16 or AMX)."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -39,10 +39,11 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def product_dtype(dtype) -> jnp.dtype:
-    """What operands of a product are rounded to: `dtype`, or bfloat16 where JAX is told so.
+    """The dtype that operands of a product are rounded to.
 
-    `jax.default_matmul_precision("bfloat16")` keeps float32 arrays and multiplies in bfloat16.
-    TPUs do it by themselves; XLA's CPU compiler ignores the setting unless operands are cast.
+    `dtype`, or bfloat16 under `jax.default_matmul_precision("bfloat16")`, which keeps float32
+    arrays and multiplies in bfloat16. TPUs follow the setting by themselves; XLA's CPU compiler
+    ignores it unless the operands are cast.
     """
     if jax.config.jax_default_matmul_precision == "bfloat16":
         return jnp.dtype(jnp.bfloat16)
@@ -50,14 +51,21 @@ def product_dtype(dtype) -> jnp.dtype:
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """[..., m, n] -> [..., n, m], as the first operand of a product over its last axis.
+    """[..., m, n] -> [..., n, m], the first operand of a product over its last axis.
 
-    XLA's CPU compiler folds a transpose into the product, and that form it multiplies in float32.
-    Written out in memory first, the product is one of bfloat16, twice as fast. Arrays spread over
-    devices are left as they are: the constraint would gather them.
+    XLA's CPU compiler folds a transpose into the product and multiplies that form in float32. If
+    the transpose is written to memory first, the product is one of bfloat16, twice as fast. Arrays
+    sharded over devices are only transposed: the layout constraint would gather them.
     """
     x = x.swapaxes(-1, -2)
     mesh = jax.sharding.get_abstract_mesh()
     if jax.config.jax_default_matmul_precision != "bfloat16" or not (mesh.empty or mesh.size == 1):
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def quantize(x: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """int8 values of the shape of x, and the float32 scales without `axis`: values * scales ~ x."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-30) / 127
+    return jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale

@@ -1,4 +1,4 @@
-"""One vision transformer for CLIP, SigLIP and DINOv2, run only as deep as its features are used.
+"""One vision transformer for CLIP, SigLIP and DINOv2; layers above the features do not exist.
 
 B images, H height, W width, P patches, D model size.
 """
@@ -25,8 +25,8 @@ class ViTConfig:
     """Dimensions and variants of a vision transformer.
 
     Attributes:
-      num_layers: blocks the pretrained encoder has; `num_blocks` tells how many run.
-      image_size: side in pixels that the stored position grid was trained for.
+      num_layers: blocks of the pretrained encoder; `num_blocks` of them run.
+      image_size: side in pixels of the images that the position grid was trained for.
       class_token: a learnt token before the patches (CLIP, DINOv2).
       pre_norm: a LayerNorm between the embeddings and the first block (CLIP).
       patch_bias: the patch embedding has a bias (SigLIP, DINOv2).
@@ -48,7 +48,7 @@ class ViTConfig:
 
 
 def feature_states(config: ViTConfig, feature_layer: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Which hidden states are the features, counted from 0, the embeddings (as in HF)."""
+    """Indices of the hidden states that are the features; 0 is the embeddings, as in HF."""
     states = config.num_layers + 1
     layers = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
     for layer in layers:
@@ -66,7 +66,7 @@ def num_blocks(config: ViTConfig, feature_layer: int | tuple[int, ...]) -> int:
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
-    """float32[new, old]: PyTorch's bicubic (a = -0.75, half-pixel centres, clamped edges)."""
+    """float32[new, old]: bicubic as in PyTorch (a = -0.75, half-pixel centres, clamped edges)."""
     a = -0.75
     source = (np.arange(new) + 0.5) * old / new - 0.5
     base = np.floor(source).astype(int)
@@ -82,7 +82,7 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resize_positions(grid: jax.Array, height: int, width: int) -> jax.Array:
-    """A square position grid [P, D] resized to [height * width, D], as Dinov2Model does."""
+    """A square grid of positions [P, D] resized to [height * width, D], as in Dinov2Model."""
     side = int(grid.shape[0] ** 0.5)
     if (side, side) == (height, width):
         return grid
@@ -90,10 +90,6 @@ def resize_positions(grid: jax.Array, height: int, width: int) -> jax.Array:
     grid = grid.astype(jnp.float32).reshape(side, side, -1)
     grid = jnp.einsum("yi,xj,ijd->yxd", rows, columns, grid, precision="highest")
     return grid.reshape(height * width, -1)
-
-
-def linear(features: int, axes: tuple[str, str], name: str, dtype, use_bias: bool = True) -> Linear:
-    return Linear(features, axes, dtype, use_bias, name=name)
 
 
 def layer_norm(config: ViTConfig, name: str, dtype):
@@ -129,13 +125,13 @@ class ViTMLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        x = linear(c.intermediate_size, ("vision_embed", "vision_mlp"), "fc1", self.dtype)(x)
+        x = Linear(c.intermediate_size, ("vision_embed", "vision_mlp"), self.dtype, name="fc1")(x)
         x = ACTIVATIONS[c.hidden_act](x)
-        return linear(c.hidden_size, ("vision_mlp", "vision_embed"), "fc2", self.dtype)(x)
+        return Linear(c.hidden_size, ("vision_mlp", "vision_embed"), self.dtype, name="fc2")(x)
 
 
 class ViTBlock(nn.Module):
-    """Returns its output twice: to the next block and, where `emit`, to the list of outputs."""
+    """Returns its output for the next block and, with `emit`, once more for the scan's outputs."""
 
     config: ViTConfig
     dtype: jnp.dtype
@@ -168,13 +164,13 @@ class ViTBlock(nn.Module):
 class ViT(nn.Module):
     """Image features of one hidden layer.
 
-    Follows CLIPVisionModel, SiglipVisionModel and Dinov2Model of transformers: the result is
-    `hidden_states[feature_layer]`, before any final LayerNorm; blocks past it do not exist.
+    Follows CLIPVisionModel, SiglipVisionModel and Dinov2Model of transformers. The result is
+    `hidden_states[feature_layer]`, before any final LayerNorm; later blocks do not exist.
 
     Attributes:
       feature_layer: index into Hugging Face's `hidden_states`, -2 in LLaVA; several are
         concatenated.
-      keep_class_token: leave the class token in front of the patches.
+      keep_class_token: the class token stays in front of the patches.
     """
 
     config: ViTConfig
@@ -192,11 +188,11 @@ class ViT(nn.Module):
         x = x.reshape(batch, rows, c.patch_size, columns, c.patch_size * 3)
         x = x.swapaxes(2, 3).reshape(batch, rows * columns, -1)  # [B, P, patch * patch * 3]
         axes = ("vision_patch", "vision_embed")
-        x = linear(c.hidden_size, axes, "patch_embed", self.dtype, c.patch_bias)(x)
+        x = Linear(c.hidden_size, axes, self.dtype, c.patch_bias, name="patch_embed")(x)
         x = self._add_positions(x, rows, columns)
         if c.pre_norm:
             x = layer_norm(c, "pre_norm", self.dtype)(x)
-        # Left alone, the compiler spreads channels in place of images, and sends activations.
+        # Without this the compiler shards channels instead of images and has to move activations.
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         wanted = feature_states(c, self.feature_layer)
         blocks, several = max(wanted), len(wanted) > 1

@@ -10,7 +10,8 @@ from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
 from llava_jax.inference.jobs import Job, Request
 from llava_jax.inference.prefill import PrefillShape, pack
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.models.decoder import Chunks, RopeScaling, empty_cache
+from llava_jax.models.cache import Chunks, empty_cache
+from llava_jax.models.decoder import RopeScaling
 from llava_jax.models.llava import LlavaModel
 from tests.tiny_model import CONFIG, config_with, random_params
 
@@ -175,3 +176,28 @@ def test_full_pass_takes_padding_on_either_side():
         padded = all_logits(model, params, jnp.pad(ids, pad), images, jnp.pad(ids * 0 + 1, pad))
         np.testing.assert_allclose(padded[:, left : left + 12], alone, rtol=1e-5, atol=2e-5)
         assert np.isfinite(padded).all()
+
+
+def test_the_drawn_example_of_chunks_is_what_prompts_are_packed_into():
+    jobs = []
+    for text, row, shared, sources in (
+        ("abcdef", 2, 0, [2] * 6),
+        ("abcxy", 0, 3, [2, 2, 2, 0, 0]),
+        ("z", 3, 0, [3]),
+    ):
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        job = Job(Request(ids, (), SamplingParams()), None, [], (), 1)
+        job.row, job.shared, job.sources = row, shared, np.array(sources, np.int32)
+        job.feature_ids = np.full(len(ids), NO_TOKEN)
+        jobs.append(job)
+    packed = pack(jobs, PrefillShape(tokens=16, chunk=4, window=8), rows=4)
+    chunks = packed.chunks
+    assert bytes(packed.input_ids[:9].tolist()) == b"abcdefxyz"
+    assert chunks.rows[:9].tolist() == [2, 2, 2, 2, 2, 2, 0, 0, 3]
+    assert chunks.slots[:9].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 0]
+    read_ = [chunks.tokens[i, :n].tolist() for i, n in enumerate((4, 2, 2, 1))]
+    assert read_ == [[0, 1, 2, 3], [4, 5], [6, 7], [8]]
+    assert chunks.places[:9].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 12]
+    sources = [chunks.sources[i, :n].tolist() for i, n in enumerate((6, 6, 5, 1))]
+    assert sources == [[2] * 6, [2] * 6, [2, 2, 2, 0, 0], [3]]
+    assert chunks.copies[:4].tolist() == [2, 4, 0, 3]
