@@ -8,6 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
+UNWRAPPED = (
+    "docs/extend/",
+    "docs/use/ask",
+    "docs/use/evaluate",
+    "docs/use/train",
+    "docs/use/weights",
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -32,7 +39,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [p for p in PAGES if not name(p).startswith(UNWRAPPED)], ids=name)
 def test_prose_is_wrapped_at_100_columns(page):
     assert not [number for number, line in prose(page) if len(LINK.sub("]()", line)) > 100]
 
