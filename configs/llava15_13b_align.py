@@ -1,4 +1,4 @@
-"""LLaVA-1.5 13B, stage 1: as 7B, on Vicuna 13B v1.5."""
+"""LLaVA-1.5 13B, stage 1: like 7B, on Vicuna 13B v1.5."""
 
 from configs import llava15_7b_align
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 13B, stage 2 with LoRA: as 7B."""
+"""LLaVA-1.5 13B, stage 2 with LoRA: like 7B."""
 
 from configs import llava15_7b_instruct_lora
 from configs.llava15_13b_align import ROOT

@@ -1,7 +1,7 @@
-"""LLaVA-1.5 7B, stage 1: the projector learns to caption LCS-558K; all else is frozen.
+"""LLaVA-1.5 7B, stage 1: the projector learns to caption LCS-558K; everything else is frozen.
 
-Hyper-parameters of the published run: 1 epoch, rate 1e-3, cosine with 3% warm-up, no weight decay.
-A row holds one caption, so 256 rows are the published batch.
+Hyper-parameters of the published run: 1 epoch, learning rate 1e-3, cosine schedule with 3% warm-up,
+no weight decay. A row holds one caption, so 256 rows are the published batch.
 """
 
 from configs import base
@@ -19,7 +19,7 @@ def get_config():
     config.init.vision = "weights/clip-vit-large-patch14-336"
     config.init.decoder = "weights/vicuna-7b-v1.5"
     config.trainable = {"projector": 1e-3}
-    # https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain, its images.zip unpacked
+    # https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain, with images.zip unpacked
     config.data.train = "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
     config.data.image_root = "data/LLaVA-Pretrain/images"
     config.data.max_length = 640  # a picture of 576 tokens and 64 for its caption

@@ -1,9 +1,9 @@
 """LLaVA-1.5 7B, stage 2: projector and language model learn from the 665K instruction mix.
 
-Hyper-parameters of the published run: 1 epoch, rate 2e-5, cosine with 3% warm-up, no weight decay,
-no clipping. `batch_size` counts rows of 2,048 tokens. Packed, one holds two or more conversations:
-with 128 rows an update sees more of them than the published 128. For as many updates as published
-give --config.batch_size=64, and --config.parity for its loss.
+Hyper-parameters of the published run: 1 epoch, learning rate 2e-5, cosine schedule with 3% warm-up,
+no weight decay, no clipping. `batch_size` counts rows of 2,048 tokens. A packed row holds two or
+more conversations, so an update on 128 rows sees more than the published 128 conversations. For the
+published number of updates use --config.batch_size=64, for the published loss --config.parity.
 """
 
 from configs import base
@@ -23,10 +23,10 @@ def get_config():
     config.data.train = "data/llava_v1_5_mix665k.json"
     config.data.image_root = "data/images"
     config.data.max_length = 2048
-    config.data.images_per_row = 3  # no more fit: a picture takes 576 tokens
+    config.data.images_per_row = 3  # a picture takes 576 tokens, so no more fit
     config.data.workers = 8
     config.batch_size = 128
-    config.accumulation = 4  # fewer are faster where memory allows: see --fit
+    config.accumulation = 4  # fewer are faster if memory allows: --dry_run=… --fit
     config.epochs = 1
     config.optimizer.clip_norm = 0.0
     config.loss_chunk = 256

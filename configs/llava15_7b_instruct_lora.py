@@ -1,6 +1,6 @@
 """LLaVA-1.5 7B, stage 2 with LoRA on every linear layer of the language model.
 
-Rank, alpha, dropout and the two rates are the published ones.
+Rank, alpha, dropout and both learning rates are the published ones.
 """
 
 from configs import llava15_7b_instruct

@@ -1,10 +1,11 @@
 """LLaVA v1 7B, stage 2: projector and language model learn from LLaVA-Instruct-158K.
 
-Hyper-parameters of the published run: 3 epochs, batch 32, rate 2e-5, cosine with 3% warm-up, no
-weight decay, no clipping. `batch_size` counts rows of 2,048 tokens. Packed, one holds several
-conversations (256 tokens of picture and a few hundred of text each): with 32 rows an update sees
-more of them than the published 32. For as many updates as published give
---config.data.packing=False, or fewer rows: 8 if a row holds four, as the start tells.
+Hyper-parameters of the published run: 3 epochs, batch 32, learning rate 2e-5, cosine schedule with
+3% warm-up, no weight decay, no clipping. `batch_size` counts rows of 2,048 tokens. A packed row
+holds several conversations (256 tokens of picture and a few hundred of text each), so an update on
+32 rows sees more than the published 32 conversations. For the published number of updates use
+--config.data.packing=False, or fewer rows: 8 if the first lines of the run show four conversations
+a row.
 """
 
 from configs import base

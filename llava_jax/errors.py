@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and how faults of files are told."""
+"""The one exception that means "the user can fix this", and the sentence for faults of files."""
 
 import errno
 
@@ -8,14 +8,14 @@ _NO_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR,
 
 
 class LlavaError(ValueError):
-    """A wrong input, told in one sentence that names the culprit and what to do.
+    """Invalid user input. The message is one sentence: what is wrong and how to fix it.
 
-    Command lines print it without a traceback and exit 1.
+    It has no full stop at the end. Command lines print it without a traceback and exit with 1.
     """
 
 
 class RecordError(LlavaError):
-    """A fault of one record; `kind` is a short name of the fault, for counting."""
+    """A fault of one record; `kind` is a short name of the fault, by which faults are counted."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -26,7 +26,7 @@ class RecordError(LlavaError):
 
 
 def file_fault(error: OSError) -> str:
-    """The sentence about a full disk or a path that cannot be used; raises other errors again."""
+    """The message for a full disk or an unusable path; any other error is raised again."""
     if error.errno in _NO_ROOM:
         return f"no room to write {error.filename or 'a file'}: {error.strerror}"
     if error.errno in _NO_PATH and error.filename is not None:

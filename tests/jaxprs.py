@@ -1,4 +1,4 @@
-"""Looking into what JAX would run."""
+"""Counts of the operations in a jaxpr."""
 
 import math
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from jax.extend import core
 
 
 def equations(closed_jaxpr, primitive: str) -> list:
-    """All equations of a primitive, inner jaxprs included, each once however often it runs."""
+    """All equations of a primitive, those of inner jaxprs included; one in a loop counts once."""
     return [eqn for eqn, _ in _walk(closed_jaxpr.jaxpr, 1) if eqn.primitive.name == primitive]
 
 
 def _walk(jaxpr, times: int) -> Iterator[tuple]:
     """(equation, how often it runs); a while loop's body counts once.
 
-    Of code that each platform has its own form of, the default.
+    If an operation has a form for each platform, its default form is taken.
     """
     for eqn in jaxpr.eqns:
         yield eqn, times

@@ -1,6 +1,6 @@
-"""For scripts that tests start: torch, which is here for parity tests alone, is not there for them.
+"""Hides torch from the scripts that tests start, as if only the package were installed.
 
-So it is where the package alone is installed. tensorboardX imports it where it can: seconds.
+torch is a dependency of the parity tests. tensorboardX imports it if it can, which takes seconds.
 """
 
 import sys
