@@ -4,7 +4,7 @@ Stage = what trains at which rate + on what data + for how long; configs/base.py
 The run lives in config.workdir; started again, it goes on where its newest checkpoint left off.
 """
 
-import fcntl
+import contextlib
 import functools
 import itertools
 import json
@@ -23,6 +23,7 @@ from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
 from llava_jax.dry_run import run as dry_run
 from llava_jax.errors import LlavaError
+from llava_jax.files import locked, write_json
 from llava_jax.inference.model import Llava
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.models.precision import compute_precision
@@ -54,7 +55,7 @@ from llava_jax.training.state import (
 from llava_jax.training.step import compile_step, make_eval_step
 from llava_jax.training.validation import Validation
 from llava_jax.weights.read.hf_fields import read_json
-from llava_jax.weights.run_directory import RunModel, latest_step, write_json, write_run_model
+from llava_jax.weights.run_directory import RunModel, latest_step, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
 DRY_RUN = flags.DEFINE_string(
@@ -96,24 +97,22 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
     return train, build(data.validation, data.validation_split, **held_out)
 
 
-def lock_workdir(workdir: Path):
-    """Makes the run directory; gives the lock file, to be kept open while the run goes on.
+@contextlib.contextmanager
+def locked_workdir(workdir: Path):
+    """Makes the run directory and keeps other runs out of it.
 
     Raises:
       LlavaError: it cannot be written, or another train.py runs there.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")
-    except OSError as error:
-        raise LlavaError(f"config.workdir {workdir} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LlavaError(f"another train.py is running in {workdir}: wait or stop it") from None
-    except OSError as error:  # as on Lustre mounted without flock
-        hosts.tell(f"{workdir} takes no locks ({error.strerror}): start no second run there")
-    return lock
+    busy = f"another train.py is running in {workdir}: wait or stop it"
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(workdir / ".lock", busy))
+        except OSError as error:
+            fault = f"config.workdir {workdir} cannot be written: {error.strerror}"
+            raise LlavaError(fault) from None
+        yield
 
 
 def claim_workdir(workdir: Path, recipe_now: dict) -> None:
@@ -186,7 +185,8 @@ def run(config: ConfigDict) -> None:
     part = process_part(mesh)
     tokenizer_dir = recipe.tokenizer_folder(config)
     tokenizer = load_tokenizer(tokenizer_dir, model_config.decoder.vocab_size)
-    lock = hosts.first_alone(lambda: lock_workdir(workdir))
+    lock = contextlib.ExitStack()
+    hosts.first_alone(lambda: lock.enter_context(locked_workdir(workdir)))
     # The first process measures the data; the others find in the cache what it measured.
     build = functools.partial(open_data, config, model_config, tokenizer)
     data, held_out = hosts.first_alone(build) or build()
@@ -201,6 +201,7 @@ def run(config: ConfigDict) -> None:
     checkpoints = Checkpoints(workdir, config.keep)
     resumed = checkpoints.restore_newest(wanted[0])
     if resumed and int(resumed.step) == data.steps:
+        lock.close()
         return finish(workdir, data.steps, data.steps)
     run_model = RunModel(
         model_config, config.model.template, recipe.frozen_sources(sources, wanted[1]), lora
@@ -245,8 +246,7 @@ def run(config: ConfigDict) -> None:
         checkpoints.close()
         log.close()
     finish(workdir, int(state.step), data.steps)
-    if lock:
-        lock.close()
+    lock.close()
 
 
 def report_start(model_config, mesh, state, frozen, data) -> None:

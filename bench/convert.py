@@ -27,13 +27,14 @@ import numpy as np
 from absl import flags
 
 from llava_jax import command
+from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.presets import PRESETS, preset
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files
 from llava_jax.weights.name_tables import STACKED
 from llava_jax.weights.read.llava_folder import components
 from llava_jax.weights.write import hf_folder
-from llava_jax.weights.write.save import whole_folder, write_json
+from llava_jax.weights.write.save import whole_folder
 
 FOLDER = flags.DEFINE_string("folder", None, "on the disk to measure")
 PRESET = flags.DEFINE_enum("preset", "llava-1.5-7b", list(PRESETS), "whose shape")

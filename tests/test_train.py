@@ -1,6 +1,5 @@
 """train.py from the outside: both stages, kill and resume, what it leaves, what it refuses."""
 
-import errno
 import json
 import random
 import re
@@ -292,15 +291,6 @@ def test_a_work_directory_that_cannot_be_written_is_told_before_the_data_is_read
         run(align(world, tmp_path / "file", values))
     with pytest.raises(LlavaError, match="workdir .*/file/run cannot be written: Not a directory"):
         run(align(world, tmp_path / "file/run", values))
-
-
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    tiny_run.train_module().lock_workdir(tmp_path).close()
-    assert f"{tmp_path} takes no locks (Function not implemented)" in capsys.readouterr().err
 
 
 def test_a_recipe_that_cannot_be_read_is_told(tmp_path):

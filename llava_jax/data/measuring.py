@@ -17,6 +17,7 @@ from tqdm import tqdm
 from llava_jax.data.media import ImageError, check_shape, inspect_image
 from llava_jax.data.records import Record, checked_record
 from llava_jax.errors import LlavaError, RecordError
+from llava_jax.files import whole_file
 from llava_jax.text.templates import Segment, Template
 from llava_jax.text.tokenization import SegmentTokenizer, truncate
 from llava_jax.text.turns import render_turns, token_row
@@ -248,13 +249,12 @@ class _Cache:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(f"{self._path.stem}.{os.getpid()}.npz")
-        np.savez(
-            part,
-            lengths=self.lengths,
-            image_counts=self.image_counts,
-            refused=json.dumps(self.refused),
-            images_seen=self.images_seen,
-            cut=self.cut,
-        )
-        os.replace(part, self._path)
+        with whole_file(self._path) as file:
+            np.savez(
+                file,
+                lengths=self.lengths,
+                image_counts=self.image_counts,
+                refused=json.dumps(self.refused),
+                images_seen=self.images_seen,
+                cut=self.cut,
+            )

@@ -5,11 +5,8 @@ line a question, in order) and, at the end, `metrics.json`, the file for the ben
 `failures.html`. Shards of a run lie in folders of their own below it.
 """
 
-import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,11 +14,10 @@ from tqdm import tqdm
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, Shard
 from llava_jax.evaluation.failures import write_failures
+from llava_jax.files import claim, json_line, locked, whole_file, write_json
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.serving.answer_file import encode_line
-from llava_jax.weights.run_directory import write_json
 
 BATCHES_AT_A_TIME = 4  # questions sorted by shape together, and the most a kill can lose
 
@@ -54,17 +50,23 @@ def evaluate(
     }
     questions = shard.of(benchmark.questions) if shard else benchmark.questions
     output = Path(output) / shard.folder if shard else Path(output)
-    with _alone_in(output):
+    output.mkdir(parents=True, exist_ok=True)
+    busy = f"another eval.py is writing to {output} now: wait for it, or give another --output"
+    with locked(output, busy):
         folders = [output] if shard else [output, *sorted(output.glob("shard-*-of-*"))]
         for folder in folders:
-            _claim(folder, run, overwrite)
+            predictions = folder / "predictions.jsonl"
+            if overwrite:
+                predictions.unlink(missing_ok=True)
+            claim(folder / "run.json", run, predictions)
         (output / "metrics.json").unlink(missing_ok=True)
         ids = {question.id for question in questions}
         done = {}
         for folder in folders:
             done |= _finished(folder / "predictions.jsonl", ids, repair=folder == output)
         done |= _answer(model, benchmark.name, questions, done, output, params, batch_size)
-        _write_lines(output / "predictions.jsonl", [done[question.id] for question in questions])
+        with whole_file(output / "predictions.jsonl") as file:
+            file.writelines(json_line(done[question.id]) for question in questions)
         if shard:
             return []
         return _conclude(benchmark, run, [done[q.id]["prediction"] for q in questions], output)
@@ -79,22 +81,6 @@ def default_output(checkpoint: str) -> Path:
     if not path.exists():
         return Path("runs", path.name, "eval")
     return (path.parent.parent if path.parent.name == "checkpoints" else path) / "eval"
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it, so that two runs never write there at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise LlavaError(
-            f"another eval.py is writing to {folder} now: wait for it, or give another --output"
-        ) from None
-    finally:
-        os.close(descriptor)
 
 
 def _answer(model, name, questions, done, output, params, batch_size) -> dict[str, dict]:
@@ -116,7 +102,7 @@ def _answer(model, name, questions, done, output, params, batch_size) -> dict[st
             ]
             texts = model.answer(requests, batch_size, bar.update)
             lines = [_line(q, text) for (_, q), text in zip(part, texts, strict=True)]
-            file.writelines(map(encode_line, lines))
+            file.writelines(map(json_line, lines))
             file.flush()
             new |= {line["id"]: line for line in lines}
     return new
@@ -144,34 +130,6 @@ def _line(question: Question, prediction: str) -> dict:
         "reference": question.reference,
         "image": question.image_name,
     }
-
-
-def _write_lines(path: Path, lines: list[dict]) -> None:
-    """Writes the file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.writelines(map(encode_line, lines))
-    os.replace(partial, path)
-
-
-def _claim(folder: Path, run: dict, overwrite: bool) -> None:
-    """Marks the folder as this run's; LlavaError if it is another's."""
-    mark, predictions = folder / "run.json", folder / "predictions.jsonl"
-    if overwrite:
-        predictions.unlink(missing_ok=True)
-    elif predictions.exists():
-        try:
-            other = json.loads(mark.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            other = {}
-        other = other if isinstance(other, dict) else {}
-        changed = [key for key in run if other.get(key) != run[key]]
-        if changed:
-            raise LlavaError(
-                f"{predictions} holds answers of another run (different: {', '.join(changed)}): "
-                "give another --output, or --overwrite to ask again"
-            )
-    write_json(mark, run)
 
 
 def _finished(path: Path, ids: set[str], repair: bool) -> dict[str, dict]:

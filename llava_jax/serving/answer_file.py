@@ -1,15 +1,11 @@
 """The file of answers that `llava-jax generate` writes: whose it is, how far it got, its lines."""
 
-import contextlib
-import fcntl
 import json
-import os
 from pathlib import Path
 from typing import BinaryIO
 
-from llava_jax.errors import LlavaError
+from llava_jax import files
 from llava_jax.inference.answer import Answer, TokenLogprob
-from llava_jax.weights.run_directory import write_json
 
 
 def open_answers(path: Path, run: dict, overwrite: bool) -> tuple[BinaryIO, int]:
@@ -30,29 +26,15 @@ def open_answers(path: Path, run: dict, overwrite: bool) -> tuple[BinaryIO, int]
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+b")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        busy = f"another run is writing to {path} now: give another --output"
+        files.lock(file, path, busy)
+        if overwrite:
+            file.truncate(0)
+        files.claim(mark, run, path)
+        return file, _repair(file)
+    except BaseException:
         file.close()
-        raise LlavaError(f"another run is writing to {path} now: give another --output") from None
-    if overwrite:
-        file.truncate(0)
-    if changed := os.fstat(file.fileno()).st_size and _changed(mark, run):
-        file.close()
-        raise LlavaError(
-            f"{path} holds answers of another run (different: {', '.join(changed)}): give "
-            "another --output, or --overwrite to ask again"
-        )
-    write_json(mark, run)
-    return file, _repair(file)
-
-
-def _changed(mark: Path, run: dict) -> list[str]:
-    """What is different in the run that an answer file is marked with."""
-    other = {}
-    with contextlib.suppress(OSError, ValueError):
-        other = json.loads(mark.read_text(encoding="utf-8"))
-    other = other if isinstance(other, dict) else {}
-    return [key for key in run if other.get(key) != run[key]]
+        raise
 
 
 def _repair(file: BinaryIO) -> int:
@@ -69,11 +51,6 @@ def _repair(file: BinaryIO) -> int:
         lines, size = lines + 1, size + len(raw)
     file.truncate(size)
     return lines
-
-
-def encode_line(line: dict) -> bytes:
-    """A line of JSON; half a character, which an id may have, is written as an escape."""
-    return json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def answer_line(id, answers: list[Answer]) -> dict:

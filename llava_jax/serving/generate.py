@@ -18,12 +18,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
+from llava_jax.files import json_line
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.inference.sources import is_address
-from llava_jax.serving.answer_file import answer_line, encode_line, open_answers
+from llava_jax.serving.answer_file import answer_line, open_answers
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
 OWN_KEYS = {"id", "prompt", "images", "history"}
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     with output, tqdm(total=total, initial=done, unit="request", desc="generate") as bar:
         requests = Requests(args.input, done, model, root, args.sampling)
         for line in answer_lines(model, requests, args.batch_size):
-            output.write(encode_line(line))
+            output.write(json_line(line))
             output.flush()
             wrong += "error" in line
             bar.update()

@@ -1,7 +1,6 @@
 """Where numbers go: metrics.jsonl always, TensorBoard events, W&B when asked for, loss.png."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from llava_jax.files import json_line, whole_file
 from llava_jax.parallel import hosts
 
 
@@ -31,7 +31,7 @@ class MetricsLog:
         for name in ("metrics", "samples"):
             path = workdir / f"{name}.jsonl"
             drop_later_lines(path, resume_step)
-            self._files[name] = open(path, "a", encoding="utf-8")
+            self._files[name] = open(path, "ab")
         self._events = TensorBoardEvents(workdir / "tensorboard", resume_step + 1)
         self._wandb = _start_wandb(wandb_project, workdir, config) if wandb_project else None
 
@@ -48,7 +48,7 @@ class MetricsLog:
         self._events.add(step, summary.text(f"samples/{values['id']}", text))
 
     def _append(self, name: str, line: dict) -> None:
-        self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[name].write(json_line(line))
         self._files[name].flush()
 
     def close(self) -> None:
@@ -119,9 +119,8 @@ def drop_later_lines(path: Path, last_step: int) -> None:
     if broken := sum(values is None for _, values in lines):
         hosts.tell(f"{path}: {broken} of {len(lines)} lines are damaged and left out")
     kept = [line for line, values in lines if values and values["step"] <= last_step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.writelines(line + b"\n" for line in kept)
 
 
 def read_log(path: Path) -> list[dict]:

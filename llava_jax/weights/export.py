@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
+from llava_jax.files import write_json
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.text.chat_template import chat_template
 from llava_jax.text.conversation import IMAGE_TOKEN
@@ -34,7 +35,6 @@ from llava_jax.weights.write.save import (
     refuse_existing,
     stored_tensors,
     whole_folder,
-    write_json,
 )
 
 HF_ROOTS = {

@@ -23,6 +23,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.errors import LlavaError
+from llava_jax.files import write_json
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, merge_lora
@@ -86,13 +87,6 @@ def config_from_dict(values: dict) -> LlavaConfig:
     return LlavaConfig(**fields)
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-
-
 def write_run_model(workdir: Path, model: RunModel) -> None:
     sources = {
         component: {
@@ -116,7 +110,7 @@ def write_run_model(workdir: Path, model: RunModel) -> None:
 def read_run_model(workdir: Path) -> RunModel:
     path = workdir / "model.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         sources = {c: _find_source(workdir, c, s) for c, s in values["sources"].items()}
         lora = values.get("lora")
         lora = lora and LoraConfig(**lora | {"targets": tuple(lora["targets"])})

@@ -13,6 +13,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.evaluation import BENCHMARKS, Shard, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
 from llava_jax.evaluation.runner import default_output, evaluate
+from llava_jax.files import locked
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.quantization import pack_kernels
@@ -185,7 +186,8 @@ def test_a_finished_run_asks_nothing_again(llava, data, tmp_path, monkeypatch):
 
 def test_two_runs_do_not_write_to_one_folder(llava, data, tmp_path):
     out = tmp_path / "out"
-    with runner._alone_in(out):
+    out.mkdir()
+    with locked(out, "busy"):
         with pytest.raises(LlavaError, match="another eval.py is writing to .*out now"):
             run(llava, data, out)
         run(llava, data, out, shard=Shard(1, 2))  # a shard has a folder of its own

@@ -9,6 +9,7 @@ import pytest
 
 from llava_jax import cli
 from llava_jax.errors import LlavaError
+from llava_jax.files import write_json
 from llava_jax.weights.export import HF_ROOTS
 from llava_jax.weights.formats.safetensors_files import (
     INDEX_FILE,
@@ -17,7 +18,7 @@ from llava_jax.weights.formats.safetensors_files import (
 )
 from llava_jax.weights.read.llava_folder import components, open_llava
 from llava_jax.weights.write import hf_folder
-from llava_jax.weights.write.save import array_params, stored_tensors, write_json
+from llava_jax.weights.write.save import array_params, stored_tensors
 from tests.tiny_model import CONFIG, random_params
 
 CHANGES = 250  # of each kind of file

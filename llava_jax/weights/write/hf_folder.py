@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from llava_jax.errors import LlavaError
+from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
 from llava_jax.text.templates import Template, render
@@ -19,7 +20,6 @@ from llava_jax.weights.hf_decoder import decoder_to_hf
 from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.read.hf_fields import read_json
 from llava_jax.weights.read.hf_images import BICUBIC
-from llava_jax.weights.write.save import write_json
 
 PADDED_TO = 64  # rows of a grown vocabulary, as in the llava-hf checkpoints
 COPIED_FILES = (  # of a tokenizer, whichever are there

@@ -7,12 +7,12 @@ encoder's own config and preprocessing lie in a sub-folder, named as `mm_vision_
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
+from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.presets import clip_large
 from llava_jax.weights.hf_decoder import decoder_to_hf
 from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.write.hf_folder import HFTokenizer, dtype_keys, preprocessor_config_json
-from llava_jax.weights.write.save import write_json
 
 CLASSES = {  # language model -> (class, model_type)
     "llama": ("LlavaLlamaForCausalLM", "llava_llama"),

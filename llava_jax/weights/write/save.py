@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
-import json
 import os
 import shutil
 import types
@@ -17,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from llava_jax.errors import LlavaError
+from llava_jax.files import locked, write_json
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.checksums import write_checksums
@@ -75,23 +74,17 @@ def _claimed(partial: Path, out: Path) -> Iterator[None]:
     The lock ends with the process, however that ends.
     """
     busy = f"another process is writing {out}: wait for it, or choose another folder."
-    try:
-        descriptor = os.open(partial, os.O_RDONLY)
-    except FileNotFoundError:  # it finished since we looked
-        raise LlavaError(busy) from None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = stack.enter_context(locked(partial, busy))
             ours = os.path.samestat(os.fstat(descriptor), os.stat(partial))
-        except (BlockingIOError, FileNotFoundError):
+        except (FileNotFoundError, NotADirectoryError):  # it finished since we looked
             ours = False
         if not ours:
             raise LlavaError(busy)
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _replace(partial: Path, out: Path) -> None:
@@ -107,10 +100,6 @@ def write_checkpoint(folder: Path, config: dict, tensors: Iterable[TensorToWrite
     """Writes `config.json` and `model.safetensors` into an existing folder."""
     write_file(folder / SINGLE_FILE, tensors)
     write_json(folder / "config.json", config)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_decoder(
