@@ -2,9 +2,10 @@
 
 Each example holds the record's id, its conversation as JSON and its images as encoded bytes, so
 the set is self-contained, randomly accessible and read back without TensorFlow
-(`open_records(folder)`). Order is kept.
+(`open_records(folder)`). Order is kept; ids may repeat.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -17,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax.data.records import JsonRecords, Record, checked_record, open_records
+from llava_jax.data.parsing import Record
+from llava_jax.data.records import JsonRecords, checked_record, ignored_keys_text, open_records
 from llava_jax.errors import LlavaError
 
 VERSION = "1.0.0"
@@ -26,41 +28,53 @@ VERSION = "1.0.0"
 def add_arguments(parser) -> None:
     """The arguments of `llava-jax build`."""
     parser.add_argument("data", help="LLaVA JSON or JSONL file")
-    parser.add_argument("--image_root", help="folder that image paths start from")
+    parser.add_argument(
+        "--image_root", help="folder that image paths start from (default: the folder of the file)"
+    )
     parser.add_argument("--out", required=True, help="folder to hold the data set")
     parser.add_argument("--name", required=True, help="name of the data set: a-z, 0-9, _")
     parser.add_argument("--split", default="train", help="name of its split (default: train)")
-    parser.add_argument("--force", action="store_true", help="replace a different data set")
+    parser.add_argument("--overwrite", action="store_true", help="replace a different data set")
+    parser.add_argument(  # the name it had before
+        "--force", action="store_true", dest="overwrite", help=argparse.SUPPRESS
+    )
 
 
 def main(args) -> int:
     """Runs `llava-jax build`; returns the exit code."""
-    path = build_data_set(args.data, args.image_root, args.out, args.name, args.split, args.force)
+    path = build_data_set(
+        args.data, args.image_root, args.out, args.name, args.split, args.overwrite
+    )
     print(f"data set: {path}")
     return 0
 
 
 def build_data_set(
-    data, image_root, out, name: str, split: str = "train", force: bool = False,
+    data, image_root, out, name: str, split: str = "train", overwrite: bool = False,
     progress: bool = True,
 ) -> Path:  # fmt: skip
     """Writes `data` as out/name/1.0.0 and returns that folder.
 
-    All records are checked and hashed first. An existing data set with the same hash and split is
-    left as it is; another one is an error unless `force`. Raises LlavaError.
+    All records are checked and hashed first; what they hold and nothing reads is printed. An
+    existing data set with the same hash and split is left as it is.
+
+    Raises:
+      LlavaError: a record is faulty, or another data set is there and `overwrite` is not set.
     """
     for option, value in (("--name", name), ("--split", split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
             raise LlavaError(f"{option} {value!r} must be made of a-z, 0-9 and _")
     records = open_records(data, image_root)
     if not isinstance(records, JsonRecords):
-        raise LlavaError(f"{data} is a data set already; build takes a JSON or JSONL file")
+        raise LlavaError(f"{data} is a data set already: build takes a JSON or JSONL file")
+    if ignored := ignored_keys_text(records):
+        print(f"{records.path}: {ignored}")
     metadata = _check_and_hash(records, progress)
     target = Path(out) / name / VERSION
-    if target.exists() and not force:
+    if target.exists() and not overwrite:
         if _existing(target, split) == metadata["sha256"]:
             return target
-        raise LlavaError(f"{target} holds other data; choose another --name or pass --force")
+        raise LlavaError(f"{target} holds other data: choose another --name or give --overwrite")
     written = _write(records, Path(out), name, split, metadata, progress)
     if target.exists():
         shutil.rmtree(target)
@@ -78,16 +92,10 @@ def _existing(target: Path, split: str) -> str | None:
 
 
 def _check_and_hash(records: JsonRecords, progress: bool) -> dict:
-    """Raises for the first faulty record or repeated id; gives counts and a hash of everything."""
-    digest, first_index, images = hashlib.sha256(), {}, 0
+    """Counts and a hash of everything; raises LlavaError for the first faulty record."""
+    digest, images = hashlib.sha256(), 0
     for index in tqdm(range(len(records)), "checking", unit=" records", disable=not progress):
         record = checked_record(records, index)
-        if record.id in first_index:
-            raise LlavaError(
-                f"{records.path}: records {first_index[record.id]} and {index} have the same id "
-                f"{record.id!r}"
-            )
-        first_index[record.id] = index
         images += len(record.images)
         example = _example(record)
         for part in (example["id"], example["conversations"], *example["image_names"]):
@@ -106,20 +114,24 @@ def _check_and_hash(records: JsonRecords, progress: bool) -> dict:
 
 def _example(record: Record) -> dict:
     conversations = [{"from": turn.role, "value": turn.text} for turn in record.turns]
+    if record.system is not None:
+        conversations = [{"from": "system", "value": record.system}, *conversations]
     return {
         "id": record.id,
         "conversations": json.dumps(conversations, ensure_ascii=False),
         "n_images": len(record.images),
-        "images": [_read(path, record) for path in record.images],
+        "images": [_read(image, record) for image in record.images],
         "image_names": list(record.image_names),
     }
 
 
-def _read(path: str, record: Record) -> bytes:
+def _read(image: str | bytes, record: Record) -> bytes:
+    if isinstance(image, bytes):
+        return image
     try:
-        return Path(path).read_bytes()
+        return Path(image).read_bytes()
     except OSError as error:
-        raise LlavaError(f"{record.name}: cannot read image {path!r}: {error.strerror}") from None
+        raise LlavaError(f"{record.name}: cannot read image {image!r}: {error.strerror}") from None
 
 
 def _scratch(out: Path, name: str) -> Path:
@@ -127,7 +139,7 @@ def _scratch(out: Path, name: str) -> Path:
 
 
 def _write(records, out: Path, name: str, split: str, metadata: dict, progress: bool) -> Path:
-    """Writes the set beside its place, so that nothing half-written is ever taken for a set."""
+    """Writes the set next to its place, so that nothing half-written is ever taken for a set."""
     import tensorflow_datasets as tfds
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -60,7 +60,7 @@ def render_record(
 ) -> list[tuple[Segment, ...]]:
     """`render_turns` for training; its errors name data and record."""
     try:
-        return render_turns(template, record.turns, turns)
+        return render_turns(template.with_system(record.system), record.turns, turns)
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
 

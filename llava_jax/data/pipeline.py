@@ -20,7 +20,7 @@ import numpy as np
 from llava_jax.data.measuring import ImagePolicy, measure, render_record
 from llava_jax.data.media import MAX_PIXELS, ImageError, load_image, preprocess
 from llava_jax.data.packing import PackPlan, pack, plan_rows
-from llava_jax.data.records import Record
+from llava_jax.data.records import Record, ignored_keys_text
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.text.templates import Template, get_template
@@ -165,12 +165,14 @@ class TrainingData:
 
     def describe(self) -> str:
         """One line for the log: what is used, cut, or refused and why, how full the rows are."""
+        ignored = ignored_keys_text(self.records)
         cut = f"; {self.records_cut:,} cut to {self._max_length} tokens" if self.records_cut else ""
         return (
             f"{self.records_used:,} of {self.records_total:,} records "
             f"({self._refused_text()}{cut}), "
             f"{self.rows_per_epoch:,} rows an epoch, {self.fill:.0%} full, {self.steps:,} steps "
             f"of {self.batch_size}"
+            f"{'; ' + ignored if ignored else ''}"
         )
 
     def batch_iterator(

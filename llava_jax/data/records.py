@@ -1,170 +1,23 @@
-"""LLaVA records from a JSON file, a JSONL file or a TFDS ArrayRecord data set.
+"""Collections of LLaVA records: a JSON file, a JSONL file or a TFDS ArrayRecord data set."""
 
-A record is one conversation about no, one or several images (the format of LLaVA,
-https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md):
-
-    {"id": "7", "image": "cats/7.jpg",
-     "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
-                       {"from": "gpt", "value": "A cat."}]}
-
-`image` is a path below the image root, a list of paths, or absent. A record without an id is
-called by its index.
-"""
-
-import functools
+import dataclasses
 import hashlib
 import json
 import os
-import stat
-from dataclasses import dataclass
 from pathlib import Path
 
+from llava_jax.data.parsing import (
+    IMAGE_KEYS,
+    PLAIN_KEYS,
+    SYSTEM_KEYS,
+    UNSUPPORTED_KEYS,
+    Record,
+    check_record,
+    count_ignored_keys,
+    parse_record,
+    reads_more,
+)
 from llava_jax.errors import LlavaError, RecordError
-from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
-
-
-@dataclass(frozen=True)
-class Record:
-    """One conversation and its images.
-
-    images: for each image its path on disk (str) or its encoded bytes, in `<image>` order.
-    image_names: for each image the name by which people know it (its path in the source file).
-    """
-
-    index: int
-    id: str
-    turns: tuple[Turn, ...]
-    images: tuple[str | bytes, ...] = ()
-    image_names: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """How error messages call this record."""
-        return f"record {self.index} (id {self.id!r})"
-
-
-def parse_record(item, index: int, image_root: str | None) -> Record:
-    """One decoded JSON object -> Record with images joined to `image_root`.
-
-    Raises RecordError where the object has not the form given at the top of this module.
-    """
-    where = f"record {index}"
-    if not isinstance(item, dict):
-        raise RecordError("not an object", f"{where}: expected a JSON object, found {item!r:.80}")
-    record_id = str(item.get("id", index))
-    where = f"{where} (id {record_id!r})"
-    turns = _parse_turns(item.get("conversations"), where)
-    names = item.get("image")
-    names = () if names is None else (names,) if isinstance(names, str) else names
-    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        raise RecordError(
-            "bad image field",
-            f"{where}: 'image' must be a path or a list of paths, not {names!r:.80}",
-        )
-    paths = tuple(_join_root(image_root, name, where) for name in names)
-    return Record(index, record_id, turns, paths, tuple(names))
-
-
-def _parse_turns(conversations, where: str) -> tuple[Turn, ...]:
-    if conversations is None:
-        raise RecordError("no conversations", f"{where} has no 'conversations'")
-    if not isinstance(conversations, list) or not conversations:
-        raise RecordError("no conversations", f"{where}: 'conversations' must be a non-empty list")
-    turns = []
-    for position, message in enumerate(conversations):
-        if not isinstance(message, dict) or "from" not in message or "value" not in message:
-            raise RecordError(
-                "bad turn", f"{where}, turn {position}: expected an object with 'from' and 'value'"
-            )
-        role, text = message["from"], message["value"]
-        if role not in ROLES:
-            raise RecordError(
-                "unknown role",
-                f"{where}, turn {position}: unknown role {role!r}; it must be 'human' or 'gpt'",
-            )
-        if not isinstance(text, str):
-            raise RecordError(
-                "bad turn", f"{where}, turn {position}: 'value' must be a string, not {text!r:.80}"
-            )
-        if not text.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in text):
-            raise RecordError(
-                "bad text", f"{where}, turn {position}: the text holds half a surrogate pair"
-            )
-        turns.append(Turn(role, text))
-    return tuple(turns)
-
-
-def _join_root(image_root: str | None, name: str, where: str) -> str:
-    parts = name.replace("\\", "/").split("/")
-    if not name or "\0" in name or os.path.isabs(name) or ".." in parts:
-        raise RecordError(
-            "image outside the root",
-            f"{where}: image path {name!r} must be relative to the image root and stay inside it",
-        )
-    return os.path.join(image_root or "", name)
-
-
-def check_record(record: Record, image_root: str | None = None) -> None:
-    """Raise RecordError unless the record can be trained on; reads no pixel.
-
-    Checks the order of the turns (human first, then alternating, gpt last: unlike the original,
-    which drops a leading gpt turn in silence), the number of `<image>`, and that each image file
-    exists and lies, links resolved, below `image_root`.
-    """
-    where = record.name
-    for position, turn in enumerate(record.turns):
-        expected = ROLES[position % 2]
-        if turn.role != expected:
-            raise RecordError(
-                "turns do not alternate",
-                f"{where}, turn {position}: expected {expected!r}, found {turn.role!r}; "
-                "turns must alternate, human first",
-            )
-        if turn.role == "gpt" and IMAGE_TOKEN in turn.text:
-            raise RecordError(
-                "<image> in an answer", f"{where}, turn {position}: an answer may not hold <image>"
-            )
-    if not record.turns:
-        raise RecordError("no conversations", f"{where} has no conversations")
-    if len(record.turns) % 2:
-        raise RecordError("last turn unanswered", f"{where} ends with a human turn; add its answer")
-    places = sum(turn.text.count(IMAGE_TOKEN) for turn in record.turns)
-    if places != len(record.images):
-        raise RecordError(
-            "<image> count",
-            f"{where} has {places} <image> in its text but {len(record.images)} image(s)",
-        )
-    for path, name in zip(record.images, record.image_names, strict=True):
-        if isinstance(path, str):
-            _check_image_file(path, name, image_root, where)
-
-
-def _check_image_file(path: str, name: str, image_root: str | None, where: str) -> None:
-    try:
-        status = os.lstat(path)
-        if stat.S_ISLNK(status.st_mode):
-            status = os.stat(path)
-            real = os.path.realpath(path)
-        else:
-            real = os.path.join(_real_directory(os.path.dirname(path)), os.path.basename(path))
-    except OSError as error:
-        raise RecordError(
-            "missing image", f"{where}: no image file {path!r} ({error.strerror})"
-        ) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise RecordError("missing image", f"{where}: {path!r} is not a file")
-    if image_root is not None:
-        root = _real_directory(image_root)
-        if os.path.commonpath([root, real]) != root:
-            raise RecordError(
-                "image outside the root",
-                f"{where}: image {name!r} links to a file outside the image root {image_root!r}",
-            )
-
-
-@functools.lru_cache(maxsize=4096)
-def _real_directory(path: str) -> str:
-    return os.path.realpath(path)
 
 
 def checked_record(records, index: int) -> Record:
@@ -175,6 +28,16 @@ def checked_record(records, index: int) -> Record:
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {error}") from None
     return record
+
+
+def ignored_keys_text(records) -> str:
+    """ "ignored keys: foo (2 records)" for the records of `open_records`, or ""."""
+    counts = [
+        f"{key} ({count:,} record{'s' * (count > 1)})"
+        for key, count in records.ignored_keys().items()
+    ]
+    more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+    return f"ignored keys: {', '.join(counts[:8])}{more}" if counts else ""
 
 
 class JsonRecords:
@@ -198,9 +61,15 @@ class JsonRecords:
         self.__init__(state["path"], state["image_root"])
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file, in hex."""
+        """SHA-256 of the file, in hex; marked if the file means more than it once did."""
         with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # What was measured, or trained on, without those images and system prompts is not reused.
+        return f"{digest}-2" if any(map(reads_more, self._items)) else digest
+
+    def ignored_keys(self) -> dict[str, int]:
+        """key that nothing reads -> number of records with it."""
+        return count_ignored_keys(self._items)
 
 
 def _load_json(path: Path) -> list:
@@ -245,25 +114,30 @@ def _parse_lines(text: str, path: Path) -> list:
 
 
 class ArrayRecords:
-    """The records of a data set written by `llava-jax build`; images as encoded bytes."""
+    """The records of a TFDS ArrayRecord data set, whose images are encoded bytes.
+
+    `llava-jax build` writes such sets. One made by another program is read if its features are
+    named like the keys of a JSON record: `conversations` is JSON text or a sequence of `from` and
+    `value`, an image is an Image or a Text of its encoded bytes, several are a sequence of them.
+    """
 
     image_root = None
 
     def __init__(self, path: str | os.PathLike, split: str = "train"):
         # Only this class needs TFDS, and importing it takes half a second.
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.decode import DeserializeMethod
 
         self.path, self.split = str(path), split
         builder = tfds.builder_from_directory(_data_set_directory(Path(path)))
         if split not in builder.info.splits:
             known = ", ".join(sorted(builder.info.splits)) or "none"
             raise LlavaError(f"{path} has no split {split!r}; it has: {known}")
-        if "conversations" not in builder.info.features:
-            raise LlavaError(
-                f"{path} is not a data set of LLaVA records; write one with `llava-jax build`"
-            )
+        self._features, self._ignored = _read_features(tfds, builder.info.features, path)
         self._metadata = builder.info.metadata or {}
-        self._source = builder.as_data_source(split=split)
+        self._files = [Path(file) for file in builder.info.splits[split].filepaths]
+        raw = DeserializeMethod.RAW_BYTES
+        self._source = builder.as_data_source(split=split, deserialize_method=raw)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -271,15 +145,18 @@ class ArrayRecords:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        example = self._source[int(index)]
-        item = {
-            "id": example["id"].decode(),
-            "image": [name.decode() for name in example["image_names"]],
-            "conversations": json.loads(example["conversations"]),
-        }
+        example = self._features.deserialize_example_np(self._source[int(index)])
+        names = tuple(name.decode() for name in example.pop("image_names", ()))
+        try:
+            item = {key: _as_json(key, value) for key, value in example.items()}
+        except ValueError as error:  # of which broken JSON and broken UTF-8 are two
+            raise RecordError("bad text", f"record {index}: {error}") from None
         record = parse_record(item, int(index), None)
-        images = tuple(example["images"])
-        return Record(record.index, record.id, record.turns, images, record.image_names)
+        return dataclasses.replace(
+            record,
+            image_names=names if len(names) == len(record.images) else record.image_names,
+            ignored_keys=(*record.ignored_keys, *self._ignored),
+        )
 
     def __getstate__(self):
         return {"path": self.path, "split": self.split}
@@ -288,8 +165,90 @@ class ArrayRecords:
         self.__init__(state["path"], state["split"])
 
     def fingerprint(self) -> str:
-        """SHA-256 over every record and image, computed when the set was built."""
-        return self._metadata["sha256"]
+        """SHA-256 over every record and image, computed when the set was built.
+
+        Of a set made by another program: over the name, size and both ends of each of its files.
+        """
+        if "sha256" in self._metadata:
+            return self._metadata["sha256"]
+        digest = hashlib.sha256(str(sorted(self._features)).encode())
+        for path in self._files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    def ignored_keys(self) -> dict[str, int]:
+        """feature that nothing reads -> number of records."""
+        return dict.fromkeys(self._ignored, len(self))
+
+
+def _read_features(tfds, features, path) -> tuple:
+    """(the features that are read, as they are stored; names of those that nothing reads)."""
+    text, sequence = tfds.features.Text, tfds.features.Sequence
+    found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    if "conversations" not in features:
+        raise LlavaError(
+            f"{path} is not a data set of LLaVA records: its features are {found}, none is "
+            "'conversations'; write one with `llava-jax build`"
+        )
+
+    def is_text(feature) -> bool:
+        return isinstance(feature, text)
+
+    def stored(feature):
+        """An image as the bytes that it is stored as: TFDS decodes it without its palette."""
+        if is_text(feature) or isinstance(feature, tfds.features.Image):
+            return text()
+        inner = getattr(feature, "feature", None)
+        return sequence(text()) if inner is not None and stored(inner) is not None else None
+
+    read, ignored = {}, []
+    for name, feature in features.items():
+        if name in UNSUPPORTED_KEYS:
+            raise LlavaError(f"{path} has a feature {name!r}: only images are supported")
+        if name == "conversations":
+            turn = getattr(feature, "feature", None)
+            nested = isinstance(turn, tfds.features.FeaturesDict) and all(
+                key in turn and is_text(turn[key]) for key in ("from", "value")
+            )
+            read[name] = feature if is_text(feature) or nested else None
+        elif name in IMAGE_KEYS:
+            read[name] = stored(feature)
+        elif name in SYSTEM_KEYS:
+            read[name] = feature if is_text(feature) else None
+        elif name == "id":
+            read[name] = feature if feature.shape == () else None
+        elif name == "image_names":
+            read[name] = stored(feature)
+        elif name not in (*PLAIN_KEYS, "n_images"):
+            ignored.append(name)
+    unknown = [name for name, feature in read.items() if feature is None]
+    if unknown:
+        raise LlavaError(
+            f"{path}: cannot read the feature {unknown[0]!r} among {found}; expected: id (Text or "
+            "a number), conversations (Text of JSON, or a Sequence of from and value), image or "
+            "images (Text of encoded bytes, Image, or a Sequence), system (Text)"
+        )
+    return tfds.features.FeaturesDict(read), tuple(ignored)
+
+
+def _as_json(key: str, value):
+    """A feature's value as a JSON record has it; images stay bytes."""
+    if key in IMAGE_KEYS:
+        return value if isinstance(value, bytes) else [bytes(image) for image in value]
+    if isinstance(value, dict):  # a sequence of turns: a list for each of its keys
+        columns = {name: [text.decode() for text in column] for name, column in value.items()}
+        return [
+            dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)
+        ]
+    if isinstance(value, bytes):
+        value = value.decode()
+        return json.loads(value) if key == "conversations" else value
+    return value.item() if hasattr(value, "item") else value
 
 
 def _data_set_directory(path: Path) -> Path:
@@ -306,14 +265,14 @@ def _data_set_directory(path: Path) -> Path:
 
 def open_records(
     path: str | os.PathLike, image_root: str | os.PathLike | None = None, split: str | None = None
-) -> JsonRecords | ArrayRecords:
-    """The records of a LLaVA JSON or JSONL file, or of a data set built by `llava-jax build`.
+):
+    """The records of a LLaVA JSON or JSONL file, or of a TFDS ArrayRecord data set.
 
     path: the file, or the folder of the data set (its version folder or a parent of it).
     image_root: the folder that image paths start from (default: the folder of the file).
     split: of a data set only; default "train".
-    Gives a picklable sequence with random access; its items are parsed but not checked
-    (`check_record`). Raises LlavaError, naming the file and the place.
+    Gives JsonRecords or ArrayRecords: a picklable sequence with random access, whose items are
+    parsed but not checked (`check_record`). Raises LlavaError, naming the file and the place.
     """
     path = Path(path)
     if path.is_dir():

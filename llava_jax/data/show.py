@@ -79,7 +79,7 @@ def show(
             raise
         record = records[index]
     segment_tokenizer = SegmentTokenizer(tokenizer, image_tokens, image_token_id)
-    segments = render(get_template(template), record.turns)
+    segments = render(get_template(template).with_system(record.system), record.turns)
     row = segment_tokenizer(segments)
     supervised = int((row.labels != IGNORE_INDEX).sum())
     return {

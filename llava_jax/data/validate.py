@@ -5,6 +5,7 @@ the chosen tokenizer and length (conversations that are cut, or lose their answe
 """
 
 import collections
+import dataclasses
 import os
 import re
 import threading
@@ -14,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.data.media import MAX_PIXELS, load_image
-from llava_jax.data.records import Record, check_record, open_records
+from llava_jax.data.parsing import Record, brief, check_record
+from llava_jax.data.records import open_records
 from llava_jax.errors import RecordError
 from llava_jax.text.templates import TEMPLATES, get_template, render
 from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer, truncate
@@ -136,10 +138,16 @@ def validate(
             if record is None:
                 continue
             if record.id in seen:
-                report.faults["duplicate id"].append(
-                    f"records {seen[record.id]} and {index} have the same id {record.id!r}"
+                report.notes["repeated id"].append(
+                    f"records {seen[record.id]} and {index} have the same id {brief(record.id)}"
                 )
             seen.setdefault(record.id, index)
+            for key in record.ignored_keys:
+                report.notes[f"ignored key {brief(key)}"].append(record.name)
+            if record.system is not None:
+                report.notes["system prompt in place of the template's"].append(
+                    f"{record.name}: {brief(record.system)}"
+                )
             if measure is not None and not errors:
                 measure.add(record)
     report.images_total = inspect.images_total
@@ -175,7 +183,7 @@ class _Inspector:
         if not any(error.kind in ("missing image", "image outside the root") for error in errors):
             errors += self._decode(record)
         names = record.image_names
-        return Record(record.index, record.id, record.turns, names, names), errors
+        return dataclasses.replace(record, images=names), errors
 
     def _decode(self, record: Record) -> list[RecordError]:
         errors = []
@@ -211,7 +219,8 @@ class _Measurer:
                     f"{record.name}, turn {position}: {match.group()!r}"
                 )
         try:
-            self._waiting.append((record, render(self._template, record.turns)))
+            template = self._template.with_system(record.system)
+            self._waiting.append((record, render(template, record.turns)))
         except RecordError as error:
             self._report.faults[error.kind].append(_name_record(error, record))
         if len(self._waiting) == _CHUNK:

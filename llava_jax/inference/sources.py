@@ -1,6 +1,5 @@
 """Where pictures come from: a path, a `data:` or http(s) address, encoded bytes, Pillow."""
 
-import base64
 import http.client
 import os
 import stat
@@ -9,6 +8,7 @@ import urllib.request
 
 from PIL import Image
 
+from llava_jax.data.addresses import decode_data_address, is_address, scheme
 from llava_jax.errors import LlavaError
 
 ImageSource = str | os.PathLike | bytes | Image.Image
@@ -28,21 +28,11 @@ def fetch(source: ImageSource, allow_urls: bool) -> str | bytes | Image.Image:
     source = os.fspath(source)
     if not is_address(source):
         return source
-    if _scheme(source) == "data":
-        return _decode(source)
+    if scheme(source) == "data":
+        return decode_data_address(source)
     if not allow_urls:
         raise LlavaError(f"{source:.80} is an address: download it, or allow addresses")
     return _download(source)
-
-
-def is_address(source: str) -> bool:
-    """Whether it begins as `data:`, http or https addresses do, and not as a path."""
-    return _scheme(source) in ("data", "http", "https")
-
-
-def _scheme(source: str) -> str:
-    scheme, colon, _ = source.partition(":")
-    return scheme.lower() if colon else ""
 
 
 def as_sources(images) -> list[ImageSource]:
@@ -64,7 +54,7 @@ def source_name(source: ImageSource, default: str) -> str:
     if not isinstance(source, str | os.PathLike):
         return default
     source = os.fspath(source)
-    if _scheme(source) == "data":
+    if scheme(source) == "data":
         return default
     return source if len(source) <= 300 else f"{source[:300]}..."  # a picture's bytes, no path
 
@@ -79,16 +69,6 @@ def file_version(path: str, name: str) -> tuple[int, ...]:
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write
         raise LlavaError(f"{name!r} is not a file")
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _decode(source: str) -> bytes:
-    head, comma, data = source.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise LlavaError(f"{head[:40]!r} must be data:image/...;base64, and the encoded picture")
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)  # lines may be wrapped
-    except ValueError as error:  # of which binascii.Error is one
-        raise LlavaError(f"a picture's base64 data cannot be decoded: {error}") from None
 
 
 def _download(address: str) -> bytes:

@@ -29,7 +29,8 @@ class Segment:
     """A piece of the rendered text with one owner.
 
     supervised: its tokens carry a loss.
-    leading_supervised_tokens: of an unsupervised segment, how many first tokens do all the same.
+    leading_supervised_tokens: the number of first tokens of an unsupervised segment that carry one
+    all the same.
     """
 
     text: str
@@ -41,10 +42,21 @@ class Segment:
 class Template:
     """How a conversation is written.
 
-    header, human = (before, after) a question, gpt = (before, end, after) an answer: the text is
-    header, then for each turn before + text + end/after, then footer. The answer and its `end`
-    are supervised, the rest is not. `first_human`, where given, replaces header and the text
-    before the first question. `stop` ends a generated answer.
+    Two rounds in the template `v1`; what is supervised stands between the lines of ^:
+
+        A chat ... USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where? ASSISTANT: On a sofa.</s>
+        -------- ------                 -----------^^^^^^----
+        header   human[0]       human[1] + gpt[0]  answer gpt[1]
+
+    Attributes:
+      header: the text before the first turn, with the default system prompt if there is one.
+      human: (before, after) a question.
+      gpt: (before, end, after) an answer. The answer and `end` are supervised.
+      stop: texts that end a generated answer.
+      first_human: replaces header and the text before the first question.
+      footer: the text after the last turn.
+      system: (before, after) a system prompt at the very beginning; None if the template has no
+        place for one.
     """
 
     name: str
@@ -54,28 +66,52 @@ class Template:
     header: str = ""
     first_human: str | None = None
     footer: str = ""
-    # v0 teaches the role texts and the "###" that follows an answer.
+    # v0 supervises the role texts and the "###" after an answer too.
     supervise_gpt_role: bool = False
     supervise_footer: bool = False
     human_leading_supervised_tokens: int = 0
-    # plain writes captions: one question, of which only the image is kept.
+    # plain writes captions: one question, of which only the images are kept.
     image_only_question: bool = False
+    # Not in `repr`, from which the names of cached lengths are made.
+    system: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
+
+    def with_system(self, prompt: str | None) -> "Template":
+        """The template with another system prompt; itself if `prompt` is None.
+
+        Raises:
+          RecordError: the template has no place for a system prompt.
+        """
+        if prompt is None:
+            return self
+        if self.system is None:
+            able = ", ".join(sorted({t.name for t in TEMPLATES.values() if t.system}))
+            raise RecordError(
+                "system prompt",
+                f"the template {self.name!r} has no place for a system prompt: remove the prompt "
+                f"or choose one of {able}",
+            )
+        opening = prompt.join(self.system)
+        replaced = "header" if self.first_human is None else "first_human"
+        return dataclasses.replace(self, **{replaced: opening})
 
 
 def _vicuna(name: str, person: str) -> Template:
     return Template(
         name=name,
         header=_CHAT_OF.format(person) + " ",
+        system=("", " "),
         human=("USER: ", " "),
         gpt=("ASSISTANT: ", "</s>", ""),
         stop=("</s>",),
     )
 
 
-def _chatml(name: str, system: str, newline: str) -> Template:
+def _chatml(name: str, prompt: str, newline: str) -> Template:
+    system = "<|im_start|>system\n", f"<|im_end|>{newline}"
     return Template(
         name=name,
-        header=f"<|im_start|>system\n{system}<|im_end|>{newline}",
+        header=prompt.join(system),
+        system=system,
         human=("<|im_start|>user\n", f"<|im_end|>{newline}"),
         gpt=("<|im_start|>assistant\n", "<|im_end|>", newline),
         stop=("<|im_end|>",),
@@ -99,6 +135,7 @@ _ALL = (
     Template(
         name="v0",
         header=_CHAT_OF.format("human") + "\n\n",
+        system=("", "\n\n"),
         human=("### Human: ", "\n"),
         gpt=("### Assistant: ", "\n", ""),
         footer="### ",
@@ -112,6 +149,7 @@ _ALL = (
     Template(
         name="llama_2",
         first_human=f"[INST] <<SYS>>\n{_LANGUAGE_AND_VISION}\n<</SYS>>\n\n",
+        system=("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
         human=("<s>[INST] ", " [/INST]"),
         gpt=(" ", " </s>", ""),
         stop=("</s>",),
@@ -129,6 +167,7 @@ _ALL = (
         header="<|start_header_id|>system<|end_header_id|>\n\n"
         + _LANGUAGE_AND_VISION
         + "<|eot_id|>",
+        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
         human=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         gpt=("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", ""),
         stop=("<|eot_id|>",),

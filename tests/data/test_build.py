@@ -1,3 +1,4 @@
+import base64
 import json
 import pickle
 import subprocess
@@ -42,22 +43,22 @@ def test_overwrites_only_on_request(data_set, tmp_path):
     times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     make()
     assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == times
-    with pytest.raises(LlavaError, match="holds other data.*--force"):
+    with pytest.raises(LlavaError, match="holds other data.*--overwrite"):
         make(split="test")
     (root / "a/5.png").write_bytes((root / "a/6.png").read_bytes())
-    with pytest.raises(LlavaError, match="holds other data.*--force"):
+    with pytest.raises(LlavaError, match="holds other data.*--overwrite"):
         make()
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
-    make(force=True)
+    make(overwrite=True)
     assert open_records(folder)[5].images == open_records(folder)[6].images
 
 
-def test_faults_are_told_before_anything_is_written(data_set, tmp_path):
+def test_faults_are_reported_before_anything_is_written(data_set, tmp_path):
     path, root = data_set
     items = json.loads(path.read_text())
     out = tmp_path / "sets"
-    path.write_text(json.dumps([*items, items[3] | {}]))
-    with pytest.raises(LlavaError, match="data.json: records 3 and 24 have the same id 'r3'"):
+    path.write_text(json.dumps([*items, items[3] | {"video": "a.mp4"}]))
+    with pytest.raises(LlavaError, match="data.json: record 24 .*'video'"):
         build_data_set(path, root, out, "shapes", progress=False)
     path.write_text(json.dumps(items))
     (root / "a/9.png").unlink()
@@ -66,6 +67,34 @@ def test_faults_are_told_before_anything_is_written(data_set, tmp_path):
     with pytest.raises(LlavaError, match="--name"):
         build_data_set(path, root, out, "My-Set", progress=False)
     assert not out.exists()
+
+
+def test_repeated_ids_system_prompts_and_encoded_images(data_set, tmp_path, capsys):
+    path, root = data_set
+    items = json.loads(path.read_text())
+    encoded = base64.b64encode((root / "a/5.png").read_bytes()).decode()
+    more = [
+        items[3] | {"conversations": items[6]["conversations"]},
+        items[5] | {"image": f"data:image/png;base64,{encoded}", "system": "Be brief.", "foo": 1},
+    ]
+    path.write_text(json.dumps([*items, *more]))
+    written = open_records(build_data_set(path, root, tmp_path / "sets", "shapes", progress=False))
+    assert "ignored keys: foo (1 record)" in capsys.readouterr().out
+    assert len(written) == 26 and written[24].id == written[3].id == "r3"
+    assert written[24].turns == written[6].turns
+    assert written[25].system == "Be brief." and written[5].system is None
+    assert written[25].images == written[5].images
+    assert written[25].image_names[0].startswith("data:image/png;base64 (")
+    checked_record(written, 25)
+
+
+def test_the_old_name_of_overwrite(data_set, tmp_path, run):
+    path, root = data_set
+    arguments = (path, "--image_root", root, "--out", tmp_path / "sets", "--name", "shapes")
+    assert run(build, *arguments) == 0
+    path.write_text(json.dumps(json.loads(path.read_text())[:3]))
+    assert run(build, *arguments, "--force") == 0
+    assert len(open_records(tmp_path / "sets")) == 3
 
 
 def test_a_half_written_set_is_never_read(data_set, tmp_path, monkeypatch):

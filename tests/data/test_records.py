@@ -1,10 +1,12 @@
+import hashlib
 import json
 import os
 import pickle
 
 import pytest
 
-from llava_jax.data.records import check_record, checked_record, open_records
+from llava_jax.data.parsing import check_record
+from llava_jax.data.records import checked_record, ignored_keys_text, open_records
 from llava_jax.errors import LlavaError, RecordError
 
 HUMAN = {"from": "human", "value": "hi"}
@@ -50,7 +52,40 @@ FAULTY = [
     ({"id": "x"}, "no conversations", "no 'conversations'"),
     ({"conversations": []}, "no conversations", "non-empty list"),
     ([1], "not an object", "JSON object"),
-    ({"conversations": [{"from": "system", "value": "s"}]}, "unknown role", "'system'"),
+    ({"conversations": [{"from": "system", "value": "s"}]}, "no conversations", "record 1"),
+    ({"conversations": [HUMAN, {"from": "system", "value": "s"}]}, "unknown role", "first turn"),
+    ({"conversations": [{"from": "user", "value": "s"}]}, "unknown role", "'user'; write 'human'"),
+    ({"messages": [HUMAN, GPT]}, "no conversations", "its keys: 'messages'"),
+    ({"conversation": [HUMAN, GPT]}, "no conversations", "did you mean 'conversations'"),
+    ({"video": "a.mp4", "conversations": [HUMAN, GPT]}, "video field", "only images"),
+    ({"videos": ["a.mp4"], "conversations": [HUMAN, GPT]}, "videos field", "'a.mp4'"),
+    ({"audio": "a.wav", "conversations": [HUMAN, GPT]}, "audio field", "only images"),
+    ({"images": ["cat.png"], "conversations": [HUMAN, GPT]}, "<image> count", "1 image(s)"),
+    (
+        {"photo": "cat.png", "conversations": [PICTURE, GPT]},
+        "<image> count", "0 image(s); nothing reads its keys 'photo'",
+    ),
+    (
+        {"imgae": "cat.png", "conversations": [PICTURE, GPT]},
+        "<image> count", "did you mean 'image' instead of 'imgae'?",
+    ),
+    (
+        {"image_path": "a.png", "image_file": "b.png", "conversations": [PICTURE, GPT]},
+        "bad image field", "different images in 'image_path' and 'image_file'",
+    ),
+    ({"system": 3, "conversations": [HUMAN, GPT]}, "bad turn", "'system'"),
+    (
+        {"system": "a", "conversations": [{"from": "system", "value": "b"}, HUMAN, GPT]},
+        "several system prompts", "'conversations' and 'system'",
+    ),
+    (
+        {"system": "see <image>", "conversations": [HUMAN, GPT]},
+        "<image> in a system prompt", "system prompt",
+    ),
+    ({"image": "https://a.b/c.png", "conversations": [PICTURE, GPT]}, "image is an address", "dow"),
+    ({"image": "iVBO" * 9999, "conversations": [PICTURE, GPT]}, "bad image field", "base64"),
+    ({"image": "data:image/png,x", "conversations": [PICTURE, GPT]}, "bad image field", "base64"),
+    ({"image": "a" * 9999 + ".png", "conversations": [PICTURE, GPT]}, "missing image", "aaa.png"),
     ({"conversations": [{"from": ["human"], "value": "s"}]}, "unknown role", "unknown role"),
     ({"conversations": [{"from": "human"}]}, "bad turn", "turn 0"),
     ({"conversations": [{"from": "human", "value": 3}]}, "bad turn", "string"),
@@ -83,9 +118,65 @@ def test_faults_name_file_and_record(tmp_path, item, kind, words):
     message = str(caught.value)
     assert caught.value.kind == kind
     assert words in message and str(path) in message and "record 1" in message
+    assert len(message) < len(str(path)) + 500  # a value is cut, however long it is
     if isinstance(item, dict):
         assert f"id '{item.get('id', 1)}'" in message
     assert pickle.loads(pickle.dumps(caught.value)).kind == kind
+
+
+PNG = "data:image/png;base64,iVBORw0KGgo="
+
+
+@pytest.mark.parametrize(
+    "fields, images, ignored",
+    [
+        ({"images": ["cat.png"]}, ["cat.png"], []),
+        ({"images": "cat.png"}, ["cat.png"], []),
+        ({"image_path": "cat.png"}, ["cat.png"], []),
+        ({"image_paths": ["cat.png"], "images": []}, ["cat.png"], []),
+        ({"image_file": "cat.png", "images": ["cat.png"]}, ["cat.png"], []),
+        ({"image": "cat.png", "image_path": "cat.png"}, ["cat.png"], []),
+        ({"image": "cat.png", "image_path": "/data/cat.png"}, ["cat.png"], ["image_path"]),
+        ({"image": PNG}, [b"\x89PNG\r\n\x1a\n"], []),
+        ({"image": "cat.png", "score": 3, "source": "web", "video": None}, ["cat.png"], ["score"]),
+    ],
+)
+def test_images_under_other_keys(tmp_path, fields, images, ignored):
+    records = open_records(write(tmp_path, [{"conversations": [PICTURE, GPT]} | fields]))
+    record = checked_record(records, 0)
+    root = str(tmp_path) + "/"
+    assert list(record.images) == [i if isinstance(i, bytes) else root + i for i in images]
+    assert list(record.ignored_keys) == ignored
+    assert records.ignored_keys() == dict.fromkeys(ignored, 1)
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "conversations"])
+def test_a_record_may_bring_its_system_prompt(tmp_path, key):
+    talk = [HUMAN, GPT]
+    item = {key: "Be brief."} | {"conversations": talk}
+    if key == "conversations":
+        item = {"conversations": [{"from": "system", "value": "Be brief."}, *talk]}
+    record = checked_record(open_records(write(tmp_path, [item, {"conversations": talk}])), 0)
+    assert record.system == "Be brief." and [turn.role for turn in record.turns] == ["human", "gpt"]
+    assert open_records(tmp_path / "d.json")[1].system is None
+
+
+def test_ignored_keys_are_counted(tmp_path):
+    weighted = {"from": "gpt", "value": "yo", "weight": 0}
+    items = [{"conversations": [HUMAN, GPT], "foo": 1}, {"conversations": [HUMAN, weighted]}]
+    items += [{"conversations": [HUMAN, GPT], "foo": ["x"], "bar": "", "model": "m"}, "no object"]
+    text = ignored_keys_text(open_records(write(tmp_path, items)))
+    assert text == "ignored keys: foo (2 records), conversations.weight (1 record)"
+    assert ignored_keys_text(open_records(write(tmp_path, [{"conversations": []}]))) == ""
+
+
+def test_the_fingerprint_changes_where_more_is_read_than_once_was(tmp_path):
+    plain = {"image": "cat.png", "conversations": [PICTURE, GPT], "foo": 1}
+    path = write(tmp_path, [plain])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert open_records(path).fingerprint() == digest
+    for more in ({"system": "s"}, {"images": ["cat.png"], "image": None}):
+        assert not open_records(write(tmp_path, [plain | more])).fingerprint().isalnum()
 
 
 def test_links_must_stay_inside_the_root(tmp_path):

@@ -47,14 +47,14 @@ def test_every_fault_is_counted_and_named(faulty_set, tokenizer_folder, run, cap
         "missing image": (1, "record 9 (id 'r9')"),
         "unreadable image": (1, "record 10 (id 'r10'): image 'a/10.png' is broken or truncated"),
         "not an image": (1, "record 11 (id 'r11'): 'a/11.png' is not an image"),
-        "duplicate id": (2, "records 12 and 13 have the same id 'r14'"),
+        "repeated id": (2, "records 12 and 13 have the same id 'r14'"),
         "special token in the text": (1, "record 17 (id 'r17'), turn 0: '<|im_end|>'"),
         "left out when training: no supervised token is left (max_length 120)": (1, "record 18"),
         "cut when training (max_length 120)": (1, "record 19"),
     }
     for kind, (count, culprit) in expected.items():
         assert f"{count:>10}  {kind}\n" in out and culprit in out, kind
-    assert "faults: 12" in out and "notes: 3" in out
+    assert "faults: 10" in out and "notes: 5" in out
     assert "… and 1 more" in out  # only three of the four unknown roles are printed
     assert "tokens a record: min" in out and ">120" in out and "█" in out
     assert "validating" in captured.err

@@ -1,0 +1,341 @@
+"""One LLaVA record: from a decoded JSON object to a checked `Record`.
+
+A record is one conversation about no, one or several images (the format of LLaVA,
+https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md):
+
+    {"id": "7", "image": "cats/7.jpg",
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                       {"from": "gpt", "value": "A cat."}]}
+
+`image` is a path below the image root, a `data:image/...;base64,...` address, or a list of them;
+a text-only record has none. `system`, or a first turn from "system", replaces the template's system
+prompt. Ids may repeat, as they do in LLaVA's own data: a record's index is what identifies it, and
+stands in for a missing id.
+"""
+
+import difflib
+import functools
+import os
+import re
+import stat
+from collections import Counter
+from dataclasses import dataclass
+
+from llava_jax.data.addresses import decode_data_address, scheme
+from llava_jax.errors import LlavaError, RecordError
+from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
+
+# The keys of a record. Of the keys for images `image` wins; the others are used if it is absent.
+IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file", "image_files")
+SYSTEM_KEYS = ("system", "system_prompt")
+UNSUPPORTED_KEYS = tuple(
+    f"{kind}{ending}"
+    for kind in ("video", "audio")
+    for ending in ("", "s", "_path", "_paths", "_file", "_files")
+)
+# Where a record comes from and what it is about: of no use in training.
+PLAIN_KEYS = tuple(
+    "id uid image_id image_ids question_id model source data_source source_dataset dataset "
+    "dataset_name split type task task_type category metadata meta width height license".split()
+)
+_READ_KEYS = frozenset((*PLAIN_KEYS, *SYSTEM_KEYS, *UNSUPPORTED_KEYS, *IMAGE_KEYS, "conversations"))
+_TURN_KEYS = frozenset(("from", "value"))
+_ROLE_NAMES = {"user": "human", "assistant": "gpt"}  # of other formats -> LLaVA's
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")  # longer than a path without a dot
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation and its images.
+
+    images: for each image its path on disk (str) or its encoded bytes, in `<image>` order.
+    image_names: what messages call each image, such as its path in the source file.
+    system: the system prompt, if the record brings its own.
+    ignored_keys: keys that hold something which nothing reads.
+    """
+
+    index: int
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str | bytes, ...] = ()
+    image_names: tuple[str, ...] = ()
+    system: str | None = None
+    ignored_keys: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What error messages call this record."""
+        return f"record {self.index} (id {brief(self.id)})"
+
+
+def brief(value) -> str:
+    """`repr` of a value for a message, at most 80 characters."""
+    text = repr(value[:100] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def ignored_keys(item: dict) -> list[str]:
+    """The keys of a decoded record that hold something which nothing reads.
+
+    `conversations.weight` stands for a key `weight` of a turn.
+    """
+    keys = _image_field(item)[1]
+    spare = [key for key in item if key not in _READ_KEYS]
+    keys += [key for key in spare if item[key] not in (None, "", [], {})]
+    conversations = item.get("conversations")
+    turns = conversations if isinstance(conversations, list) else []
+    extra = {key for turn in turns if isinstance(turn, dict) for key in turn.keys() - _TURN_KEYS}
+    return keys + [f"conversations.{key}" for key in sorted(extra)]
+
+
+def count_ignored_keys(items) -> dict[str, int]:
+    """key -> number of records in which it is ignored; most frequent first."""
+    counts = Counter(key for item in items if isinstance(item, dict) for key in ignored_keys(item))
+    return dict(counts.most_common())
+
+
+def reads_more(item) -> bool:
+    """Whether the record says something that the first version of this reader passed over."""
+    if not isinstance(item, dict):
+        return False
+    return _image_field(item)[0] not in (None, "image") or any(item.get(k) for k in SYSTEM_KEYS)
+
+
+def parse_record(item, index: int, image_root: str | None) -> Record:
+    """One decoded JSON object -> Record, its image paths joined to `image_root`.
+
+    Raises RecordError unless the object has the form given at the top of this module.
+    """
+    where = f"record {index}"
+    if not isinstance(item, dict):
+        raise RecordError("not an object", f"{where}: expected a JSON object, found {brief(item)}")
+    record_id = str(index if item.get("id") is None else item["id"])
+    where = f"{where} (id {brief(record_id)})"
+    for key in UNSUPPORTED_KEYS:
+        if item.get(key):
+            raise RecordError(
+                f"{key} field",
+                f"{where} has {key!r} {brief(item[key])}: only images are supported; give frames "
+                "as images or leave the record out",
+            )
+    system, turns = _parse_turns(item, where)
+    images = [_parse_image(source, image_root, where) for source in _image_sources(item, where)]
+    return Record(
+        index,
+        record_id,
+        turns,
+        tuple(image for image, _ in images),
+        tuple(name for _, name in images),
+        _parse_system(item, system, where),
+        tuple(ignored_keys(item)),
+    )
+
+
+def _parse_turns(item: dict, where: str) -> tuple[str | None, tuple[Turn, ...]]:
+    """The text of a leading system turn, if any, and the turns after it."""
+    if item.get("conversations") is None:
+        raise RecordError(
+            "no conversations",
+            f"{where} has no 'conversations'; its keys: {brief(', '.join(map(str, item)))}"
+            f"{_closest(item, ['conversations'])}",
+        )
+    conversations = item["conversations"]
+    if not isinstance(conversations, list) or not conversations:
+        raise RecordError("no conversations", f"{where}: 'conversations' must be a non-empty list")
+    system, turns = None, []
+    for position, message in enumerate(conversations):
+        if not isinstance(message, dict) or not _TURN_KEYS <= message.keys():
+            raise RecordError(
+                "bad turn",
+                f"{where}, turn {position}: expected an object with 'from' and 'value', "
+                f"found {brief(message)}",
+            )
+        role, text = message["from"], message["value"]
+        if role == "system" and position == 0:
+            system = _sound_text(text, f"{where}, turn 0")
+        elif role in ROLES:
+            turns.append(Turn(role, _sound_text(text, f"{where}, turn {position}")))
+        else:
+            raise RecordError("unknown role", f"{where}, turn {position}: {_role_fault(role)}")
+    return system, tuple(turns)
+
+
+def _role_fault(role) -> str:
+    if role == "system":
+        return "only the first turn may be from 'system'"
+    meant = _ROLE_NAMES.get(role) if isinstance(role, str) else None
+    meant = f"write {meant!r}" if meant else "it must be 'human' or 'gpt'"
+    return f"unknown role {brief(role)}; {meant}"
+
+
+def _sound_text(text, where: str) -> str:
+    if not isinstance(text, str):
+        raise RecordError("bad turn", f"{where}: 'value' must be a string, not {brief(text)}")
+    if not text.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in text):
+        raise RecordError("bad text", f"{where}: the text holds half a surrogate pair")
+    return text
+
+
+def _parse_system(item: dict, first_turn: str | None, where: str) -> str | None:
+    """The record's own system prompt, from one of SYSTEM_KEYS or its first turn; None if empty."""
+    texts = {"conversations": first_turn} if first_turn else {}
+    for key in SYSTEM_KEYS:
+        if item.get(key):
+            texts[key] = _sound_text(item[key], f"{where}, {key!r}")
+    if len(set(texts.values())) > 1:
+        raise RecordError(
+            "several system prompts",
+            f"{where} has different system prompts in {' and '.join(map(repr, texts))}: keep one",
+        )
+    return next(iter(texts.values()), None)
+
+
+def _image_field(item: dict) -> tuple[str | None, list[str]]:
+    """The key whose images are used, and the other keys that name different images."""
+    given = [key for key in IMAGE_KEYS if item.get(key)]
+    if not given:
+        return ("image" if item.get("image") is not None else None), []
+    as_list = lambda value: [value] if isinstance(value, str) else value
+    first = as_list(item[given[0]])
+    return given[0], [key for key in given[1:] if as_list(item[key]) != first]
+
+
+def _image_sources(item: dict, where: str) -> list[str | bytes]:
+    key, different = _image_field(item)
+    if different and key != "image":
+        raise RecordError(
+            "bad image field",
+            f"{where} has different images in {key!r} and {different[0]!r}: keep one of them",
+        )
+    sources = [] if key is None else item[key]
+    sources = [sources] if isinstance(sources, str | bytes) else sources
+    if not isinstance(sources, list) or not all(isinstance(s, str | bytes) for s in sources):
+        raise RecordError(
+            "bad image field",
+            f"{where}: {key!r} must be a path or a list of paths, not {brief(sources)}",
+        )
+    return sources
+
+
+def _parse_image(source: str | bytes, image_root: str | None, where: str):
+    """An image as given -> (path below the root, or encoded bytes; its name in messages)."""
+    if isinstance(source, bytes):
+        is_text = len(source) < 1000 and source.isascii() and source.decode().isprintable()
+        return source, brief(source.decode()) if is_text else f"of {len(source):,} bytes"
+    if scheme(source) == "data":
+        try:
+            data = decode_data_address(source)
+        except LlavaError as error:
+            raise RecordError("bad image field", f"{where}: {error}") from None
+        return data, f"{source.partition(',')[0][:40]} ({len(data):,} bytes)"
+    if "://" in source[:10]:
+        raise RecordError(
+            "image is an address", f"{where}: image {brief(source)} is an address; download it"
+        )
+    if _BASE64.fullmatch(source):
+        raise RecordError(
+            "bad image field",
+            f"{where}: image {brief(source)} is not a path; if it is base64, write "
+            "data:image/png;base64, before it",
+        )
+    return _join_root(image_root, source, where), source
+
+
+def _join_root(image_root: str | None, name: str, where: str) -> str:
+    parts = name.replace("\\", "/").split("/")
+    if not name or "\0" in name or os.path.isabs(name) or ".." in parts:
+        raise RecordError(
+            "image outside the root",
+            f"{where}: image path {brief(name)} must be relative to the image root and stay "
+            "inside it",
+        )
+    return os.path.join(image_root or "", name)
+
+
+def _closest(keys, known) -> str:
+    """ " (did you mean 'image' instead of 'imgae'?)", or ""."""
+    for key in map(str, keys):
+        for match in difflib.get_close_matches(key, known, 1, 0.75):
+            return f" (did you mean {match!r} instead of {brief(key)}?)"
+    return ""
+
+
+def check_record(record: Record, image_root: str | None = None) -> None:
+    """Raises RecordError unless the record can be trained on; reads no pixel.
+
+    Checks the order of the turns (human first, then alternating, gpt last: unlike the original,
+    which drops a leading gpt turn in silence), the number of `<image>`, and that each image is a
+    file inside `image_root` after links are resolved.
+    """
+    where = record.name
+    if IMAGE_TOKEN in (record.system or ""):
+        raise RecordError(
+            "<image> in a system prompt", f"{where}: the system prompt may not hold <image>"
+        )
+    for position, turn in enumerate(record.turns):
+        expected = ROLES[position % 2]
+        if turn.role != expected:
+            raise RecordError(
+                "turns do not alternate",
+                f"{where}, turn {position}: expected {expected!r}, found {turn.role!r}; "
+                "turns must alternate, human first",
+            )
+        if turn.role == "gpt" and IMAGE_TOKEN in turn.text:
+            raise RecordError(
+                "<image> in an answer", f"{where}, turn {position}: an answer may not hold <image>"
+            )
+    if not record.turns:
+        raise RecordError("no conversations", f"{where} has no conversations")
+    if len(record.turns) % 2:
+        raise RecordError("last turn unanswered", f"{where} ends with a human turn; add its answer")
+    places = sum(turn.text.count(IMAGE_TOKEN) for turn in record.turns)
+    if places != len(record.images):
+        raise RecordError(
+            "<image> count",
+            f"{where} has {places} <image> in its text but {len(record.images)} image(s)"
+            f"{_unread(record)}",
+        )
+    for path, name in zip(record.images, record.image_names, strict=True):
+        if isinstance(path, str):
+            _check_image_file(path, name, image_root, where)
+
+
+def _unread(record: Record) -> str:
+    keys = record.ignored_keys
+    if not keys:
+        return ""
+    return f"; nothing reads its keys {brief(', '.join(keys))}{_closest(keys, IMAGE_KEYS)}"
+
+
+def _check_image_file(path: str, name: str, image_root: str | None, where: str) -> None:
+    try:
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            status = os.stat(path)
+            real = os.path.realpath(path)
+        else:
+            real = os.path.join(_real_directory(os.path.dirname(path)), os.path.basename(path))
+    except OSError as error:
+        raise RecordError(
+            "missing image", f"{where}: no image file {_path(path)} ({error.strerror})"
+        ) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise RecordError("missing image", f"{where}: {_path(path)} is not a file")
+    if image_root is not None:
+        root = _real_directory(image_root)
+        if os.path.commonpath([root, real]) != root:
+            raise RecordError(
+                "image outside the root",
+                f"{where}: image {_path(name)} links to a file outside the image root "
+                f"{image_root!r}",
+            )
+
+
+def _path(path: str) -> str:
+    """`repr` of a path for a message: its end is what tells paths apart."""
+    return repr(path if len(path) <= 300 else f"…{path[-80:]}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_directory(path: str) -> str:
+    return os.path.realpath(path)
