@@ -54,7 +54,7 @@ from llava_jax.training.state import (
 )
 from llava_jax.training.step import compile_step, make_eval_step
 from llava_jax.training.validation import Validation
-from llava_jax.weights.read.hf_fields import read_json
+from llava_jax.weights.read.fields import read_json
 from llava_jax.weights.run_directory import RunModel, latest_step, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)

@@ -30,10 +30,11 @@ from llava_jax import command
 from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.presets import PRESETS, preset
+from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files
 from llava_jax.weights.name_tables import STACKED
 from llava_jax.weights.read.llava_folder import components
-from llava_jax.weights.write import hf_folder
+from llava_jax.weights.write import huggingface as hf_form
 from llava_jax.weights.write.save import whole_folder
 
 FOLDER = flags.DEFINE_string("folder", None, "on the disk to measure")
@@ -55,7 +56,7 @@ def random_values(shape: tuple[int, ...]) -> np.ndarray:
 
 def tensors(config: LlavaConfig) -> list[TensorToWrite]:
     made = []
-    for part, (table, sub_config, _) in components(config, families(config)).items():
+    for part, (table, sub_config, _) in components(config, families_of(config)).items():
         sizes = table.sizes(sub_config)
         for parameter in (*table.parameters, *table.idle):
             shape = tuple(sizes[letter] for letter in parameter.stored_shape.split())
@@ -69,18 +70,10 @@ def tensors(config: LlavaConfig) -> list[TensorToWrite]:
     return made
 
 
-def families(config: LlavaConfig) -> dict[str, str]:
-    values = hf_folder.config_json(config, {}, "bfloat16")
-    return {
-        "vision": values["vision_config"]["model_type"],
-        "decoder": values["text_config"]["model_type"],
-    }
-
-
 def make_source(folder: Path, config: LlavaConfig) -> None:
     with whole_folder(folder) as partial_folder:
-        write_json(partial_folder / "config.json", hf_folder.config_json(config, {}, "bfloat16"))
-        images = hf_folder.preprocessor_config_json(config)
+        write_json(partial_folder / "config.json", hf_form.config_json(config, {}, "bfloat16"))
+        images = hf_form.preprocessor_config_json(config)
         write_json(partial_folder / "preprocessor_config.json", images)
         write_checkpoint_files(partial_folder, tensors(config))
     (folder / "checksums.json").unlink()  # as a checkpoint of others comes
@@ -121,7 +114,7 @@ def main() -> None:
     folder = Path(FOLDER.value)
     source, copy, out = (folder / name for name in ("source", "copy", "converted"))
     if not source.exists():
-        config = hf_folder.with_image_token(preset(PRESET.value), 32000)
+        config = hf_form.with_image_token(preset(PRESET.value), 32000)
         make_source(source, config)
     size = sum(path.stat().st_size for path in source.iterdir())
     llava_jax = [sys.executable, "-m", "llava_jax.cli"]

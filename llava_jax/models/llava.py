@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llava_jax.models.decoder import Decoder, DecoderConfig
 from llava_jax.models.gathering import front_order, take_rows
-from llava_jax.models.projector import Projector
+from llava_jax.models.projector import Projector, ProjectorSpec
 from llava_jax.models.vit import ViT, ViTConfig, feature_states
 
 IMAGE_TOKEN_ID = -200  # IMAGE_TOKEN_INDEX of the original LLaVA: in no vocabulary
@@ -24,7 +24,7 @@ class LlavaConfig:
     """A vision encoder, a projector and a decoder, and how pictures become tokens.
 
     Attributes:
-      projector: `linear`, `mlpNx_gelu` or `identity` (LLaVA's mm_projector_type).
+      projector: a kind of `ProjectorSpec`, such as `mlp2x_gelu`.
       feature_layer: which of the encoder's hidden states is used (mm_vision_select_layer); several
         are concatenated.
       keep_class_token: `cls_patch` of LLaVA, `full` of Hugging Face.
@@ -61,7 +61,8 @@ def image_token_count(config: LlavaConfig) -> int:
     """Placeholder ids that one image takes: the data pipeline and the model both ask here."""
     patches = (config.image_size // config.vision.patch_size) ** 2
     class_token = config.keep_class_token and config.vision.class_token
-    return patches + int(class_token) - int(config.drop_first_patch)
+    features = patches + int(class_token) - int(config.drop_first_patch)
+    return ProjectorSpec.parse(config.projector).tokens(features)
 
 
 def normalize_images(config: LlavaConfig, images: jax.Array) -> jax.Array:

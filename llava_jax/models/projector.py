@@ -1,6 +1,15 @@
-"""The projector between vision features and the language model's embedding space."""
+"""The projector between vision features and the language model's embedding space.
 
+`ProjectorSpec` is all that is known of a kind of projector before it has parameters; whoever counts
+tokens or FLOPs, checks a config, names tensors or draws a fresh projector asks it.
+
+P features of a tile, C width of a feature, D model size, r side of the squares that are folded.
+"""
+
+import dataclasses
+import math
 import re
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -8,17 +17,101 @@ import jax.numpy as jnp
 
 from llava_jax.models.linear import Linear
 
+_KINDS = re.compile(r"(?:pixel_shuffle([2-9])_)?mlp([1-9]\d*)x_gelu")
 
-def projector_depth(kind: str) -> int:
-    """Number of linear layers of LLaVA's `mm_projector_type`: linear, mlpNx_gelu or identity."""
-    if kind in ("linear", "identity"):
-        return int(kind == "linear")
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
-    if not match:
-        raise ValueError(
-            f"unknown projector {kind!r}: choose linear, identity or mlpNx_gelu such as mlp2x_gelu"
-        )
-    return int(match.group(1))
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorSpec:
+    """A kind of projector.
+
+    | kind                         | linear layers | tokens of P features |
+    | ---------------------------- | ------------- | -------------------- |
+    | `identity`                   | 0             | P                    |
+    | `linear`                     | 1             | P                    |
+    | `mlpNx_gelu`                 | N             | P                    |
+    | `pixel_shuffleR_mlpNx_gelu`  | N             | P / R^2              |
+
+    The first three are LLaVA's `mm_projector_type`.
+
+    Attributes:
+      kind: its name.
+      depth: number of linear layers, with exact (erf) GELU between them.
+      fold: side r of the squares of neighbouring features that become one feature r * r times as
+        wide before the first layer (`fold_squares`); 1 for none.
+    """
+
+    kind: str
+    depth: int
+    fold: int = 1
+
+    @classmethod
+    def parse(cls, kind: str) -> "ProjectorSpec":
+        """The spec of a name; ValueError, listing the choices, for one that is not known."""
+        if kind in ("linear", "identity"):
+            return cls(kind, int(kind == "linear"))
+        match = _KINDS.fullmatch(kind)
+        if not match:
+            raise ValueError(
+                f"unknown projector {kind!r}: choose linear, identity, mlpNx_gelu such as "
+                "mlp2x_gelu, or pixel_shuffleR_mlpNx_gelu such as pixel_shuffle2_mlp2x_gelu"
+            )
+        return cls(kind, int(match.group(2)), int(match.group(1) or 1))
+
+    def tokens(self, features: int) -> int:
+        """Tokens that a tile of P features becomes.
+
+        Raises:
+          ValueError: the features are no grid that can be cut into r x r squares.
+        """
+        side = math.isqrt(features)
+        if self.fold > 1 and (side * side != features or side % self.fold):
+            grid = f"{side} x {side}" if side * side == features else str(features)
+            raise ValueError(
+                f"projector {self.kind!r} folds squares of {self.fold} x {self.fold} features, but "
+                f"a picture has {grid}: choose an image size with a number of patches a side that "
+                f"{self.fold} divides, and features without a class token"
+            )
+        return features // self.fold**2
+
+    def layer_sizes(self, width_in: int, width_out: int) -> Iterator[tuple[int, int]]:
+        """(inputs, outputs) of each linear layer, for features of C = width_in and D = width_out.
+
+        >>> list(ProjectorSpec.parse("pixel_shuffle2_mlp2x_gelu").layer_sizes(384, 576))
+        [(1536, 576), (576, 576)]
+        """
+        for i in range(self.depth):
+            yield (width_out if i else width_in * self.fold**2), width_out
+
+    def check(self, width_in: int, width_out: int) -> None:
+        """Raises ValueError if features of one width cannot become embeddings of the other."""
+        if not self.depth and width_in != width_out:
+            raise ValueError(
+                f"projector {self.kind!r} keeps the width of features, but image features are "
+                f"{width_in} wide and the language model takes {width_out}: choose linear or "
+                "mlp2x_gelu"
+            )
+
+    def flops(self, features: int, width_in: int, width_out: int) -> float:
+        """Forward FLOPs of one tile of P features; a multiply-add counts 2."""
+        weights = sum(into * out for into, out in self.layer_sizes(width_in, width_out))
+        return 2.0 * (features // self.fold**2) * weights
+
+
+def fold_squares(x: jax.Array, side: int) -> jax.Array:
+    """[..., P, C] -> [..., P / r^2, r^2 * C]: each r x r square of features becomes one (r = side).
+
+    P is a square grid, row by row. The channels of a square follow each other row by row too:
+
+        a b c d
+        e f g h      ->   [a b e f]  [c d g h]  [i j m n]  [k l o p]
+        i j k l
+        m n o p
+    """
+    *batch, count, width = x.shape
+    squares = math.isqrt(count) // side
+    x = x.reshape(*batch, squares, side, squares, side, width)
+    x = jnp.moveaxis(x, -4, -3)  # [..., rows, columns, row in square, column in square, C]
+    return x.reshape(*batch, squares * squares, side * side * width)
 
 
 def torch_linear_init(fan_in: int):
@@ -32,9 +125,11 @@ def torch_linear_init(fan_in: int):
 
 
 class Projector(nn.Module):
-    """[..., vision size] -> [..., D]: linear layers with exact (erf) GELU between them.
+    """Vision features [..., P, C] -> tokens [..., tokens(P), D].
 
-    Follows `build_vision_projector` of the original LLaVA.
+    Attributes:
+      kind: see ProjectorSpec; without a fold as `build_vision_projector` of the original LLaVA.
+      features: D.
     """
 
     kind: str
@@ -44,12 +139,14 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for i in range(projector_depth(self.kind)):
+        spec = ProjectorSpec.parse(self.kind)
+        width = x.shape[-1]
+        if spec.fold > 1:
+            x = fold_squares(x, spec.fold)
+        for i, (inputs, outputs) in enumerate(spec.layer_sizes(width, self.features)):
             if i:
                 x = jax.nn.gelu(x, approximate=False)
-            init = torch_linear_init(x.shape[-1])
+            init = torch_linear_init(inputs)
             axes = ("vision_embed" if i == 0 else "embed", "projector_out")
-            x = Linear(
-                self.features, axes, self.dtype, self.use_bias, init, init, name=f"linear_{i}"
-            )(x)
+            x = Linear(outputs, axes, self.dtype, self.use_bias, init, init, name=f"linear_{i}")(x)
         return x

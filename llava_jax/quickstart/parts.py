@@ -19,9 +19,8 @@ from llava_jax.models.presets import DINOV2_SMALL, IMAGENET_MEAN, IMAGENET_STD, 
 from llava_jax.models.vit import ViTConfig
 from llava_jax.quickstart.packages import package_file
 from llava_jax.weights.checksums import is_whole
+from llava_jax.weights.families import decoder_to_hf, encoder_to_hf
 from llava_jax.weights.formats.safetensors_files import TensorToWrite
-from llava_jax.weights.hf_decoder import decoder_to_hf
-from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.read.llava_folder import load_decoder, load_vision
 from llava_jax.weights.write.save import whole_folder, write_checkpoint
 
@@ -241,7 +240,7 @@ def make_vision_encoder(folder: Path) -> str:
         TensorToWrite(name, value.shape, np.dtype(np.float32), lambda value=value: value)
         for name, value in weights.items()
     ]
-    values = vision_to_hf(DINOV2_SMALL) | {"use_mask_token": False, "torch_dtype": "float32"}
+    values = encoder_to_hf(DINOV2_SMALL) | {"use_mask_token": False, "torch_dtype": "float32"}
     write_checkpoint(folder, values, tensors)
     settings = {
         "image_processor_type": "BitImageProcessor",

@@ -2,8 +2,9 @@
 
 The wording and the separators are those of LLaVA (https://github.com/haotian-liu/LLaVA,
 llava/conversation.py and the preprocess functions of llava/train/train.py) to the letter: `</s>`
-stands literally in the text, whatever the tokenizer. `chatml` and `llama_3` follow the chat
-templates of SmolLM2/Qwen and of Llama 3. No template writes the BOS token; the tokenizer adds it.
+stands literally in the text, whatever the tokenizer. `chatml`, `llama_3`, `phi_3` and
+`seed_oss` follow the chat templates of SmolLM2/Qwen, Llama 3, Phi-3 and Seed-OSS-36B-Instruct. No
+template writes the BOS token; the tokenizer adds it.
 """
 
 import dataclasses
@@ -171,6 +172,18 @@ _ALL = (
         human=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         gpt=("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", ""),
         stop=("<|eot_id|>",),
+    ),
+    Template(
+        name="phi_3",
+        human=("<|user|>\n", "<|end|>\n"),
+        gpt=("<|assistant|>\n", "<|end|>", "\n"),
+        stop=("<|end|>",),
+    ),
+    Template(
+        name="seed_oss",
+        human=("<seed:bos>user\n", "<seed:eos>"),
+        gpt=("<seed:bos>assistant\n", "<seed:eos>", ""),
+        stop=("<seed:eos>",),
     ),
 )
 TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}

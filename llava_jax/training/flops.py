@@ -7,7 +7,7 @@ the half that is needed. Never taken from the compiler, which counts a scanned l
 import jax
 
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.projector import projector_depth
+from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import num_blocks
 
 # Dense bfloat16 peak of one device in FLOP/s, by a part of jax's `device_kind` (vendors' figures).
@@ -50,9 +50,8 @@ def image_flops(config: LlavaConfig) -> tuple[float, float]:
     weights = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     block = 2 * tokens * weights + 4 * tokens**2 * v.hidden_size
     embed = 2 * patches * 3 * v.patch_size**2 * v.hidden_size
-    depth, width = projector_depth(config.projector), config.decoder.hidden_size
-    first = config.feature_size * width if depth else 0
-    projector = 2.0 * patches * (first + max(depth - 1, 0) * width**2)
+    spec = ProjectorSpec.parse(config.projector)
+    projector = spec.flops(patches, config.feature_size, config.decoder.hidden_size)
     return float(num_blocks(v, config.feature_layer) * block + embed), projector
 
 

@@ -14,14 +14,20 @@ from llava_jax.data.media import IMAGE_MODES
 from llava_jax.errors import LlavaError
 from llava_jax.models.attention import IMPLEMENTATIONS, choose_attention
 from llava_jax.models.decoder import REMAT_POLICIES
-from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, init_params
+from llava_jax.models.llava import (
+    LlavaConfig,
+    LlavaModel,
+    abstract_params,
+    image_token_count,
+    init_params,
+)
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
-from llava_jax.models.projector import projector_depth
+from llava_jax.models.projector import ProjectorSpec
 from llava_jax.text.templates import get_template
 from llava_jax.training.step import PARITY_DEVICES
-from llava_jax.weights.read.hf_config import composed_config
+from llava_jax.weights.read.huggingface import composed_config
 from llava_jax.weights.run_directory import (
     COMPONENTS,
     Source,
@@ -132,16 +138,6 @@ def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaM
 
 def check_model(config: LlavaConfig) -> None:
     """Raises LlavaError for settings under config.model that do not go with the parts."""
-    try:
-        depth = projector_depth(config.projector)
-        widths = config.feature_size, config.decoder.hidden_size
-    except ValueError as error:
-        raise LlavaError(f"config.model: {error}") from None
-    if depth == 0 and widths[0] != widths[1]:
-        raise LlavaError(
-            f"config.model.projector is 'identity', but image features are {widths[0]} wide and "
-            f"the language model takes {widths[1]}: choose linear or mlp2x_gelu"
-        )
     if config.image_mode not in IMAGE_MODES:
         raise LlavaError(
             f"config.model.image_mode is {config.image_mode!r}: choose one of "
@@ -152,6 +148,12 @@ def check_model(config: LlavaConfig) -> None:
             f"config.model.image_size is {config.image_size}: a patch alone has "
             f"{config.vision.patch_size} pixels"
         )
+    try:
+        spec = ProjectorSpec.parse(config.projector)
+        spec.check(config.feature_size, config.decoder.hidden_size)
+        image_token_count(config)
+    except ValueError as error:
+        raise LlavaError(f"config.model: {error}") from None
 
 
 def existing(path: str, key: str) -> Path:

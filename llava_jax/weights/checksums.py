@@ -44,13 +44,13 @@ def verify_checksums(folder: Path) -> frozenset[str] | None:
     for name in digests:
         if not (folder / name).is_file():
             raise LlavaError(
-                f"{folder / name} is missing, although {listing} lists it: make {folder} anew."
+                f"{folder / name} is missing, although {listing} lists it: make {folder} anew"
             )
     for name in _part_of_this_process(sorted(digests)):
         if sha256(folder / name) != digests[name]:
             raise LlavaError(
                 f"{folder / name} has changed since it was written (its SHA-256 is not the one in "
-                f"{listing}): make {folder} anew."
+                f"{listing}): make {folder} anew"
             )
     return frozenset(digests)
 
@@ -84,7 +84,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     except (ValueError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise LlavaError(f"{listing} is damaged: it must map file names to SHA-256 digests.")
+        raise LlavaError(f"{listing} is damaged: it must map file names to SHA-256 digests")
     return digests
 
 

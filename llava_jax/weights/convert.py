@@ -6,8 +6,8 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.weights.export import add_output_arguments, hugging_face, original, write_folder
 from llava_jax.weights.hub import local_folder
-from llava_jax.weights.read.llava_folder import Checkpoint, open_llava
-from llava_jax.weights.write import hf_folder
+from llava_jax.weights.read.llava_folder import LlavaFolder, open_llava
+from llava_jax.weights.write import huggingface as hf_form
 from llava_jax.weights.write.save import refuse_existing
 
 FOLDERS = {  # options of open_llava
@@ -38,14 +38,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def convert(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> None:
+def convert(checkpoint: LlavaFolder, out: Path, dtype: str | None = None) -> None:
     """Writes a checkpoint in Hugging Face form; in the original one if only that can say it.
 
     Raises:
       LlavaError: as `export.write_folder`.
     """
     try:
-        hf_folder.check_expressible(checkpoint.config)
+        hf_form.check_expressible(checkpoint.config)
         form = hugging_face
     except LlavaError:
         form = original

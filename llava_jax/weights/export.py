@@ -21,15 +21,15 @@ from llava_jax.text.processor_prompt import check_image_token
 from llava_jax.text.templates import get_template
 from llava_jax.text.tokenization import load_tokenizer
 from llava_jax.weights.checksums import CHECKSUMS_FILE
+from llava_jax.weights.families import Families, families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files
-from llava_jax.weights.hf_decoder import decoder_to_hf
-from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES
-from llava_jax.weights.read.hf_fields import read_json
-from llava_jax.weights.read.llava_folder import Checkpoint, components, is_llava_folder, open_llava
+from llava_jax.weights.read.fields import read_json
+from llava_jax.weights.read.llava_folder import LlavaFolder, components, is_llava_folder, open_llava
 from llava_jax.weights.run_directory import checkpoint_of, open_run
-from llava_jax.weights.write import hf_folder, original_folder
-from llava_jax.weights.write.peft_folder import write_adapter
+from llava_jax.weights.write import huggingface as hf_form
+from llava_jax.weights.write import original as original_form
+from llava_jax.weights.write.peft import write_adapter
 from llava_jax.weights.write.save import (
     array_params,
     refuse_existing,
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> LlavaFolder:
     """A LLaVA folder; or a run or one of its steps: what it trained is read, LoRA merged."""
     path = Path(path)
     if is_llava_folder(path):
@@ -107,7 +107,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         for name, parameter in array_params(branch).items()
     }
     tokenizer = step_folder.parent.parent / "tokenizer"
-    return Checkpoint(step_folder, run.config, params, {}, run.template, tokenizer)
+    families = families_of(run.config)
+    return LlavaFolder(step_folder, run.config, families, params, {}, run.template, tokenizer)
 
 
 def write_folder(folder: FolderToWrite, out: Path) -> None:
@@ -127,7 +128,7 @@ def write_folder(folder: FolderToWrite, out: Path) -> None:
             digests |= write_checkpoint_files(partial_folder, folder.tensors, progress.update)
         found = open_llava(partial_folder).config
         if found != folder.config:
-            raise LlavaError(f"{out} would be read back as {found} and not {folder.config}.")
+            raise LlavaError(f"{out} would be read back as {found} and not {folder.config}")
     print(f"{out}: {total / 1e9:.2f} GB of weights, with checksums", file=sys.stderr)
 
 
@@ -138,30 +139,30 @@ def check_space(out: Path, needed: int) -> None:
     if free < needed:
         raise LlavaError(
             f"{out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: choose "
-            "another disk, or --dtype bfloat16."
+            "another disk, or --dtype bfloat16"
         )
 
 
-def hugging_face(checkpoint: Checkpoint, dtype: str | None) -> FolderToWrite:
+def hugging_face(checkpoint: LlavaFolder, dtype: str | None) -> FolderToWrite:
     """The folder that transformers' LlavaForConditionalGeneration loads.
 
     A folder in this form keeps its config, processor and tokenizer; only the names of tensors
     become those of the llava-hf checkpoints. For any other, the tokenizer gets a token for
     `<image>`, and the embedding table and the head get rows for it if they have none to spare.
     """
-    if hf_folder.is_hf_folder(checkpoint.folder):
+    if hf_form.is_hf_folder(checkpoint.folder):
         return _same_form(checkpoint, dtype)
-    hf_folder.check_expressible(checkpoint.config)
+    hf_form.check_expressible(checkpoint.config)
     tokenizer, template = _tokenizer(checkpoint), get_template(checkpoint.template)
     if checkpoint.chat_template is None:
-        hf_folder.warn_of_other_tokens(tokenizer, template, _tell)
-    config = hf_folder.with_image_token(checkpoint.config, tokenizer.image_id)
-    parts = _component_tensors(checkpoint, dtype, _families(config))
+        hf_form.warn_of_other_tokens(tokenizer, template, _tell)
+    config = hf_form.with_image_token(checkpoint.config, tokenizer.image_id)
+    parts = _component_tensors(checkpoint, dtype, families_of(config))
     parts["decoder"] = [_grown(t, config.decoder.vocab_size) for t in parts["decoder"]]
     tensors = _with_roots(parts, HF_ROOTS)
     has_head = any(t.name.startswith("vision_tower.vision_model.head.") for t in tensors)
     write = partial(
-        hf_folder.write_side_files,
+        hf_form.write_side_files,
         config=config,
         tokenizer=tokenizer,
         template=template,
@@ -171,12 +172,9 @@ def hugging_face(checkpoint: Checkpoint, dtype: str | None) -> FolderToWrite:
     return FolderToWrite(config, tensors, write)
 
 
-def _same_form(checkpoint: Checkpoint, dtype: str | None) -> FolderToWrite:
+def _same_form(checkpoint: LlavaFolder, dtype: str | None) -> FolderToWrite:
     values = read_json(checkpoint.folder / "config.json")
-    families = {
-        "vision": (values.get("vision_config") or {}).get("model_type", "clip_vision_model"),
-        "decoder": (values["text_config"] or {}).get("model_type", "llama"),
-    }
+    families = checkpoint.families
     if checkpoint.tokenizer_dir is not None:  # copied, so that nothing else would notice
         rows = checkpoint.config.decoder.vocab_size
         tokenizer = load_tokenizer(checkpoint.tokenizer_dir, rows)
@@ -187,14 +185,14 @@ def _same_form(checkpoint: Checkpoint, dtype: str | None) -> FolderToWrite:
     return FolderToWrite(checkpoint.config, tensors, write)
 
 
-def original(checkpoint: Checkpoint, dtype: str | None) -> FolderToWrite:
+def original(checkpoint: LlavaFolder, dtype: str | None) -> FolderToWrite:
     """The folder that the original LLaVA code loads, vision encoder included."""
-    original_folder.check_expressible(checkpoint.config)
+    original_form.check_expressible(checkpoint.config)
     config = dataclasses.replace(checkpoint.config, image_token_id=IMAGE_TOKEN_ID)
-    parts = _component_tensors(checkpoint, dtype, _families(config), original=True)
+    parts = _component_tensors(checkpoint, dtype, families_of(config), original=True)
     tensors = _with_roots(parts, ORIGINAL_ROOTS)
     write = partial(
-        original_folder.write_side_files,
+        original_form.write_side_files,
         config=config,
         tokenizer=_tokenizer(checkpoint),
         dtype=_main_dtype(tensors),
@@ -209,13 +207,13 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> hf_folder.HFTokenizer:
+def _tokenizer(checkpoint: LlavaFolder) -> hf_form.HFTokenizer:
     if checkpoint.tokenizer_dir is None:
         raise LlavaError(
             f"{checkpoint.folder} has no tokenizer: put its tokenizer.json, or tokenizer.model, "
-            "and tokenizer_config.json there."
+            "and tokenizer_config.json there"
         )
-    return hf_folder.prepare_tokenizer(
+    return hf_form.prepare_tokenizer(
         checkpoint.tokenizer_dir,
         checkpoint.chat_template or chat_template(get_template(checkpoint.template)),
         checkpoint.config.decoder.vocab_size,
@@ -223,16 +221,8 @@ def _tokenizer(checkpoint: Checkpoint) -> hf_folder.HFTokenizer:
     )
 
 
-def _families(config: LlavaConfig) -> dict[str, str]:
-    """The model types that our configs are written as."""
-    return {
-        "vision": vision_to_hf(config.vision)["model_type"],
-        "decoder": decoder_to_hf(config.decoder)["model_type"],
-    }
-
-
 def _component_tensors(
-    checkpoint: Checkpoint, dtype: str | None, families: dict[str, str], original: bool = False
+    checkpoint: LlavaFolder, dtype: str | None, families: Families, original: bool = False
 ) -> dict[str, list[TensorToWrite]]:
     """Component -> its tensors, by the names that a folder of it alone would have."""
     parts = {}
@@ -289,4 +279,4 @@ def _copy_side_files(source: Path, values: dict, dtype: str, folder: Path) -> No
         of_weights = path.name == CHECKSUMS_FILE or path.name.endswith(".index.json")
         if path.suffix in (".json", ".jinja", ".model", ".txt") and not of_weights:
             shutil.copyfile(path, folder / path.name)
-    write_json(folder / "config.json", values | hf_folder.dtype_keys(dtype))
+    write_json(folder / "config.json", values | hf_form.dtype_keys(dtype))

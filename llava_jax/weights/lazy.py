@@ -149,7 +149,7 @@ class _Faults:
         faults = [f"{word} {_some(names)}" for word, names in kinds.items() if names]
         if faults:
             raise LlavaError(
-                f"the tensors of {self.where} do not fit its config.json: {'; '.join(faults)}."
+                f"the tensors of {self.where} do not fit its config.json: {'; '.join(faults)}"
             )
 
 
@@ -237,7 +237,7 @@ def read_tree(params: Mapping[str, LazyParameter], dtype: str, name: str) -> dic
 
 def check_dtype(name: str) -> None:
     if name not in PARAMETER_DTYPES:
-        raise LlavaError(f"unknown dtype {name!r}: choose {', '.join(PARAMETER_DTYPES)}.")
+        raise LlavaError(f"unknown dtype {name!r}: choose {', '.join(PARAMETER_DTYPES)}")
 
 
 def stored_bytes(tensors: Iterable[StoredTensor]) -> int:
@@ -282,7 +282,7 @@ def _check_overflow(tensor: StoredTensor, values: np.ndarray, target: np.ndarray
     if np.isinf(target).any() and not np.isinf(values).any():
         raise LlavaError(
             f"tensor {tensor.name!r} in {tensor.path} has values that float16 cannot hold: load it "
-            "as bfloat16 or float32."
+            "as bfloat16 or float32"
         )
 
 
@@ -290,7 +290,7 @@ def twice(first: StoredTensor, second: StoredTensor) -> LlavaError:
     """The error of one parameter under two names."""
     return LlavaError(
         f"{first.name!r} in {first.path} and {second.name!r} in {second.path} are the same "
-        "parameter: a checkpoint holds each once."
+        "parameter: a checkpoint holds each once"
     )
 
 

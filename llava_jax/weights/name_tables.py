@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 
 from llava_jax.models.decoder import DecoderConfig
-from llava_jax.models.projector import projector_depth
+from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig
 
 STACKED = "layers/"  # our path prefix of the parameters stacked over blocks on axis 0
@@ -150,14 +150,6 @@ LLAMA = NameTable(
     unused=(r".*rotary_emb\.inv_freq",),
 )
 
-DECODERS = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "seed_oss": LLAMA,
-}
-
 # --- vision encoders ------------------------------------------------------------------------------
 
 
@@ -270,14 +262,6 @@ DINOV2 = NameTable(
     ),
 )
 
-VISION_ENCODERS = {
-    "clip": CLIP,
-    "clip_vision_model": CLIP,
-    "siglip": SIGLIP,
-    "siglip_vision_model": SIGLIP,
-    "dinov2": DINOV2,
-}
-
 # --- LLaVA ----------------------------------------------------------------------------------------
 
 # Root of a name on disk -> the component, in which the rest is read by the component's own table.
@@ -301,13 +285,15 @@ def projector_table(
     Our `linear_0`, `linear_1` are `linear_1`, `linear_2` there, and the members 0, 2 of a sequence
     of layers here; a `linear` projector of the original has no level of names.
     """
+    spec = ProjectorSpec.parse(kind)
 
     def key(i: int) -> str:
         return f"linear_{i + 1}" if not original else "" if kind == "linear" else str(2 * i)
 
     parameters = [
         parameter
-        for i in range(projector_depth(kind))
+        for i in range(spec.depth)
         for parameter in _linear(f"linear_{i}", key(i), "O O" if i else "I O", no_bias=not use_bias)
     ]
-    return NameTable(tuple(parameters), lambda _: {"I": features_in, "O": features_out})
+    widths = next(spec.layer_sizes(features_in, features_out), (features_in, features_out))
+    return NameTable(tuple(parameters), lambda _: dict(zip("IO", widths, strict=True)))

@@ -31,7 +31,7 @@ from llava_jax.models.vit import ViTConfig, num_blocks
 from llava_jax.weights.checksums import CHECKSUMS_FILE, read_checksums, sha256
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.lazy import LazyParameter, read_tree
-from llava_jax.weights.read.hf_fields import read_json
+from llava_jax.weights.read.fields import read_json
 from llava_jax.weights.read.llava_folder import (
     is_llava_folder,
     open_decoder,
@@ -73,7 +73,7 @@ class LoadedModel:
     params: dict
     tokenizer_dir: Path
     template: str
-    added_tokens: tuple[str, ...] = ()  # see weights.load.Checkpoint
+    added_tokens: tuple[str, ...] = ()  # see LlavaFolder
     chat_template: str | None = None
 
 

@@ -13,7 +13,7 @@ from llava_jax.text.conversation import Turn
 from llava_jax.text.processor_prompt import ProcessorPrompt
 from llava_jax.text.templates import get_template, render
 from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer
-from llava_jax.weights.write.hf_folder import prepare_tokenizer
+from llava_jax.weights.write.huggingface import prepare_tokenizer
 
 # --- the original ---------------------------------------------------------------------------------
 

@@ -11,13 +11,14 @@ from llava_jax import cli
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.weights.export import HF_ROOTS
+from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import (
     INDEX_FILE,
     TensorToWrite,
     write_checkpoint_files,
 )
 from llava_jax.weights.read.llava_folder import components, open_llava
-from llava_jax.weights.write import hf_folder
+from llava_jax.weights.write import huggingface as hf_form
 from llava_jax.weights.write.save import array_params, stored_tensors
 from tests.tiny_model import CONFIG, random_params
 
@@ -27,14 +28,13 @@ CHANGES = 250  # of each kind of file
 @pytest.fixture
 def sharded(tmp_path) -> Path:
     """A tiny LLaVA in three or more shards, without checksums, as those of others come."""
-    folder, config = tmp_path / "source", hf_folder.with_image_token(CONFIG, 299)
+    folder, config = tmp_path / "source", hf_form.with_image_token(CONFIG, 299)
     folder.mkdir()
-    write_json(folder / "config.json", hf_folder.config_json(config, {}, "float32"))
-    images = hf_folder.preprocessor_config_json(config)
+    write_json(folder / "config.json", hf_form.config_json(config, {}, "float32"))
+    images = hf_form.preprocessor_config_json(config)
     write_json(folder / "preprocessor_config.json", images)
     tree, tensors = random_params(config), []
-    families = {"vision": "dinov2", "decoder": "llama"}
-    for part, (table, sub_config, _) in components(config, families).items():
+    for part, (table, sub_config, _) in components(config, families_of(config)).items():
         for tensor in stored_tensors(table, sub_config, array_params(tree[part])):
             name = HF_ROOTS[part] + tensor.name
             tensors.append(TensorToWrite(name, tensor.shape, tensor.dtype, tensor.values))

@@ -26,8 +26,9 @@ from llava_jax.models.lora import LoraConfig, abstract_lora
 from llava_jax.models.vit import ViTConfig
 from llava_jax.text.conversation import Turn
 from llava_jax.weights.export import hugging_face, original, write_folder
+from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import SINGLE_FILE
-from llava_jax.weights.read.llava_folder import Checkpoint, open_llava
+from llava_jax.weights.read.llava_folder import LlavaFolder, open_llava
 from llava_jax.weights.run_directory import (
     RunModel,
     Source,
@@ -63,7 +64,7 @@ MODELS: dict[str, tuple[LlavaConfig, str]] = {
 }
 
 
-def in_memory(folder: Path, config: LlavaConfig, template: str) -> tuple[Checkpoint, dict]:
+def in_memory(folder: Path, config: LlavaConfig, template: str) -> tuple[LlavaFolder, dict]:
     """A checkpoint of random parameters, its tokenizer in `folder`; and the parameters."""
     folder.mkdir(exist_ok=True)
     byte_tokenizer().save_pretrained(folder)
@@ -73,7 +74,8 @@ def in_memory(folder: Path, config: LlavaConfig, template: str) -> tuple[Checkpo
         for part, branch in tree.items()
         for path, array in array_params(branch).items()
     }
-    return Checkpoint(folder / "step", config, params, {}, template, folder), tree
+    families = families_of(config)
+    return LlavaFolder(folder / "step", config, families, params, {}, template, folder), tree
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -8,10 +8,14 @@ import pytest
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.presets import DINOV2_SMALL, SMOLLM2_135M, clip_large
-from llava_jax.weights.hf_decoder import decoder_config, decoder_to_hf
-from llava_jax.weights.hf_vision import vision_config, vision_to_hf
-from llava_jax.weights.read.hf_config import composed_config, llava_config
-from llava_jax.weights.read.hf_images import image_settings
+from llava_jax.weights.families import (
+    decoder_config,
+    decoder_to_hf,
+    encoder_config,
+    encoder_to_hf,
+)
+from llava_jax.weights.read.huggingface import composed_config, llava_config
+from llava_jax.weights.read.image_settings import image_settings
 
 LLAVA_15 = {  # as llava-hf/llava-1.5-7b-hf has it: mostly defaults left out
     "architectures": ["LlavaForConditionalGeneration"],
@@ -108,7 +112,7 @@ FULL = json.loads(json.dumps(LLAVA_15)) | {"image_token_id": None, "quantization
 FULL["text_config"] |= decoder_to_hf(DecoderConfig(32064, 64, 96, 2, 4, 2, 16))
 FULL["text_config"] |= {"use_sliding_window": True, "sliding_window": 8}
 FULL["text_config"] |= {"max_window_layers": 0, "layer_types": None}
-FULL["vision_config"] |= vision_to_hf(clip_large(336))
+FULL["vision_config"] |= encoder_to_hf(clip_large(336))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "seed_oss"])
@@ -174,7 +178,7 @@ def test_decoders_that_are_not_supported(values, word):
 )
 def test_encoders_that_are_not_supported(values, word):
     with pytest.raises(LlavaError, match=word):
-        vision_config(values, "config.json")
+        encoder_config(values, "config.json")
 
 
 def test_rope_of_transformers_4_and_5():
@@ -227,7 +231,7 @@ def test_vision_config_round_trip():
         clip_large(224), class_token=False, pre_norm=False, patch_bias=True, layer_norm_eps=1e-6
     )
     for config in (DINOV2_SMALL, clip_large(336), siglip):
-        assert vision_config(json.loads(json.dumps(vision_to_hf(config)))) == config
+        assert encoder_config(json.loads(json.dumps(encoder_to_hf(config)))) == config
 
 
 def test_image_settings(tmp_path):
@@ -292,7 +296,7 @@ def test_composed_config(tmp_path):
     vision, decoder = tmp_path / "vision", tmp_path / "decoder"
     vision.mkdir()
     decoder.mkdir()
-    write(vision, vision_to_hf(DINOV2_SMALL))
+    write(vision, encoder_to_hf(DINOV2_SMALL))
     write(decoder, decoder_to_hf(SMOLLM2_135M))
     config = composed_config(vision, decoder, image_size=56, projector="mlp3x_gelu")
     assert (config.vision, config.decoder) == (DINOV2_SMALL, SMOLLM2_135M)

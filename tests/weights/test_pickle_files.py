@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from llava_jax.errors import LlavaError  # noqa: E402
-from llava_jax.weights.formats.pickle_files import open_pickle, open_weights  # noqa: E402
+from llava_jax.weights.formats.folders import open_weights  # noqa: E402
+from llava_jax.weights.formats.pickle_files import open_pickle  # noqa: E402
 from llava_jax.weights.read.llava_folder import load_decoder  # noqa: E402
 
 

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file, save_file
 
 from llava_jax.errors import LlavaError
 from llava_jax.weights.checksums import CHECKSUMS_FILE, write_checksums
+from llava_jax.weights.formats.folders import open_folder
 from llava_jax.weights.formats.safetensors_files import (
     INDEX_FILE,
     SINGLE_FILE,
     TensorToWrite,
-    open_folder,
     write_checkpoint_files,
     write_file,
 )

@@ -21,12 +21,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.weights.formats.safetensors_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
     StoredTensor,
-    check_index,
-    open_folder,
-    read_index,
 )
 
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -53,49 +48,6 @@ _BARE_DTYPES = (
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     *("uint16", "uint32", "uint64"),
 )
-# Files beside the weights that also end in .bin or .pt and hold no model.
-_NOT_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
-
-
-def open_weights(folder: str | Path, allow_pickle: bool = False) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint folder by name: of its safetensors, else of its PyTorch files.
-
-    Raises:
-      LlavaError: as `open_folder`; PyTorch files without `allow_pickle`.
-    """
-    folder = Path(folder)
-    if (folder / INDEX_FILE).exists() or (folder / SINGLE_FILE).exists():
-        return open_folder(folder)
-    index = None
-    if (folder / PICKLE_INDEX).exists():
-        index = read_index(folder / PICKLE_INDEX, ".bin")
-    pickles = _alone(folder) if index is None else [folder / n for n in sorted({*index.values()})]
-    if not pickles:
-        return open_folder(folder)
-    tensors: dict[str, StoredTensor] = {}
-    for path in pickles:
-        for name, tensor in open_pickle(path, allow_pickle).items():
-            if name in tensors:
-                raise LlavaError(
-                    f"tensor {name!r} is in both {tensors[name].path} and {path}: a checkpoint "
-                    "holds each tensor once."
-                )
-            tensors[name] = tensor
-    if index is not None:
-        check_index(folder / PICKLE_INDEX, index, tensors)
-    return tensors
-
-
-def _alone(folder: Path) -> list[Path]:
-    """The PyTorch file that holds a folder's model by itself, or none."""
-    found = [p for end in ("*.bin", "*.pth", "*.pt") for p in sorted(folder.glob(end))]
-    found = [p for p in found if p.name not in _NOT_A_MODEL]
-    named = [p for p in found if p.name == PICKLE_FILE]
-    if len(found) > 1 and not named:
-        raise LlavaError(
-            f"{folder} holds {', '.join(p.name for p in found)}: name the model {PICKLE_FILE}."
-        )
-    return named or found
 
 
 def open_pickle(path: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
@@ -107,7 +59,7 @@ def open_pickle(path: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
     if not allow_pickle:
         raise LlavaError(
             f"{path} is a pickle, which can run code: have its tensors read and nothing run with "
-            "`llava-jax convert --allow_pickle` (in Python, allow_pickle=True)."
+            "`llava-jax convert --allow_pickle` (in Python, allow_pickle=True)"
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -115,14 +67,14 @@ def open_pickle(path: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
     except LlavaError:
         raise
     except FileNotFoundError as error:
-        raise LlavaError(f"{path} is missing.") from error
+        raise LlavaError(f"{path} is missing") from error
     except zipfile.BadZipFile as error:
         raise LlavaError(
             f"{path} is truncated, or was written before PyTorch 1.6: load and save it again with "
-            "PyTorch."
+            "PyTorch"
         ) from error
     except Exception as error:  # a damaged pickle raises anything
-        raise LlavaError(f"{path} is damaged: {error!r}.") from error
+        raise LlavaError(f"{path} is damaged: {error!r}") from error
 
 
 @dataclasses.dataclass
@@ -161,7 +113,7 @@ class PickledTensor(StoredTensor):
         if _crc32(self.path, *self.storage, self.path.stat().st_mtime_ns) != self.crc:
             raise LlavaError(
                 f"{self.path} is damaged: the values of tensor {self.name!r} are not those that "
-                "were written (its CRC-32 differs); get the file again."
+                "were written (its CRC-32 differs); get the file again"
             )
         shape = tuple(self.shape[axis] for axis in self.axes)
         lying = StoredTensor(self.name, self.path, self.dtype, shape, self.offset)
@@ -200,7 +152,7 @@ class _Reader(pickle._Unpickler):
         if (module, name) not in self.known:
             raise LlavaError(
                 f"{self.path} asks for {module}.{name}, which a table of tensors does not need: "
-                "save its tensors alone, best as safetensors."
+                "save its tensors alone, best as safetensors"
             )
         return self.known[module, name]
 
@@ -219,13 +171,13 @@ def _tensors(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:
     members = {member.filename: member for member in archive.infolist()}
     description = [name for name in members if name.split("/", 1)[-1] == "data.pkl"]
     if len(description) != 1 or members[description[0]].file_size > MAX_PICKLE_BYTES:
-        raise LlavaError(f"{path} is not a file of PyTorch tensors: it has no data.pkl of its own.")
+        raise LlavaError(f"{path} is not a file of PyTorch tensors: it has no data.pkl of its own")
     root = description[0].removesuffix("data.pkl")
     if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
-        raise LlavaError(f"{path} was written on a big-endian machine: save it again on another.")
+        raise LlavaError(f"{path} was written on a big-endian machine: save it again on another")
     views = _Reader(path, archive.read(description[0])).load()
     if not isinstance(views, dict):
-        raise LlavaError(f"{path} holds a {type(views).__name__} and not a dict of tensors.")
+        raise LlavaError(f"{path} holds a {type(views).__name__} and not a dict of tensors")
     with open(path, "rb") as file:
         return {name: _place(path, file, root, members, name, view) for name, view in views.items()}
 
@@ -233,26 +185,26 @@ def _tensors(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:
 def _place(path: Path, file, root: str, members: dict, name: str, view: _View) -> StoredTensor:
     """A tensor's place in the file, with everything that the pickle claimed checked."""
     if not isinstance(name, str) or not isinstance(view, _View):
-        raise LlavaError(f"{path} holds {name!r}, which is no tensor: save the tensors alone.")
+        raise LlavaError(f"{path} holds {name!r}, which is no tensor: save the tensors alone")
     storage, shape, strides = view.storage, tuple(view.shape), tuple(view.strides)
     member = members[f"{root}data/{storage.key}"]
     items = math.prod(shape)
     sizes = (view.start, storage.items, *shape)
     if not all(type(size) is int and size >= 0 for size in sizes) or len(shape) != len(strides):
-        raise LlavaError(f"{path} is damaged: the shape of tensor {name!r} makes no sense.")
+        raise LlavaError(f"{path} is damaged: the shape of tensor {name!r} makes no sense")
     if (
         member.compress_type != zipfile.ZIP_STORED
         or member.file_size != storage.items * storage.item_bytes
         or view.start + items > storage.items
     ):
-        raise LlavaError(f"{path} is damaged: tensor {name!r} does not fit its storage.")
+        raise LlavaError(f"{path} is damaged: tensor {name!r} does not fit its storage")
     axes = tuple(sorted(range(len(shape)), key=lambda axis: -strides[axis]))
     lying = [shape[axis] for axis in axes]
     dense = [math.prod(lying[i + 1 :]) for i in range(len(axes))]
     if items and any(
         shape[axis] > 1 and strides[axis] != step for axis, step in zip(axes, dense, strict=True)
     ):
-        raise LlavaError(f"tensor {name!r} in {path} is stored with gaps: save it .contiguous().")
+        raise LlavaError(f"tensor {name!r} in {path} is stored with gaps: save it .contiguous()")
     start = _data_start(file, member)
     offset = start + view.start * storage.item_bytes
     place = start, member.file_size
@@ -265,6 +217,6 @@ def _data_start(file, member: zipfile.ZipInfo) -> int:
     file.seek(member.header_offset)
     header = file.read(30)
     if header[:4] != b"PK\x03\x04":
-        raise LlavaError(f"{file.name} is damaged: {member.filename} is not where it should be.")
+        raise LlavaError(f"{file.name} is damaged: {member.filename} is not where it should be")
     lengths = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     return member.header_offset + 30 + sum(lengths)

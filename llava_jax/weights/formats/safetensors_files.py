@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -21,7 +21,6 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.checksums import inside_folder, verify_checksums
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,7 +62,7 @@ class StoredTensor:
         if self.dtype not in DTYPES:
             raise LlavaError(
                 f"{self.place} is stored as {self.dtype}: only "
-                f"{', '.join(DTYPES)} parameters can be read."
+                f"{', '.join(DTYPES)} parameters can be read"
             )
         return DTYPES[self.dtype]
 
@@ -86,7 +85,7 @@ class StoredTensor:
         with open(self.path, "rb") as file:
             if os.fstat(file.fileno()).st_size < self.offset + size:
                 raise LlavaError(
-                    f"{self.path} ends inside tensor {self.name!r}: get the file again."
+                    f"{self.path} ends inside tensor {self.name!r}: get the file again"
                 )
             view = mmap.mmap(
                 file.fileno(), begin + size, access=mmap.ACCESS_READ, offset=self.offset - begin
@@ -98,43 +97,6 @@ class StoredTensor:
         return values.view(self.value_dtype).reshape(self.shape)
 
 
-def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
-    """Lists the tensors of a checkpoint folder, single-file or sharded, without reading values.
-
-    Checks `checksums.json` where the folder has one. Pickled weights (`.bin`, `.pth`) are refused:
-    they can run code.
-
-    Raises:
-      LlavaError: no weights; a missing, truncated or damaged file; a changed checksum; a shard
-        path that leaves the folder; a tensor in two shards, or not where the index says it is.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise LlavaError(f"{folder} is not a folder: give the folder of a checkpoint.")
-    covered = verify_checksums(folder)
-    if (folder / INDEX_FILE).exists():
-        index = read_index(folder / INDEX_FILE, ".safetensors")
-        names = sorted(set(index.values()))
-    elif (folder / SINGLE_FILE).exists():
-        index, names = None, [SINGLE_FILE]
-    else:
-        raise LlavaError(_no_weights(folder))
-    tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        if covered is not None and name not in covered:
-            raise LlavaError(f"{folder / name} is not listed in the folder's checksums.json.")
-        for tensor in read_header(folder / name):
-            if tensor.name in tensors:
-                raise LlavaError(
-                    f"tensor {tensor.name!r} is in both {tensors[tensor.name].path} and "
-                    f"{tensor.path}: a checkpoint holds each tensor once."
-                )
-            tensors[tensor.name] = tensor
-    if index is not None:
-        check_index(folder / INDEX_FILE, index, tensors)
-    return tensors
-
-
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, every size and offset checked against the file."""
     try:
@@ -144,12 +106,12 @@ def read_header(path: Path) -> list[StoredTensor]:
             if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
                 raise LlavaError(
                     f"{path} is truncated or not a safetensors file: its header of {header_bytes} "
-                    f"bytes does not fit in its {size} bytes."
+                    f"bytes does not fit in its {size} bytes"
                 )
             text = file.read(header_bytes)
     except OSError as error:
-        raise LlavaError(f"{path} cannot be read: {error.strerror}.") from error
-    header = _parse_json(path, text)
+        raise LlavaError(f"{path} cannot be read: {error.strerror}") from error
+    header = parse_json(path, text)
     header.pop("__metadata__", None)
     start = 8 + header_bytes
     tensors, spans = [], []
@@ -158,7 +120,7 @@ def read_header(path: Path) -> list[StoredTensor]:
         if start + end > size:
             raise LlavaError(
                 f"{path} is truncated: tensor {name!r} ends at byte {start + end} and the file "
-                f"has {size}; get the file again."
+                f"has {size}; get the file again"
             )
         tensors.append(
             StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), start + begin)
@@ -168,13 +130,13 @@ def read_header(path: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _parse_json(path: Path, text: bytes) -> dict:
+def parse_json(path: Path, text: bytes) -> dict:
     def unique(pairs: list[tuple[str, object]]) -> dict:
         entries = dict(pairs)
         if len(entries) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(n for n in names if names.count(n) > 1)
-            raise LlavaError(f"{path} names {twice!r} twice: a checkpoint holds each tensor once.")
+            raise LlavaError(f"{path} names {twice!r} twice: a checkpoint holds each tensor once")
         return entries
 
     try:
@@ -182,9 +144,9 @@ def _parse_json(path: Path, text: bytes) -> dict:
     except LlavaError:
         raise
     except (ValueError, RecursionError) as error:
-        raise LlavaError(f"{path} is damaged: its header is not JSON ({error}).") from error
+        raise LlavaError(f"{path} is damaged: its header is not JSON ({error})") from error
     if not isinstance(parsed, dict):
-        raise LlavaError(f"{path} is damaged: its header is not a JSON object.")
+        raise LlavaError(f"{path} is damaged: its header is not a JSON object")
     return parsed
 
 
@@ -202,11 +164,11 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
         raise LlavaError(fault)
     item_bytes = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_ITEM_BYTES.get(dtype)
     if item_bytes is None:
-        raise LlavaError(f"{path} is damaged: tensor {name!r} has the unknown dtype {dtype!r}.")
+        raise LlavaError(f"{path} is damaged: tensor {name!r} has the unknown dtype {dtype!r}")
     if offsets[1] - offsets[0] != math.prod(shape) * item_bytes:
         raise LlavaError(
             f"{path} is damaged: tensor {name!r} of shape {shape} and dtype {dtype} does not fill "
-            f"its bytes {offsets[0]} to {offsets[1]}."
+            f"its bytes {offsets[0]} to {offsets[1]}"
         )
     return offsets[0], offsets[1]
 
@@ -215,60 +177,12 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
     position = 0
     for begin, end in spans:
         if begin != position:
-            raise LlavaError(f"{path} is damaged: its tensors overlap or leave a hole at {begin}.")
+            raise LlavaError(f"{path} is damaged: its tensors overlap or leave a hole at {begin}")
         position = end
     if position != data_bytes:
         raise LlavaError(
-            f"{path} is damaged: it holds {data_bytes} bytes of data and its header {position}."
+            f"{path} is damaged: it holds {data_bytes} bytes of data and its header {position}"
         )
-
-
-def read_index(path: Path, end: str) -> dict[str, str]:
-    """Tensor -> file beside the index, as an index has it; the files are there, unread.
-
-    Args:
-      end: how the names of the files must end.
-    Raises:
-      LlavaError: the index is damaged, a file is missing or would lie outside the folder.
-    """
-    try:
-        index = _parse_json(path, path.read_bytes()).get("weight_map")
-    except OSError as error:
-        raise LlavaError(f"{path} cannot be read: {error.strerror}.") from error
-    if not isinstance(index, dict) or not index:
-        raise LlavaError(f"{path} is damaged: it has no weight_map from tensors to files.")
-    for tensor, shard in index.items():
-        if not inside_folder(shard) or "/" in shard or not shard.endswith(end):
-            raise LlavaError(
-                f"{path} puts tensor {tensor!r} in {shard!r}: a shard must be a {end} file in the "
-                "same folder."
-            )
-        if not (path.parent / shard).is_file():
-            raise LlavaError(f"{path.parent / shard} is missing, although {path} names it.")
-    return index
-
-
-def check_index(path: Path, index: dict[str, str], tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises LlavaError where an index and the tensors of its files differ."""
-    for name, shard in index.items():
-        if name not in tensors or tensors[name].path != path.parent / shard:
-            raise LlavaError(f"{path} says tensor {name!r} is in {shard}, where it is not.")
-    extra = sorted(set(tensors) - set(index))
-    if extra:
-        raise LlavaError(
-            f"tensor {extra[0]!r} is in {tensors[extra[0]].path} and not in {path}: the index and "
-            "the shards belong to different checkpoints."
-        )
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(p.name for e in ("*.bin", "*.pth", "*.pt") for p in folder.glob(e))
-    if pickles:
-        return (
-            f"{folder} holds pickled weights ({pickles[0]}), which can run code: save them as "
-            "safetensors."
-        )
-    return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}."
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,19 @@ import numpy as np
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig, num_blocks
 from llava_jax.text.chat_template import template_of
-from llava_jax.weights.formats.pickle_files import open_weights
+from llava_jax.weights.families import (
+    DECODERS,
+    Families,
+    decoder_config,
+    decoder_family,
+    encoder_config,
+    encoder_family,
+)
+from llava_jax.weights.formats.folders import open_weights
 from llava_jax.weights.formats.safetensors_files import StoredTensor
-from llava_jax.weights.hf_decoder import decoder_config
-from llava_jax.weights.hf_vision import vision_config
 from llava_jax.weights.lazy import (
     LazyParameter,
     check_dtype,
@@ -33,30 +40,22 @@ from llava_jax.weights.lazy import (
     standard_names,
     twice,
 )
-from llava_jax.weights.name_tables import (
-    DECODERS,
-    LLAVA_HEAD,
-    LLAVA_ROOTS,
-    VISION_ENCODERS,
-    NameTable,
-    projector_table,
-)
-from llava_jax.weights.read.hf_config import composed_config, llava_config
-from llava_jax.weights.read.hf_fields import read_json
-from llava_jax.weights.read.merging import ADAPTER_CONFIG, ComputedTensor, merge_lora, open_adapter
+from llava_jax.weights.name_tables import LLAVA_HEAD, LLAVA_ROOTS, NameTable, projector_table
+from llava_jax.weights.read.fields import read_json
+from llava_jax.weights.read.huggingface import composed_config, llava_config
+from llava_jax.weights.read.merging import ComputedTensor
 from llava_jax.weights.read.original import has_tokenizer, is_original, open_original
-
-# How the llava-hf checkpoints of each language model family were tuned.
-HF_TEMPLATES = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "chatml", "qwen3": "chatml"}
+from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_lora, open_adapter
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class LlavaFolder:
     """A LLaVA on disk.
 
     Attributes:
       folder: what was opened.
       config: the model's.
+      families: of its encoder and language model.
       params: our path ("decoder/norm/scale") -> where its values lie; complete and checked.
       idle: tensors of the encoder that our model never computes with and its class in transformers
         has, by their names there.
@@ -68,6 +67,7 @@ class Checkpoint:
 
     folder: Path
     config: LlavaConfig
+    families: Families
     params: dict[str, LazyParameter]
     idle: dict[str, StoredTensor]
     template: str
@@ -87,7 +87,7 @@ def open_llava(
     delta_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     allow_pickle: bool = False,
-) -> Checkpoint:
+) -> LlavaFolder:
     """Opens a LLaVA of any form that we read; blocks past the feature layer are left out.
 
     Args:
@@ -107,7 +107,7 @@ def open_llava(
     paths = {name: Path(path) for name, path in others.items() if path}
     for name, path in paths.items():
         if not path.is_dir():
-            raise LlavaError(f"{name} is {path}, which is not a folder.")
+            raise LlavaError(f"{name} is {path}, which is not a folder")
     adapter = (folder / ADAPTER_CONFIG).exists()
     values = {}
     if not adapter or (folder / "config.json").exists():
@@ -120,11 +120,11 @@ def open_llava(
         return _composed(folder, paths["vision_tower"], allow_pickle)
     config, families, parts = _huggingface(folder, values, allow_pickle)
     if paths:
-        raise LlavaError(f"{folder} is a whole LLaVA: leave out {' and '.join(paths)}.")
+        raise LlavaError(f"{folder} is a whole LLaVA: leave out {' and '.join(paths)}")
     return _checkpoint(folder, config, families, parts)
 
 
-def _original(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Checkpoint:
+def _original(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> LlavaFolder:
     found = open_original(folder, allow_pickle=allow_pickle, **paths)
     checkpoint = _checkpoint(folder, found.config, found.families, found.parts, original=True)
     jinja = _chat_template(folder)
@@ -139,24 +139,24 @@ def _original(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Check
 
 def _huggingface(
     folder: Path, values: dict, allow_pickle: bool
-) -> tuple[LlavaConfig, dict[str, str], dict[str, dict[str, StoredTensor]]]:
+) -> tuple[LlavaConfig, Families, dict[str, dict[str, StoredTensor]]]:
     """Config, model types and tensors by component of a Hugging Face LLaVA."""
     config = llava_config(folder)
     parts = _split_llava(folder, open_weights(folder, allow_pickle))
     config = _settle_tying(config, values, parts["decoder"])
-    families = {
-        "vision": (values.get("vision_config") or {}).get("model_type", "clip_vision_model"),
-        "decoder": (values["text_config"] or {}).get("model_type", "llama"),
-    }
+    families = Families(
+        encoder_family(values.get("vision_config") or {}),
+        decoder_family(values["text_config"] or {}),
+    )
     return config, families, parts
 
 
-def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Checkpoint:
+def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> LlavaFolder:
     """A LoRA adapter that PEFT trained on a Hugging Face LLaVA."""
     if set(paths) != {"base"}:
         raise LlavaError(
             f"{folder} holds a LoRA adapter: give the folder of the LLaVA it was trained on, and "
-            "nothing else (--base DIR, or base=)."
+            "nothing else (--base DIR, or base=)"
         )
     values = read_json(paths["base"] / "config.json")
     config, families, parts = _huggingface(paths["base"], values, allow_pickle)
@@ -171,17 +171,23 @@ def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> Checkp
     )
 
 
-def _composed(folder: Path, vision_tower: Path, allow_pickle: bool) -> Checkpoint:
+def _composed(folder: Path, vision_tower: Path, allow_pickle: bool) -> LlavaFolder:
     """A fresh LLaVA of a language model and a vision encoder, its projector drawn at random."""
     config = composed_config(vision_tower, folder)
     types = {"vision": vision_tower, "decoder": folder}
-    families = {p: read_json(f / "config.json")["model_type"] for p, f in types.items()}
+    families = Families(
+        encoder_family(read_json(vision_tower / "config.json")),
+        decoder_family(read_json(folder / "config.json")),
+    )
     table, _, _ = components(config, families)["projector"]
     sizes, rng = table.sizes(config), np.random.default_rng(0)
+    spec = ProjectorSpec.parse(config.projector)
+    layers = spec.layer_sizes(config.feature_size, config.decoder.hidden_size)
+    fan_in = {f"linear_{i}": inputs for i, (inputs, _) in enumerate(layers)}
     projector = {}
     for parameter in table.parameters:
         shape = tuple(sizes[letter] for letter in parameter.stored_shape.split())
-        bound = sizes["I" if parameter.path.startswith("linear_0") else "O"] ** -0.5
+        bound = fan_in[parameter.path.split("/")[0]] ** -0.5
         draw = functools.partial(rng.uniform, -bound, bound, shape)
         values = draw().astype(np.float32)  # drawn now: the same whatever is read first
         name = parameter.keys[0]
@@ -217,7 +223,7 @@ def open_decoder(
     values = read_json(folder / "config.json")
     found = decoder_config(values, str(folder / "config.json"))
     _check_expected(folder, found, config)
-    table = DECODERS[values.get("model_type", "llama")]
+    table = decoder_family(values).names
     tensors = open_weights(folder, allow_pickle)
     return found, match(table, found, found.num_layers, tensors, folder)
 
@@ -246,12 +252,12 @@ def open_vision(
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
-    found = vision_config(values, str(folder / "config.json"))
+    found = encoder_config(values, str(folder / "config.json"))
     _check_expected(folder, found, config)
     blocks = found.num_layers if num_blocks is None else num_blocks
     if not 0 <= blocks <= found.num_layers:
-        raise LlavaError(f"{folder} has {found.num_layers} blocks, not {blocks}.")
-    table = VISION_ENCODERS[values.get("model_type", "clip_vision_model")]
+        raise LlavaError(f"{folder} has {found.num_layers} blocks, not {blocks}")
+    table = encoder_family(values).names
     return found, match(table, found, blocks, open_weights(folder, allow_pickle), folder)
 
 
@@ -276,35 +282,34 @@ def _check_expected(folder: Path, found: object, expected: object | None) -> Non
         for field in dataclasses.fields(found)
         if getattr(found, field.name) != getattr(expected, field.name)
     ]
-    raise LlavaError(f"{folder} is not the model asked for: {'; '.join(differing)}.")
+    raise LlavaError(f"{folder} is not the model asked for: {'; '.join(differing)}")
 
 
 def components(
-    config: LlavaConfig, families: dict[str, str], original: bool = False
+    config: LlavaConfig, families: Families, original: bool = False
 ) -> dict[str, tuple[NameTable, object, int]]:
     """Component -> its name table, its config and how many blocks of it run.
 
     Args:
-      families: model types of `vision` and `decoder`.
       original: the projector's names are those of the original form.
     """
     blocks = num_blocks(config.vision, config.feature_layer)
     sizes = config.feature_size, config.decoder.hidden_size
     projector = projector_table(config.projector, config.projector_bias, *sizes, original)
     return {
-        "vision": (VISION_ENCODERS[families["vision"]], config.vision, blocks),
+        "vision": (families.vision.names, config.vision, blocks),
         "projector": (projector, config, 0),
-        "decoder": (DECODERS[families["decoder"]], config.decoder, config.decoder.num_layers),
+        "decoder": (families.decoder.names, config.decoder, config.decoder.num_layers),
     }
 
 
 def _checkpoint(
     folder: Path,
     config: LlavaConfig,
-    families: dict[str, str],
+    families: Families,
     parts: dict[str, dict[str, StoredTensor]],
     original: bool = False,
-) -> Checkpoint:
+) -> LlavaFolder:
     """Matches the tensors of each component with its parameters."""
     tables = components(config, families, original)
     params = {
@@ -315,12 +320,13 @@ def _checkpoint(
     idle = idle_tensors(*tables["vision"], parts["vision"])
     jinja = _chat_template(folder)
     ours = template_of(jinja) if jinja else None
-    return Checkpoint(
+    return LlavaFolder(
         folder,
         config,
+        families,
         params,
         idle,
-        template=ours or HF_TEMPLATES.get(families["decoder"], "v1"),
+        template=ours or families.decoder.template,
         tokenizer_dir=folder if has_tokenizer(folder) else None,
         chat_template=None if ours else jinja,
     )
@@ -333,7 +339,7 @@ def _chat_template(folder: Path) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise LlavaError(f"{path} is no UTF-8 text: {error}.") from error
+            raise LlavaError(f"{path} is no UTF-8 text: {error}") from error
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
             found = read_json(folder / name).get("chat_template")
@@ -368,7 +374,7 @@ def _split_llava(
         if part is None:
             if not name.startswith(LLAVA_HEAD):
                 raise LlavaError(
-                    f"{tensor.path} holds the tensor {name!r}, which is no part of a LLaVA model."
+                    f"{tensor.path} holds the tensor {name!r}, which is no part of a LLaVA model"
                 )
             part = "decoder"
         short = name.removeprefix(root)
@@ -377,7 +383,7 @@ def _split_llava(
         parts[part][short] = tensor
     empty = [part for part, held in parts.items() if not held]
     if empty and whole:
-        raise LlavaError(f"{folder} holds no tensor of the {' and the '.join(empty)}.")
+        raise LlavaError(f"{folder} holds no tensor of the {' and the '.join(empty)}")
     return parts
 
 

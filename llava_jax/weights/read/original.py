@@ -14,21 +14,24 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.models.presets import clip_large
-from llava_jax.models.projector import projector_depth
+from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig, feature_states
-from llava_jax.weights.formats.pickle_files import open_pickle, open_weights
-from llava_jax.weights.formats.safetensors_files import StoredTensor
-from llava_jax.weights.hf_decoder import decoder_config
-from llava_jax.weights.hf_vision import vision_config
-from llava_jax.weights.read.hf_fields import read_json
-from llava_jax.weights.read.hf_images import default_images, image_settings
-from llava_jax.weights.read.merging import (
-    ADAPTER_CONFIG,
-    add_delta,
-    grow_rows,
-    merge_lora,
-    open_adapter,
+from llava_jax.weights.families import (
+    ENCODERS,
+    ORIGINALS,
+    DecoderFamily,
+    EncoderFamily,
+    Families,
+    encoder_config,
+    encoder_family,
 )
+from llava_jax.weights.formats.folders import open_weights
+from llava_jax.weights.formats.pickle_files import open_pickle
+from llava_jax.weights.formats.safetensors_files import StoredTensor
+from llava_jax.weights.read.fields import read_json
+from llava_jax.weights.read.image_settings import default_images, image_settings
+from llava_jax.weights.read.merging import add_delta, grow_rows
+from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_lora, open_adapter
 
 PROJECTOR_FILE, TRAINABLES_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -36,13 +39,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROOTS = {  # root of a name -> the component, in which the rest is read
     "model.vision_tower.vision_tower.": "vision",
     "model.mm_projector.": "projector",
-}
-_DECODERS = {  # model_type of the folder -> that of its language model
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llama": "llama",
-    "llava_mistral": "mistral",
-    "mistral": "mistral",
 }
 # mm_vision_tower, by its last part: the shapes of encoders whose folder need not be at hand when
 # the checkpoint has their weights.
@@ -58,13 +54,12 @@ class Original:
     """An original LLaVA on disk, ready to be matched with our parameters.
 
     Attributes:
-      families: model types of `vision` and `decoder`.
       parts: component -> tensors by the names that a checkpoint of it alone would have.
       added_tokens: what the tokenizer of a base model must learn, in this order.
     """
 
     config: LlavaConfig
-    families: dict[str, str]
+    families: Families
     parts: dict[str, dict[str, StoredTensor]]
     template: str
     tokenizer_dir: Path | None
@@ -88,25 +83,26 @@ def open_original(
     values = read_json(folder / "config.json")
     _refuse_later(values, source)
     family = str(values.get("model_type"))
-    if family not in _DECODERS:
+    if family not in ORIGINALS:
         raise LlavaError(
             f"{source} has model_type={family!r}: of the original LLaVA, those with the model "
-            f"types {', '.join(_DECODERS)} can be read."
+            f"types {', '.join(ORIGINALS)} can be read"
         )
     added = _added_tokens(values)
-    rows = decoder_config(values | {"model_type": _DECODERS[family]}, source).vocab_size
+    decoder = ORIGINALS[family]
+    rows = decoder.read(values, source).vocab_size
     tensors = _layers(folder, base, delta_base, allow_pickle, rows, bool(added))
     parts = _split(folder, tensors)
     tower = _tower_folder(values, folder, vision_tower)
     vision, vision_family, images = _vision(values, source, tower, bool(parts["vision"]))
     if not parts["vision"]:
         parts["vision"] = open_weights(tower, allow_pickle)
-    config = _config(values, source, vision, images, _DECODERS[family])
+    config = _config(values, source, vision, images, decoder)
     return Original(
         config=config,
-        families={"vision": vision_family, "decoder": _DECODERS[family]},
+        families=Families(vision_family, decoder),
         parts=parts,
-        template=_template(values, _DECODERS[family]),
+        template=_template(values, decoder),
         tokenizer_dir=next((f for f in (folder, base) if f and has_tokenizer(f)), None),
         added_tokens=added,
     )
@@ -126,43 +122,46 @@ def _refuse_later(values: dict, source: str) -> None:
     if merge != "flat" or "anyres" in str(aspect) or values.get("model_type") == "llava_qwen":
         raise LlavaError(
             f"{source} is of LLaVA-NeXT (1.6) or later (image_aspect_ratio={aspect!r}, "
-            f"mm_patch_merge_type={merge!r}): that family is not supported yet."
+            f"mm_patch_merge_type={merge!r}): that family is not supported yet"
         )
     if aspect not in (None, "square", "pad"):
         raise LlavaError(
-            f"{source} has image_aspect_ratio={aspect!r}: square and pad are supported."
+            f"{source} has image_aspect_ratio={aspect!r}: square and pad are supported"
         )
     if values.get("s2"):
-        raise LlavaError(f"{source} has s2={values['s2']!r}: one scale of pictures is supported.")
+        raise LlavaError(f"{source} has s2={values['s2']!r}: one scale of pictures is supported")
 
 
-def _config(values: dict, source: str, vision: ViTConfig, images: dict, family: str) -> LlavaConfig:
+def _config(
+    values: dict, source: str, vision: ViTConfig, images: dict, family: DecoderFamily
+) -> LlavaConfig:
     feature = values.get("mm_vision_select_feature") or "patch"
     if feature not in ("patch", "cls_patch"):
         raise LlavaError(
-            f"{source} has mm_vision_select_feature={feature!r}: choose patch or cls_patch."
+            f"{source} has mm_vision_select_feature={feature!r}: choose patch or cls_patch"
         )
     projector = str(values.get("mm_projector_type") or "linear")
     layer = values.get("mm_vision_select_layer", -2)
     if type(layer) is not int:
-        raise LlavaError(f"{source} has mm_vision_select_layer={layer!r}: it must be a number.")
+        raise LlavaError(f"{source} has mm_vision_select_layer={layer!r}: it must be a number")
     try:
-        depth = projector_depth(projector)
+        spec = ProjectorSpec.parse(projector)
         feature_states(vision, layer)
     except ValueError as error:
-        raise LlavaError(f"{source}: {error}.") from error
-    decoder = decoder_config(values | {"model_type": family}, source)
+        raise LlavaError(f"{source}: {error}") from error
+    decoder = family.read(values, source)
     if values.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise LlavaError(
             f"{source} has mm_hidden_size={values['mm_hidden_size']}, but the features of "
             f"{values.get('mm_vision_tower')!r} are {vision.hidden_size} wide: give the folder of "
-            "the encoder it was trained with (--vision_tower DIR, or vision_tower=)."
+            "the encoder it was trained with (--vision_tower DIR, or vision_tower=)"
         )
-    if not depth and vision.hidden_size != decoder.hidden_size:
-        raise LlavaError(
-            f"{source} has mm_projector_type='identity', but the encoder is {vision.hidden_size} "
-            f"wide and the language model {decoder.hidden_size}."
-        )
+    try:
+        spec.check(vision.hidden_size, decoder.hidden_size)
+    except ValueError as error:
+        raise LlavaError(f"{source}: {error}") from None
+    if spec.fold > 1:
+        raise LlavaError(f"{source} has mm_projector_type={projector!r}: it is not of the original")
     if values.get("image_aspect_ratio") == "pad":
         images = images | {"image_mode": "pad"}
     return LlavaConfig(
@@ -182,11 +181,9 @@ def _added_tokens(values: dict) -> tuple[str, ...]:
     return patch + (("<im_start>", "<im_end>") if values.get("mm_use_im_start_end") else ())
 
 
-def _template(values: dict, family: str) -> str:
+def _template(values: dict, family: DecoderFamily) -> str:
     """The folder does not say: <im_start> is of v0, whose template is; later Llamas have v1."""
-    if family == "mistral":
-        return "mistral_instruct"
-    return "v0" if values.get("mm_use_im_start_end") else "v1"
+    return "v0" if values.get("mm_use_im_start_end") else family.template
 
 
 # --- the vision encoder ---------------------------------------------------------------------------
@@ -204,22 +201,22 @@ def _tower_folder(values: dict, folder: Path, given: Path | None) -> Path | None
 
 def _vision(
     values: dict, source: str, tower: Path | None, has_weights: bool
-) -> tuple[ViTConfig, str, dict]:
-    """The encoder's config, its model type, and how it takes pictures."""
+) -> tuple[ViTConfig, EncoderFamily, dict]:
+    """The encoder's config, its family, and how it takes pictures."""
     name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if tower is not None:
         found = read_json(tower / "config.json")
-        vision = vision_config(found, str(tower / "config.json"))
+        vision = encoder_config(found, str(tower / "config.json"))
         images = image_settings(tower) or default_images(vision)
-        return vision, found.get("model_type", "clip_vision_model"), images
+        return vision, encoder_family(found), images
     vision = _KNOWN_TOWERS.get(Path(name).name)
     if vision is None or not has_weights:
         lacking = "shape" if has_weights else "weights"
         raise LlavaError(
             f"{source} names the vision encoder {name!r}, whose {lacking} are not here: give its "
-            "folder (--vision_tower DIR, or vision_tower=)."
+            "folder (--vision_tower DIR, or vision_tower=)"
         )
-    return vision, "clip_vision_model", default_images(vision)
+    return vision, ENCODERS["clip"], default_images(vision)
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -243,12 +240,12 @@ def _layers(
     if not adapter and not (folder / PROJECTOR_FILE).exists() or _has_whole_model(folder):
         return _whole(folder, base, delta_base, allow_pickle)
     if delta_base is not None:
-        raise LlavaError(f"{folder} holds no delta weights: give its base as base (--base DIR).")
+        raise LlavaError(f"{folder} holds no delta weights: give its base as base (--base DIR)")
     if base is None:
         what = "a LoRA adapter" if adapter else "a projector"
         raise LlavaError(
             f"{folder} holds {what} and no language model: give the folder of the model it was "
-            "trained on (--base DIR, or base=)."
+            "trained on (--base DIR, or base=)"
         )
     tensors = open_weights(base, allow_pickle)
     added = folder / (TRAINABLES_FILE if adapter else PROJECTOR_FILE)
@@ -267,7 +264,7 @@ def _grow(
 ) -> None:
     """Gives the embedding table and the head rows for added tokens; `last` are trained ones."""
     if EMBEDDING not in tensors:
-        raise LlavaError(f"the base of {folder} has no tensor {EMBEDDING!r}.")
+        raise LlavaError(f"the base of {folder} has no tensor {EMBEDDING!r}")
     if last is not None and last.shape[0] == vocabulary:
         tensors[EMBEDDING] = last
     else:
@@ -287,7 +284,7 @@ def _whole(
     if base is not None:
         raise LlavaError(
             f"{folder} holds a whole model: leave out base (--base), or, if these are v0 delta "
-            "weights, give the LLaMA as delta_base (--delta_base DIR)."
+            "weights, give the LLaMA as delta_base (--delta_base DIR)"
         )
     tensors = open_weights(folder, allow_pickle)
     if delta_base is not None:
@@ -295,7 +292,7 @@ def _whole(
     if "-delta-" in folder.name:
         raise LlavaError(
             f"{folder} is named as delta weights, which are no model by themselves: give the LLaMA "
-            "they were taken from (--delta_base DIR, or delta_base=), or rename the folder."
+            "they were taken from (--delta_base DIR, or delta_base=), or rename the folder"
         )
     return tensors
 
@@ -315,10 +312,10 @@ def _split(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, dict[
         if name == "model.image_newline" or "vision_resampler" in name:
             raise LlavaError(
                 f"{tensor.path} holds {name!r}: it is of LLaVA-NeXT (1.6) or later, which is not "
-                "supported yet."
+                "supported yet"
             )
         root = next((root for root in _ROOTS if name.startswith(root)), "")
         parts[_ROOTS.get(root, "decoder")][name.removeprefix(root)] = tensor
     if not parts["decoder"]:
-        raise LlavaError(f"{folder} holds no tensor of a language model.")
+        raise LlavaError(f"{folder} holds no tensor of a language model")
     return parts

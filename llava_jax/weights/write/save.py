@@ -19,19 +19,21 @@ from llava_jax.files import locked, write_json
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.checksums import write_checksums
+from llava_jax.weights.families import (
+    decoder_family,
+    decoder_to_hf,
+    encoder_family,
+    encoder_to_hf,
+)
 from llava_jax.weights.formats.safetensors_files import (
     SINGLE_FILE,
     StoredTensor,
     TensorToWrite,
     write_file,
 )
-from llava_jax.weights.hf_decoder import decoder_to_hf
-from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES, LazyParameter
 from llava_jax.weights.name_tables import (
-    DECODERS,
     STACKED,
-    VISION_ENCODERS,
     NameTable,
     Parameter,
 )
@@ -54,7 +56,7 @@ def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterato
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LlavaError(f"{out} cannot be written: {error.strerror}.") from error
+        raise LlavaError(f"{out} cannot be written: {error.strerror}") from error
     with _claimed(partial, out):
         try:
             yield partial
@@ -63,7 +65,7 @@ def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterato
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise LlavaError(f"the disk of {out} is full: nothing was written there.") from None
+                raise LlavaError(f"the disk of {out} is full: nothing was written there") from None
             raise
 
 
@@ -108,7 +110,8 @@ def save_decoder(
     """Writes decoder parameters as transformers' Llama, Mistral or Qwen classes read them."""
     refuse_existing(folder)
     values = decoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    tensors = stored_tensors(DECODERS[values["model_type"]], config, array_params(params), dtype)
+    names = decoder_family(values).names
+    tensors = stored_tensors(names, config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:
         write_checkpoint(temporary, values, tensors)
 
@@ -119,8 +122,8 @@ def save_vision(
     """Writes encoder parameters, with as many blocks as `params` has; they hold no final norm."""
     refuse_existing(folder)
     config = dataclasses.replace(config, num_layers=len(params["layers"]["layer_norm1"]["scale"]))
-    values = vision_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    table = dataclasses.replace(VISION_ENCODERS[values["model_type"]], idle=())
+    values = encoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
+    table = dataclasses.replace(encoder_family(values).names, idle=())
     tensors = stored_tensors(table, config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:
         write_checkpoint(temporary, values, tensors)
@@ -130,7 +133,7 @@ def refuse_existing(folder: str | Path) -> None:
     """Raises LlavaError where something is already, save an empty folder."""
     path = Path(folder)
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise LlavaError(f"{folder} exists already: choose another folder or remove it.")
+        raise LlavaError(f"{folder} exists already: choose another folder or remove it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +235,7 @@ def _to_write(
             changed = values.astype(target)
         if target == np.float16 and np.isinf(changed).any() and not np.isinf(values).any():
             raise LlavaError(
-                f"{place} has values that float16 cannot hold: choose bfloat16 or float32."
+                f"{place} has values that float16 cannot hold: choose bfloat16 or float32"
             )
         return changed
 

@@ -16,9 +16,8 @@ from flax.traverse_util import flatten_dict
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.models.lora import LoraConfig
+from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_file
-from llava_jax.weights.hf_decoder import decoder_to_hf
-from llava_jax.weights.hf_vision import vision_to_hf
 from llava_jax.weights.lazy import PARAMETER_DTYPES
 from llava_jax.weights.name_tables import STACKED, Parameter
 from llava_jax.weights.read.llava_folder import components, is_llava_folder
@@ -40,17 +39,17 @@ def write_adapter(path: str | Path, out: Path, dtype: str | None = None) -> None
       LlavaError: there is none, or the run also trained a whole encoder or language model.
     """
     if is_llava_folder(Path(path)):
-        raise LlavaError(f"{path} is a whole model, without LoRA: choose --format hf or llava.")
+        raise LlavaError(f"{path} is a whole model, without LoRA: choose --format hf or llava")
     step_folder = checkpoint_of(path)
     run = read_run_model(step_folder.parent.parent)
     if run.lora is None:
-        raise LlavaError(f"{path} was trained without LoRA: choose --format hf or llava.")
+        raise LlavaError(f"{path} was trained without LoRA: choose --format hf or llava")
     tree = read_trained(step_folder, run)
     whole = sorted(tree.keys() - {"lora", "projector"})
     if whole:
         raise LlavaError(
             f"{path} trained the {' and the '.join(whole)} beside LoRA, which an adapter cannot "
-            "hold: choose --format hf, with LoRA merged."
+            "hold: choose --format hf, with LoRA merged"
         )
     target = PARAMETER_DTYPES[dtype or "float32"]
     pairs = list(_pairs(run, tree["lora"]))
@@ -68,12 +67,8 @@ def write_adapter(path: str | Path, out: Path, dtype: str | None = None) -> None
 
 def _pairs(run: RunModel, tree: dict) -> Iterator[tuple[str, TensorToWrite, TensorToWrite]]:
     """(module, its A [r, in], its B [out, r]) of each adapted layer."""
-    families = {
-        "vision": vision_to_hf(run.config.vision)["model_type"],
-        "decoder": decoder_to_hf(run.config.decoder)["model_type"],
-    }
     flat = flatten_dict(tree, sep="/")
-    for part, (table, _, _) in components(run.config, families).items():
+    for part, (table, _, _) in components(run.config, families_of(run.config)).items():
         for parameter in table.parameters:
             path = f"{part}/{parameter.path.removesuffix('/kernel')}"
             if f"{path}/lora_a" not in flat or not parameter.path.endswith("/kernel"):
@@ -98,7 +93,7 @@ def _tensor(name: str, values: np.ndarray) -> TensorToWrite:
 
 
 def _projector(run: RunModel, tree: dict) -> list[TensorToWrite]:
-    table, config, _ = components(run.config, {"vision": "clip", "decoder": "llama"})["projector"]
+    table, config, _ = components(run.config, families_of(run.config))["projector"]
     root = IN_MEMORY_ROOTS["projector"]
     tensors = stored_tensors(table, config, array_params(tree))
     return [dataclasses.replace(tensor, name=root + tensor.name) for tensor in tensors]

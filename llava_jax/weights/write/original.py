@@ -10,14 +10,9 @@ from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.presets import clip_large
-from llava_jax.weights.hf_decoder import decoder_to_hf
-from llava_jax.weights.hf_vision import vision_to_hf
-from llava_jax.weights.write.hf_folder import HFTokenizer, dtype_keys, preprocessor_config_json
+from llava_jax.weights.families import encoder_to_hf, families_of
+from llava_jax.weights.write.huggingface import HFTokenizer, dtype_keys, preprocessor_config_json
 
-CLASSES = {  # language model -> (class, model_type)
-    "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
-    "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
-}
 # Encoders that the original code fetches by name; any other must lie in a folder.
 PUBLIC_TOWERS = {
     clip_large(224): "openai/clip-vit-large-patch14",
@@ -27,18 +22,19 @@ PUBLIC_TOWERS = {
 
 def check_expressible(config: LlavaConfig) -> None:
     """Raises LlavaError for what the original code cannot be."""
-    family = decoder_to_hf(config.decoder)["model_type"]
+    family = families_of(config).decoder
     fault = None
-    if family not in CLASSES:
-        fault = f"its language model is of the kind {family}, and the original code has llama and "
-        fault += "mistral"
+    if not family.original_class:
+        fault = (
+            f"its language model is a {family.model_type}, which the original code does not have"
+        )
     elif not config.projector_bias:
         fault = "its projector has no bias"
     elif not isinstance(config.feature_layer, int) or config.drop_first_patch:
         fault = "its image features are taken as only transformers does"
     if fault:
         raise LlavaError(
-            f"this model cannot be written in the original LLaVA form: {fault}; use --format hf."
+            f"this model cannot be written in the original LLaVA form: {fault}; use --format hf"
         )
 
 
@@ -50,15 +46,14 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
       dtype: of the tensors.
     """
     check_expressible(config)
-    values = decoder_to_hf(config.decoder)
-    name, model_type = CLASSES[values["model_type"]]
+    family = families_of(config).decoder
     aspect = {} if config.image_mode == "resize" else {"image_aspect_ratio": config.image_mode}
     return {
-        **values,
+        **family.write(config.decoder),
         **ids,
         **dtype_keys(dtype),
-        "architectures": [name],
-        "model_type": model_type,
+        "architectures": [family.original_class],
+        "model_type": family.original_types[0],
         "use_mm_proj": True,
         "mm_projector_type": config.projector,
         "mm_hidden_size": config.vision.hidden_size,
@@ -86,6 +81,6 @@ def write_side_files(folder: Path, config: LlavaConfig, tokenizer: HFTokenizer, 
     write_json(folder / "config.json", config_json(config, tokenizer.ids, dtype))
     tower = folder / Path(tower_name(config)).name
     tower.mkdir()
-    write_json(tower / "config.json", vision_to_hf(config.vision) | dtype_keys(dtype))
+    write_json(tower / "config.json", encoder_to_hf(config.vision) | dtype_keys(dtype))
     write_json(tower / "preprocessor_config.json", preprocessor_config_json(config))
     tokenizer.write(folder)

@@ -16,10 +16,9 @@ from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
 from llava_jax.text.templates import Template, render
 from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer
-from llava_jax.weights.hf_decoder import decoder_to_hf
-from llava_jax.weights.hf_vision import vision_to_hf
-from llava_jax.weights.read.hf_fields import read_json
-from llava_jax.weights.read.hf_images import BICUBIC
+from llava_jax.weights.families import decoder_to_hf, encoder_to_hf
+from llava_jax.weights.read.fields import read_json
+from llava_jax.weights.read.image_settings import BICUBIC
 
 PADDED_TO = 64  # rows of a grown vocabulary, as in the llava-hf checkpoints
 COPIED_FILES = (  # of a tokenizer, whichever are there
@@ -118,7 +117,7 @@ def check_expressible(config: LlavaConfig) -> None:
         fault = "it marks images with <im_start> and <im_end>, which transformers does not"
     if fault:
         raise LlavaError(
-            f"this model cannot be written in Hugging Face form: {fault}; use --format llava."
+            f"this model cannot be written in Hugging Face form: {fault}; use --format llava"
         )
 
 
@@ -144,7 +143,7 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
         "tie_word_embeddings": config.decoder.tie_word_embeddings,
         **({"pad_token_id": ids["pad_token_id"]} if "pad_token_id" in ids else {}),
         "text_config": decoder_to_hf(config.decoder) | ids | dtype_keys(dtype),
-        "vision_config": vision_to_hf(config.vision) | dtype_keys(dtype),
+        "vision_config": encoder_to_hf(config.vision) | dtype_keys(dtype),
         **dtype_keys(dtype),
     }
 

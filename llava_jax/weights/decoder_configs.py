@@ -1,10 +1,13 @@
-"""A language model's `config.json`, or LLaVA's `text_config` -> DecoderConfig, and back."""
+"""Language models: each family's `config.json`, or LLaVA's `text_config` -> DecoderConfig.
+
+One function a family, named in its row of `families.py`. `values` is the way back.
+"""
 
 import dataclasses
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
-from llava_jax.weights.read.hf_fields import MAX_LAYERS, Fields, is_positive
+from llava_jax.weights.read.fields import MAX_LAYERS, Fields, is_positive
 
 _DECODER_DEFAULTS = {
     "vocab_size": 32000,
@@ -30,28 +33,13 @@ _QWEN_DEFAULTS = _DECODER_DEFAULTS | {
 }
 
 
-def decoder_config(values: dict, source: str = "config.json") -> DecoderConfig:
-    """A Llama-family `config.json`, or LLaVA's `text_config`, as a DecoderConfig.
-
-    Raises:
-      LlavaError: a model type, activation or rotary scaling that the decoder does not have.
-    """
-    family = str(values.get("model_type", "llama"))
-    if family not in DECODER_FAMILIES:
-        raise LlavaError(
-            f"{source} has model_type={family!r}: the language model must be one of "
-            f"{', '.join(DECODER_FAMILIES)}."
-        )
-    return DECODER_FAMILIES[family](values, source)
-
-
-def _llama(values: dict, source: str) -> DecoderConfig:
+def llama(values: dict, source: str) -> DecoderConfig:
     f = Fields(values, _DECODER_DEFAULTS, source)
     bias = bool(f["attention_bias"])
     return _decoder(f, qkv_bias=bias, o_bias=bias, mlp_bias=bool(f["mlp_bias"]))
 
 
-def _mistral(values: dict, source: str) -> DecoderConfig:
+def mistral(values: dict, source: str) -> DecoderConfig:
     defaults = _DECODER_DEFAULTS | {
         "intermediate_size": 14336,
         "num_key_value_heads": 8,
@@ -62,19 +50,19 @@ def _mistral(values: dict, source: str) -> DecoderConfig:
     return _decoder(Fields(values, defaults, source), sliding_window=window)
 
 
-def _qwen2(values: dict, source: str) -> DecoderConfig:
+def qwen2(values: dict, source: str) -> DecoderConfig:
     f = Fields(values, _QWEN_DEFAULTS, source)
     return _decoder(f, qkv_bias=True, sliding_window=_qwen_window(f))
 
 
-def _qwen3(values: dict, source: str) -> DecoderConfig:
+def qwen3(values: dict, source: str) -> DecoderConfig:
     f = Fields(values, _QWEN_DEFAULTS | {"head_dim": 128}, source)
     bias = bool(f["attention_bias"])
     window = _qwen_window(f)
     return _decoder(f, qkv_bias=bias, o_bias=bias, qk_norm=True, sliding_window=window)
 
 
-def _seed_oss(values: dict, source: str) -> DecoderConfig:
+def seed_oss(values: dict, source: str) -> DecoderConfig:
     defaults = _DECODER_DEFAULTS | {
         "vocab_size": 155136,
         "intermediate_size": 27648,
@@ -93,15 +81,6 @@ def _seed_oss(values: dict, source: str) -> DecoderConfig:
         "mlp_bias": bool(f["mlp_bias"]),
     }
     return _decoder(f, **biases)
-
-
-DECODER_FAMILIES = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "seed_oss": _seed_oss,
-}
 
 
 def _decoder(f: Fields, **variants) -> DecoderConfig:
@@ -158,14 +137,14 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
         f.refuse("rope_scaling", "it must be an object")
     theta = f["rope_theta"] if values.get("rope_theta") is None else values["rope_theta"]
     if not is_positive(theta):
-        raise LlavaError(f"{f.source} has rope_theta={theta!r}: it must be a number above 0.")
+        raise LlavaError(f"{f.source} has rope_theta={theta!r}: it must be a number above 0")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return float(theta), None
     if kind not in ("linear", "llama3"):
         raise LlavaError(
             f"{f.source} scales its rotary positions by {kind!r}: only linear and llama3 are "
-            "supported."
+            "supported"
         )
     names = ["factor"]
     if kind == "llama3":
@@ -173,27 +152,14 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     missing = [n for n in names if not is_positive(values.get(n))]
     if missing:
         raise LlavaError(
-            f"{f.source} has rotary scaling {kind!r} without a number {missing[0]} above 0."
+            f"{f.source} has rotary scaling {kind!r} without a number {missing[0]} above 0"
         )
     return float(theta), RopeScaling(kind, **{n: values[n] for n in names})
 
 
-def decoder_to_hf(config: DecoderConfig) -> dict:
-    """The `config.json` that transformers reads as this decoder; inverse of `decoder_config`."""
-    bias = (config.qkv_bias, config.o_bias, config.mlp_bias)
-    if config.qk_norm:
-        family, name = "qwen3", "Qwen3"
-    elif bias == (True, False, False):
-        family, name = "qwen2", "Qwen2"
-    elif config.sliding_window:
-        family, name = "mistral", "Mistral"
-    elif config.qkv_bias == config.o_bias:
-        family, name = "llama", "Llama"
-    else:
-        family, name = "seed_oss", "SeedOss"
-    values = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": family,
+def values(config: DecoderConfig) -> dict:
+    """The keys of `config.json` that every family has, for a decoder."""
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -212,11 +178,11 @@ def decoder_to_hf(config: DecoderConfig) -> dict:
         "mlp_bias": config.mlp_bias,
         "sliding_window": config.sliding_window,
     }
-    if family.startswith("qwen"):
-        values |= {"use_sliding_window": bool(config.sliding_window), "max_window_layers": 0}
-    if decoder_config(values) != config:
-        raise LlavaError(f"no Hugging Face model type of ours has this combination: {config}.")
-    return values
+
+
+def qwen_window_keys(config: DecoderConfig) -> dict:
+    """What Qwen's `config.json` adds: whether the window is used, from the first layer on."""
+    return {"use_sliding_window": bool(config.sliding_window), "max_window_layers": 0}
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict | None:

@@ -18,11 +18,11 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise LlavaError(f"{path} is missing: give the folder of a checkpoint.") from error
+        raise LlavaError(f"{path} is missing: give the folder of a checkpoint") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise LlavaError(f"{path} cannot be read as JSON: {error}.") from error
+        raise LlavaError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise LlavaError(f"{path} must hold a JSON object.")
+        raise LlavaError(f"{path} must hold a JSON object")
     return content
 
 
@@ -46,14 +46,14 @@ class Fields:
         value = self[key]
         if type(value) is not int or not 0 < value <= most:
             raise LlavaError(
-                f"{self.source} has {key}={value!r}: it must be an integer from 1 to {most}."
+                f"{self.source} has {key}={value!r}: it must be an integer from 1 to {most}"
             )
         return value
 
     def number(self, key: str) -> float:
         value = self[key]
         if not is_positive(value):
-            raise LlavaError(f"{self.source} has {key}={value!r}: it must be a number above 0.")
+            raise LlavaError(f"{self.source} has {key}={value!r}: it must be a number above 0")
         return float(value)
 
     def check_plain(self) -> None:
@@ -66,8 +66,8 @@ class Fields:
             factor = inside or self["partial_rotary_factor"]
             raise LlavaError(
                 f"{self.source} has partial_rotary_factor={factor}: only rotation of the whole "
-                "head is supported."
+                "head is supported"
             )
 
     def refuse(self, key: str, reason: str):
-        raise LlavaError(f"{self.source} has {key}={self[key]!r}: {reason}.")
+        raise LlavaError(f"{self.source} has {key}={self[key]!r}: {reason}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import CLIP_MEAN, CLIP_STD
 from llava_jax.models.vit import ViTConfig
-from llava_jax.weights.read.hf_fields import Fields, is_positive, read_json
+from llava_jax.weights.read.fields import Fields, is_positive, read_json
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
 _KINDS = ("CLIP", "Siglip", "Llava", "Bit")  # of image processors; DINOv2's is Bit
@@ -45,7 +45,7 @@ def image_settings(folder: Path, trained: bool = True) -> dict | None:
     if values is None:
         return None
     if not isinstance(values, dict):
-        raise LlavaError(f"{path} has image_processor={values!r}: it must be an object.")
+        raise LlavaError(f"{path} has image_processor={values!r}: it must be an object")
     kind = str(values.get("image_processor_type") or "CLIPImageProcessor")
     kind = re.split("ImageProcessor|FeatureExtractor", kind)[0]  # some end in Fast or Pil
     siglip = kind == "Siglip"

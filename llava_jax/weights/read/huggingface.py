@@ -6,10 +6,9 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.models.vit import ViTConfig, feature_states
-from llava_jax.weights.hf_decoder import DECODER_FAMILIES, decoder_config
-from llava_jax.weights.hf_vision import VISION_FAMILIES, vision_config
-from llava_jax.weights.read.hf_fields import Fields, read_json
-from llava_jax.weights.read.hf_images import default_images, image_settings
+from llava_jax.weights.families import DECODERS, ENCODERS, decoder_config, encoder_config
+from llava_jax.weights.read.fields import Fields, read_json
+from llava_jax.weights.read.image_settings import default_images, image_settings
 
 _STRATEGY = "vision_feature_select_strategy"
 # Models that read pictures in other ways than LLaVA-1.5, by model_type or how it begins.
@@ -48,27 +47,27 @@ def _refuse_family(values: dict, source: str) -> None:
     if family == "llava" and "text_config" in values:
         for key in ("text_config", "vision_config"):
             if not isinstance(values.get(key), dict | None):
-                raise LlavaError(f"{source} has {key}={values[key]!r}: it must be an object.")
+                raise LlavaError(f"{source} has {key}={values[key]!r}: it must be an object")
         return
-    if family in DECODER_FAMILIES:
+    if family in DECODERS:
         raise LlavaError(
             f"{source} is of a {family} language model alone: give the folder of a vision encoder "
-            "too (--vision_tower DIR, or vision_tower=)."
+            "too (--vision_tower DIR, or vision_tower=)"
         )
-    if family in VISION_FAMILIES:
+    if family in ENCODERS:
         raise LlavaError(
             f"{source} is of a {family} vision encoder alone: give the language model's folder, "
-            "and this one as --vision_tower (vision_tower=)."
+            "and this one as --vision_tower (vision_tower=)"
         )
     names = [name for start, name in _OTHER_FAMILIES.items() if str(family).startswith(start)]
     if names:
         raise LlavaError(
             f"{source} is a {names[0]} checkpoint (model_type {family}): that family is not "
-            "supported yet; LLaVA 1 and 1.5 are."
+            "supported yet; LLaVA 1 and 1.5 are"
         )
     raise LlavaError(
         f"{source} has model_type={family!r}: LLaVA 1 and 1.5 can be read, in Hugging Face form "
-        "(model_type llava, with text_config and vision_config) or the original's (mm_* keys)."
+        "(model_type llava, with text_config and vision_config) or the original's (mm_* keys)"
     )
 
 
@@ -88,14 +87,14 @@ def llava_config(folder: Path) -> LlavaConfig:
         },
         source,
     )
-    vision = vision_config(_vision_values(values), f"{source} (vision_config)")
+    vision = encoder_config(_vision_values(values), f"{source} (vision_config)")
     decoder = decoder_config(values["text_config"] or {}, f"{source} (text_config)")
     _check_llava(f, vision)
     images = image_settings(folder) or default_images(vision)
     if images["image_size"] != vision.image_size and not vision.layer_scale:
         raise LlavaError(
             f"{source} has an encoder for pictures of {vision.image_size} pixels, and the folder's "
-            f"preprocessor makes {images['image_size']}: only DINOv2 takes another size."
+            f"preprocessor makes {images['image_size']}: only DINOv2 takes another size"
         )
     layers, drops_first = f["vision_feature_layer"], f[_STRATEGY] == "default"
     return LlavaConfig(
@@ -117,7 +116,7 @@ def _image_token(f: Fields, decoder: DecoderConfig) -> int:
     if type(token_id) is not int or not 0 <= token_id < decoder.vocab_size:
         raise LlavaError(
             f"{f.source} has image_token_index={token_id!r}: it must be a token of the vocabulary "
-            f"of {decoder.vocab_size}."
+            f"of {decoder.vocab_size}"
         )
     return token_id
 
@@ -158,7 +157,7 @@ def composed_config(vision_folder: Path, decoder_folder: Path, **fields) -> Llav
     Pictures are prepared as the encoder's folder says; `fields` set or override LlavaConfig fields.
     """
     vision_source, decoder_source = vision_folder / "config.json", decoder_folder / "config.json"
-    vision = vision_config(read_json(vision_source), str(vision_source))
+    vision = encoder_config(read_json(vision_source), str(vision_source))
     values = {
         "vision": vision,
         "decoder": decoder_config(read_json(decoder_source), str(decoder_source)),
