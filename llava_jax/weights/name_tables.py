@@ -1,6 +1,6 @@
 """Where each of our parameters is found in a Hugging Face checkpoint, as data.
 
-A new family costs one table here and one config mapping in `hf_decoder.py` or `hf_vision.py`.
+A family names its table in its row of `families.py`.
 
 Letters of the shapes. Decoder: V vocabulary, D model, F feed-forward, H head size, Q heads * head
 size, K kv heads * head size. Vision: D model, F feed-forward, P positions, p patch side,

@@ -1,4 +1,4 @@
-"""A Hugging Face LLaVA's `config.json` -> LlavaConfig; the way back is in `hf_folder.py`."""
+"""A Hugging Face LLaVA's `config.json` -> LlavaConfig; the way back is in `write/huggingface.py`."""
 
 from pathlib import Path
 
