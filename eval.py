@@ -1,65 +1,81 @@
-"""Scores a checkpoint on a benchmark.
+"""Scores a checkpoint on a benchmark, or on a suite of them.
 
     python eval.py --config=configs/eval/easy_vqa.py --checkpoint=runs/llava
 
-Writes answers, scores and a page of failures below --output, and report.md over all benchmarks
-there. Interrupted, the same command continues. --shard=i/n answers one of n parts, on as many
-machines as there are; the command without it then takes their answers together.
+Writes answers, scores and a page of failures below --output, and there report.md over all
+benchmarks. If it is interrupted, the same command continues. --shard=i/n answers one of n parts,
+on as many machines as you like; the command without --shard then collects the answers and scores.
 """
 
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from llava_jax import command
-from llava_jax.evaluation import (
-    Shard,
-    check_images,
-    comparison,
-    load_benchmark,
-    table,
-    write_report,
-)
+from llava_jax.evaluation import Benchmark, Shard, load_configured, write_report
+from llava_jax.evaluation.report import HALLUCINATION, comparison, hallucination_table, table
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "the benchmark", lock_config=True)
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "work directory of train.py, one step of it, or a Hugging Face folder"
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "the benchmark: a file of configs/eval", lock_config=True
 )
-OUTPUT = flags.DEFINE_string("output", None, "folder of all results; default: CHECKPOINT/eval")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "drop the answers of another run in OUTPUT")
-LIMIT = flags.DEFINE_integer("limit", None, "ask only the first questions")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "a run of train.py, one step of it, a Hugging Face folder or a hub name"
+)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "the folder of all results (default: eval in the checkpoint's folder)"
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "drop the answers of another run in --output")
+LIMIT = flags.DEFINE_integer("limit", None, "ask only the first N questions of each benchmark")
 SHARD = flags.DEFINE_string("shard", None, "i/n: answer only the i-th of n parts, i from 1")
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells much at INFO
-    config = CONFIG.value
+    logging.set_verbosity(logging.WARNING)  # Orbax logs a lot at INFO
+    # 1. Check: every mistake in the command line or in the files shows before the model is loaded.
     shard = Shard.parse(SHARD.value) if SHARD.value else None
-    benchmark = load_benchmark(config.benchmark, config.data_root, config.options.to_dict())
-    if LIMIT.value is not None:
-        benchmark = benchmark.first(LIMIT.value)
-    check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
-    # Late: loading JAX takes seconds that a mistyped flag or a missing file should not cost.
-    from llava_jax.evaluation.runner import default_output, evaluate
+    benchmarks = load_configured(CONFIG.value, LIMIT.value, shard)
+    # 2. Load. JAX is imported only now: that takes seconds.
+    from llava_jax.evaluation.runner import default_output
+
+    model = load_model(CONFIG.value)
+    root = Path(OUTPUT.value or default_output(CHECKPOINT.value))
+    # 3. Run.
+    for config, benchmark in benchmarks:
+        run(model, config, benchmark, root, shard)
+    if shard:
+        return
+    families = {benchmark.name.partition("/")[0] for _, benchmark in benchmarks}
+    if families & set(HALLUCINATION):
+        print(hallucination_table(root))
+    print(f"report: {write_report(root)}")
+
+
+def load_model(config: ConfigDict):
+    """The model on all devices, as `config` says."""
     from llava_jax.inference.model import Llava
     from llava_jax.serving.command_line import keep_compilations, mesh_of_all
 
     keep_compilations()
     mesh = mesh_of_all(**config.mesh)
-    model = Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype, mesh=mesh)
-    root = Path(OUTPUT.value or default_output(CHECKPOINT.value))
+    return Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype, mesh=mesh)
+
+
+def run(model, config: ConfigDict, benchmark: Benchmark, root: Path, shard: Shard | None) -> None:
+    """Asks one benchmark and prints its scores."""
+    from llava_jax.evaluation.runner import evaluate
+
     output = root / benchmark.name
     scores = evaluate(
         model, benchmark, output, config.max_new_tokens, config.batch_size, OVERWRITE.value, shard
     )
     if shard:
-        print(f"answers: {output / shard.folder}; without --shard all parts are taken together")
+        print(f"answers: {output / shard.folder}; run without --shard to collect all parts")
         return
     if scores:
         print(table(scores))
     print(comparison(benchmark.name, scores))
-    print(f"answers: {output / 'predictions.jsonl'}\nreport: {write_report(root)}")
+    print(f"answers: {output / 'predictions.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": ("llava_jax.weights.convert", "make one checked folder of any LLaVA checkpoint"),
     "export": ("llava_jax.weights.export", "write a trained model for other programs to load"),
     "show": ("llava_jax.data.show", "print one record as the model sees it"),
+    "compare": ("llava_jax.evaluation.compare", "test whether two results of eval.py differ"),
 }
 
 

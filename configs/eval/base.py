@@ -1,4 +1,4 @@
-"""What every benchmark's config has; each is a small difference on this."""
+"""The options of every benchmark; each config is a small difference on this."""
 
 from ml_collections import ConfigDict
 
@@ -6,10 +6,11 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.benchmark = ""  # a name of llava_jax.evaluation.BENCHMARKS
-    config.data_root = ""  # folder of the benchmark's published files
-    config.options = ConfigDict()  # what else its loader takes
+    config.suite = ()  # names in configs/eval, to run several in place of `benchmark`
+    config.data_root = ""  # folder of the published files; of a suite: of its members' folders
+    config.options = ConfigDict()  # further arguments of the benchmark's loader
     config.max_new_tokens = 128  # the original's limit for short answers
     config.batch_size = 64
     config.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # of all devices; -1: the rest
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     return config

@@ -1,10 +1,14 @@
 """Benchmarks: the questions and the metric of each, and one runner for all.
 
-`runner` has what asks a model; nothing else here needs JAX.
+Only `runner`, which asks a model, and `lmms_adapter` need JAX.
 """
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import (
@@ -17,10 +21,10 @@ from llava_jax.evaluation import (
     yes_no,
 )
 from llava_jax.evaluation.benchmark import Benchmark, Shard
-from llava_jax.evaluation.files import NOT_AS_EXPECTED, check_images
-from llava_jax.evaluation.report import comparison, table, write_report
+from llava_jax.evaluation.files import NOT_AS_EXPECTED, MissingFile, check_images
+from llava_jax.evaluation.report import table, write_report
 
-# name -> load(root, **options); a benchmark's config has its options under `options`.
+# name -> load(root, **options); the options come from `config.options`.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "easy_vqa": easy_vqa.load,
     "vqav2": short_answers.load_vqav2,
@@ -29,6 +33,8 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "textvqa": short_answers.load_textvqa,
     "scienceqa": multiple_choice.load_scienceqa,
     "pope": yes_no.load_pope,
+    "repope": yes_no.load_repope,
+    "amber": yes_no.load_amber,
     "mme": yes_no.load_mme,
     "mmbench": multiple_choice.load_mmbench,
     "seed": multiple_choice.load_seed,
@@ -39,8 +45,8 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
 }
 
 
-def load_benchmark(name: str, root: str, options: dict[str, str]) -> Benchmark:
-    """The benchmark `name` over the published files below `root`."""
+def load_benchmark(name: str, root: str | Path, options: Mapping[str, Any]) -> Benchmark:
+    """The benchmark `name` from the published files below `root`."""
     if name not in BENCHMARKS:
         raise LlavaError(f"unknown benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
     try:
@@ -53,12 +59,50 @@ def load_benchmark(name: str, root: str, options: dict[str, str]) -> Benchmark:
         ) from error
 
 
+def load_configured(
+    config: ConfigDict, limit: int | None = None, shard: Shard | None = None
+) -> list[tuple[ConfigDict, Benchmark]]:
+    """The benchmark of an evaluation config, or those of its suite, each with its own config.
+
+    A member of a suite without its files is left out, with a printed line; LlavaError if that
+    leaves none. LlavaError if a picture of a question is missing (of this shard's questions).
+    """
+    if not config.suite:
+        return [(config, _load(config, limit, shard))]
+    loaded, missing = [], []
+    for name in config.suite:
+        member = importlib.import_module(f"configs.eval.{name}").get_config()
+        member.data_root = str(Path(config.data_root, name))
+        member.update(batch_size=config.batch_size, dtype=config.dtype, mesh=config.mesh)
+        try:
+            loaded.append((member, _load(member, limit, shard)))
+        except MissingFile as error:
+            missing.append(f"{name} is left out: {error}")
+    if not loaded:
+        raise LlavaError(
+            f"no benchmark of {', '.join(config.suite)} has its files below {config.data_root}; "
+            f"{missing[0]}"
+        )
+    print("\n".join(missing), end="\n" if missing else "")
+    return loaded
+
+
+def _load(config: ConfigDict, limit: int | None, shard: Shard | None) -> Benchmark:
+    benchmark = load_benchmark(config.benchmark, config.data_root, config.options.to_dict())
+    if limit is not None:
+        benchmark = benchmark.first(limit)
+    check_images(shard.of(benchmark.questions) if shard else benchmark.questions, benchmark.source)
+    return benchmark
+
+
 __all__ = [
     "BENCHMARKS",
+    "Benchmark",
+    "MissingFile",
     "Shard",
     "check_images",
-    "comparison",
     "load_benchmark",
+    "load_configured",
     "table",
     "write_report",
 ]

@@ -1,7 +1,7 @@
-"""Accuracy of short free answers against ten people's, and the text rules that go before it.
+"""Accuracy of a short answer against ten people's answers, and the normalisation before it.
 
-The rules are those of the VQA evaluation server, https://github.com/GT-Vision-Lab/VQA, oddities
-kept, since the published numbers were reached with them.
+The rules are those of the VQA evaluation server, https://github.com/GT-Vision-Lab/VQA, with all
+their oddities: the published numbers depend on them.
 """
 
 import re
@@ -16,8 +16,8 @@ NUMBERS = {
     )
     for word in words.split()
 }
-# Words that get back an apostrophe they lost. "let's" and "she's" are not among them, and nothing
-# with a capital letter: the server's table has those, but they can never match.
+# Words whose missing apostrophe is restored. The server's table also has "let's", "she's" and
+# words with capitals, which can never match.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -33,18 +33,18 @@ APOSTROPHES = {
     for word in CONTRACTIONS
     for i, letter in enumerate(word)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the other way round, as the server has it
+} | {"somebody'd": "somebodyd"}  # reversed in the server's table
 
-_COMMA_IN_NUMBER = re.compile(r"\d,\d")  # of two commas the server knows no number
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")  # the server's pattern: one comma only
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_REMOVED = 32  # the server means the flag re.UNICODE but passes it as the count
+_PERIODS_REMOVED = 32  # the server passes the flag re.UNICODE as the count
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as the EvalAI server and M4C compare it: what LLaVA-1.5 submits.
+    """The form in which the EvalAI server and M4C compare answers, and LLaVA-1.5 submits them.
 
-    Lower case, no commas, question marks, articles or (mostly) punctuation, "'s" apart, small
-    numbers as digits, apostrophes restored.
+    Lower case, without commas, question marks, articles and most punctuation, "'s" as a word,
+    small numbers as digits, apostrophes restored: "The two dogs' toys?" -> "2 dogs' toys".
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -52,37 +52,34 @@ def normalize_answer(text: str) -> str:
 
 
 def strip_punctuation(text: str) -> str:
-    """Punctuation removed where it stands beside a space anywhere in the text, else a space."""
+    """Removes a mark that is next to a space anywhere in the text; writes a space for others."""
     result = text
     comma = _COMMA_IN_NUMBER.search(text) is not None
     for mark in PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        result = result.replace(mark, "" if beside_space or comma else " ")
+        next_to_space = f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if next_to_space or comma else " ")
     return _PERIOD.sub("", result, count=_PERIODS_REMOVED)
 
 
 def strip_articles(text: str) -> str:
-    """Lower case words without articles, numbers to ten as digits, apostrophes restored."""
+    """Lower-case words without articles, numbers up to ten as digits, apostrophes restored."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ARTICLES)
 
 
 def soft_accuracy(answer: str, references: Sequence[str]) -> float:
-    """How far people agree with an answer: min(1, agreeing / 3), averaged over leaving one out."""
+    """Agreement with people: min(1, matching answers / 3), averaged over leaving each one out."""
     matches = [reference == answer for reference in references]
     return sum(min(1.0, (sum(matches) - m) / 3) for m in matches) / len(matches)
 
 
 def m4c_accuracy(answer: str, references: Sequence[str]) -> float:
-    """TextVQA's metric, that of M4C: everything normalised.
-
-    An answer that nobody gave is worth 0.
-    """
+    """TextVQA's metric, from M4C: answer and references are always normalised."""
     return soft_accuracy(normalize_answer(answer), [normalize_answer(r) for r in references])
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """VQAv2's metric: texts are cleaned only where the people did not all write the same."""
+    """VQAv2's metric: texts are normalised only if the people's answers are not all identical."""
     answer, *references = (
         text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *references)
     )

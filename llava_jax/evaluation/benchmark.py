@@ -1,8 +1,7 @@
-"""What a benchmark is to the runner: questions, a metric, and the file its server wants."""
+"""A benchmark as the runner sees it: questions, a metric, and the file that its server takes."""
 
 import dataclasses
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,32 +11,48 @@ from typing import Any
 from PIL import Image
 
 from llava_jax.errors import LlavaError
+from llava_jax.evaluation.parquet import StoredPicture
+from llava_jax.evaluation.statistics import percent, standard_error
 from llava_jax.text.conversation import IMAGE_TOKEN
+
+Picture = str | bytes | StoredPicture
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question as the model is asked it, and what is expected.
+    """One question and the expected answer.
 
     Attributes:
       id: unique in the benchmark.
-      text: the question as people read it.
-      prompt: as the model reads it, `<image>` included; the checkpoint's template goes around it.
-      reference: the expected answer as people read it; empty where labels are hidden.
-      images: paths or encoded bytes, one for each `<image>`.
-      image_name: what reports call the picture.
-      kind: the group that the score is told by.
-      label: what the benchmark's own metric and submission read.
+      text: the question for people.
+      prompt: the question for the model, with an `<image>` for each picture; the checkpoint's
+        template is put around it.
+      reference: the expected answer for people; empty if labels are hidden.
+      images: a path, encoded bytes or a picture in a Parquet file for each `<image>`.
+      image_name: the name of the picture in reports.
+      kind: the group under which the question is scored.
+      label: whatever the benchmark's own metric and submission need.
+      group: name of a set of questions that belong together, such as a pair of pictures.
     """
 
     id: str
     text: str
     prompt: str
     reference: str
-    images: tuple[str | bytes, ...]
+    images: tuple[Picture, ...]
     image_name: str
     kind: str
     label: Any = None
+    group: str = ""
+
+    @property
+    def unit(self) -> str:
+        """The questions that are not independent of this one share its unit (see `statistics`)."""
+        return self.group or self.image_name or self.id
+
+    def read_images(self) -> tuple[str | bytes, ...]:
+        """The pictures as paths or encoded bytes."""
+        return tuple(i.read() if isinstance(i, StoredPicture) else i for i in self.images)
 
 
 @dataclass(frozen=True)
@@ -46,26 +61,28 @@ class Score:
 
     Attributes:
       values: by name of the metric; shares in percent, points as the benchmark counts them.
+      errors: the standard errors of those values for which one is known, in the same units.
     """
 
     kind: str
     count: int
     values: Mapping[str, float]
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Questions with their metric.
+    """Questions and their metric.
 
     Attributes:
-      name: also the folder of its results.
+      name: also the name of the folder of its results.
       source: where its files are published.
-      grade: how right one answer is, from 0 to 1; None where labels are hidden.
-      score: questions and their answers to lines of the table; what is published is the first
-        value of the last line. None where labels are hidden.
-      submit: writes the official file of questions and answers into a folder and returns its path.
-      draw: what a page of failures shows on a picture, of a question and its answer.
-      fingerprint: of the questions, so that results of others are not taken for theirs.
+      grade: how right one answer is, from 0 to 1; None if labels are hidden.
+      score: questions and their answers -> lines of the result table. The published figure is the
+        first value of the last line. None if labels are hidden.
+      submit: writes the official file of answers into a folder and returns its path.
+      draw: draws on a picture what its question and answer mean, for the page of failures.
+      fingerprint: hash of the questions, by which results of other questions are recognised.
     """
 
     name: str
@@ -79,7 +96,7 @@ class Benchmark:
 
     def __post_init__(self):
         if not self.questions:
-            raise LlavaError(f"{self.name}: there is no question in its files")
+            raise LlavaError(f"{self.name}: its files hold no question")
         names = [question.id for question in self.questions]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -88,9 +105,9 @@ class Benchmark:
             object.__setattr__(self, "fingerprint", fingerprint(self.questions))
 
     def first(self, limit: int) -> "Benchmark":
-        """The benchmark cut to its first questions, without a submission, under a name of its own.
+        """The first `limit` questions as a benchmark with its own name and no submission.
 
-        Where one answer counts only with others (MME, MMBench) those asked are all that count.
+        If answers count only together with others (MME, MMBench), those asked are all that count.
         """
         if limit < 1:
             raise LlavaError(f"--limit must be at least 1, not {limit}")
@@ -119,7 +136,7 @@ class Shard:
         return cls(int(index), int(count))
 
     def of(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """Neighbours stay together: they are often about one picture."""
+        """This part of the questions; neighbours, often about one picture, stay together."""
         start, end = ((len(questions) * i) // self.count for i in (self.index - 1, self.index))
         return questions[start:end]
 
@@ -131,22 +148,36 @@ class Shard:
 def ask(
     id: Any,
     text: str,
-    image: str | bytes | None,
+    image: Picture | Sequence[Picture] | None,
     image_name: str = "",
     reference: str = "",
     kind: str = "all",
     label: Any = None,
+    group: str = "",
 ) -> Question:
-    """A question as LLaVA-1.5 asks it: the picture, a line break, the text."""
-    text = text.replace(IMAGE_TOKEN, "")  # a literal one would ask for a picture that is not there
-    prompt = text if image is None else f"{IMAGE_TOKEN}\n{text}"
-    images = () if image is None else (image,)
-    name = image_name or (image if isinstance(image, str) else "")
-    return Question(str(id), text, prompt, reference, images, name, kind, label)
+    """A question in LLaVA's form: the pictures, a line break, the text.
+
+    (7, "What is it?", "a.jpg") -> the prompt "<image>\\nWhat is it?"; of two pictures
+    "<image> <image>\\nWhat is it?".
+    """
+    text = text.replace(IMAGE_TOKEN, "")  # text from a data set must not ask for a picture
+    if image is None:
+        images = ()
+    else:
+        images = (image,) if isinstance(image, Picture) else tuple(image)
+    prompt = f"{' '.join([IMAGE_TOKEN] * len(images))}\n{text}" if images else text
+    name = image_name or ", ".join(map(_name, images))
+    return Question(str(id), text, prompt, reference, images, name, kind, label, group)
+
+
+def _name(image: Picture) -> str:
+    if isinstance(image, StoredPicture):
+        return image.name
+    return image if isinstance(image, str) else ""
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """SHA-256 of what is asked and expected, in hex; pictures by name, wherever they lie."""
+    """SHA-256 in hex of all questions and references; pictures count by file name only."""
     digest = hashlib.sha256()
     for q in questions:
         name = q.image_name.rpartition("/")[2]
@@ -154,9 +185,12 @@ def fingerprint(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
-def percent(grades: Sequence[float]) -> float:
-    """The mean in percent."""
-    return 100 * math.fsum(grades) / len(grades)
+def mean_score(
+    kind: str, questions: Sequence[Question], grades: Sequence[float], name: str = "accuracy"
+) -> Score:
+    """One line: the mean grade in percent and its standard error."""
+    units = [question.unit for question in questions]
+    return Score(kind, len(grades), {name: percent(grades)}, {name: standard_error(grades, units)})
 
 
 def score_by_kind(
@@ -165,17 +199,27 @@ def score_by_kind(
     """The mean grade of each kind of question, in order of appearance, and of all."""
     groups = defaultdict(list)
     for question, grade in zip(questions, grades, strict=True):
-        groups[question.kind].append(grade)
-    lines = list(groups.items()) if set(groups) != {"all"} else []
-    lines.append((overall, grades))
-    return [Score(kind, len(group), {"accuracy": percent(group)}) for kind, group in lines]
+        groups[question.kind].append((question, grade))
+    lines = [
+        mean_score(kind, *zip(*pairs, strict=True))
+        for kind, pairs in groups.items()
+        if set(groups) != {"all"}
+    ]
+    return [*lines, mean_score(overall, questions, grades)]
+
+
+def grades_of(
+    grade: Callable[[Question, str], float],
+    questions: Sequence[Question],
+    predictions: Sequence[str],
+) -> list[float]:
+    return [grade(question, text) for question, text in zip(questions, predictions, strict=True)]
 
 
 def graded(grade: Callable[[Question, str], float]) -> dict[str, Callable]:
     """`grade` and `score` of a benchmark whose score is the mean grade."""
 
     def score(questions, predictions) -> list[Score]:
-        pairs = zip(questions, predictions, strict=True)
-        return score_by_kind(questions, [grade(question, text) for question, text in pairs])
+        return score_by_kind(questions, grades_of(grade, questions, predictions))
 
     return {"grade": grade, "score": score}

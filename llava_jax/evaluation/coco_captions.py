@@ -15,10 +15,7 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 
 
 def load(root: Path, split: str) -> Benchmark:
-    """The pictures of val2014 or val2017 with their five captions.
-
-    `submit` writes a results file in COCO's form.
-    """
+    """The pictures of val2014 or val2017 with their five captions; `submit` writes COCO's file."""
     if split not in ("val2014", "val2017"):
         raise LlavaError(f"unknown COCO split {split!r}: choose val2014 or val2017")
     _require_scorer()
@@ -53,7 +50,7 @@ def load(root: Path, split: str) -> Benchmark:
 
 
 def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
-    """CIDEr x 100 (https://arxiv.org/abs/1411.5726), by the COCO evaluation's own package."""
+    """CIDEr x 100 (https://arxiv.org/abs/1411.5726), with COCO's own package pycocoevalcap."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -66,13 +63,13 @@ def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Sco
 
 
 def one_line(text: str) -> str:
-    """A caption without line breaks: at some of them the tokenizer would begin the next caption."""
+    """A caption without line breaks; the tokenizer takes some of them for the next caption."""
     return " ".join(text.split())
 
 
 def _require_scorer() -> None:
-    """LlavaError if what scores captions is missing: told before the model is asked."""
+    """LlavaError if pycocoevalcap or Java is missing: better now than after all answers."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise LlavaError("CIDEr needs pycocoevalcap: pip install 'llava_jax[captions]'")
     if shutil.which("java") is None:
-        raise LlavaError("CIDEr's tokenizer is a Java program and there is no `java`: install one")
+        raise LlavaError("CIDEr's tokenizer is a Java program, but `java` is not installed")

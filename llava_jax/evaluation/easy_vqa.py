@@ -1,25 +1,30 @@
 """easy-VQA (https://github.com/vzhou842/easy-VQA): one coloured shape, thirteen answers.
 
-The answer counts as right when it is the reference but for case, white space around it and a full
-stop behind it. The blind baseline, the commonest training answer to the same words, stands beside
-each score: most questions can be answered without looking.
+An answer is right if it equals the reference, apart from case, surrounding white space and a full
+stop at the end. Most questions can be answered without looking, so each score is shown next to the
+blind baseline: the most frequent answer to the same words in the training data. Yes/no questions
+have their share of yes and false-yes rate as well.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llava_jax.data.records import check_record, open_records
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, graded
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, grades_of, score_by_kind
 from llava_jax.evaluation.files import Folder
+from llava_jax.evaluation.statistics import percent
 from llava_jax.text.conversation import IMAGE_TOKEN
+
+YES_NO = ("yes", "no")
 
 
 def load(root: Path, split: str) -> Benchmark:
-    """The benchmark over one-question records that also have a `kind`, in `split`.json.
+    """The benchmark over the records of `split`.json: one question each, with its `kind`.
 
-    split: `test` or `test_1000` of the quickstart; image paths start in `images` beside the file.
+    split: `test` or `test_1000` of the quickstart; pictures are in `images` next to the file.
     """
     source = "https://github.com/vzhou842/easy-VQA (`make quickstart` writes this file of it)"
     folder = Folder(Path(root), source)
@@ -47,9 +52,14 @@ def load(root: Path, split: str) -> Benchmark:
     blind = blind_accuracy(path)
 
     def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
-        lines = graded(grade)["score"](questions, predictions)
+        lines = score_by_kind(questions, grades_of(grade, questions, predictions))
+        pairs = list(zip(questions, predictions, strict=True))
+        yes = {"yes/no": [(q, text) for q, text in pairs if normalize(q.reference) in YES_NO]}
         return [
-            Score(line.kind, line.count, {**line.values, **blind.get(line.kind, {})})
+            replace(
+                line,
+                values={**line.values, **blind.get(line.kind, {}), **yes_rates(yes.get(line.kind))},
+            )
             for line in lines
         ]
 
@@ -61,13 +71,23 @@ def grade(question: Question, text: str) -> float:
     return float(normalize(text) == normalize(question.reference))
 
 
+def yes_rates(pairs: Sequence[tuple[Question, str]] | None) -> dict[str, float]:
+    """Share of yes, and share of yes where the right answer is no, in percent."""
+    said = [normalize(text) == "yes" for _, text in pairs or ()]
+    false = [
+        s for s, (q, _) in zip(said, pairs or (), strict=True) if normalize(q.reference) == "no"
+    ]
+    shares = {"yes": said, "false yes": false}
+    return {name: percent(share) for name, share in shares.items() if share}
+
+
 def normalize(text: str) -> str:
-    """An answer without case, surrounding white space and full stop."""
+    """An answer in lower case, without surrounding white space and a full stop at the end."""
     return text.strip().lower().removesuffix(".").strip()
 
 
 def blind_accuracy(path: Path) -> dict[str, dict[str, float]]:
-    """By kind, from `blind.json` beside the questions, in percent; nothing where it is missing."""
+    """Percent by kind, from `blind.json` next to the questions; empty without that file."""
     blind = path.with_name("blind.json")
     if not blind.exists():
         return {}

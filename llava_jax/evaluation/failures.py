@@ -1,6 +1,7 @@
-"""A page of what a model got wrong: picture, question, answer, reference.
+"""A page of a model's wrong answers: pictures, question, answer, reference.
 
-The page is one file that loads nothing. Everything from outside is text in it, whatever it says.
+The page is one file that loads nothing else. Questions and answers are escaped: they are shown as
+text, whatever they contain.
 """
 
 import base64
@@ -13,9 +14,10 @@ from PIL import Image
 
 from llava_jax.data.media import ImageError, load_image
 from llava_jax.evaluation.benchmark import Benchmark, Question
+from llava_jax.files import whole_file
 
-MOST = 200  # failures on a page
-SIDE = 320  # pixels of a picture's longer side
+MAX_FAILURES = 200
+SIDE = 320  # longer side of a picture in pixels
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -31,19 +33,20 @@ dl {{ margin: 0; }} dt {{ color: #777; }} dd {{ margin: 0 0 .6em; white-space: p
 
 
 def write_failures(path: Path, benchmark: Benchmark, predictions: Sequence[str]) -> None:
-    """Writes the worst graded answers, in the order of the benchmark, to an HTML page."""
+    """Writes the answers with the lowest grades, in the benchmark's order, to an HTML page."""
     pairs = list(zip(benchmark.questions, predictions, strict=True))
     grades = [benchmark.grade(question, text) for question, text in pairs]
     wrong = [i for i, grade in enumerate(grades) if grade < 1]
-    shown = sorted(sorted(wrong, key=grades.__getitem__)[:MOST])
+    shown = sorted(sorted(wrong, key=grades.__getitem__)[:MAX_FAILURES])
     count = f"{len(wrong):,} of {len(pairs):,} answers are not fully right"
     if len(shown) < len(wrong):
         count += f"; the {len(shown)} worst are shown"
     articles = "\n".join(_article(benchmark, *pairs[i], grades[i]) for i in shown)
     title = escape(f"{benchmark.name}: failures")
     page = _PAGE.format(title=title, count=count, articles=articles)
-    # A file's name that is no UTF-8 comes as halves of characters.
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    # A file name that is not UTF-8 contains lone surrogates, which cannot be encoded.
+    with whole_file(path) as file:
+        file.write(page.encode("utf-8", "backslashreplace"))
 
 
 def _article(benchmark: Benchmark, question: Question, text: str, grade: float) -> str:
@@ -57,15 +60,15 @@ def _article(benchmark: Benchmark, question: Question, text: str, grade: float) 
         "picture": question.image_name,
     }
     facts = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items())
-    return f"<article>{_picture(benchmark, question, text)}<dl>{facts}</dl></article>"
+    images = [_picture(benchmark, question, text, image) for image in question.read_images()]
+    pictures = "".join(images) or "<div>no picture</div>"
+    return f"<article>{pictures}<dl>{facts}</dl></article>"
 
 
-def _picture(benchmark: Benchmark, question: Question, text: str) -> str:
-    """An <img> with the picture inside, or a word why there is none."""
-    if not question.images:
-        return "<div>no picture</div>"
+def _picture(benchmark: Benchmark, question: Question, text: str, source: str | bytes) -> str:
+    """An <img> with the picture inside, or the reason why it cannot be shown."""
     try:
-        image = load_image(question.images[0], question.image_name)
+        image = load_image(source, question.image_name)
     except ImageError as error:
         return f"<div>{escape(str(error))}</div>"
     if benchmark.draw:

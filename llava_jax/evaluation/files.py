@@ -1,4 +1,4 @@
-"""A benchmark's published files: read, and told where to get when they are not there."""
+"""Reads a benchmark's published files; an error names a missing file and its source."""
 
 import contextlib
 import csv
@@ -12,9 +12,14 @@ from typing import Any
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Question
+from llava_jax.evaluation.parquet import ParquetRow, rows
 
-# What reading a record of another form than the published one raises.
+# The exceptions that a record raises if it does not have the published form.
 NOT_AS_EXPECTED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+
+
+class MissingFile(LlavaError):
+    """A published file is not in the benchmark's folder."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Folder:
     """The folder that holds a benchmark's files.
 
     Attributes:
-      root: as the user named it (`config.data_root`).
+      root: the user's `config.data_root`.
       source: where the files are published.
     """
 
@@ -30,14 +35,19 @@ class Folder:
     source: str
 
     def path(self, *names: str) -> Path:
-        """The first of `names` that exists below the folder; LlavaError if none does."""
+        """The first of `names` that exists below the folder; MissingFile if none does."""
         for name in names:
             if (self.root / name).exists():
                 return self.root / name
-        raise LlavaError(
+        raise MissingFile(
             f"{self.root / names[0]} is missing: it is published at {self.source}; put it there "
             "or set config.data_root to the folder that holds it"
         )
+
+    def pictures(self, *names: str) -> Path:
+        """The first of `names` that exists below the folder, else the first."""
+        paths = [self.root / name for name in names]
+        return next((path for path in paths if path.exists()), paths[0])
 
     def json(self, *names: str) -> Any:
         path = self.path(*names)
@@ -51,14 +61,27 @@ class Folder:
             return [json.loads(line) for line in lines if line.strip()]
 
     def tsv(self, *names: str) -> list[dict[str, str]]:
-        """Rows by column name, quoted as pandas writes them."""
+        """Rows as dicts, from a file with the quoting of pandas."""
         path = self.path(*names)
         csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
         with readable(path), open(path, encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file, delimiter="\t"))
 
+    def parquet(self, pattern: str, *columns: str) -> list[ParquetRow]:
+        """Rows of all Parquet files that match `pattern` in the folder or in its `data`.
+
+        columns: those to read now; pictures are read when they are needed.
+        """
+        for folder in (self.root, self.root / "data"):
+            if paths := sorted(folder.glob(pattern)):
+                return list(rows(paths, columns))
+        raise MissingFile(
+            f"{self.root} has no file {pattern}: it is published at {self.source}; put it there or "
+            "set config.data_root to the folder that holds it"
+        )
+
     def plain_pickle(self, *names: str) -> Any:
-        """A pickle of numbers, texts, lists and dicts; one that names any class is refused."""
+        """A pickle of numbers, texts, lists and dicts; a pickle that names a class is refused."""
         path = self.path(*names)
         with readable(path), open(path, "rb") as file:
             try:
@@ -74,7 +97,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What goes wrong inside is told as a fault of the file at `path`."""
+    """Turns a fault inside the block into a LlavaError that names the file at `path`."""
     try:
         yield
     except (OSError, ValueError, csv.Error) as error:
@@ -84,7 +107,7 @@ def readable(path: Path) -> Iterator[None]:
 def questions_of(
     records: Sequence[Any], path: Path | str, make: Callable[[Any], Question]
 ) -> list[Question]:
-    """`make` of each record; a record of another form is told by its number."""
+    """`make` of each record; LlavaError with the number of a record without the published form."""
     if not isinstance(records, Sequence) or not records:
         raise LlavaError(f"{path} holds no list of records: is it the published file?")
     questions = []
@@ -100,11 +123,11 @@ def questions_of(
 
 
 def check_images(questions: Sequence[Question], source: str) -> None:
-    """LlavaError if a picture that will be asked about is not there."""
+    """MissingFile if a picture of a question does not exist."""
     paths = {path for q in questions for path in q.images if isinstance(path, str)}
     missing = sorted(path for path in paths if not os.path.isfile(path))
     if missing:
-        raise LlavaError(
-            f"{len(missing):,} of {len(paths):,} pictures are missing, {missing[0]} for one: they "
-            f"are published at {source}"
+        raise MissingFile(
+            f"{len(missing):,} of {len(paths):,} pictures are missing, for example {missing[0]}: "
+            f"they are published at {source}"
         )

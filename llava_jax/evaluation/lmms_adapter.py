@@ -1,11 +1,10 @@
-"""Our engine as a model of lmms-eval, so that its tasks run on it.
+"""A model class for lmms-eval that runs its tasks on our engine.
 
     python -m lmms_eval --model llava_jax --model_args pretrained=runs/llava --tasks pope
 
-lmms-eval finds the classes here through the entry point `lmms_eval.models`; it is needed to import
-this module and nothing else of ours. It decides what is asked and scored; the prompt's template,
-the pictures' preprocessing and the batches are ours. Run it as one process: the engine takes all
-devices itself.
+lmms-eval finds the classes through the entry point `lmms_eval.models`; no other module of this
+package needs lmms-eval. It provides the questions and the metrics; the template of the prompt, the
+preprocessing of pictures and the batching are ours. Start one process: the engine uses all devices.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +22,15 @@ from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.command_line import mesh_of_all
 from llava_jax.text.conversation import IMAGE_TOKEN
 
-BATCHES_AT_A_TIME = 8  # whose pictures are in memory together
-FROM_LMMS_EVAL = {"device", "max_batch_size"}  # what it passes to every model; jax chooses devices
+BATCHES_AT_A_TIME = 8  # their pictures are in memory together
+FROM_LMMS_EVAL = {
+    "device",
+    "max_batch_size",
+}  # passed to every model; JAX chooses its devices itself
 
 
 def manifest() -> ModelManifest:
-    """What the entry point tells lmms-eval."""
+    """The target of the entry point."""
     return ModelManifest(
         model_id="llava_jax",
         simple_class_path=f"{__name__}.LlavaJaxSimple",
@@ -40,11 +42,10 @@ class LlavaJax(lmms):
     """The chat model, lmms-eval's default: messages with pictures between their texts.
 
     Args:
-      pretrained: what `Llava.from_pretrained` takes.
-      dtype: of computation, as there.
-      batch_size: most questions computed at once.
-      use_until: end answers at a task's `until` texts. lmms-eval gives every task a blank line as
-        one, and its own LLaVA ignores them all; so does this unless told otherwise.
+      pretrained, dtype: see `Llava.from_pretrained`.
+      batch_size: the largest number of questions in one batch.
+      use_until: end answers at the task's `until` texts. By default they are ignored, as in
+        lmms-eval's own LLaVA: every task has a blank line among them.
     """
 
     is_simple = False
@@ -70,7 +71,7 @@ class LlavaJax(lmms):
         self.use_until = use_until
 
     def generate_until(self, requests: Sequence) -> list[GenerationResult]:
-        """Answers in the order of the requests; each window goes to lmms-eval's cache."""
+        """Answers in the order of the requests, stored in lmms-eval's cache window by window."""
         results, window = [], BATCHES_AT_A_TIME * self.batch_size
         with tqdm(total=len(requests), unit="question", desc="llava_jax") as bar:
             for start in range(0, len(requests), window):
@@ -102,7 +103,7 @@ class LlavaJax(lmms):
         return self.model.request(question, images, params, history, where=where)
 
     def _sampling(self, settings: Mapping, seed: int) -> SamplingParams:
-        """A task's generation_kwargs as ours; what only shapes other models' input is not read."""
+        """A task's generation_kwargs as SamplingParams; keys about a model's input are ignored."""
         if settings.get("num_beams") not in (None, 1):
             raise LlavaError(f"there is no beam search: num_beams is {settings['num_beams']}")
         drawn = settings.get("do_sample", True)
@@ -123,7 +124,7 @@ class LlavaJax(lmms):
 
 
 class LlavaJaxSimple(LlavaJax):
-    """The simple model (`--force_simple`): a text and its pictures, which stand before it."""
+    """The simple model (`--force_simple`): pictures followed by one text."""
 
     is_simple = True
 
@@ -147,8 +148,8 @@ class LlavaJaxSimple(LlavaJax):
 def read_messages(messages: Sequence[Mapping]) -> list:
     """Chat messages -> [(question, answer) pairs..., the list of pictures].
 
-    The last pair's answer is empty where a question waits. A system message goes before the first
-    question: the template has a system text of its own.
+    The last pair's answer is empty if its question is still open. A system message is put before
+    the first question, since the template has its own system text.
     """
     pairs, images, system = [], [], ""
     for message in messages:
@@ -160,7 +161,9 @@ def read_messages(messages: Sequence[Mapping]) -> list:
             elif item["type"] == "text":
                 text += item["text"].replace(IMAGE_TOKEN, "")
             else:
-                raise LlavaError(f"a message has {item['type']}: LLaVA reads text and pictures")
+                raise LlavaError(
+                    f"a message contains {item['type']}, but LLaVA reads only text and pictures"
+                )
         if message["role"] == "system":
             system += f"{text}\n"
         elif message["role"] == "user":
@@ -169,7 +172,7 @@ def read_messages(messages: Sequence[Mapping]) -> list:
         elif pairs:
             pairs[-1] = (pairs[-1][0], text)
         else:
-            raise LlavaError("the first message is an answer: a user's must come before")
+            raise LlavaError("the first message is an answer: a user's message must come first")
     if not pairs:
-        raise LlavaError("there is no user's message")
+        raise LlavaError("no message is from the user")
     return [*pairs, images]

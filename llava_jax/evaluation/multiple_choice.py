@@ -9,20 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, graded, percent
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, graded, mean_score
 from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.statistics import percent, standard_error
 from llava_jax.evaluation.xlsx import write_xlsx
 
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
 LETTERS = "ABCDE"
-# What pandas, and so the original, reads as an empty cell; "nan" and "none" in any case.
+# The cells that pandas, and so the original, reads as empty; also "nan" and "none" in any case.
 EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "<NA>", "N/A",
          "NA", "NULL", "n/a", "null", "-NaN", "-nan"}  # fmt: skip
-ROTATION = 1_000_000  # MMBench: a question's rotated copies have its index plus multiples of this
+ROTATION = (
+    1_000_000  # the index of a rotated MMBench question is that of the first plus k times this
+)
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
+    """("Which?", ["a", "b"]) -> "Which?\\nA. a\\nB. b"."""
     lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return "\n".join([question, *lines])
 
@@ -56,10 +60,10 @@ def load_scienceqa(root: Path) -> Benchmark:
 
 
 def scienceqa_answer(text: str) -> str:
-    """The letter that LLaVA's scorer finds in an answer, or nothing.
+    """The letter that LLaVA's scorer finds in an answer, or an empty text.
 
-    The answer is the letter, or begins with it, a full stop and a space, or says once "The answer
-    is" and the letter, whatever character follows.
+    It accepts the bare letter, a letter with a full stop and a space at the start, or a single
+    "The answer is X" followed by any character.
     """
     if text and text in LETTERS and len(text) == 1:
         return text
@@ -76,7 +80,7 @@ def grade_scienceqa(question: Question, text: str) -> float:
 
 
 def score_scienceqa(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
-    """Lines: without a picture, all, with a picture."""
+    """Lines: questions without a picture, all, those with a picture."""
     lines = {line.kind: line for line in graded(grade_scienceqa)["score"](questions, predictions)}
     return [lines[kind] for kind in ("text", "overall", "IMG") if kind in lines]
 
@@ -85,12 +89,13 @@ def load_mmbench(root: Path, file: str, language: str) -> Benchmark:
     """MMBench (https://arxiv.org/abs/2307.06281), a .tsv with its pictures inside.
 
     Args:
-      file: such as mmbench_dev_20230712.tsv, or its Chinese mmbench_dev_cn_20231003.tsv.
-      language: en or cn, of the sentence that asks for a letter.
+      file: such as mmbench_dev_20230712.tsv or the Chinese mmbench_dev_cn_20231003.tsv.
+      language: en or cn, the language of the sentence that asks for a letter.
 
-    `circular` counts a question only if it is right with its options in every order: what the
-    server reports. Here an answer counts if a letter or one option's text can be read in it by
-    rule; the server asks a language model where rules fail. `submit` writes the server's .xlsx.
+    `circular`, the server's score, counts a question only if it is right with its options in every
+    order. Answers are read by rule: a letter, or the text of one option. If the rules find nothing
+    the answer is wrong here, whereas the server asks a language model. `submit` writes the
+    server's .xlsx.
     """
     if language not in ("en", "cn"):
         raise LlavaError(f"unknown MMBench language {language!r}: choose en or cn")
@@ -109,7 +114,7 @@ def load_mmbench(root: Path, file: str, language: str) -> Benchmark:
         return ask(
             int(row["index"]),
             f"{text}\n{suffix}",
-            # Later releases name a rotated copy's picture by the index of the row that has it.
+            # In later releases a rotated copy gives the index of the row that has the picture.
             decode_image(pictures.get(row["image"], row["image"])),
             image_name=f"{file}, row {row['index']}",
             reference=f"{answer}. {row[answer]}" if answer else "",
@@ -139,7 +144,7 @@ def is_empty(cell: str | None) -> bool:
 
 
 def mmbench_options(row: Mapping[str, str]) -> list[str]:
-    """What is asked: options A to D up to the first empty one, even where others follow."""
+    """Options A to D up to the first empty one; any that follow it are not shown."""
     options = []
     for letter in "ABCD":
         if is_empty(row[letter]):
@@ -156,10 +161,10 @@ def decode_image(text: str) -> bytes:
 
 
 def mmbench_answer(text: str, options: Mapping[str, str]) -> str:
-    """The letter that MMBench's rules read in an answer, or nothing.
+    """The letter that MMBench's rules read in an answer, or an empty text.
 
-    One option's letter as a word, among the last four; else one option's text, in an answer at
-    most twice as long as all options together. Z, for "none of them", is no option's.
+    Either the letter of one option as a word among the last four, or the text of one option, in an
+    answer at most twice as long as all options together. Z means that no option fits.
     """
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in words]
@@ -190,13 +195,20 @@ def score_mmbench(questions: Sequence[Question], predictions: Sequence[str]) -> 
     for base, right in circular.items():
         groups[kinds[base]].append(right)
     lines = [*sorted(groups.items()), ("plain", plain), ("circular", list(circular.values()))]
-    return [Score(kind, len(group), {"accuracy": percent(group)}) for kind, group in lines]
+    return [_line(kind, grades) for kind, grades in lines]
+
+
+def _line(kind: str, grades: Sequence[float]) -> Score:
+    """A line over grades that are independent of each other."""
+    error = standard_error(grades, range(len(grades)))
+    return Score(kind, len(grades), {"accuracy": percent(grades)}, {"accuracy": error})
 
 
 def load_seed(root: Path) -> Benchmark:
-    """SEED-Bench (https://arxiv.org/abs/2307.16125), pictures and the middle frames of videos.
+    """SEED-Bench (https://arxiv.org/abs/2307.16125): pictures, and the middle frames of videos.
 
-    Only the bare letter counts, as LLaVA-1.5 was scored. `submit` writes the leaderboard's file.
+    Only the bare letter counts, as in LLaVA-1.5's evaluation. `submit` writes the leaderboard's
+    file.
     """
     folder = Folder(root, "https://github.com/AILab-CVC/SEED-Bench (DATASET.md)")
     data = folder.json("SEED-Bench.json")
@@ -234,10 +246,10 @@ def grade_seed(question: Question, text: str) -> float:
 
 
 def score_seed(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
-    """Lines by type of question, of pictures, of videos, overall."""
+    """A line per type of question, then pictures, videos, overall."""
     *types, overall = graded(grade_seed)["score"](questions, predictions)
     media = defaultdict(list)
     for question, text in zip(questions, predictions, strict=True):
-        media[question.label[1]].append(grade_seed(question, text))
-    lines = [Score(kind, len(g), {"accuracy": percent(g)}) for kind, g in media.items()]
+        media[question.label[1]].append((question, grade_seed(question, text)))
+    lines = [mean_score(kind, *zip(*pairs, strict=True)) for kind, pairs in media.items()]
     return [*types, *lines, overall]

@@ -1,4 +1,4 @@
-"""MM-Vet and LLaVA-Bench: free answers, which a language model elsewhere has to grade."""
+"""MM-Vet, LLaVA-Bench and MathVista: free answers, which a language model has to grade."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from llava_jax.evaluation.files import Folder, questions_of
 
 
 def load_mmvet(root: Path) -> Benchmark:
-    """MM-Vet (https://arxiv.org/abs/2308.02490); `submit` writes what its evaluator reads."""
+    """MM-Vet (https://arxiv.org/abs/2308.02490); `submit` writes its evaluator's file."""
     folder = Folder(root, "https://github.com/yuweihao/MM-Vet/releases (mm-vet.zip)")
     items = folder.json("mm-vet.json")
 
@@ -29,7 +29,7 @@ def load_mmvet(root: Path) -> Benchmark:
 
 
 def load_llava_bench(root: Path) -> Benchmark:
-    """LLaVA-Bench (In-the-Wild); `submit` writes the answers file that its reviewer reads."""
+    """LLaVA-Bench (In-the-Wild); `submit` writes the answers file for its GPT-4 reviewer."""
     folder = Folder(root, "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild")
 
     def make(item) -> Question:

@@ -1,27 +1,32 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: the box of what a sentence describes."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: the box of the object that a sentence describes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, ask, graded
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, mean_score
 from llava_jax.evaluation.files import Folder, questions_of
 from llava_jax.inference.boxes import Box, draw_boxes, parse_boxes, to_pixels
 
-# name -> the file of references, the splits it has
+# name -> (the file of references, its splits)
 REFERENCES = {
     "refcoco": ("refs(unc).p", ("val", "testA", "testB")),
     "refcoco+": ("refs(unc).p", ("val", "testA", "testB")),
     "refcocog": ("refs(umd).p", ("val", "test")),
 }
-LEAST_OVERLAP = 0.5
+IOU_THRESHOLD = 0.5
+OTHER_THRESHOLDS = (0.1, 0.3, 0.7, 0.9)
 
 
 def load(root: Path, name: str, split: str) -> Benchmark:
-    """One split of one of the three sets; a box is right from an IoU of 0.5.
+    """One split of one of the three sets.
 
-    The question is that of LLaVA-1.5's training data, the answer a box on the padded square.
+    The question is that of LLaVA-1.5's training data; the answer is a box in shares of the padded
+    square. It counts as right if its intersection over union (IoU) with the true box is at least
+    0.5. Reported as well: the share of boxes at other thresholds, of boxes whose centre is in the
+    true box, and the mean IoU.
     """
     if name not in REFERENCES or split not in REFERENCES[name][1]:
         known = "; ".join(f"{name}: {', '.join(s)}" for name, (_, s) in REFERENCES.items())
@@ -49,18 +54,47 @@ def load(root: Path, name: str, split: str) -> Benchmark:
     pairs = [(ref, s) for ref in refs if ref["split"] == split for s in ref["sentences"]]
     questions = questions_of(pairs, root / file, make)
     source = f"{folder.source} (pictures: https://cocodataset.org, train2014)"
-    return Benchmark(f"{name}/{split}", source, questions, draw=draw, **graded(grade))
+    return Benchmark(f"{name}/{split}", source, questions, grade, score, draw=draw)
+
+
+def predicted_box(question: Question, text: str) -> Box | None:
+    """The first box in the answer in pixels of the picture, or None."""
+    boxes = parse_boxes(text)
+    return to_pixels(boxes[0], question.label[1]) if boxes else None
 
 
 def grade(question: Question, text: str) -> float:
-    """1 if the first box in the answer overlaps the right one enough."""
-    box, size = question.label
-    answers = parse_boxes(text)
-    return float(bool(answers) and iou(to_pixels(answers[0], size), box) >= LEAST_OVERLAP)
+    """1 if the IoU of the first box in the answer with the true box is at least 0.5."""
+    box = predicted_box(question, text)
+    return float(box is not None and iou(box, question.label[0]) >= IOU_THRESHOLD)
+
+
+def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
+    """One line: accuracy at IoU 0.5 and at other thresholds, centre accuracy, mean IoU."""
+    boxes = [predicted_box(q, text) for q, text in zip(questions, predictions, strict=True)]
+    truths = [question.label[0] for question in questions]
+    pairs = list(zip(boxes, truths, strict=True))
+    overlaps = [iou(box, truth) if box else 0.0 for box, truth in pairs]
+    columns = {"accuracy": [float(o >= IOU_THRESHOLD) for o in overlaps]}
+    columns |= {f"IoU {t}": [float(o >= t) for o in overlaps] for t in OTHER_THRESHOLDS}
+    columns["centre"] = [float(bool(box) and centre_inside(box, truth)) for box, truth in pairs]
+    columns["mean IoU"] = overlaps
+    lines = [mean_score("overall", questions, grades, name) for name, grades in columns.items()]
+    values, errors = {}, {}
+    for line in lines:
+        values |= line.values
+        errors |= line.errors
+    return [Score("overall", len(questions), values, errors)]
+
+
+def centre_inside(box: Box, truth: Box) -> bool:
+    """Whether the centre of `box` is in `truth`, its edges included."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return truth[0] <= x <= truth[2] and truth[1] <= y <= truth[3]
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union; a box whose corners are swapped has no area."""
+    """Intersection over union; a box with swapped corners has no area."""
     overlap = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     union = _area(a) + _area(b) - overlap
     return overlap / union if union else 0.0
@@ -71,7 +105,7 @@ def _area(box: Box) -> float:
 
 
 def draw(image: Image.Image, question: Question, text: str) -> Image.Image:
-    """The right box in green, the answer's in red."""
-    box, size = question.label
-    image = draw_boxes(image, [box], "lime")
-    return draw_boxes(image, [to_pixels(b, size) for b in parse_boxes(text)[:1]], "red")
+    """The true box in green, the predicted box in red."""
+    image = draw_boxes(image, [question.label[0]], "lime")
+    predicted = predicted_box(question, text)
+    return draw_boxes(image, [predicted] if predicted else [], "red")

@@ -7,91 +7,125 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Score
 from llava_jax.evaluation.files import NOT_AS_EXPECTED
+from llava_jax.evaluation.published import MODELS, PUBLISHED
+from llava_jax.files import whole_file, write_json
 
-# LLaVA-1.5 7B and 13B, from its model zoo (https://github.com/haotian-liu/LLaVA). The last two
-# were graded by GPT-4 of the time, which no later grading reproduces.
-PUBLISHED = {
-    "vqav2/test-dev2015": (78.5, 80.0),
-    "gqa": (62.0, 63.3),
-    "vizwiz": (50.0, 53.6),
-    "scienceqa": (66.8, 71.6),
-    "textvqa": (58.2, 61.3),
-    "pope": (85.9, 85.9),
-    "mme": (1510.7, 1531.3),
-    "mmbench/mmbench_dev_20230712": (64.3, 67.7),
-    "mmbench/mmbench_dev_cn_20231003": (58.3, 63.6),
-    "seed": (58.6, 61.6),
-    "llava_bench": (65.4, 72.5),
-    "mmvet": (31.1, 36.1),
-}
-HEAD = (
-    "| benchmark | questions | metric | score | LLaVA-1.5 7B | 13B |",
-    "|---|--:|---|--:|--:|--:|",
-)
+# Benchmarks of hallucination, by the first part of their name; `hallucination_table` shows them.
+HALLUCINATION = (
+    "pope", "repope", "amber", "chair", "hallusionbench", "naturalbench", "mmvp"
+)  # fmt: skip
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Scores as lines of text: kind, n, and a column a metric."""
+    """Scores as lines of text: kind, n, and a column per metric with its standard error."""
     names = list(dict.fromkeys(name for score in scores for name in score.values))
     width = max(10, *(len(score.kind) for score in scores))
-    lines = [f"{'kind':<{width}} {'n':>7}" + "".join(f" {name:>10}" for name in names)]
-    for score in scores:
-        cells = (f"{score.values[name]:.1f}" if name in score.values else "" for name in names)
-        row = "".join(f" {cell:>10}" for cell in cells)
-        lines.append(f"{score.kind:<{width}} {score.count:>7,}{row}".rstrip())
+    cells = [[_figure(score, name) for name in names] for score in scores]
+    widths = [max(10, *map(len, column)) for column in zip(names, *cells, strict=True)]
+    lines = []
+    for kind, count, row in [
+        ("kind", "n", names),
+        *((s.kind, f"{s.count:,}", row) for s, row in zip(scores, cells, strict=True)),
+    ]:
+        figures = "".join(f" {cell:>{w}}" for cell, w in zip(row, widths, strict=True))
+        lines.append(f"{kind:<{width}} {count:>7}{figures}".rstrip())
     return "\n".join(lines)
 
 
+def _figure(score: Score, name: str) -> str:
+    """`85.9 ±0.7`: the value and its standard error, or what of them there is."""
+    if name not in score.values:
+        return ""
+    error = f" ±{score.errors[name]:.1f}" if name in score.errors else ""
+    return f"{score.values[name]:.1f}{error}"
+
+
 def comparison(benchmark: str, scores: Sequence[Score]) -> str:
-    """One line: the score beside what LLaVA-1.5 published, where it did."""
+    """One line: the score and the published scores of the same benchmark."""
     here = "not scored here"
     if scores:
-        name, value = next(iter(scores[-1].values.items()))
-        here = f"{scores[-1].kind} {name} {value:.1f}"
-    published = PUBLISHED.get(benchmark)
-    beside = "LLaVA-1.5 7B {:.1f}, 13B {:.1f}".format(*published) if published else "none published"
-    return f"{benchmark}: {here} ({beside})"
+        name = next(iter(scores[-1].values))
+        here = f"{scores[-1].kind} {name} {_figure(scores[-1], name)}"
+    published = PUBLISHED.get(benchmark, {})
+    others = ", ".join(f"{model} {value:.1f}" for model, value in published.items())
+    return f"{benchmark}: {here} ({others or 'none published'})"
+
+
+def hallucination_table(folder: Path) -> str:
+    """The last line of every hallucination benchmark finished below `folder`; empty if none is."""
+    lines = []
+    for name, metrics in _results(folder):
+        family = metrics["benchmark"].partition("-first-")[0].partition("/")[0]
+        scores = _scores(metrics)
+        if scores and family in HALLUCINATION:
+            last = scores[-1]
+            lines.append(Score(f"{name}: {last.kind}", last.count, last.values, last.errors))
+    return f"Hallucination\n{table(lines)}" if lines else ""
 
 
 def write_report(folder: Path) -> Path:
     """report.md and report.json over every finished benchmark below `folder`."""
     results, rows, details = {}, [], []
-    for mark in sorted(folder.rglob("run.json")):  # without it, a metrics.json is not of ours
-        path = mark.with_name("metrics.json")
-        if not path.exists():
-            continue
-        # The benchmark's name; before it a folder, where another --output lies inside this one.
-        name = mark.parent.relative_to(folder).as_posix()
-        try:
-            metrics = results[name] = json.loads(path.read_text(encoding="utf-8"))
-            scores = _scores(metrics)
-            rows.append(_row(name, metrics, scores))
-        except NOT_AS_EXPECTED as error:
-            raise LlavaError(f"cannot read the result {path}: {error}; delete it") from None
+    for name, metrics in _results(folder):
+        results[name] = metrics
+        scores = _scores(metrics)
+        rows.append((name, metrics, scores))
         if scores:
             details.append(f"## {name}\n\n```\n{table(scores)}\n```\n")
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
+    write_json(folder / "report.json", results)
     path = folder / "report.md"
-    path.write_text("\n".join([*HEAD, *rows]) + "\n\n" + "\n".join(details), encoding="utf-8")
+    lines = [_line(["benchmark", "questions", "metric", "score", *MODELS])]
+    lines.append("|---|--:|---|--:|" + "--:|" * len(MODELS))
+    lines += [_line(_cells(*row)) for row in rows]
+    text = "\n".join(lines) + "\n\n" + "\n".join(details)
+    with whole_file(path) as file:
+        file.write(text.encode())
     return path
 
 
-def _row(name: str, metrics: Mapping, scores: Sequence[Score]) -> str:
-    """A line of the report's table."""
+def _results(folder: Path) -> list[tuple[str, Mapping]]:
+    """(name, metrics.json) of every finished result below `folder`.
+
+    The name is the benchmark's; before it a folder, if another --output is inside this one.
+    """
+    results = []
+    for mark in sorted(folder.rglob("run.json")):  # a metrics.json without one is another program's
+        path = mark.with_name("metrics.json")
+        if not path.exists():
+            continue
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            _cells("", metrics, _scores(metrics))
+        except NOT_AS_EXPECTED as error:
+            raise LlavaError(f"cannot read the result {path}: {error}; delete it") from None
+        results.append((mark.parent.relative_to(folder).as_posix(), metrics))
+    return results
+
+
+def _cells(name: str, metrics: Mapping, scores: Sequence[Score]) -> list[str]:
+    """The cells of one line of the report's table."""
     metric, value = "to be graded", metrics.get("submission", "")
     if scores:
-        of, number = list(scores[-1].values.items())[0]
-        metric, value = f"{of}, {scores[-1].kind}", f"{number:.1f}"
-    published = PUBLISHED.get(metrics["benchmark"])
-    published = [f"{number:.1f}" for number in published] if published else ["", ""]
-    cells = (name, f"{metrics['answers']:,}", metric, value, *published)
+        first = next(iter(scores[-1].values))
+        metric, value = f"{first}, {scores[-1].kind}", _figure(scores[-1], first)
+    published = PUBLISHED.get(metrics["benchmark"], {})
+    figures = (f"{published[model]:.1f}" if model in published else "" for model in MODELS)
+    return [name, f"{metrics['answers']:,}", metric, value, *figures]
+
+
+def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _scores(metrics: Mapping) -> list[Score]:
     """The lines of a metrics.json."""
+    errors = metrics.get("standard_errors", {})
     return [
-        Score(kind, values["count"], {k: v for k, v in values.items() if k != "count"})
+        Score(
+            kind,
+            values["count"],
+            {k: v for k, v in values.items() if k != "count"},
+            errors.get(kind, {}),
+        )
         for kind, values in metrics["scores"].items()
     ]

@@ -1,12 +1,13 @@
-"""Asks a model the questions of a benchmark and writes answers and scores; resumes where it ended.
+"""Asks a model the questions of a benchmark, writes answers and scores, and can be interrupted.
 
-The folder of a result holds `run.json` (what was asked of which model), `predictions.jsonl` (one
-line a question, in order) and, at the end, `metrics.json`, the file for the benchmark's server and
-`failures.html`. Shards of a run lie in folders of their own below it.
+The folder of a result holds `run.json` (the model, the questions and the settings),
+`predictions.jsonl` (one line per question, in order) and, at the end, `metrics.json`, the file for
+the benchmark's server and `failures.html`. The shards of a run have folders of their own below it.
 """
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 
-BATCHES_AT_A_TIME = 4  # questions sorted by shape together, and the most a kill can lose
+BATCHES_AT_A_TIME = 4  # these are sorted by shape together; a kill loses at most their answers
 
 
 def evaluate(
@@ -31,11 +32,11 @@ def evaluate(
     overwrite: bool = False,
     shard: Shard | None = None,
 ) -> list[Score]:
-    """Greedy answers to every question of `benchmark`, written below `output`, and their scores.
+    """Answers every question of `benchmark` greedily, writes below `output`, returns the scores.
 
-    An interrupted run continues, and takes over what shards of it have answered; a shard only
-    answers. LlavaError where `output` holds answers of another model or of other questions,
-    unless `overwrite`.
+    An interrupted run continues and takes over the answers of its shards. With `shard` only that
+    part is answered and nothing is scored. LlavaError if `output` holds answers of another model
+    or to other questions, unless `overwrite`.
     """
     if batch_size < 1:
         raise LlavaError(f"batch_size must be at least 1, not {batch_size}")
@@ -55,27 +56,29 @@ def evaluate(
     with locked(output, busy):
         folders = [output] if shard else [output, *sorted(output.glob("shard-*-of-*"))]
         for folder in folders:
-            predictions = folder / "predictions.jsonl"
+            answers = folder / "predictions.jsonl"
             if overwrite:
-                predictions.unlink(missing_ok=True)
-            claim(folder / "run.json", run, predictions)
+                answers.unlink(missing_ok=True)
+            claim(folder / "run.json", run, answers)
         (output / "metrics.json").unlink(missing_ok=True)
         ids = {question.id for question in questions}
         done = {}
         for folder in folders:
             done |= _finished(folder / "predictions.jsonl", ids, repair=folder == output)
         done |= _answer(model, benchmark.name, questions, done, output, params, batch_size)
+        predictions = [done[question.id]["prediction"] for question in questions]
+        grade = None if shard else benchmark.grade
+        lines = (_line(*pair, grade) for pair in zip(questions, predictions, strict=True))
         with whole_file(output / "predictions.jsonl") as file:
-            file.writelines(json_line(done[question.id]) for question in questions)
-        if shard:
-            return []
-        return _conclude(benchmark, run, [done[q.id]["prediction"] for q in questions], output)
+            file.writelines(map(json_line, lines))
+        return [] if shard else _conclude(benchmark, run, predictions, output)
 
 
 def default_output(checkpoint: str) -> Path:
-    """eval in the work directory of the checkpoint, of which it may be one step.
+    """`eval` in the work directory of the checkpoint, which may be one step of a run.
 
-    For a name of the Hugging Face hub, runs/NAME/eval: a folder of the whole name would hide it.
+    For a name on the Hugging Face hub it is runs/NAME/eval; a local folder ORG/NAME would be taken
+    for the model itself.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -84,7 +87,7 @@ def default_output(checkpoint: str) -> Path:
 
 
 def _answer(model, name, questions, done, output, params, batch_size) -> dict[str, dict]:
-    """Asks what is not in `done`, appending each window of answers to predictions.jsonl."""
+    """Asks the questions missing in `done`; appends each window of answers to predictions.jsonl."""
     todo = [(i, q) for i, q in enumerate(questions) if q.id not in done]
     window = BATCHES_AT_A_TIME * batch_size
     new = {}
@@ -97,7 +100,7 @@ def _answer(model, name, questions, done, output, params, batch_size) -> dict[st
         for start in range(0, len(todo), window):
             part = todo[start : start + window]
             requests = [
-                model.request(q.prompt, q.images, params, where=f"question {i} ({q.id}): ")
+                model.request(q.prompt, q.read_images(), params, where=f"question {i} ({q.id}): ")
                 for i, q in part
             ]
             texts = model.answer(requests, batch_size, bar.update)
@@ -108,11 +111,15 @@ def _answer(model, name, questions, done, output, params, batch_size) -> dict[st
     return new
 
 
-def _conclude(benchmark: Benchmark, run: dict, predictions: list[str], output: Path):
-    """Scores and writes what is made of all answers."""
+def _conclude(
+    benchmark: Benchmark, run: dict, predictions: list[str], output: Path
+) -> list[Score]:
+    """Scores all answers and writes metrics.json, the submission and the page of failures."""
     questions = benchmark.questions
     scores = benchmark.score(questions, predictions) if benchmark.score else []
     metrics = {**run, "scores": {s.kind: {"count": s.count, **s.values} for s in scores}}
+    if errors := {s.kind: dict(s.errors) for s in scores if s.errors}:
+        metrics["standard_errors"] = errors
     metrics["answers"] = len(predictions)
     if benchmark.submit:
         metrics["submission"] = benchmark.submit(questions, predictions, output).name
@@ -122,20 +129,27 @@ def _conclude(benchmark: Benchmark, run: dict, predictions: list[str], output: P
     return scores
 
 
-def _line(question: Question, prediction: str) -> dict:
-    return {
+def _line(
+    question: Question, prediction: str, grade: Callable[[Question, str], float] | None = None
+) -> dict:
+    line = {
         "id": question.id,
         "question": question.text,
         "prediction": prediction,
         "reference": question.reference,
         "image": question.image_name,
     }
+    if question.group:
+        line["group"] = question.group
+    if grade:
+        line["grade"] = grade(question, prediction)
+    return line
 
 
 def _finished(path: Path, ids: set[str], repair: bool) -> dict[str, dict]:
-    """By id, the lines that an earlier run completed.
+    """The complete lines of an earlier run, by id.
 
-    repair: cut off what a kill left behind them. Not in a shard, which may be writing still.
+    repair: truncate the file after them. A shard's file is left alone: it may still be written.
     """
     lines, size = {}, 0
     if not path.exists():
@@ -146,7 +160,7 @@ def _finished(path: Path, ids: set[str], repair: bool) -> dict[str, dict]:
                 line = json.loads(raw)
             except ValueError:
                 break
-            # Of another form: written by somebody else.
+            # A line of another form was not written here, and ends what can be used.
             texts = [line.get(k) for k in ("id", "prediction")] if isinstance(line, dict) else []
             ours = bool(texts) and all(isinstance(text, str) for text in texts)
             if not ours or not raw.endswith(b"\n") or line["id"] not in ids:

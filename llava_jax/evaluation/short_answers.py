@@ -16,8 +16,8 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 def load_vqav2(root: Path, split: str) -> Benchmark:
     """VQAv2 (https://visualqa.org): `test-dev2015`, whose labels are hidden, or `val2014`.
 
-    The submission has an answer for every question of test2015, empty for those not asked, as the
-    server wants it.
+    The server wants an answer to every question of test2015, so the submission has an empty one
+    for each question that was not asked.
     """
     if split not in ("test-dev2015", "val2014"):
         raise LlavaError(f"unknown VQAv2 split {split!r}: choose test-dev2015 or val2014")
@@ -45,7 +45,7 @@ def load_vqav2(root: Path, split: str) -> Benchmark:
 
     questions = questions_of(items, root / name, make)
     if split == "val2014":
-        # The answer is normalised before it is handed in, also where it is scored here.
+        # A submission is normalised before the server scores it; a local score has to do the same.
         metric = graded(lambda q, text: vqa_accuracy(normalize_answer(text), q.label))
         return Benchmark(f"vqav2/{split}", folder.source, questions, **metric)
     every = folder.json("v2_OpenEnded_mscoco_test2015_questions.json")["questions"]
@@ -63,7 +63,7 @@ def load_vqav2(root: Path, split: str) -> Benchmark:
 def load_gqa(root: Path) -> Benchmark:
     """GQA's balanced test-dev questions (https://cs.stanford.edu/people/dorarad/gqa).
 
-    Exact match, after lower case and the full stops at the end dropped. `submit` writes what the
+    Exact match in lower case without full stops at the end. `submit` writes the file that the
     official eval.py reads.
     """
     folder = Folder(root, "https://cs.stanford.edu/people/dorarad/gqa/download.html")
@@ -94,7 +94,7 @@ def load_gqa(root: Path) -> Benchmark:
 
 
 def gqa_answer(text: str) -> str:
-    """A prediction as LLaVA hands it to GQA's scorer."""
+    """A prediction in the form in which LLaVA passes it to GQA's scorer."""
     return text.rstrip(".").lower()
 
 
@@ -119,8 +119,8 @@ def load_vizwiz(root: Path) -> Benchmark:
 def load_textvqa(root: Path) -> Benchmark:
     """TextVQA's validation questions (https://textvqa.org) with M4C's soft accuracy.
 
-    As LLaVA-1.5 was measured, the question comes with the words that Rosetta OCR read, and a
-    question asked twice of a picture is scored by the last one's answers both times.
+    As in LLaVA-1.5's evaluation, the prompt contains the words that Rosetta OCR read, and a
+    question that is asked twice about a picture is scored both times with the later answers.
     """
     folder = Folder(root, "https://textvqa.org/dataset")
     name = "TextVQA_0.5.1_val.json"
@@ -150,7 +150,7 @@ def load_textvqa(root: Path) -> Benchmark:
 
 
 def summary(answers: Sequence[str]) -> str:
-    """Ten people's answers for the eye: each once, the commonest first."""
+    """Ten people's answers as one line: each answer once, the most frequent first."""
     return " / ".join(sorted(dict.fromkeys(answers), key=answers.count, reverse=True))
 
 

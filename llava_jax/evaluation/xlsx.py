@@ -1,4 +1,4 @@
-"""The smallest Excel workbook: one sheet of texts and whole numbers, as answer servers want it."""
+"""A minimal Excel workbook, one sheet of texts and whole numbers, for servers that want one."""
 
 import re
 import zipfile
@@ -30,7 +30,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def write_xlsx(path: Path, rows: Sequence[Sequence[str | int]]) -> Path:
-    """Writes rows of cells; an empty text is an empty cell. Characters XML forbids are dropped."""
+    """Writes rows of cells; an empty text is an empty cell, characters XML forbids are dropped."""
     lines = "".join(f"<row>{''.join(map(_cell, row))}</row>" for row in rows)
     sheet = f'<worksheet xmlns="{_MAIN}"><sheetData>{lines}</sheetData></worksheet>'
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

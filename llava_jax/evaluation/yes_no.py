@@ -1,13 +1,21 @@
-"""POPE and MME: questions answered with yes or no."""
+"""Questions answered with yes or no: POPE, RePOPE, AMBER (discriminative) and MME.
 
+A model that hallucinates says yes too often. Every benchmark here therefore reports its share of
+yes and its false-yes rate: of the questions whose right answer is no, the share answered with yes.
+"""
+
+import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, percent
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask
 from llava_jax.evaluation.files import Folder, questions_of, readable
 from llava_jax.evaluation.short_answers import SHORT
+from llava_jax.evaluation.statistics import bootstrap_errors, ratio
 
 POPE_SPLITS = ("adversarial", "popular", "random")
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -16,19 +24,72 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
              "code_reasoning")  # fmt: skip
 
 
-def load_pope(root: Path) -> Benchmark:
-    """POPE on COCO (https://arxiv.org/abs/2305.10355): does the model see what is not there?
+def yes_counts(said: Sequence[bool], true: Sequence[bool]) -> np.ndarray:
+    """[n, 5]: of each answer, whether it counts as one of `yes_metrics`' five sums."""
+    said, true = np.asarray(said, bool), np.asarray(true, bool)
+    return np.stack([said & true, said, true, said == true, np.ones_like(said)], axis=1) * 1.0
 
-    Scores by split: F1, accuracy, precision and recall of "yes", and how often it says yes (half
-    of the right answers are). `mean` is the mean of the three F1, which LLaVA-1.5 reports.
+
+def yes_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Percentages from sums [..., 5]: said yes rightly, said yes, is yes, right, all.
+
+    What would divide by zero is 0.
     """
-    # The version LLaVA-1.5 was measured with: 2,910 questions in `random`, not 3,000.
+    both, said, true, right, count = np.moveaxis(sums, -1, 0)
+    return {
+        "F1": ratio(2 * both, said + true),
+        "accuracy": ratio(right, count),
+        "precision": ratio(both, said),
+        "recall": ratio(both, true),
+        "yes": ratio(said, count),
+        "false yes": ratio(said - both, count - true),
+    }
+
+
+def summed(
+    kind: str,
+    questions: Sequence[Question],
+    counts: np.ndarray,
+    metrics: Callable[[np.ndarray], dict[str, np.ndarray]],
+) -> Score:
+    """The line `kind` of metrics that are functions of sums, with bootstrap standard errors."""
+    values = {name: float(value[0]) for name, value in metrics(counts.sum(0)[None]).items()}
+    errors = bootstrap_errors([q.unit for q in questions], counts, metrics)
+    return Score(kind, len(questions), values, errors)
+
+
+def score_yes(kind: str, questions: Sequence[Question], said: Sequence[bool]) -> Score:
+    """F1, accuracy, precision, recall, share of yes and false-yes rate of one group."""
+    counts = yes_counts(said, [question.reference == "yes" for question in questions])
+    return summed(kind, questions, counts, yes_metrics)
+
+
+def load_pope(root: Path) -> Benchmark:
+    """POPE on COCO (https://arxiv.org/abs/2305.10355): is an object in the picture that is not?
+
+    Scores by split. `mean` is the mean over splits, whose F1 LLaVA-1.5 reports; half of the right
+    answers are yes.
+    """
+    # The version that LLaVA-1.5 was measured with: 2,910 questions in `random`, not 3,000.
     commit = "e3e39262c85a6a83f26cf5094022a782cb0df58d"
-    folder = Folder(root, f"https://github.com/AoiDragon/POPE/tree/{commit}/output/coco")
-    questions = []
+    source = f"https://github.com/AoiDragon/POPE/tree/{commit}/output/coco"
+    return _pope("pope", Folder(root, source), "coco/coco_pope_{}.json")
+
+
+def load_repope(root: Path) -> Benchmark:
+    """RePOPE (https://arxiv.org/abs/2504.15707): POPE with wrong labels corrected.
+
+    Questions whose answer is ambiguous are left out. Scores as for POPE.
+    """
+    folder = Folder(root, "https://github.com/YanNeu/RePOPE (annotations)")
+    return _pope("repope", folder, "annotations/coco_repope_{}.json")
+
+
+def _pope(name: str, folder: Folder, pattern: str) -> Benchmark:
+    questions, pictures = [], folder.pictures("val2014", "../pope/val2014")
     for split in POPE_SPLITS:
-        name = f"coco_pope_{split}.json"
-        path = folder.path(f"coco/{name}", name)
+        inside = pattern.format(split)
+        path = folder.path(inside, inside.rpartition("/")[2])
 
         def make(item, split=split) -> Question:
             if item["label"] not in ("yes", "no"):
@@ -36,14 +97,15 @@ def load_pope(root: Path) -> Benchmark:
             return ask(
                 f"{split}/{item['question_id']}",
                 f"{item['text']}\n{SHORT}",
-                str(root / "val2014" / item["image"]),
+                str(pictures / item["image"]),
                 reference=item["label"],
                 kind=split,
             )
 
-        questions += questions_of(folder.json_lines(str(path.relative_to(root))), path, make)
+        items = folder.json_lines(str(path.relative_to(folder.root)))
+        questions += questions_of(items, path, make)
     source = f"{folder.source} (pictures: https://cocodataset.org, val2014)"
-    return Benchmark("pope", source, questions, grade_pope, score_pope)
+    return Benchmark(name, source, questions, grade_pope, score_pope)
 
 
 def pope_answer(text: str) -> str:
@@ -57,27 +119,106 @@ def grade_pope(question: Question, text: str) -> float:
 
 
 def score_pope(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
-    """Lines by split, and their mean."""
-    groups = defaultdict(list)
-    for question, text in zip(questions, predictions, strict=True):
-        groups[question.kind].append((pope_answer(text) == "yes", question.reference == "yes"))
-    scores = [Score(split, len(pairs), yes_metrics(pairs)) for split, pairs in groups.items()]
-    mean = {
-        name: sum(score.values[name] for score in scores) / len(scores) for name in scores[0].values
-    }
-    return [*scores, Score("mean", len(questions), mean)]
+    """A line per split, and their mean."""
+    splits = list(dict.fromkeys(question.kind for question in questions))
+    said = np.array([pope_answer(text) == "yes" for text in predictions])
+    true = np.array([question.reference == "yes" for question in questions])
+    kinds = np.array([question.kind for question in questions])
+    lines = []
+    for split in splits:
+        members = np.flatnonzero(kinds == split)
+        lines.append(score_yes(split, [questions[i] for i in members], said[members]))
+
+    def mean(sums: np.ndarray) -> dict[str, np.ndarray]:
+        parts = yes_metrics(sums.reshape(len(sums), len(splits), 5))
+        return {name: values.mean(1) for name, values in parts.items()}
+
+    # Each split has five columns of its own: [n, splits, 5].
+    counts = yes_counts(said, true)[:, None] * (kinds[:, None] == splits)[..., None]
+    return [*lines, summed("mean", questions, counts.reshape(len(questions), -1), mean)]
 
 
-def yes_metrics(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """Percentages of (said yes, is yes) pairs; what would divide by zero is 0."""
-    said, true = sum(s for s, _ in pairs), sum(t for _, t in pairs)
-    both = sum(s and t for s, t in pairs)
+AMBER_KINDS = {
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+
+
+def load_amber(root: Path, part: str) -> Benchmark:
+    """AMBER's discriminative questions (https://arxiv.org/abs/2311.07397).
+
+    About objects that are there or not (existence), their attributes (state, number, action) and
+    relations. AMBER counts the answer no: its precision, recall and F1 are those of no.
+    """
+    if part == "generative":
+        raise LlavaError(
+            "AMBER's generative part is not scored here: it needs spaCy's en_core_web_lg and "
+            "NLTK's tagger data, which no package registry carries; use chair for descriptions"
+        )
+    if part != "discriminative":
+        raise LlavaError(f"unknown part of AMBER {part!r}: choose discriminative")
+    folder = Folder(root, "https://github.com/junyangwang0410/AMBER")
+    path = folder.path("data/query/query_discriminative.json", "query_discriminative.json")
+    notes = folder.json("data/annotations.json", "annotations.json")
+    truths = {item["id"]: item for item in notes}
+    pictures = folder.path("image", "images", "AMBER")
+
+    def make(item) -> Question:
+        note = truths[item["id"]]
+        if note["truth"] not in ("yes", "no"):
+            raise LlavaError(f"the answer {note['truth']!r} is neither yes nor no")
+        return ask(
+            item["id"],
+            f"{item['query']}\n{SHORT}",
+            str(pictures / item["image"]),
+            reference=note["truth"],
+            kind=AMBER_KINDS[note["type"]],
+        )
+
+    questions = questions_of(folder.json(str(path.relative_to(root))), path, make)
+    source = f"{folder.source} (its README links the pictures)"
+    return Benchmark("amber", source, questions, grade_amber, score_amber)
+
+
+def amber_answer(text: str) -> str:
+    """yes or no, whichever the answer contains (yes first), else other."""
+    return next((word for word in ("yes", "no") if word in text.lower()), "other")
+
+
+def grade_amber(question: Question, text: str) -> float:
+    return float(amber_answer(text) == question.reference)
+
+
+def score_amber(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
+    """A line per kind of question, and all."""
+    answers = np.array([amber_answer(text) for text in predictions])
+    is_no = np.array([question.reference == "no" for question in questions])
+    said_no, said_yes = answers == "no", answers == "yes"
+    right = np.where(is_no, said_no, said_yes)
+    columns = [said_no & is_no, said_no, is_no, right, said_yes, said_yes & is_no, is_no | True]
+    counts = np.stack(columns, axis=1) * 1.0
+    kinds = np.array([question.kind for question in questions])
+    lines = []
+    for kind in [*dict.fromkeys(kinds), "overall"]:
+        own = np.flatnonzero((kinds == kind) | (kind == "overall"))
+        lines.append(summed(str(kind), [questions[i] for i in own], counts[own], amber_metrics))
+    return lines
+
+
+def amber_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Percentages from the seven sums of `score_amber`."""
+    both, said_no, is_no, right, said_yes, false_yes, count = np.moveaxis(sums, -1, 0)
     return {
-        "F1": 200 * both / (said + true) if both else 0.0,
-        "accuracy": percent([s == t for s, t in pairs]),
-        "precision": 100 * both / said if said else 0.0,
-        "recall": 100 * both / true if true else 0.0,
-        "yes": 100 * said / len(pairs),
+        "F1 of no": ratio(2 * both, said_no + is_no),
+        "accuracy": ratio(right, count),
+        "precision": ratio(both, said_no),
+        "recall": ratio(both, is_no),
+        "yes": ratio(said_yes, count),
+        "false yes": ratio(false_yes, is_no),
     }
 
 
@@ -96,7 +237,7 @@ def load_mme(root: Path) -> Benchmark:
         pictures = path / "images" if nested else path
         images = {p.stem: p for p in sorted(pictures.iterdir()) if p.suffix != ".txt"}
         files = sorted(texts.glob("*.txt"))
-        if not files:  # its points would lack in the sum
+        if not files:  # the sum would silently lack this category
             raise LlavaError(f"{texts} has no questions: they are published at {folder.source}")
         for file in files:
             if file.stem not in images:
@@ -115,7 +256,7 @@ def _mme_questions(file: Path, image: Path, category: str) -> list[Question]:
         question, answer = line.strip().split("\t")
         if answer.lower() not in ("yes", "no"):
             raise LlavaError(f"the answer {answer!r} is neither Yes nor No")
-        # LLaVA-1.5 asks for a short answer in the words it was trained with.
+        # LLaVA-1.5 asks for a short answer with the sentence of its training data.
         text = question.replace("Please answer yes or no.", "").strip()
         return ask(
             f"{category}/{image.name}/{lines.index(line)}",
@@ -130,7 +271,7 @@ def _mme_questions(file: Path, image: Path, category: str) -> list[Question]:
 
 
 def mme_answer(text: str) -> str:
-    """yes, no or other: what MME's own scorer finds in the first four letters."""
+    """yes, no or other: the word that MME's own scorer finds in the first four letters."""
     start = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), "other")
 
@@ -141,20 +282,57 @@ def grade_mme(question: Question, text: str) -> float:
 
 def score_mme(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
     """Points by category, of cognition and of perception."""
-    groups = defaultdict(lambda: defaultdict(list))
+    pictures = defaultdict(list)
     for question, text in zip(questions, predictions, strict=True):
-        groups[question.kind][question.label].append(grade_mme(question, text))
-    scores = {}
-    for category, images in groups.items():
-        grades = [grade for pair in images.values() for grade in pair]
-        plus = percent([float(all(pair)) for pair in images.values()])
-        accuracy = percent(grades)
-        values = {"points": accuracy + plus, "accuracy": accuracy, "accuracy+": plus}
-        scores[category] = Score(category, len(grades), values)
-    lines = list(scores.values())
+        pictures[question.label].append((question, mme_answer(text)))
+    first = [pairs[0][0] for pairs in pictures.values()]
+    rows = np.array([_mme_row(pairs) for pairs in pictures.values()])
+    kinds = np.array([question.kind for question in first])
+    lines = [
+        _mme_line(category, (category,), first, kinds, rows, accuracy=True)
+        for category in dict.fromkeys(kinds)
+    ]
     for name, members in (("cognition", COGNITION), ("perception", PERCEPTION)):
-        parts = [scores[category] for category in members if category in scores]
-        if parts:
-            points = sum(part.values["points"] for part in parts)
-            lines.append(Score(name, sum(part.count for part in parts), {"points": points}))
+        asked = [category for category in members if category in kinds]
+        if asked:
+            lines.append(_mme_line(name, asked, first, kinds, rows, accuracy=False))
     return lines
+
+
+def _mme_row(pairs: Sequence[tuple[Question, str]]) -> list[float]:
+    """Seven counts of one picture's answers: right, all, pictures right, pictures, yes, ..."""
+    right = [answer == question.reference for question, answer in pairs]
+    negative = [answer == "yes" for question, answer in pairs if question.reference == "no"]
+    yes = sum(answer == "yes" for _, answer in pairs)
+    return [sum(right), len(right), all(right), 1, yes, sum(negative), len(negative)]
+
+
+def _mme_line(
+    name: str,
+    members: Sequence[str],
+    first: Sequence[Question],
+    kinds: np.ndarray,
+    rows: np.ndarray,
+    accuracy: bool,
+) -> Score:
+    """The line of a group of categories, whose points add up.
+
+    Args:
+      first, kinds, rows: one question, the category and the counts [7] of each picture.
+    """
+    own = np.flatnonzero(np.isin(kinds, members))
+    # Each category has seven columns of its own: [pictures, categories, 7].
+    counts = rows[own, None] * (kinds[own, None] == list(members))[..., None]
+
+    def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+        parts = np.moveaxis(sums.reshape(-1, len(members), 7), -1, 0)
+        right, count, both, pictures, yes, false_yes, negative = parts
+        shares = {"accuracy": ratio(right, count), "accuracy+": ratio(both, pictures)}
+        points = {"points": sum(shares.values())} | (shares if accuracy else {})
+        return {name: values.sum(1) for name, values in points.items()} | {
+            "yes": ratio(yes.sum(1), count.sum(1)),
+            "false yes": ratio(false_yes.sum(1), negative.sum(1)),
+        }
+
+    line = summed(name, [first[i] for i in own], counts.reshape(len(own), -1), metrics)
+    return dataclasses.replace(line, count=int(rows[own, 1].sum()))

@@ -31,7 +31,7 @@ def test_missing_parts_are_told_before_the_model_is_asked(root, monkeypatch):
         load_benchmark("coco_captions", root, {"split": "val2014"})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(LlavaError, match="there is no `java`"):
+    with pytest.raises(LlavaError, match="`java` is not installed"):
         load_benchmark("coco_captions", root, {"split": "val2014"})
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from PIL import Image
 
 from llava_jax.evaluation.benchmark import Benchmark, ask, graded
-from llava_jax.evaluation.failures import MOST, write_failures
+from llava_jax.evaluation.failures import MAX_FAILURES, write_failures
 
 EVIL = "<script>alert('x')</script>\"'&"
 
@@ -60,11 +60,11 @@ def test_boxes_and_missing_pictures(tmp_path):
 
 
 def test_the_worst_are_shown_when_there_are_many(tmp_path):
-    questions = [ask(i, f"question {i}.", None) for i in range(MOST + 50)]
+    questions = [ask(i, f"question {i}.", None) for i in range(MAX_FAILURES + 50)]
     grade = lambda q, text: float(text)
     many = Benchmark("many", "", questions, **graded(grade))
-    answers = ["0.5"] * 50 + ["0.0"] * MOST
+    answers = ["0.5"] * 50 + ["0.0"] * MAX_FAILURES
     write_failures(tmp_path / "f.html", many, answers)
     page = (tmp_path / "f.html").read_text()
-    assert f"the {MOST} worst are shown" in page
+    assert f"the {MAX_FAILURES} worst are shown" in page
     assert "question 49." not in page and "question 50." in page

@@ -70,7 +70,9 @@ def test_missing_pictures_are_told_at_the_start(tmp_path):
     paths = [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg", "b.jpg")]
     questions = [ask(i, "What?", path) for i, path in enumerate(paths)]
     check_images(questions[:1], "https://example.org")
-    with pytest.raises(LlavaError, match=r"2 of 3 pictures are missing, .*b.jpg for one: .*exa"):
+    with pytest.raises(
+        LlavaError, match=r"2 of 3 pictures are missing, .*for example .*b.jpg: they .*exa"
+    ):
         check_images(questions, "https://example.org")
     folder = ask(9, "?", str(tmp_path))
     with pytest.raises(LlavaError, match="1 of 1 pictures are missing"):

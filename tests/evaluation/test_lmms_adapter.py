@@ -148,8 +148,8 @@ def test_messages_become_turns_with_their_pictures_in_place(adapter):
     [
         ({"settings": {**GREEDY, "num_beams": 4}}, "no beam search: num_beams is 4"),
         ({"text": lambda doc: [{"role": "user", "content": [{"type": "video", "url": "x"}]}]},
-         "a message has video"),
-        ({"text": lambda doc: []}, "there is no user's message"),
+         "a message contains video"),
+        ({"text": lambda doc: []}, "no message is from the user"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_told(adapter, monkeypatch, change, message):

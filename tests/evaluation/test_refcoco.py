@@ -47,9 +47,13 @@ def test_refcoco_asks_for_a_box_and_counts_half_overlap(tmp_path):
     )
     # The right box is (0.25, 0.25, 0.75, 0.5) of the square; half of it is just enough.
     answers = ["[0.25, 0.25, 0.5, 0.5]", "[0.25, 0.25, 0.49, 0.5]"]
+    # Half of the box has an IoU of 0.5, a little less one of 0.48; both centres are inside.
     assert lines(benchmark.score(benchmark.questions, answers)) == {
-        "overall": (2, {"accuracy": 50.0})
-    }
+        "overall": (2, {"accuracy": 50.0, "IoU 0.1": 100.0, "IoU 0.3": 100.0, "IoU 0.7": 0.0,
+                        "IoU 0.9": 0.0, "centre": 100.0, "mean IoU": 49.0})
+    }  # fmt: skip
+    (line,) = benchmark.score(benchmark.questions, ["no box", "[0.25, 0.25, 0.75, 0.5]"])
+    assert line.values == dict.fromkeys(line.values, 50.0)
     # In the padding above the picture; only the first box counts; there must be one.
     for text in ("[0.25, 0, 0.75, 0.25]", "[0, 0, 0.1, 0.1] [0.25, 0.25, 0.75, 0.5]", "no box"):
         assert benchmark.grade(benchmark.questions[0], text) == 0

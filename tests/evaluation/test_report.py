@@ -10,7 +10,7 @@ from llava_jax.evaluation.report import comparison, table, write_report
 
 POPE = [
     Score("random", 10, {"F1": 87.25, "accuracy": 88.0}),
-    Score("mean", 30, {"F1": 85.0, "accuracy": 86.0}),
+    Score("mean", 30, {"F1": 85.0, "accuracy": 86.0}, {"F1": 0.6}),
 ]
 
 
@@ -23,15 +23,19 @@ def test_a_table_has_a_column_a_metric():
 
 
 def test_the_score_stands_beside_the_published_one():
-    assert comparison("pope", POPE) == "pope: mean F1 85.0 (LLaVA-1.5 7B 85.9, 13B 85.9)"
-    assert comparison("refcoco/val", POPE) == "refcoco/val: mean F1 85.0 (none published)"
+    line = comparison("pope", POPE)
+    assert line.startswith("pope: mean F1 85.0 ±0.6 (LLaVA-1.5 7B 85.9, 1.5 13B 85.9, 1.6 Vicuna")
+    assert comparison("refcoco/val", POPE) == "refcoco/val: mean F1 85.0 ±0.6 (none published)"
 
 
 def write(folder, benchmark, scores, **more):
     """A result as the runner leaves it."""
     folder.mkdir(parents=True)
+    errors = {s.kind: s.errors for s in scores}
     scores = {s.kind: {"count": s.count, **s.values} for s in scores}
     metrics = {"benchmark": benchmark, "scores": scores, "answers": 1234, **more}
+    if any(errors.values()):  # a result of before there were standard errors has none
+        metrics["standard_errors"] = errors
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "run.json").write_text("{}")
 
@@ -42,9 +46,9 @@ def test_one_report_over_all(tmp_path):
     write(tmp_path / "vqav2/test-dev2015", "vqav2/test-dev2015", [], **submission)
     path = write_report(tmp_path)
     text = path.read_text()
-    assert "| pope | 1,234 | F1, mean | 85.0 | 85.9 | 85.9 |" in text
+    assert "| pope | 1,234 | F1, mean | 85.0 ±0.6 | 85.9 | 85.9 | 86.5 |" in text
     assert (
-        "| vqav2/test-dev2015 | 1,234 | to be graded | vqav2_submission.json | 78.5 | 80.0 |"
+        "| vqav2/test-dev2015 | 1,234 | to be graded | vqav2_submission.json | 78.5 | 80.0 | 81.8 |"
         in (text)
     )
     assert "## pope" in text and table(POPE) in text
@@ -65,6 +69,6 @@ def test_a_report_loses_no_result_and_takes_none_of_others(tmp_path):
     (tmp_path / "seed").mkdir()  # a run that has not ended
     (tmp_path / "seed/run.json").write_text("{}")
     text = write_report(tmp_path).read_text()
-    assert "| 13b/pope | 1,234 | F1, mean | 95.0 | 85.9 | 85.9 |" in text
-    assert "| pope | 1,234 | F1, mean | 85.0 | 85.9 | 85.9 |" in text
+    assert "| 13b/pope | 1,234 | F1, mean | 95.0 | 85.9 | 85.9 | 86.5 |" in text
+    assert "| pope | 1,234 | F1, mean | 85.0 ±0.6 | 85.9 | 85.9 | 86.5 |" in text
     assert list(json.loads((tmp_path / "report.json").read_text())) == ["13b/pope", "pope"]

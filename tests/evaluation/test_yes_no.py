@@ -49,12 +49,13 @@ def test_pope_scores_by_split(tmp_path):
     answers = ["Yes", "Yes", "No", "Yes", "No", "Yes", "No", "No", "No"]
     assert lines(benchmark.score(benchmark.questions, answers)) == {
         "adversarial": (5, {"F1": 66.6667, "accuracy": 60.0, "precision": 66.6667,
-                            "recall": 66.6667, "yes": 60.0}),
+                            "recall": 66.6667, "yes": 60.0, "false yes": 50.0}),
         "popular": (2, {"F1": 100.0, "accuracy": 100.0, "precision": 100.0, "recall": 100.0,
-                        "yes": 50.0}),
-        "random": (2, {"F1": 0.0, "accuracy": 50.0, "precision": 0.0, "recall": 0.0, "yes": 0.0}),
+                        "yes": 50.0, "false yes": 0.0}),
+        "random": (2, {"F1": 0.0, "accuracy": 50.0, "precision": 0.0, "recall": 0.0, "yes": 0.0,
+                       "false yes": 0.0}),
         "mean": (9, {"F1": 55.5556, "accuracy": 70.0, "precision": 55.5556, "recall": 55.5556,
-                     "yes": 36.6667}),
+                     "yes": 36.6667, "false yes": 16.6667}),
     }  # fmt: skip
 
 
@@ -66,6 +67,68 @@ def test_pope_refuses_other_labels_and_names_a_missing_split(tmp_path):
     pattern = r"coco_pope_random.json is missing: it is published at https://github.com/AoiDragon"
     with pytest.raises(LlavaError, match=pattern):
         load_benchmark("pope", tmp_path, {})
+
+
+def test_pope_has_standard_errors_by_picture(tmp_path):
+    benchmark = pope(tmp_path, adversarial=["yes"] * 8 + ["no"] * 8)
+    questions = [q for q in benchmark.questions if q.kind == "adversarial"]
+    answers = ["Yes"] * 6 + ["No"] * 10  # each about another picture
+    split, mean = benchmark.score(questions, answers)
+    assert split.errors["accuracy"] == pytest.approx(100 * (0.875 * 0.125 / 16) ** 0.5, rel=0.1)
+    assert 0 < split.errors["F1"] < 15 and split.errors["false yes"] == 0
+    assert mean.errors == pytest.approx(split.errors)
+
+
+def test_repope_is_pope_with_other_labels(tmp_path):
+    for split in ("adversarial", "popular", "random"):
+        items = [{"question_id": 7, "image": "COCO_val2014_000000000007.jpg", "label": "no",
+                  "text": "Is there a car in the image?"}]  # fmt: skip
+        write(tmp_path, f"repope/annotations/coco_repope_{split}.json", items)
+    (tmp_path / "pope/val2014").mkdir(parents=True)  # POPE's pictures are found next to it
+    benchmark = load_benchmark("repope", tmp_path / "repope", {})
+    assert benchmark.name == "repope" and len(benchmark.questions) == 3
+    assert prompts(benchmark)[0] == f"<image>\nIs there a car in the image?{SUFFIX}"
+    assert benchmark.questions[0].images == (
+        str(tmp_path / "repope/../pope/val2014/COCO_val2014_000000000007.jpg"),
+    )
+    assert lines(benchmark.score(benchmark.questions, ["No", "Yes", "Yes"]))["mean"] == (
+        3, {"F1": 0.0, "accuracy": 33.3333, "precision": 0.0, "recall": 0.0, "yes": 66.6667,
+            "false yes": 66.6667})  # fmt: skip
+
+
+def amber(root):
+    queries = [{"id": 1004 + i, "image": "AMBER_1.jpg", "query": f"Is the sky {i}?"}
+               for i in range(1, 7)]  # fmt: skip
+    types = ["discriminative-attribute-state", "discriminative-hallucination", "relation",
+             "discriminative-relation", "discriminative-attribute-number",
+             "discriminative-attribute-action"]  # fmt: skip
+    truths = ["yes", "no", "no", "yes", "no", "no"]
+    notes = [{"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sun"]}]
+    notes += [{"id": 1005 + i, "type": kind, "truth": truth}
+              for i, (kind, truth) in enumerate(zip(types, truths, strict=True))]  # fmt: skip
+    write(root, "data/query/query_discriminative.json", queries)
+    write(root, "data/annotations.json", notes)
+    (root / "image").mkdir()
+    return load_benchmark("amber", root, {"part": "discriminative"})
+
+
+def test_amber_scores_the_answer_no(tmp_path):
+    benchmark = amber(tmp_path)
+    assert prompts(benchmark)[0] == f"<image>\nIs the sky 1?{SUFFIX}"
+    assert benchmark.questions[0].images == (str(tmp_path / "image/AMBER_1.jpg"),)
+    answers = ["Yes", "No, there is none", "yes", "Yes", "no", "unsure"]
+    scores = lines(benchmark.score(benchmark.questions, answers))
+    assert list(scores) == ["state", "existence", "relation", "number", "action", "overall"]
+    # No is right four times and said twice, both times rightly; three answers are yes.
+    assert scores["overall"] == (6, {"F1 of no": 66.6667, "accuracy": 66.6667, "precision": 100.0,
+                                     "recall": 50.0, "yes": 50.0, "false yes": 25.0})  # fmt: skip
+    assert scores["relation"][0] == 2 and scores["relation"][1]["accuracy"] == 50
+
+
+def test_ambers_generative_part_is_refused_in_a_sentence(tmp_path):
+    amber(tmp_path)
+    with pytest.raises(LlavaError, match="generative part is not scored here: it needs spaCy's"):
+        load_benchmark("amber", tmp_path, {"part": "generative"})
 
 
 @pytest.mark.parametrize(
@@ -121,10 +184,11 @@ def test_mme_counts_accuracy_and_whole_pictures(tmp_path):
         # Of the two pictures of `count` one has both right, the other one of two.
         answers.append("perhaps" if question.id == "count/0021.jpg/1" else right)
     scores = lines(benchmark.score(benchmark.questions, answers))
-    assert scores["count"] == (4, {"points": 125.0, "accuracy": 75.0, "accuracy+": 50.0})
+    assert scores["count"] == (4, {"points": 125.0, "accuracy": 75.0, "accuracy+": 50.0,
+                                   "yes": 50.0, "false yes": 0.0})  # fmt: skip
     assert scores["OCR"][1]["points"] == 200
-    assert scores["cognition"] == (8, {"points": 800.0})
-    assert scores["perception"] == (22, {"points": 1925.0})
+    assert scores["cognition"] == (8, {"points": 800.0, "yes": 50.0, "false yes": 0.0})
+    assert scores["perception"] == (22, {"points": 1925.0, "yes": 50.0, "false yes": 0.0})
     assert list(scores)[-1] == "perception"
 
 

@@ -1,0 +1,165 @@
+"""`llava-jax compare A B`: whether two results of eval.py differ by more than chance.
+
+Both models answered the same questions, so the test is paired: it looks only at the questions on
+which the two grades differ.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.errors import LlavaError
+from llava_jax.evaluation.files import readable
+from llava_jax.evaluation.statistics import (
+    mcnemar,
+    percent,
+    permutation_test,
+    standard_error,
+)
+
+HEAD = ("benchmark", "n", "A", "B", "B - A", "only A", "only B", "p", "test")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two results on the questions of one benchmark.
+
+    Attributes:
+      a, b: mean grades in percent.
+      error: standard error of b - a, in percent, with questions clustered by picture.
+      only_a, only_b: the number of questions on which that model has the higher grade.
+      p: chance of a difference at least as large if the models were equally good.
+      test: the name of the test.
+    """
+
+    name: str
+    count: int
+    a: float
+    b: float
+    error: float
+    only_a: int
+    only_b: int
+    p: float
+    test: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in ("A", "B"):
+        parser.add_argument(
+            name,
+            type=Path,
+            help="a folder that eval.py wrote: of one benchmark, or of all (RUN/eval)",
+        )
+
+
+def main(args: argparse.Namespace) -> int:
+    differences = compare(args.A, args.B)
+    rows = [HEAD, *map(_row, differences)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        figures = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([name.ljust(widths[0]), *figures]).rstrip())
+    print(f"\nA: {args.A}\nB: {args.B}\nGrades are mean shares of right answers in percent.")
+    return 0
+
+
+def compare(a: Path, b: Path) -> list[Difference]:
+    """The benchmarks that both folders hold, in order of name.
+
+    LlavaError if there is none, or if the questions of a benchmark are not the same in both.
+    """
+    folders = [_results(folder) for folder in (a, b)]
+    if any(set(found) == {"."} for found in folders):  # the folder of one benchmark
+        if not all(set(found) == {"."} for found in folders):
+            raise LlavaError(
+                f"{a} and {b} are not of one kind: give two folders of one benchmark, or two "
+                "folders that hold several"
+            )
+    shared = sorted(set(folders[0]) & set(folders[1]))
+    if not shared:
+        raise LlavaError(f"no benchmark is finished in both {a} and {b}")
+    return [_difference(folders[0][name], folders[1][name]) for name in shared]
+
+
+def _results(root: Path) -> dict[str, Path]:
+    """Folders with a finished result, by their path below `root`; "." for root itself."""
+    if not root.is_dir():
+        raise LlavaError(f"no folder {root}")
+    marks = sorted(root.rglob("metrics.json"))
+    return {
+        mark.parent.relative_to(root).as_posix(): mark.parent
+        for mark in marks
+        if (mark.parent / "predictions.jsonl").exists()
+    }
+
+
+def _difference(a: Path, b: Path) -> Difference:
+    runs = [_json(folder / "run.json") for folder in (a, b)]
+    if runs[0].get("questions") != runs[1].get("questions"):
+        raise LlavaError(f"{a} and {b} answer different questions: compare runs of one benchmark")
+    left, right = _grades(a), _grades(b)
+    if left.keys() != right.keys():
+        raise LlavaError(f"{a} and {b} hold answers to different questions")
+    grades = np.array([[left[id][0], right[id][0]] for id in left])
+    units = [left[id][1] for id in left]
+    differences = grades[:, 1] - grades[:, 0]
+    only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
+    alone = len(set(units)) == len(units) and set(grades.flat) <= {0.0, 1.0}
+    return Difference(
+        runs[0].get("benchmark", a.name),
+        len(grades),
+        percent(grades[:, 0]),
+        percent(grades[:, 1]),
+        standard_error(differences, units),
+        only_a,
+        only_b,
+        mcnemar(only_a, only_b) if alone else permutation_test(differences, units),
+        "McNemar" if alone else "permutation",
+    )
+
+
+def _grades(folder: Path) -> dict[str, tuple[float, str]]:
+    """id -> (grade, unit) of every answer."""
+    path = folder / "predictions.jsonl"
+    with readable(path):
+        lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    if not all(isinstance(line, dict) and _is_graded(line) for line in lines):
+        raise LlavaError(
+            f"{path} has no grades: run eval.py on this folder again (it asks nothing anew); a "
+            "benchmark that a server or a judge grades has none"
+        )
+    return {
+        line["id"]: (float(line["grade"]), line.get("group") or line.get("image") or line["id"])
+        for line in lines
+    }
+
+
+def _is_graded(line: dict) -> bool:
+    return isinstance(line.get("id"), str) and isinstance(line.get("grade"), int | float)
+
+
+def _json(path: Path) -> dict:
+    with readable(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise LlavaError(f"{path} is not a file of eval.py")
+    return value
+
+
+def _row(line: Difference) -> Sequence[str]:
+    p = f"{line.p:.4f}" if line.p >= 1e-4 else "<0.0001"
+    return (
+        line.name,
+        f"{line.count:,}",
+        f"{line.a:.1f}",
+        f"{line.b:.1f}",
+        f"{line.b - line.a:+.1f} ±{line.error:.1f}",
+        f"{line.only_a:,}",
+        f"{line.only_b:,}",
+        p,
+        line.test,
+    )
