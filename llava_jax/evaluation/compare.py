@@ -73,15 +73,15 @@ def compare(a: Path, b: Path) -> list[Difference]:
     LlavaError if there is none, or if the questions of a benchmark are not the same in both.
     """
     folders = [_results(folder) for folder in (a, b)]
-    if any(set(found) == {"."} for found in folders):  # the folder of one benchmark
-        if not all(set(found) == {"."} for found in folders):
-            raise LlavaError(
-                f"{a} and {b} are not of one kind: give two folders of one benchmark, or two "
-                "folders that hold several"
-            )
     shared = sorted(set(folders[0]) & set(folders[1]))
+    if not all(folders):
+        empty = b if folders[0] else a
+        raise LlavaError(f"{empty} holds no finished result of eval.py")
     if not shared:
-        raise LlavaError(f"no benchmark is finished in both {a} and {b}")
+        raise LlavaError(
+            f"{a} and {b} have no benchmark in common: give two folders of one benchmark, or two "
+            "that hold several"
+        )
     return [_difference(folders[0][name], folders[1][name]) for name in shared]
 
 

@@ -111,9 +111,7 @@ def _answer(model, name, questions, done, output, params, batch_size) -> dict[st
     return new
 
 
-def _conclude(
-    benchmark: Benchmark, run: dict, predictions: list[str], output: Path
-) -> list[Score]:
+def _conclude(benchmark: Benchmark, run: dict, predictions: list[str], output: Path) -> list[Score]:
     """Scores all answers and writes metrics.json, the submission and the page of failures."""
     questions = benchmark.questions
     scores = benchmark.score(questions, predictions) if benchmark.score else []

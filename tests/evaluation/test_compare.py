@@ -83,9 +83,9 @@ def test_a_result_without_grades_names_the_remedy(tmp_path, capsys):
     (b / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert cli.main(["compare", str(a), str(b)]) == 1
     assert "b/predictions.jsonl has no grades: run eval.py" in capsys.readouterr().err
-    with pytest.raises(LlavaError, match="no benchmark is finished in both"):
+    with pytest.raises(LlavaError, match="evaluation holds no finished result"):
         compare(a, Path(__file__).parent)
-    with pytest.raises(LlavaError, match="are not of one kind"):
+    with pytest.raises(LlavaError, match="have no benchmark in common"):
         compare(a, tmp_path)
     with pytest.raises(LlavaError, match="no folder .*nothing"):
         compare(a, tmp_path / "nothing")
