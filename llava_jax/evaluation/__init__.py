@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import (
+    chair,
     coco_captions,
     easy_vqa,
     multiple_choice,
     open_ended,
+    paired,
     refcoco,
     short_answers,
     yes_no,
@@ -35,6 +37,10 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "pope": yes_no.load_pope,
     "repope": yes_no.load_repope,
     "amber": yes_no.load_amber,
+    "chair": chair.load,
+    "hallusionbench": paired.load_hallusionbench,
+    "naturalbench": paired.load_naturalbench,
+    "mmvp": paired.load_mmvp,
     "mme": yes_no.load_mme,
     "mmbench": multiple_choice.load_mmbench,
     "seed": multiple_choice.load_seed,

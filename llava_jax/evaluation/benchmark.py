@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.parquet import StoredPicture
-from llava_jax.evaluation.statistics import percent, standard_error
+from llava_jax.evaluation.statistics import bootstrap_errors, percent, standard_error
 from llava_jax.text.conversation import IMAGE_TOKEN
 
 Picture = str | bytes | StoredPicture
@@ -191,6 +192,24 @@ def mean_score(
     """One line: the mean grade in percent and its standard error."""
     units = [question.unit for question in questions]
     return Score(kind, len(grades), {name: percent(grades)}, {name: standard_error(grades, units)})
+
+
+def score_of_sums(
+    kind: str,
+    count: int,
+    units: Sequence[str],
+    rows: np.ndarray,
+    metrics: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+) -> Score:
+    """One line of metrics that are functions of sums, with bootstrap standard errors.
+
+    Args:
+      rows: [n, C], what each question, or each group of them, adds to the C sums.
+      units: [n], the unit of each row.
+      metrics: sums [R, C] -> {name: values [R]}.
+    """
+    values = {name: float(value[0]) for name, value in metrics(rows.sum(0)[None]).items()}
+    return Score(kind, count, values, bootstrap_errors(units, rows, metrics))
 
 
 def score_by_kind(

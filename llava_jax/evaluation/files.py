@@ -60,12 +60,12 @@ class Folder:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             return [json.loads(line) for line in lines if line.strip()]
 
-    def tsv(self, *names: str) -> list[dict[str, str]]:
+    def csv(self, *names: str, delimiter: str = ",") -> list[dict[str, str]]:
         """Rows as dicts, from a file with the quoting of pandas."""
         path = self.path(*names)
         csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
         with readable(path), open(path, encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
+            return list(csv.DictReader(file, delimiter=delimiter))
 
     def parquet(self, pattern: str, *columns: str) -> list[ParquetRow]:
         """Rows of all Parquet files that match `pattern` in the folder or in its `data`.

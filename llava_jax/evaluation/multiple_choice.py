@@ -102,7 +102,7 @@ def load_mmbench(root: Path, file: str, language: str) -> Benchmark:
     folder = Folder(
         root, f"https://download.openmmlab.com/mmclassification/datasets/mmbench/{file}"
     )
-    rows = folder.tsv(file)
+    rows = folder.csv(file, delimiter="\t")
     pictures = {row.get("index"): row.get("image") for row in rows}
     suffix = LETTER if language == "en" else LETTER_CN
 

@@ -4,18 +4,17 @@ A model that hallucinates says yes too often. Every benchmark here therefore rep
 yes and its false-yes rate: of the questions whose right answer is no, the share answered with yes.
 """
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, score_of_sums
 from llava_jax.evaluation.files import Folder, questions_of, readable
 from llava_jax.evaluation.short_answers import SHORT
-from llava_jax.evaluation.statistics import bootstrap_errors, ratio
+from llava_jax.evaluation.statistics import ratio
 
 POPE_SPLITS = ("adversarial", "popular", "random")
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -46,22 +45,11 @@ def yes_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def summed(
-    kind: str,
-    questions: Sequence[Question],
-    counts: np.ndarray,
-    metrics: Callable[[np.ndarray], dict[str, np.ndarray]],
-) -> Score:
-    """The line `kind` of metrics that are functions of sums, with bootstrap standard errors."""
-    values = {name: float(value[0]) for name, value in metrics(counts.sum(0)[None]).items()}
-    errors = bootstrap_errors([q.unit for q in questions], counts, metrics)
-    return Score(kind, len(questions), values, errors)
-
-
 def score_yes(kind: str, questions: Sequence[Question], said: Sequence[bool]) -> Score:
     """F1, accuracy, precision, recall, share of yes and false-yes rate of one group."""
     counts = yes_counts(said, [question.reference == "yes" for question in questions])
-    return summed(kind, questions, counts, yes_metrics)
+    units = [question.unit for question in questions]
+    return score_of_sums(kind, len(questions), units, counts, yes_metrics)
 
 
 def load_pope(root: Path) -> Benchmark:
@@ -135,7 +123,9 @@ def score_pope(questions: Sequence[Question], predictions: Sequence[str]) -> lis
 
     # Each split has five columns of its own: [n, splits, 5].
     counts = yes_counts(said, true)[:, None] * (kinds[:, None] == splits)[..., None]
-    return [*lines, summed("mean", questions, counts.reshape(len(questions), -1), mean)]
+    counts = counts.reshape(len(questions), -1)
+    units = [question.unit for question in questions]
+    return [*lines, score_of_sums("mean", len(questions), units, counts, mean)]
 
 
 AMBER_KINDS = {
@@ -205,7 +195,8 @@ def score_amber(questions: Sequence[Question], predictions: Sequence[str]) -> li
     lines = []
     for kind in [*dict.fromkeys(kinds), "overall"]:
         own = np.flatnonzero((kinds == kind) | (kind == "overall"))
-        lines.append(summed(str(kind), [questions[i] for i in own], counts[own], amber_metrics))
+        units = [questions[i].unit for i in own]
+        lines.append(score_of_sums(str(kind), len(own), units, counts[own], amber_metrics))
     return lines
 
 
@@ -334,5 +325,5 @@ def _mme_line(
             "false yes": ratio(false_yes.sum(1), negative.sum(1)),
         }
 
-    line = summed(name, [first[i] for i in own], counts.reshape(len(own), -1), metrics)
-    return dataclasses.replace(line, count=int(rows[own, 1].sum()))
+    count, units = int(rows[own, 1].sum()), [first[i].unit for i in own]
+    return score_of_sums(name, count, units, counts.reshape(len(own), -1), metrics)

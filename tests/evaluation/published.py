@@ -1,7 +1,12 @@
 """Writes small benchmark folders in the published layouts."""
 
+import io
 import json
 from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
 
 
 def write(root: Path, name: str, value) -> None:
@@ -23,3 +28,22 @@ def lines(scores) -> dict:
 
 def prompts(benchmark) -> list[str]:
     return [question.prompt for question in benchmark.questions]
+
+
+def png(value: int = 0, size: tuple[int, int] = (9, 7)) -> bytes:
+    """An encoded picture of one grey value."""
+    buffer = io.BytesIO()
+    Image.new("L", size, value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def stored(value: int = 0) -> dict:
+    """A picture as Parquet files of the Hugging Face hub hold it."""
+    return {"bytes": png(value), "path": f"{value}.png"}
+
+
+def write_parquet(root: Path, name: str, rows: list[dict], group: int = 2) -> None:
+    """Rows in groups of `group`, as large published files have many groups."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=group)
