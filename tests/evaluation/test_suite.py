@@ -23,7 +23,8 @@ def test_the_suite_runs_those_whose_files_are_there(tmp_path, capsys):
     with pytest.raises(LlavaError, match=r"no benchmark of pope, repope, .* has its files below"):
         load_configured(config)
     item = {"category": "VS", "subcategory": "map", "visual_input": "0", "set_id": "1",
-            "figure_id": "0", "question_id": "0", "question": "Is it?", "gt_answer": "1"}  # fmt: skip
+            "figure_id": "0", "question_id": "0", "question": "Is it?",
+            "gt_answer": "1"}  # fmt: skip
     write(tmp_path, "hallusionbench/HallusionBench.json", [item, item | {"question_id": "1"}])
     write(tmp_path, "mmvp/Questions.csv",
           "lndex,Question,Options,Correct Answer\n1,Open?,(a) Open (b) Closed,(a)\n")  # fmt: skip
@@ -54,8 +55,8 @@ def test_one_table_over_all_hallucination_benchmarks(tmp_path):
     ]:
         metrics = {"benchmark": name, "answers": 9, "scores": {"mean": {"count": 9, **values}},
                    "standard_errors": {"mean": {"F1": 0.5}}}  # fmt: skip
-        write(tmp_path, f"{folder}/metrics.json", metrics)
-        write(tmp_path, f"{folder}/run.json", {})
+        write(tmp_path, f"{folder}/metrics.json", json.dumps(metrics))
+        write(tmp_path, f"{folder}/run.json", "{}")
     title, head, *rows = hallucination_table(tmp_path).splitlines()
     assert (title, head.split()) == (
         "Hallucination", ["kind", "n", "F1", "of", "no", "F1", "false", "yes"])  # fmt: skip
@@ -64,4 +65,3 @@ def test_one_table_over_all_hallucination_benchmarks(tmp_path):
         ["pope:", "mean", "9", "85.9", "±0.5", "10.0"],
     ]
     assert hallucination_table(tmp_path / "gqa") == ""
-    assert json.loads((tmp_path / "pope/metrics.json").read_text())["benchmark"] == "pope"
