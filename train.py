@@ -34,7 +34,7 @@ from llava_jax.parallel.sharding import (
     process_part,
     put_batch,
 )
-from llava_jax.text.tokenization import load_tokenizer
+from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 from llava_jax.training.checkpoint import Checkpoints
 from llava_jax.training.flops import mfu

@@ -22,7 +22,7 @@ from PIL import Image
 from llava_jax import command
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
-from llava_jax.text.tokenization import load_tokenizer
+from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage whose data to read.")

@@ -42,7 +42,7 @@ def real_batches(config: ConfigDict, model: LlavaConfig, count: int) -> list[dic
     """The first packed batches of the stage."""
     from llava_jax.data.pipeline import TrainingData
     from llava_jax.data.records import open_records
-    from llava_jax.text.tokenization import load_tokenizer
+    from llava_jax.text.tokenizer import load_tokenizer
 
     d = config.data
     data = TrainingData(

@@ -12,8 +12,8 @@ from llava_jax.text.tokenization import (
     IMAGE_TOKEN_INDEX,
     SegmentTokenizer,
     TokenRow,
-    load_tokenizer,
 )
+from llava_jax.text.tokenizer import load_tokenizer
 
 _GREEN, _CYAN, _PLAIN = "\033[32m", "\033[36m", "\033[0m"
 

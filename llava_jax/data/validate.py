@@ -19,7 +19,8 @@ from llava_jax.data.parsing import Record, brief, check_record
 from llava_jax.data.records import open_records
 from llava_jax.errors import RecordError
 from llava_jax.text.templates import TEMPLATES, get_template, render
-from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer, truncate
+from llava_jax.text.tokenization import SegmentTokenizer, truncate
+from llava_jax.text.tokenizer import load_tokenizer
 
 _SHOWN = 3  # culprits printed of each kind
 _BAR_WIDTH = 40

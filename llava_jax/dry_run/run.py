@@ -13,7 +13,7 @@ from llava_jax.dry_run.fit import fastest_fit
 from llava_jax.dry_run.report import print_report, report
 from llava_jax.dry_run.topology import GIB, Topology, topology
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.text.tokenization import load_tokenizer
+from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 
 DOES_NOT_FIT = 3  # exit status

@@ -30,7 +30,7 @@ from llava_jax.models.decoder import separate_layers
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.text.templates import get_template
-from llava_jax.text.tokenization import load_tokenizer
+from llava_jax.text.tokenizer import load_tokenizer
 
 DTYPES = ("auto", *PRECISIONS)
 

@@ -175,12 +175,14 @@ _ALL = (
     ),
     Template(
         name="phi_3",
+        system=("<|system|>\n", "<|end|>\n"),
         human=("<|user|>\n", "<|end|>\n"),
         gpt=("<|assistant|>\n", "<|end|>", "\n"),
         stop=("<|end|>",),
     ),
     Template(
         name="seed_oss",
+        system=("<seed:bos>system\n", "<seed:eos>"),
         human=("<seed:bos>user\n", "<seed:eos>"),
         gpt=("<seed:bos>assistant\n", "<seed:eos>", ""),
         stop=("<seed:eos>",),

@@ -6,13 +6,10 @@ happens after each image too. Labels come from character offsets: a token is sup
 overlaps a supervised segment, so nothing is ever searched in the text.
 """
 
-import functools
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -47,70 +44,7 @@ class TokenRow:
         return len(self.input_ids)
 
 
-def load_tokenizer(
-    path: str | os.PathLike, vocab_size: int | None = None, added_tokens: Sequence[str] = ()
-):
-    """A Hugging Face tokenizer from a local folder.
-
-    Args:
-      vocab_size: rows of the model's embedding table, where the tokenizer is to be checked for it.
-      added_tokens: special tokens that it must learn first, in this order.
-    Raises:
-      LlavaError: naming the folder: it holds no tokenizer, or one with ids past the table.
-    """
-    # Only its tokenizers are wanted: no word about PyTorch not being there.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PretrainedConfig
-
-    if not Path(path).is_dir():
-        raise LlavaError(f"no tokenizer folder at {path}")
-    load = functools.partial(AutoTokenizer.from_pretrained, str(path), local_files_only=True)
-    try:
-        try:
-            tokenizer = load()
-        except AttributeError:  # a config.json of the original LLaVA with scaled positions
-            tokenizer = load(config=PretrainedConfig())
-    except Exception as error:  # transformers raises many kinds here
-        first_line = str(error).strip().split("\n")[0]
-        raise LlavaError(f"cannot load a tokenizer from {path}: {first_line}") from None
-    _backend(tokenizer)
-    if not (Path(path) / "tokenizer.json").exists():
-        _merge_by_score(tokenizer.backend_tokenizer, Path(path) / "tokenizer.model")
-    tokenizer.add_tokens(list(added_tokens), special_tokens=True)
-    if vocab_size is not None:
-        past = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
-        if past:
-            raise LlavaError(
-                f"the tokenizer in {path} does not fit the model: its token {past[max(past)]!r} is "
-                f"{max(past)}, and the embedding table has {vocab_size} rows"
-            )
-    return tokenizer
-
-
-def _merge_by_score(core: Tokenizer, model: Path) -> None:
-    """Puts the merges of a SentencePiece model in the order of its scores.
-
-    transformers 5 makes them of `tokenizer.model` in the order of ids. Llama's runs of spaces have
-    the lowest of both: SentencePiece joins spaces last of all.
-    """
-    if not model.is_file():
-        return
-    state = json.loads(core.to_str())
-    if state["model"]["type"] != "BPE":
-        return
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        pieces = SentencePieceProcessor(model_file=str(model))
-    except RuntimeError:  # another kind of model under the same name
-        return
-    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(len(pieces))}
-    key = lambda pair: (scores.get("".join(pair), 0), *map(len, pair))
-    state["model"]["merges"].sort(key=key, reverse=True)
-    core.model = Tokenizer.from_str(json.dumps(state)).model
-
-
-def _backend(tokenizer) -> Tokenizer:
+def fast_core(tokenizer) -> Tokenizer:
     """A private copy of the tokenizer's Rust core whose offsets keep leading spaces."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(core, Tokenizer):
@@ -154,7 +88,7 @@ class SegmentTokenizer:
         self.image_tokens = int(image_tokens)
         self.image_token_id = int(image_token_id)
         self.use_im_start_end = use_im_start_end
-        self._core = _backend(tokenizer)
+        self._core = fast_core(tokenizer)
         if use_im_start_end:
             for token in (IM_START_TOKEN, IM_END_TOKEN):
                 if self._core.token_to_id(token) is None:

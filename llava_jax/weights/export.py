@@ -19,7 +19,7 @@ from llava_jax.text.chat_template import chat_template
 from llava_jax.text.conversation import IMAGE_TOKEN
 from llava_jax.text.processor_prompt import check_image_token
 from llava_jax.text.templates import get_template
-from llava_jax.text.tokenization import load_tokenizer
+from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.weights.checksums import CHECKSUMS_FILE
 from llava_jax.weights.families import Families, families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files

@@ -12,7 +12,8 @@ from llava_jax.errors import LlavaError
 from llava_jax.text.conversation import Turn
 from llava_jax.text.processor_prompt import ProcessorPrompt
 from llava_jax.text.templates import get_template, render
-from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer
+from llava_jax.text.tokenization import SegmentTokenizer
+from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.weights.write.huggingface import prepare_tokenizer
 
 # --- the original ---------------------------------------------------------------------------------

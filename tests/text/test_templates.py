@@ -38,6 +38,22 @@ TWO_ROUNDS = {
     "llama_3": f"{START}system{END}{VISION_SYSTEM}<|eot_id|>{START}user{END}<image>\nq1<|eot_id|>"
     f"{START}assistant{END}{{{{a1<|eot_id|>}}}}{START}user{END}q2<|eot_id|>"
     f"{START}assistant{END}{{{{a2<|eot_id|>}}}}",
+    "phi_3": "<|user|>\n<image>\nq1<|end|>\n<|assistant|>\n{{a1<|end|>}}\n<|user|>\nq2<|end|>\n"
+    "<|assistant|>\n{{a2<|end|>}}\n",
+    "seed_oss": "<seed:bos>user\n<image>\nq1<seed:eos><seed:bos>assistant\n{{a1<seed:eos>}}"
+    "<seed:bos>user\nq2<seed:eos><seed:bos>assistant\n{{a2<seed:eos>}}",
+}
+# The text before the first question, with a system prompt of the record's own.
+OWN_SYSTEM = {
+    "v0": "S.\n\n### Human: ",
+    "v1": "S. USER: ",
+    "llava_v1": "S. USER: ",
+    "llama_2": "[INST] <<SYS>>\nS.\n<</SYS>>\n\n",
+    "chatml_direct": "<|im_start|>system\nS.<|im_end|><|im_start|>user\n",
+    "chatml": "<|im_start|>system\nS.<|im_end|>\n<|im_start|>user\n",
+    "llama_3": f"{START}system{END}S.<|eot_id|>{START}user{END}",
+    "phi_3": "<|system|>\nS.<|end|>\n<|user|>\n",
+    "seed_oss": "<seed:bos>system\nS.<seed:eos><seed:bos>user\n",
 }
 GENERATION_END = {
     "plain": "<image>", "plain_chatml": "<image>",
@@ -46,6 +62,7 @@ GENERATION_END = {
     "chatml_direct": "q<|im_end|><|im_start|>assistant\n",
     "chatml": "q<|im_end|>\n<|im_start|>assistant\n",
     "llama_3": f"q<|eot_id|>{START}assistant{END}",
+    "phi_3": "q<|end|>\n<|assistant|>\n", "seed_oss": "q<seed:eos><seed:bos>assistant\n",
 }  # fmt: skip
 
 
@@ -62,6 +79,20 @@ def dialogue(*texts):
 def test_two_rounds(name):
     turns = dialogue("q1\n<image>", "a1", "q2", "a2")
     assert marked(render(TEMPLATES[name], turns)) == TWO_ROUNDS[name]
+
+
+@pytest.mark.parametrize("name", sorted({template.name for template in TEMPLATES.values()}))
+def test_a_system_prompt_of_the_records_own(name):
+    template, turns = TEMPLATES[name], dialogue("<image>\nq1", "a1")
+    text = lambda template: "".join(segment.text for segment in render(template, turns))
+    assert template.with_system(None) is template
+    if name not in OWN_SYSTEM:
+        with pytest.raises(RecordError, match=f"{name}.*has no place for a system prompt.*chatml"):
+            template.with_system("S.")
+        return
+    own = text(template.with_system("S."))
+    assert own.startswith(OWN_SYSTEM[name] + "<image>")
+    assert text(template).endswith(own[len(OWN_SYSTEM[name]) :])  # nothing else changes
 
 
 def test_every_template_is_covered():

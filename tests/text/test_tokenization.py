@@ -1,6 +1,5 @@
 """Token rows against an independent tokenization through the public Hugging Face call."""
 
-import json
 import pickle
 import re
 
@@ -10,8 +9,7 @@ import pytest
 from llava_jax.errors import LlavaError
 from llava_jax.text.conversation import Turn
 from llava_jax.text.templates import TEMPLATES, Segment, render
-from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer, truncate
-from tests.tiny_model import byte_tokenizer
+from llava_jax.text.tokenization import SegmentTokenizer, truncate
 
 IMAGE = -200
 KINDS = ["smollm", "gpt2", "llama3", "llama2", "llama5"]
@@ -178,30 +176,6 @@ def test_truncation(tokenizers):
     assert truncate(text, end)[1] == "no supervised token is left"
 
 
-def test_load_tokenizer(tokenizer_folder, tmp_path):
-    assert load_tokenizer(tokenizer_folder)("hi").input_ids
-    with pytest.raises(LlavaError, match="no tokenizer folder"):
-        load_tokenizer(tmp_path / "no")
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(LlavaError, match="cannot load a tokenizer"):
-        load_tokenizer(tmp_path)
-
-
 def test_a_tokenizer_without_offsets_is_refused():
     with pytest.raises(LlavaError, match="offsets"):
         SegmentTokenizer(object(), 1)
-
-
-def test_a_tokenizer_beside_the_config_of_an_original_llava(tmp_path):
-    """transformers reads config.json too, and fails on scaled positions of types it lacks."""
-    byte_tokenizer().save_pretrained(tmp_path)
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    config = {"model_type": "llava_llama", "rope_theta": 1e4, "rope_scaling": scaling}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_tokenizer(tmp_path).get_vocab() == byte_tokenizer().get_vocab()

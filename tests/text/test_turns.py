@@ -7,7 +7,8 @@ from llava_jax.data.packing import pack
 from llava_jax.errors import RecordError
 from llava_jax.text.conversation import Turn
 from llava_jax.text.templates import get_template, render
-from llava_jax.text.tokenization import IGNORE_INDEX, SegmentTokenizer, load_tokenizer, truncate
+from llava_jax.text.tokenization import IGNORE_INDEX, SegmentTokenizer, truncate
+from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.text.turns import render_turns, token_row, turn_positions
 
 EXCHANGES = [("is it red?", "yes"), ("is it round? look again", "no"), ("what is it?", "a box")]

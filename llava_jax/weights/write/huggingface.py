@@ -15,7 +15,8 @@ from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig, image_token_count
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
 from llava_jax.text.templates import Template, render
-from llava_jax.text.tokenization import SegmentTokenizer, load_tokenizer
+from llava_jax.text.tokenization import SegmentTokenizer
+from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.weights.families import decoder_to_hf, encoder_to_hf
 from llava_jax.weights.read.fields import read_json
 from llava_jax.weights.read.image_settings import BICUBIC
