@@ -25,7 +25,7 @@ from llava_jax.dry_run import run as dry_run
 from llava_jax.errors import LlavaError
 from llava_jax.files import locked, write_json
 from llava_jax.inference.model import Llava
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel import hosts
 from llava_jax.parallel.mesh import make_mesh, microbatches
@@ -67,12 +67,9 @@ FIT = flags.DEFINE_bool("fit", False, "With --dry_run: find the fastest settings
 def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple:
     """Training data, and held-out data or None; every record is checked here."""
     data = config.data
+    row_format = recipe.row_format(config, model_config)
     common = {
-        "max_length": data.max_length,
-        "images_per_row": data.images_per_row,
-        "packing": data.packing,
         "seed": config.seed,
-        "turns": data.turns,
         "bad_image": data.bad_image,
         "bad_image_ceiling": data.bad_image_ceiling,
         "workers": data.workers,
@@ -82,9 +79,7 @@ def open_data(config: ConfigDict, model_config: LlavaConfig, tokenizer) -> tuple
     def build(path: str, split: str | None, **length) -> TrainingData:
         holds_images = Path(path).is_dir()  # a data set of `llava-jax build`
         records = open_records(path, None if holds_images else data.image_root or None, split)
-        built = TrainingData(
-            records, tokenizer, config.model.template, model_config, **common, **length
-        )
+        built = TrainingData(records, tokenizer, row_format, **common, **length)
         hosts.tell(f"{path}: {built.describe()}")
         return built
 
@@ -258,7 +253,7 @@ def report_start(model_config, mesh, state, frozen, data) -> None:
     hosts.tell(
         f"{devices} as {dict(mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
         f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: "
-        f"{model_config.image_size} pixels, {image_token_count(model_config)} tokens; "
+        f"{model_config.image.size} pixels, {model_config.tokens_per_tile} tokens; "
         f"steps: {int(state.step)} of {data.steps} done"
     )
 

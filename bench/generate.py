@@ -38,7 +38,7 @@ def make_requests(model: Llava, count: int, tokens: int) -> list[Request]:
     """Requests with one random picture each and prompts of like length."""
     rng = np.random.default_rng(0)
     params = SamplingParams(tokens, min_tokens=tokens)
-    side = model.config.image_size
+    side = model.config.image.size
     pictures = [
         Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)
     ]

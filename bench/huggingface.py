@@ -55,7 +55,7 @@ class HuggingFace:
 
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
         config = self._ours.config
-        pixels = (images / 255 - config.image_mean) / config.image_std
+        pixels = (images / 255 - config.image.mean) / config.image.std
         return torch.tensor(pixels.transpose(0, 3, 1, 2)).to(self._dtype)
 
     def _cut(self, tokens: list[int], ends) -> list[int]:

@@ -50,20 +50,15 @@ def open_data(config: ConfigDict, workers: int) -> TrainingData:
     return TrainingData(
         open_records(d.train, d.image_root or None, d.train_split),
         load_tokenizer(recipe.tokenizer_folder(config)),
-        config.model.template,
-        recipe.model_config(config),
-        max_length=d.max_length,
-        images_per_row=d.images_per_row,
+        recipe.row_format(config, recipe.model_config(config)),
         batch_size=config.batch_size,
-        packing=d.packing,
-        turns=d.turns,
         steps=10**6,
         workers=workers,
         progress=False,
     )
 
 
-def measure(data: TrainingData, image_id: int, tokens_an_image: int, seconds: float) -> dict:
+def measure(data: TrainingData, seconds: float) -> dict:
     """Rates over `seconds`, and the median and longest wait for a batch."""
     batches = data.batch_iterator()
     for _ in range(3):
@@ -74,7 +69,8 @@ def measure(data: TrainingData, image_id: int, tokens_an_image: int, seconds: fl
         asked = time.perf_counter()
         arrays = next(batches).arrays
         waits.append(time.perf_counter() - asked)
-        images += int((arrays["input_ids"] == image_id).sum()) // tokens_an_image
+        last = arrays["feature_ids"].max(axis=1)  # of each row
+        images += int((last // data.row_format.tokens_per_tile + 1).sum())
         tokens += int((arrays["segment_ids"] != 0).sum())
     elapsed = time.perf_counter() - began
     return {
@@ -86,20 +82,18 @@ def measure(data: TrainingData, image_id: int, tokens_an_image: int, seconds: fl
 
 
 def main() -> None:
-    from llava_jax.models.llava import image_token_count
-
     config = CONFIG.value
     with tempfile.TemporaryDirectory() as folder:
         if PICTURES.value:
             make_pictures(Path(folder), *map(int, PICTURES.value.split("x")))
             config.data.train, config.data.image_root = f"{folder}/data.json", folder
-        shape, results = recipe.model_config(config), {}
+        results = {}
         print(
             f"{'workers':>8} {'images/s':>10} {'tokens/s':>10} {'median wait':>12} {'longest':>9}"
         )
         for workers in map(int, WORKERS.value):
             data = open_data(config, workers)
-            found = measure(data, shape.image_token_id, image_token_count(shape), SECONDS.value)
+            found = measure(data, SECONDS.value)
             results[workers] = found
             rates, waits = list(found.values())[:2], list(found.values())[2:]
             print(f"{workers:8} {rates[0]:10,.1f} {rates[1]:10,.0f} ", end="")

@@ -13,6 +13,7 @@ packed conversations apart, images of real slots alone, fused AdamW with float32
 tokens a second (all blocks' median and best), the ratio, and peak memory while stepping.
 """
 
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -28,7 +29,9 @@ from ml_collections import ConfigDict, config_flags
 
 from llava_jax import command
 from llava_jax.errors import LlavaError
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.images import TEXT
+from llava_jax.models.llava import LlavaConfig
+from llava_jax.text.tokenization import IGNORE_INDEX
 from llava_jax.training import recipe
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to time.", lock_config=True)
@@ -48,12 +51,8 @@ def real_batches(config: ConfigDict, model: LlavaConfig, count: int) -> list[dic
     data = TrainingData(
         open_records(d.train, d.image_root or None, d.train_split),
         load_tokenizer(recipe.tokenizer_folder(config)),
-        config.model.template,
-        model,
-        max_length=d.max_length,
-        images_per_row=d.images_per_row,
+        recipe.row_format(config, model),
         batch_size=config.batch_size,
-        packing=d.packing,
         steps=count,
     )
     return [batch.arrays for batch in data.batch_iterator()]
@@ -62,17 +61,23 @@ def real_batches(config: ConfigDict, model: LlavaConfig, count: int) -> list[dic
 def random_batch(config: ConfigDict, model: LlavaConfig) -> dict:
     """Full rows of one conversation: pictures first, the last third supervised."""
     rng, rows, length = np.random.default_rng(0), config.batch_size, config.data.max_length
-    images = min(config.data.images_per_row, length // image_token_count(model))
+    row_format = recipe.row_format(config, model)
+    tiles = min(row_format.tiles, length // model.tokens_per_tile)
+    spec = dataclasses.replace(row_format, tiles=tiles).row_spec()
+    shown = tiles * model.tokens_per_tile
+    positions = np.arange(length, dtype=np.int32)
     ids = rng.integers(0, model.decoder.vocab_size - 1, (rows, length)).astype(np.int32)
-    ids[:, : images * image_token_count(model)] = model.image_token_id
-    supervised = np.arange(length) >= max(images * image_token_count(model), length * 2 // 3)
-    size = (rows, images, model.image_size, model.image_size, 3)
-    return {
+    ids[:, :shown] = model.image_token_id
+    each = {
+        "position_ids": positions,
+        "segment_ids": np.ones(length, np.int32),
+        "feature_ids": np.where(positions < shown, positions, TEXT),
+        "feature_places": np.arange(shown, dtype=np.int32),
+    }
+    return {name: np.tile(array, (rows, 1)) for name, array in each.items()} | {
         "input_ids": ids,
-        "labels": np.where(supervised, ids, -100).astype(np.int32),
-        "position_ids": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "segment_ids": np.ones_like(ids),
-        "images": rng.integers(0, 256, size, np.uint8),
+        "labels": np.where(positions >= max(shown, length * 2 // 3), ids, IGNORE_INDEX),
+        "tiles": rng.integers(0, 256, (rows, *spec["tiles"][0]), np.uint8),
     }
 
 
@@ -194,9 +199,9 @@ def prepare(batch: dict, shape: LlavaConfig, device: str) -> dict:
 
     ids, segments = batch["input_ids"], batch["segment_ids"]
     allowed = np.tril(segments[:, :, None] == segments[:, None, :])
-    used = (ids == shape.image_token_id).sum(1) // image_token_count(shape)
-    images = np.concatenate([row[:n] for row, n in zip(batch["images"], used, strict=True)])
-    pixels = (images / np.float32(255) - shape.image_mean) / shape.image_std
+    used = batch["feature_ids"].max(1) // shape.tokens_per_tile + 1
+    images = np.concatenate([row[:n] for row, n in zip(batch["tiles"], used, strict=True)])
+    pixels = (images / np.float32(255) - shape.image.mean) / shape.image.std
     arrays = {
         "input_ids": np.where(ids == shape.image_token_id, shape.decoder.vocab_size, ids),
         "labels": batch["labels"],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bench import scaling, train_step
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.presets import PRESETS
 from llava_jax.training import recipe
 from tests import tiny_run
@@ -69,7 +70,7 @@ def test_a_recipe_s_shape_is_timed_with_random_parameters(monkeypatch):
         decoder=dataclasses.replace(
             big.decoder, **small, vocab_size=300, num_kv_heads=4, head_dim=8
         ),
-        image_size=28,
+        image=ImageSpec(28),
     )
     monkeypatch.setattr(recipe, "model_config", lambda config: shape)
     config = importlib.import_module("configs.llava15_7b_instruct").get_config()

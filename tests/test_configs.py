@@ -95,8 +95,8 @@ def test_hyper_parameters_are_the_published_ones(name):
     per_row = config.data.images_per_row if name.endswith("align") else 1
     assert config.batch_size * per_row == conversations
     assert (config.epochs, config.steps, config.model.template) == (epochs, None, template)
-    assert (model.image_mode, model.projector, model.feature_layer) == (picture, projector, -2)
-    assert model.image_size == (224 if "v1_7b" in name else 336)
+    assert (model.image.mode, model.projector, model.feature_layer) == (picture, projector, -2)
+    assert model.image.size == (224 if "v1_7b" in name else 336)
     assert not model.keep_class_token and not model.use_im_start_end
     whole = model.decoder.max_position_embeddings >= config.data.max_length
     assert whole and (config.data.max_length == 2048 or name.endswith("align"))

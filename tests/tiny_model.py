@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_jax.inference.model import Llava
 from llava_jax.models.decoder import DecoderConfig
+from llava_jax.models.images import ImageSpec, feature_places, features_in_turn
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.vit import ViTConfig
 
@@ -26,11 +27,18 @@ DECODER = DecoderConfig(
     head_dim=8,
     max_position_embeddings=512,
 )
-CONFIG = LlavaConfig(vision=VISION, decoder=DECODER, image_size=8)  # 4 tokens an image
+CONFIG = LlavaConfig(vision=VISION, decoder=DECODER, image=ImageSpec(8))  # 4 tokens an image
 
 
 def config_with(**decoder) -> LlavaConfig:
     return dataclasses.replace(CONFIG, decoder=dataclasses.replace(DECODER, **decoder))
+
+
+def features_of(ids: np.ndarray, tiles: int, config: LlavaConfig = CONFIG) -> dict:
+    """feature_ids [B, T] and feature_places [B, F] of rows that show features in turn."""
+    feature_ids = features_in_turn(ids == config.image_token_id)
+    places = [feature_places(row, tiles * config.tokens_per_tile) for row in feature_ids]
+    return {"feature_ids": feature_ids, "feature_places": np.stack(places)}
 
 
 def random_params(config: LlavaConfig, seed: int = 0) -> dict:

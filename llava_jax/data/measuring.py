@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llava_jax.data.media import ImageError, check_shape, inspect_image
 from llava_jax.data.records import Record, checked_record
+from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
 from llava_jax.text.templates import Segment, Template
@@ -42,15 +43,13 @@ class Measured(NamedTuple):
 
 
 class ImagePolicy(NamedTuple):
-    """What is asked of images, and what happens to a record whose image fails.
+    """What happens to a record whose image fails.
 
-    max_pixels, image_size, mode: as in `preprocess`. skip: refuse the record, up to `ceiling`
-    records, instead of raising at the first.
+    max_pixels: as in `load_image`. skip: refuse the record, up to `ceiling` records, instead of
+    raising at the first.
     """
 
     max_pixels: int
-    image_size: int
-    mode: str
     skip: bool
     ceiling: int
 
@@ -68,11 +67,8 @@ def render_record(
 def measure(
     records,
     tokenizer: SegmentTokenizer,
-    template: Template,
-    max_length: int,
-    images_per_row: int,
+    row_format: RowFormat,
     policy: ImagePolicy,
-    turns: str = "conversation",
     cache_dir: str | os.PathLike | None = None,
     threads: int = 4,
     progress: bool = True,
@@ -80,15 +76,15 @@ def measure(
     """Checks and measures all `records`; raises LlavaError at the first fault.
 
     Records that are sound but too long (nothing supervised left, an image cut) or have more than
-    `images_per_row` images are refused with the reason; so are those with bad images, if
+    `row_format.tiles` images are refused with the reason; so are those with bad images, if
     `policy.skip`.
     """
-    cache = _Cache(cache_dir, records, tokenizer, template, max_length, turns)
-    demands = f"{policy.max_pixels} {policy.image_size} {policy.mode}"
+    cache = _Cache(cache_dir, records, tokenizer, row_format)
+    demands = f"{policy.max_pixels} {row_format.image.size} {row_format.image.mode}"
     faults: dict[int, RecordError] = {}
     # Nothing can change in a data set that holds its images and was found good before.
     if cache.lengths is None or cache.images_seen != f"within the data set {demands}":
-        scan = _Scan(records, tokenizer, template, max_length, turns, policy.skip)
+        scan = _Scan(records, tokenizer, row_format, policy.skip)
         scan.run(tokenize=cache.lengths is None, progress=progress)
         if cache.lengths is None:
             cache.lengths, cache.image_counts, cache.refused, cache.cut = scan.results()
@@ -96,7 +92,7 @@ def measure(
         where = "within the data set" if records.image_root is None else scan.files_state()
         if cache.images_seen != f"{where} {demands}" or scan.missing:
             faults = scan.missing | _image_faults(
-                records, set(scan.missing), policy, threads, progress
+                records, set(scan.missing), row_format, policy, threads, progress
             )
             cache.images_seen = "" if faults else f"{where} {demands}"
             cache.write()
@@ -107,8 +103,8 @@ def measure(
             f"the first: {messages[0]}"
         )
     refused = _add(cache.refused, "bad image", sorted(faults))
-    crowded = np.flatnonzero(cache.image_counts > images_per_row).tolist()
-    refused = _add(refused, f"more images than images_per_row={images_per_row}", crowded)
+    crowded = np.flatnonzero(cache.image_counts > row_format.tiles).tolist()
+    refused = _add(refused, f"more images than images_per_row={row_format.tiles}", crowded)
     return Measured(cache.lengths, cache.image_counts, refused, messages, cache.cut)
 
 
@@ -122,15 +118,14 @@ def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
 class _Scan:
     """One pass over the records: checks, token counts, and the state of the image files."""
 
-    def __init__(self, records, tokenizer, template, max_length, turns, skip_missing_images):
-        self._records, self._tokenizer, self._template = records, tokenizer, template
-        self._max_length, self._turns = max_length, turns
+    def __init__(self, records, tokenizer, row_format, skip_missing_images):
+        self._records, self._tokenizer, self._format = records, tokenizer, row_format
         self._skip_missing = skip_missing_images
         self._lengths = np.zeros(len(records), np.int64)
         self._image_counts = np.zeros(len(records), np.int64)
         self._refused: dict[str, list[int]] = {}
         self._cut = 0
-        self._waiting: list[tuple[int, list[tuple[Segment, ...]]]] = []
+        self._waiting: list[tuple[int, list[tuple[Segment, ...]], list[int]]] = []
         self._files_state = hashlib.sha256()
         self.missing: dict[int, RecordError] = {}
 
@@ -151,8 +146,9 @@ class _Scan:
             if index not in self.missing:
                 self._note_files(record)
             if tokenize:
-                texts = render_record(self._template, records, record, self._turns)
-                self._waiting.append((index, texts))
+                texts = render_record(self._format.template, records, record, self._format.turns)
+                images = [self._format.tokens_per_tile] * len(record.images)
+                self._waiting.append((index, texts, images))
                 if len(self._waiting) == _CHUNK:
                     self._tokenize()
         self._tokenize()
@@ -174,23 +170,35 @@ class _Scan:
                 self._files_state.update(state.encode(errors="surrogateescape"))
 
     def _tokenize(self) -> None:
-        if self._turns == "conversation":
-            measured = self._tokenizer.lengths([texts[0] for _, texts in self._waiting])
+        max_length, each = (
+            self._format.max_length,
+            lambda number: [w[number] for w in self._waiting],
+        )
+        if self._format.turns == "conversation":
+            measured = self._tokenizer.lengths([texts[0] for texts in each(1)], each(2))
         else:
-            measured = [len(token_row(self._tokenizer, texts)) for _, texts in self._waiting]
-        for (index, texts), length in zip(self._waiting, measured, strict=True):
-            if length > self._max_length:
-                row, reason = truncate(token_row(self._tokenizer, texts), self._max_length)
+            rows = (token_row(self._tokenizer, *texts) for _, *texts in self._waiting)
+            measured = [len(row) for row in rows]
+        for (index, *texts), length in zip(self._waiting, measured, strict=True):
+            if length > max_length:
+                row, reason = truncate(token_row(self._tokenizer, *texts), max_length)
                 length = 0 if row is None else len(row)
                 self._cut += row is not None
                 if row is None:
-                    reason = f"{reason} at max_length={self._max_length}"
+                    reason = f"{reason} at max_length={max_length}"
                     self._refused.setdefault(reason, []).append(index)
             self._lengths[index] = length
         self._waiting = []
 
 
-def _image_faults(records, known: set[int], policy: ImagePolicy, threads: int, progress: bool):
+def _image_faults(
+    records,
+    known: set[int],
+    row_format: RowFormat,
+    policy: ImagePolicy,
+    threads: int,
+    progress: bool,
+):
     """record number -> error, of records with bad images; raises the first unless `policy.skip`."""
 
     def inspect(index: int) -> RecordError | None:
@@ -198,7 +206,7 @@ def _image_faults(records, known: set[int], policy: ImagePolicy, threads: int, p
         try:
             for source, name in zip(record.images, record.image_names, strict=True):
                 size = inspect_image(source, name, policy.max_pixels)
-                check_shape(size, policy.image_size, policy.mode, name, policy.max_pixels)
+                check_shape(size, row_format.image, name, policy.max_pixels)
         except ImageError as error:
             return RecordError(error.kind, f"{records.path}: {record.name}: {error}")
 
@@ -221,7 +229,7 @@ class _Cache:
     `images_seen`: the image files, and what was asked of them, when all were last found good.
     """
 
-    def __init__(self, folder, records, tokenizer, template, max_length, turns):
+    def __init__(self, folder, records, tokenizer, row_format):
         self.lengths = self.image_counts = None
         self.refused: dict[str, list[int]] = {}
         self.cut = 0
@@ -231,8 +239,9 @@ class _Cache:
             return
         key = hashlib.sha256()
         for part in (
-            _CACHE_VERSION, records.fingerprint(), tokenizer.fingerprint(), template, max_length,
-            turns,
+            _CACHE_VERSION, records.fingerprint(),
+            tokenizer.fingerprint(row_format.tokens_per_tile), row_format.template,
+            row_format.max_length, row_format.turns,
         ):  # fmt: skip
             key.update(f"{part}\0".encode())
         self._path = Path(folder) / f"lengths-{key.hexdigest()[:32]}.npz"

@@ -1,4 +1,4 @@
-"""Image files -> uint8 squares, with the pixels of the Hugging Face CLIP and LLaVA processors.
+"""Image files -> uint8 tiles, with the pixels of the Hugging Face CLIP and LLaVA processors.
 
 Every image is decoded by Pillow, on every machine the same: EXIF orientation applied, transparency
 laid over white, then RGB (as transformers 5 does when it loads an image).
@@ -7,16 +7,15 @@ laid over white, then RGB (as transformers 5 does when it loads an image).
 import io
 import struct
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from llava_jax.errors import RecordError
+from llava_jax.models.images import ImageSpec, View, views
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 40_000_000
-IMAGE_MODES = ("square", "pad", "resize")
 # What Pillow's decoders raise on broken files.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError,
                   struct.error, zlib.error, OverflowError, NotImplementedError)  # fmt: skip
@@ -141,60 +140,46 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(
-    image: Image.Image,
-    image_size: int,
-    mode: str = "square",
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    name: str = "image",
-    max_pixels: int = MAX_PIXELS,
+    image: Image.Image, spec: ImageSpec, name: str = "image", max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """An RGB image -> uint8 [S, S, 3], not yet normalised.
+    """An RGB image -> its tiles, uint8 [N, S, S, 3], not yet normalised.
 
-    mode "square": bicubic resize of the shortest edge to S, centre crop (CLIPImageProcessor).
-    "pad": first grow to a square of the mean colour, image in the middle
-    (LlavaImageProcessor(do_pad=True)). "resize": straight to S x S, bicubic (SigLIP style).
-    mean: of the model's normalisation, RGB in 0..1; the colour of "pad" is int(mean * 255).
-    Raises ImageError for an image so long that its square or resized form would be huge.
+    Raises ImageError for an image so elongated that a form of it on the way would be huge.
     """
-    if mode not in IMAGE_MODES:
-        raise ValueError(f"unknown image mode {mode!r}; known: {', '.join(IMAGE_MODES)}")
-    if mode == "resize":
-        return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    check_shape(image.size, image_size, mode, name, max_pixels)
-    if mode == "pad":
-        image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
-    return np.asarray(_resize_and_crop(image, image_size))
+    check_shape(image.size, spec, name, max_pixels)
+    return np.concatenate([_tiles(image, spec, view) for view in views(spec, image.size)])
 
 
 def check_shape(
-    size: tuple[int, int], image_size: int, mode: str, name: str, max_pixels: int = MAX_PIXELS
+    size: tuple[int, int], spec: ImageSpec, name: str, max_pixels: int = MAX_PIXELS
 ) -> None:
-    """Raises ImageError where `preprocess` would, knowing only an image's (width, height)."""
-    short, long = sorted(size)
-    if mode == "resize":
-        return
-    largest = long * long if mode == "pad" else image_size * (image_size * long // short)
-    if largest > 4 * max_pixels:
-        raise ImageError(
-            "image too elongated",
-            f"image {name!r} of {size[0]}x{size[1]} pixels is too elongated for "
-            f"image_mode {mode!r}",
-        )
+    """Raises ImageError if `preprocess` would, given only an image's (width, height)."""
+    for view in views(spec, size):
+        for width, height in (view.padded, view.resized):
+            if width * height > 4 * max_pixels:
+                raise ImageError(
+                    "image too elongated",
+                    f"image {name!r} of {size[0]}x{size[1]} pixels is too elongated for "
+                    f"image_mode {spec.mode!r}",
+                )
 
 
-def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+def _tiles(image: Image.Image, spec: ImageSpec, view: View) -> np.ndarray:
+    """The tiles of one view, uint8 [N, S, S, 3], row by row."""
+    mean_colour = tuple(int(channel * 255) for channel in spec.mean)
+    image = _centred(image, view.padded, mean_colour)
+    image = image.resize(view.resized, Image.Resampling.BICUBIC)
+    pixels = np.asarray(_centred(image, view.cut, (0, 0, 0)))  # [H, W, 3]
+    grid = pixels.reshape(-1, spec.size, view.cut[0] // spec.size, spec.size, 3)
+    return grid.swapaxes(1, 2).reshape(-1, spec.size, spec.size, 3)
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    # The long edge is rounded down, as transformers' get_resize_output_image_size does.
-    long = int(size * long / short)
-    resized = (size, long) if width <= height else (long, size)
-    image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+def _centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
+    """An image in the middle of a canvas of `size`: padded with a colour, or cropped."""
+    if image.size == size:
+        return image
+    # Rounded towards zero, so that padding and cropping both leave the larger half at the end.
+    left, top = (int((new - old) / 2) for new, old in zip(size, image.size, strict=True))
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(image, (left, top))
+    return canvas

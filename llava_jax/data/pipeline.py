@@ -19,20 +19,19 @@ import numpy as np
 
 from llava_jax.data.measuring import ImagePolicy, measure, render_record
 from llava_jax.data.media import MAX_PIXELS, ImageError, load_image, preprocess
-from llava_jax.data.packing import PackPlan, pack, plan_rows
+from llava_jax.data.plan import PackPlan, plan_rows
 from llava_jax.data.records import Record, ignored_keys_text
+from llava_jax.data.rows import RowFormat, pack
 from llava_jax.errors import LlavaError
-from llava_jax.models.llava import LlavaConfig, image_token_count
-from llava_jax.text.templates import Template, get_template
+from llava_jax.models.images import Layout
 from llava_jax.text.tokenization import SegmentTokenizer, TokenRow, truncate
-from llava_jax.text.turns import TURNS, token_row
+from llava_jax.text.turns import token_row
 
 
 class Batch(NamedTuple):
     """One process's part of a batch.
 
-    arrays: input_ids, labels, position_ids, segment_ids, int32 [B, T]; images, uint8
-    [B, I, S, S, 3]; turn_ids, int32 [B, T], where turns are independent.
+    arrays: name -> NumPy array, see `rows.RowFormat.row_spec`, each with a leading axis of rows.
     record_ids: ids of the conversations in it. skipped: ids of those left out for a bad image.
     """
 
@@ -44,12 +43,9 @@ class Batch(NamedTuple):
 class TrainingData:
     """Checks and measures all records once, then yields batches of fixed shape.
 
-    records: from `open_records`. tokenizer: a Hugging Face fast tokenizer. template: a name of
-    TEMPLATES. model_config: gives image size, mode and mean, placeholder id and tokens an image.
-    max_length: tokens a row (T). images_per_row: image slots a row (I). batch_size: rows a batch,
-    over all processes. Exactly one of `epochs` and `steps` says how long to go on.
-    packing: several conversations a row; otherwise one.
-    turns: "conversation", or "independent": each question sees the record's images and itself.
+    records: from `open_records`. tokenizer: a Hugging Face fast tokenizer. row_format: what rows
+    look like. batch_size: rows a batch, over all processes. Exactly one of `epochs` and `steps`
+    says how long to go on.
     bad_image: "error" raises at the first image that is missing, over `max_pixels` or cannot be
     read; "skip" leaves its conversation out and raises when more than `bad_image_ceiling`
     different ones were left out (by one process). Most bad images show before the first step and
@@ -71,17 +67,12 @@ class TrainingData:
         self,
         records,
         tokenizer,
-        template: str,
-        model_config: LlavaConfig,
+        row_format: RowFormat,
         *,
-        max_length: int,
-        images_per_row: int,
         batch_size: int,
         seed: int = 0,
         epochs: int | None = None,
         steps: int | None = None,
-        packing: bool = True,
-        turns: str = "conversation",
         bad_image: str = "error",
         bad_image_ceiling: int = 0,
         workers: int = 0,
@@ -95,31 +86,16 @@ class TrainingData:
             raise LlavaError("give either epochs or steps")
         if bad_image not in ("error", "skip"):
             raise LlavaError(f"bad_image must be 'error' or 'skip', not {bad_image!r}")
-        if turns not in TURNS:
-            raise LlavaError(f"data.turns is {turns!r}: choose one of {', '.join(TURNS)}")
         if pad_final_batch and epochs is None:
             raise LlavaError("pad_final_batch needs epochs: steps always fill their batches")
         self.batch_size, self.bad_image_ceiling = batch_size, bad_image_ceiling
         self._workers, self._threads = workers, threads
-        segment_tokenizer = SegmentTokenizer(
-            tokenizer,
-            image_token_count(model_config),
-            model_config.image_token_id,
-            model_config.use_im_start_end,
-        )
-        policy = ImagePolicy(
-            max_pixels,
-            model_config.image_size,
-            model_config.image_mode,
-            bad_image == "skip",
-            bad_image_ceiling,
-        )
-        measured = measure(
-            records, segment_tokenizer, get_template(template), max_length, images_per_row, policy,
-            turns, cache_dir, threads, progress,
-        )  # fmt: skip
+        f = self.row_format = row_format
+        segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
+        policy = ImagePolicy(max_pixels, bad_image == "skip", bad_image_ceiling)
+        measured = measure(records, segment_tokenizer, f, policy, cache_dir, threads, progress)
         self.refused, self.bad_images = measured.refused, measured.bad_images
-        self.records_cut, self._max_length = measured.cut, max_length
+        self.records_cut = measured.cut
         self.records, self.records_total = records, len(records)
         self.fingerprint = records.fingerprint()
         is_usable = np.ones(len(records), bool)
@@ -128,25 +104,17 @@ class TrainingData:
         self.records_used = len(usable)
         if not len(usable):
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
-        self._row_builder = _RowBuilder(
-            records, usable, segment_tokenizer, get_template(template), max_length, images_per_row,
-            policy, turns, model_config.image_mean,
-        )  # fmt: skip
+        self._row_builder = _RowBuilder(records, usable, segment_tokenizer, f, policy)
         self._rows = _RowStream(
-            measured.lengths[usable],
-            measured.image_counts[usable],
-            max_length,
-            images_per_row,
-            seed,
-            packing,
+            measured.lengths[usable], measured.image_counts[usable], row_format, seed
         )
         self.rows_per_epoch = self._rows.rows_before(1)
         self.tokens_per_epoch = int(measured.lengths[usable].sum())
-        self.fill = self.tokens_per_epoch / (self.rows_per_epoch * max_length)
+        self.fill = self.tokens_per_epoch / (self.rows_per_epoch * f.max_length)
         if self.rows_per_epoch < batch_size and not pad_final_batch:
             raise LlavaError(
-                f"{records.path} fills {self.rows_per_epoch} rows of {max_length} tokens an epoch, "
-                f"fewer than batch_size={batch_size}: take a smaller batch or more data"
+                f"{records.path} fills {self.rows_per_epoch} rows of {f.max_length} tokens an "
+                f"epoch, fewer than batch_size={batch_size}: take a smaller batch or more data"
             )
         self._total_rows = None if epochs is None else self._rows.rows_before(epochs)
         if steps is not None:
@@ -165,8 +133,9 @@ class TrainingData:
 
     def describe(self) -> str:
         """One line for the log: what is used, cut, or refused and why, how full the rows are."""
-        ignored = ignored_keys_text(self.records)
-        cut = f"; {self.records_cut:,} cut to {self._max_length} tokens" if self.records_cut else ""
+        ignored, cut = ignored_keys_text(self.records), ""
+        if self.records_cut:
+            cut = f"; {self.records_cut:,} cut to {self.row_format.max_length} tokens"
         return (
             f"{self.records_used:,} of {self.records_total:,} records "
             f"({self._refused_text()}{cut}), "
@@ -255,26 +224,20 @@ class _RowBuilder:
         records,
         usable: np.ndarray,
         tokenizer: SegmentTokenizer,
-        template: Template,
-        max_length: int,
-        images_per_row: int,
+        row_format: RowFormat,
         policy: ImagePolicy,
-        turns: str,
-        image_mean: tuple[float, float, float],
     ):
         self._records, self._usable = records, usable
-        self._tokenizer, self._template = tokenizer, template
-        self._max_length, self._images_per_row = max_length, images_per_row
-        self._policy, self._turns, self._image_mean = policy, turns, image_mean
+        self._tokenizer, self._format, self._policy = tokenizer, row_format, policy
 
     def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
         """members: [M] numbers into `usable`. Gives the row, ids in it, ids skipped."""
-        rows, images, ids, skipped = [], [], [], []
+        conversations, pictures, ids, skipped = [], [], [], []
         for member in members:
             record = self._records[int(self._usable[member])]
             try:
-                pixels = [
-                    self._pixels(source, name)
+                found = [
+                    self._picture(source, name)
                     for source, name in zip(record.images, record.image_names, strict=True)
                 ]
             except ImageError as error:
@@ -282,37 +245,32 @@ class _RowBuilder:
                     raise LlavaError(f"{self._records.path}: {record.name}: {error}") from None
                 skipped.append(record.id)
                 continue
-            rows.append(self._token_row(record))
-            images += pixels
+            conversations.append(self._token_row(record, [len(layout) for layout, _ in found]))
+            pictures += found
             ids.append(record.id)
-        row = pack(
-            rows, images, self._max_length, self._images_per_row, self._policy.image_size,
-            self._turns == "independent",
-        )  # fmt: skip
-        return row, ids, skipped
+        return pack(conversations, pictures, self._format), ids, skipped
 
-    def _token_row(self, record: Record) -> TokenRow:
-        texts = render_record(self._template, self._records, record, self._turns)
-        row, reason = truncate(token_row(self._tokenizer, texts), self._max_length)
+    def _token_row(self, record: Record, image_lengths: list[int]) -> TokenRow:
+        texts = render_record(self._format.template, self._records, record, self._format.turns)
+        row = token_row(self._tokenizer, texts, image_lengths)
+        row, reason = truncate(row, self._format.max_length)
         if row is None:
             raise LlavaError(
                 f"{self._records.path}: {record.name} changed since it was measured: {reason}"
             )
         return row
 
-    def _pixels(self, source: str | bytes, name: str) -> np.ndarray:
-        policy = self._policy
-        image = load_image(source, name, policy.max_pixels)
-        return preprocess(
-            image, policy.image_size, policy.mode, self._image_mean, name, policy.max_pixels
-        )
+    def _picture(self, source: str | bytes, name: str) -> tuple[Layout, np.ndarray]:
+        image = load_image(source, name, self._policy.max_pixels)
+        tiles = preprocess(image, self._format.image, name, self._policy.max_pixels)
+        return self._format.layout(image.size), tiles
 
 
 class _RowStream:
     """All epochs' rows, one after the other, addressed by number; picklable and thread-safe."""
 
-    def __init__(self, *plan_arguments):
-        self._arguments = plan_arguments
+    def __init__(self, lengths: np.ndarray, tiles: np.ndarray, row_format: RowFormat, seed: int):
+        self._arguments = lengths, tiles, row_format, seed
         self._ends = []  # rows up to the end of each epoch
         self._recent: dict[int, PackPlan] = {}
         self._lock = threading.Lock()
@@ -341,11 +299,10 @@ class _RowStream:
 
     def _plan(self, epoch: int) -> PackPlan:
         if epoch not in self._recent:
-            lengths, image_counts, max_length, images_per_row, seed, packing = self._arguments
-            plan = plan_rows(
-                lengths, image_counts, max_length, images_per_row, seed, epoch, packing
+            lengths, tiles, f, seed = self._arguments
+            self._recent[epoch] = plan_rows(
+                lengths, tiles, f.max_length, f.tiles, seed, epoch, f.packing
             )
-            self._recent[epoch] = plan
             while len(self._recent) > 2:
                 self._recent.pop(next(iter(self._recent)))
         return self._recent[epoch]

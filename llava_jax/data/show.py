@@ -5,11 +5,11 @@ import sys
 
 from llava_jax.data.records import checked_record, open_records
 from llava_jax.errors import LlavaError, RecordError
+from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.text.conversation import IMAGE_TOKEN
 from llava_jax.text.templates import TEMPLATES, get_template, render
 from llava_jax.text.tokenization import (
     IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
     SegmentTokenizer,
     TokenRow,
 )
@@ -30,9 +30,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--image_root", help="folder that image paths start from")
     parser.add_argument("--split", help="split of a data set (default: train)")
     parser.add_argument("--image_tokens", type=int, default=576, help="tokens an image takes")
-    parser.add_argument(
-        "--image_token_id", type=int, default=IMAGE_TOKEN_INDEX, help="placeholder id"
-    )
+    parser.add_argument("--image_token_id", type=int, default=IMAGE_TOKEN_ID, help="placeholder id")
     parser.add_argument("--json", action="store_true", help="print ids, labels and slots as JSON")
 
 
@@ -60,7 +58,7 @@ def show(
     template: str,
     tokenizer,
     image_tokens: int = 576,
-    image_token_id: int = IMAGE_TOKEN_INDEX,
+    image_token_id: int = IMAGE_TOKEN_ID,
 ) -> dict:
     """One record of `open_records(...)` rendered and tokenized, before packing and cutting.
 
@@ -78,9 +76,9 @@ def show(
         if error.kind != "missing image":  # its text can be shown all the same
             raise
         record = records[index]
-    segment_tokenizer = SegmentTokenizer(tokenizer, image_tokens, image_token_id)
+    segment_tokenizer = SegmentTokenizer(tokenizer, image_token_id)
     segments = render(get_template(template).with_system(record.system), record.turns)
-    row = segment_tokenizer(segments)
+    row = segment_tokenizer(segments, [image_tokens] * len(record.images))
     supervised = int((row.labels != IGNORE_INDEX).sum())
     return {
         "id": record.id,

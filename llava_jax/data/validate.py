@@ -206,7 +206,7 @@ class _Measurer:
     """Collects lengths, cuts and special tokens into a report, tokenizing many records at once."""
 
     def __init__(self, tokenizer, template: str, max_length: int, image_tokens: int, report):
-        self._tokenizer = SegmentTokenizer(tokenizer, image_tokens)
+        self._tokenizer, self._image_tokens = SegmentTokenizer(tokenizer), image_tokens
         self._template = get_template(template)
         self._max_length, self._report = max_length, report
         tokens = [token for token in tokenizer.all_special_tokens if token.strip()]
@@ -228,7 +228,10 @@ class _Measurer:
             self.finish()
 
     def finish(self) -> None:
-        lengths = self._tokenizer.lengths([segments for _, segments in self._waiting])
+        lengths = self._tokenizer.lengths(
+            [segments for _, segments in self._waiting],
+            [[self._image_tokens] * len(record.images) for record, _ in self._waiting],
+        )
         self._report.lengths += lengths.tolist()
         for (record, segments), length in zip(self._waiting, lengths, strict=True):
             if length > self._max_length:
@@ -236,7 +239,9 @@ class _Measurer:
         self._waiting = []
 
     def _note_cut(self, record: Record, segments, length: int) -> None:
-        _, reason = truncate(self._tokenizer(segments), self._max_length)
+        _, reason = truncate(
+            self._tokenizer(segments, [self._image_tokens] * len(record.images)), self._max_length
+        )
         kind = "left out when training: " + reason if reason else "cut when training"
         self._report.notes[f"{kind} (max_length {self._max_length})"].append(
             f"{record.name} has {length:,} tokens"

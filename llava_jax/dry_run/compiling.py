@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from llava_jax.data.rows import batch_spec
 from llava_jax.dry_run.collectives import Collective, read_collectives
 from llava_jax.dry_run.program import kernel_cycles
 from llava_jax.dry_run.topology import GIB, Topology
@@ -68,14 +68,10 @@ def make_stage(config: ConfigDict, where: Topology) -> Stage:
 
 
 def abstract_batch(config: ConfigDict, model_config: LlavaConfig, mesh: Mesh) -> dict:
-    """Shapes of what `TrainingData` yields."""
-    side, rows, data = model_config.image_size, config.batch_size, config.data
-    names = ["input_ids", "labels", "position_ids", "segment_ids"]
-    names += ["turn_ids"] if data.turns == "independent" else []
-    shapes = {name: ((rows, data.max_length), jnp.int32) for name in names}
-    shapes["images"] = ((rows, data.images_per_row, side, side, 3), jnp.uint8)
+    """Shapes of what `TrainingData` yields, on the mesh."""
+    spec = batch_spec(recipe.row_format(config, model_config), config.batch_size)
     place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-    return {name: place(*shape) for name, shape in shapes.items()}
+    return {name: place(array.shape, array.dtype) for name, array in spec.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ and what they wait for.
 import dataclasses
 
 from llava_jax.dry_run.topology import Topology
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.training.flops import attention_flops, decoder_flops_per_token, step_flops
 
 # Share of the decoder's forward pass that each remat policy computes a second time.
@@ -42,7 +42,7 @@ def assumed_counts(
     config: LlavaConfig, contents: Contents, rows: int, length: int, images_per_row: int
 ) -> dict[str, float]:
     """What a step's batch holds, in the terms of `step_flops`."""
-    conversation = contents.text + contents.pictured * image_token_count(config)
+    conversation = contents.text + contents.pictured * config.tokens_per_tile
     in_a_row = min(length * contents.fill / conversation, images_per_row / contents.pictured)
     conversations = rows * in_a_row
     tokens = conversations * conversation

@@ -97,7 +97,8 @@ def first_row(config: ConfigDict, model_config: LlavaConfig, open_data: Callable
     tokenizer = load_tokenizer(recipe.tokenizer_folder(config))
     data, _ = open_data(config, model_config, tokenizer)
     batch = next(data.batch_iterator(0, 0, config.batch_size))
-    row = {name: array[0] for name, array in batch.arrays.items() if name != "images"}
+    names = ("input_ids", "labels", "segment_ids")
+    row = {name: batch.arrays[name][0] for name in names}
     return data, row_text(row, tokenizer, model_config.image_token_id)
 
 

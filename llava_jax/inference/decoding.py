@@ -96,7 +96,8 @@ def prefill(
     """
 
     def read(model: LlavaModel):
-        embeddings = _embed(model, store, prompts.input_ids, prompts.feature_ids)
+        features = store.reshape(-1, store.shape[-1])  # [F * P, D]
+        embeddings = model.embed(prompts.input_ids, features, prompts.feature_ids)
         return model.decoder.read(embeddings, state.cache, prompts.chunks)
 
     hidden, cache = model.apply({"params": params}, method=read)
@@ -116,14 +117,6 @@ def prefill(
     )
     tokens = jnp.where(prompts.budget > 0, tokens, NO_TOKEN)
     return tokens, _logprobs(logits, tokens, prompts.sampling), state
-
-
-def _embed(model: LlavaModel, store, input_ids, feature_ids):
-    """Embeddings [..., D] of tokens, and image features in the places of theirs."""
-    embeddings = model.decoder.embed(jnp.maximum(input_ids, 0))
-    features = store.reshape(-1, store.shape[-1])[jnp.maximum(feature_ids, 0)]
-    is_image = (feature_ids >= 0)[..., None]
-    return jnp.where(is_image, features.astype(embeddings.dtype), embeddings)
 
 
 def decode(
@@ -224,7 +217,8 @@ def prompt_logprobs(
 
     def read(model: LlavaModel):
         positions = jnp.arange(input_ids.shape[1])[None]
-        embeddings = _embed(model, store, input_ids, feature_ids)
+        features = store.reshape(1, -1, store.shape[-1])  # [1, F * P, D]
+        embeddings = model.embed(input_ids, features, feature_ids)
         return model.decoder(embeddings, positions, jnp.ones_like(positions))
 
     hidden = model.apply({"params": params}, method=read)
@@ -244,9 +238,11 @@ def all_logits(
     params: dict,
     input_ids: jax.Array,
     images: jax.Array | None,
+    feature_ids: jax.Array,
     attention_mask: jax.Array,
 ) -> jax.Array:
     """Float32 logits [B, T, V] of whole sequences, padded on either side (mask int[B, T])."""
     positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    hidden = model.apply({"params": params}, input_ids, images, positions, attention_mask)
+    inputs = (input_ids, images, feature_ids, None, positions, attention_mask)
+    hidden = model.apply({"params": params}, *inputs)
     return model.apply({"params": params}, hidden, method=LlavaModel.attend)

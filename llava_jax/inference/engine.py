@@ -30,7 +30,8 @@ from llava_jax.inference.prefill import PrefillShape, pack, take
 from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, SamplingParams
 from llava_jax.inference.slots import RowSlots
 from llava_jax.models.decoder import are_stacked
-from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
+from llava_jax.models.images import features_in_turn
+from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.sharding import replicated
 
@@ -117,7 +118,7 @@ class Engine:
         self._size = 0
         self._store: jax.Array | None = None
         self._admission = Admission(
-            self._image_slots, self.config.image_token_id, image_token_count(self.config)
+            self._image_slots, self.config.image_token_id, self.config.tokens_per_tile
         )
 
     def _compile(self, function, **options):
@@ -206,7 +207,7 @@ class Engine:
         of prompts excepted).
         """
         self._reserve(count_bucket(batch_size), size, busy=False)
-        blank = np.zeros((self.config.image_size, self.config.image_size, 3), np.uint8)
+        blank = np.zeros((self.config.image.size, self.config.image.size, 3), np.uint8)
         nowhere = self._image_slots
         for count in IMAGES:
             self._encode_images({nowhere + i: blank for i in range(count)})
@@ -301,7 +302,7 @@ class Engine:
         """Fills slots of the feature store."""
         store = self._store
         if store is None:
-            shape = (self._image_slots, image_token_count(self.config))
+            shape = (self._image_slots, self.config.tokens_per_tile)
             shape = (*shape, self.config.decoder.hidden_size)
             where = self._mesh and replicated(self._mesh)
             store = jnp.zeros(shape, self._model.dtype, device=where)
@@ -397,10 +398,12 @@ class Engine:
         """
         (rows, length), padded = input_ids.shape, length_bucket(input_ids.shape[1])
         padding = ((0, count_bucket(rows) - rows), (0, padded - length))
+        input_ids = np.pad(input_ids.astype(np.int32), padding)
         logits = self._all_logits(
             self.params,
-            np.pad(input_ids.astype(np.int32), padding),
+            input_ids,
             _image_slots(images, rows + padding[0][1]),
+            features_in_turn(input_ids == self.config.image_token_id),
             np.pad(attention_mask.astype(np.int32), padding),
         )
         return logits[:rows, :length]

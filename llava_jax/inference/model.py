@@ -320,8 +320,8 @@ class Llava:
         """Float32 logits [B, T, V] for what a Hugging Face LLaVA processor returns.
 
         Args:
-          input_ids: int[B, T], each image already `image_token_count` placeholder ids
-            (`config.image_token_id`); NumPy, PyTorch or JAX.
+          input_ids: int[B, T], each image already as many placeholder ids
+            (`config.image_token_id`) as its layout has tokens; NumPy, PyTorch or JAX.
           pixel_values: float[N, 3, S, S], normalised, in the order of their placeholders over the
             whole batch; or None.
           attention_mask: int[B, T], 0 for padding on either side; default no padding. Logits of
@@ -362,8 +362,8 @@ class Llava:
             return self._prepare(found, name)
 
     def _prepare(self, image: str | bytes | Image.Image, name: str) -> np.ndarray:
-        c = self.config
-        return preprocess(load_image(image, name), c.image_size, c.image_mode, c.image_mean, name)
+        (tile,) = preprocess(load_image(image, name), self.config.image, name)
+        return tile
 
 
 def _identity(source: ImageSource):

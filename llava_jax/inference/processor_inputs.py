@@ -7,7 +7,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.prompts import check_vocabulary
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.llava import LlavaConfig
 
 
 def read_inputs(
@@ -35,7 +35,7 @@ def read_inputs(
 
 def deal_images(config: LlavaConfig, input_ids: np.ndarray, pixel_values) -> list[np.ndarray]:
     """The flat list of images, float32[n, S, S, 3] for each row by its placeholders."""
-    size, tokens = config.image_size, image_token_count(config)
+    size, tokens = config.image.size, config.tokens_per_tile
     pixels = np.zeros((0, 3, size, size)) if pixel_values is None else to_numpy(pixel_values)
     if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
         raise LlavaError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
 from llava_jax.text.processor_prompt import ProcessorPrompt
 from llava_jax.text.templates import Template, render
@@ -29,12 +29,9 @@ class PromptReader:
         self, config: LlavaConfig, tokenizer, template: Template, chat_template: str | None
     ):
         self.config, self.template = config, template
-        tokens = image_token_count(config)
-        self._tokenize = SegmentTokenizer(
-            tokenizer, tokens, config.image_token_id, config.use_im_start_end
-        )
+        self._tokenize = SegmentTokenizer(tokenizer, config.image_token_id, config.use_im_start_end)
         self._processor_prompt = chat_template and ProcessorPrompt(
-            tokenizer, chat_template, tokens, config.image_token_id
+            tokenizer, chat_template, config.image_token_id
         )
 
     def __call__(self, turns: Sequence[Turn], images: int) -> np.ndarray:
@@ -48,10 +45,12 @@ class PromptReader:
                 f"the text has {written} {IMAGE_TOKEN} but {images} image(s) were given: write one "
                 f"{IMAGE_TOKEN} for each image, or none to have them first"
             )
+        lengths = [self.config.tokens_per_tile] * images
         if self._processor_prompt:
-            ids = self._processor_prompt(turns)
+            ids = self._processor_prompt(turns, lengths)
         else:
-            ids = self._tokenize(render(self.template, turns, generation=True)).input_ids
+            segments = render(self.template, turns, generation=True)
+            ids = self._tokenize(segments, lengths).input_ids
         check_vocabulary(ids[None], self.config)
         return ids
 

@@ -1,23 +1,27 @@
-"""Rows taken from their places, with gradients that are taken too.
+"""Gathers of rows whose gradients are gathers too.
 
-JAX differentiates a gather into a scatter, which TPUs do row after row. Where no row is taken
-twice, the gradient is a gather by the inverse.
+JAX differentiates a gather into a scatter, which TPUs do row after row. If no row is taken twice,
+the gradient is a gather by the inverse.
 
 B rows of a batch, T places in one, S places in what is taken from, D size.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
 def front_order(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The order that moves flagged places to the front, and its inverse; both keep turns.
+    """The stable order that moves flagged positions to the front, and its inverse.
+
+        flags  0 1 0 1     order  1 3 0 2     rank  2 0 3 1
 
     Args:
       flags: bool[B, T].
 
     Returns:
-      order, int32[B, T]: the places, flagged ones first; rank, int32[B, T]: where each place went.
+      order, int32[B, T]: the positions, flagged ones first; rank, int32[B, T]: where each went.
     """
     length = flags.shape[1]
     before, after = jnp.cumsum(flags, axis=1), jnp.cumsum(~flags, axis=1)
@@ -27,29 +31,42 @@ def front_order(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.vmap(put)(rank, places), rank
 
 
-@jax.custom_vjp
-def take_rows(x: jax.Array, index: jax.Array, inverse: jax.Array, taken: jax.Array) -> jax.Array:
-    """x[b, index[b, t]] for each t.
+def take_rows(
+    x: jax.Array, index: jax.Array, inverse: jax.Array | None = None, every: bool = False
+) -> jax.Array:
+    """x[..., index[..., t], :] for each t; a negative index takes any row, without a gradient.
+
+        x  a b c d     index  -1 2 0     taken  ? c a     inverse  2 -1 1 -1
 
     Args:
-      x: [B, S, D].
-      index: int[B, T].
-      inverse: int[B, S], for each s the one t that takes it whose gradient counts.
-      taken: bool[B, S], whether there is one.
+      x: [..., S, D].
+      index: int[..., T], no row twice if `inverse` is given.
+      inverse: int[..., S], for each s the t that takes it, negative for none; with it the gradient
+        is a gather too.
+      every: whether each row of x is taken, so that `inverse` has no negative entry.
 
     Returns:
-      [B, T, D].
+      [..., T, D].
     """
-    return jnp.take_along_axis(x, index[..., None], axis=1, mode="clip")
+    return _gather(x, index) if inverse is None else _invertible(x, index, inverse, every)
 
 
-def _backward(residuals, dy):
-    inverse, taken = residuals
-    dx = jnp.take_along_axis(dy, inverse[..., None], axis=1, mode="clip")
-    return jnp.where(taken[..., None], dx, 0), None, None, None
+def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, index[..., None], axis=-2, mode="clip")
 
 
-take_rows.defvjp(
-    lambda x, index, inverse, taken: (take_rows(x, index, inverse, taken), (inverse, taken)),
-    _backward,
-)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _invertible(x: jax.Array, index: jax.Array, inverse: jax.Array, every: bool) -> jax.Array:
+    return _gather(x, index)
+
+
+def _forward(x, index, inverse, every):
+    return _gather(x, index), inverse
+
+
+def _backward(every, inverse, dy):
+    dx = _gather(dy, inverse)
+    return dx if every else jnp.where((inverse >= 0)[..., None], dx, 0), None, None
+
+
+_invertible.defvjp(_forward, _backward)

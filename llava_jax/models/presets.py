@@ -2,6 +2,7 @@
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ViTConfig
 
@@ -79,8 +80,7 @@ def llava_v1(size: str) -> LlavaConfig:
         vision=clip_large(224),
         decoder=vicuna(size, 1e-6, 2048),
         projector="linear",
-        image_size=224,
-        image_mode="square",
+        image=ImageSpec(224, "square"),
     )
 
 
@@ -97,10 +97,7 @@ PRESETS = {
         vision=DINOV2_SMALL,
         decoder=SMOLLM2_135M,
         feature_layer=8,  # colour and shape are plainest there
-        image_size=56,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-        image_mode="square",
+        image=ImageSpec(56, "square", IMAGENET_MEAN, IMAGENET_STD),
     ),
 }
 

@@ -29,18 +29,20 @@ def check_image_token(tokenizer, image_token_id: int) -> None:
 class ProcessorPrompt:
     """Turns -> token ids that wait for an answer.
 
-    tokenizer: a Hugging Face tokenizer. chat_template: Jinja text. image_tokens: placeholder ids an
-    image takes. image_token_id: the placeholder id, which must be the tokenizer's for `<image>`.
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      chat_template: Jinja text.
+      image_token_id: the placeholder id, which must be the tokenizer's for `<image>`.
     """
 
-    def __init__(self, tokenizer, chat_template: str, image_tokens: int, image_token_id: int):
+    def __init__(self, tokenizer, chat_template: str, image_token_id: int):
         check_image_token(tokenizer, image_token_id)
         self.tokenizer, self.chat_template = tokenizer, chat_template
-        self.image_tokens, self.image_token_id = image_tokens, image_token_id
+        self.image_token_id = image_token_id
         self.takes_lists = self._takes_lists()
 
-    def __call__(self, turns: Sequence[Turn]) -> np.ndarray:
-        """int32 [T]; each `<image>` of the turns' texts stands for one image."""
+    def __call__(self, turns: Sequence[Turn], image_lengths: Sequence[int] = ()) -> np.ndarray:
+        """int32 [T]; `image_lengths`: tokens of each image, in the order of their `<image>`."""
         content = _content if self.takes_lists else lambda text: text
         messages = [{"role": _ROLES[turn.role], "content": content(turn.text)} for turn in turns]
         text = self._render(messages)
@@ -52,7 +54,9 @@ class ProcessorPrompt:
             )
         begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         ids = np.array(self.tokenizer(text, add_special_tokens=not begun)["input_ids"], np.int32)
-        return np.repeat(ids, np.where(ids == self.image_token_id, self.image_tokens, 1))
+        repeats = np.ones(len(ids), int)
+        repeats[ids == self.image_token_id] = image_lengths
+        return np.repeat(ids, repeats)
 
     def _takes_lists(self) -> bool:
         """False for a template written for texts alone."""

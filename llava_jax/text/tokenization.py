@@ -15,11 +15,11 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from llava_jax.errors import LlavaError
+from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.text.conversation import IMAGE_TOKEN
 from llava_jax.text.templates import Segment
 
 IGNORE_INDEX = -100
-IMAGE_TOKEN_INDEX = -200
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
 
 
@@ -72,20 +72,16 @@ def _keep_spaces(processor) -> None:
 class SegmentTokenizer:
     """Tokenizes rendered conversations for one model; picklable.
 
-    tokenizer: a Hugging Face fast tokenizer. image_tokens: placeholder ids an image takes
-    (`llava_jax.models.llava.image_token_count`). image_token_id: the placeholder id.
-    use_im_start_end: wrap each image in `<im_start>` and `<im_end>`, as LLaVA v1 could; both must
-    be tokens of the tokenizer.
+    Args:
+      tokenizer: a Hugging Face fast tokenizer.
+      image_token_id: the placeholder id.
+      use_im_start_end: wrap each image in `<im_start>` and `<im_end>`, as LLaVA v1 could; both must
+        be tokens of the tokenizer.
     """
 
     def __init__(
-        self,
-        tokenizer,
-        image_tokens: int,
-        image_token_id: int = IMAGE_TOKEN_INDEX,
-        use_im_start_end: bool = False,
+        self, tokenizer, image_token_id: int = IMAGE_TOKEN_ID, use_im_start_end: bool = False
     ):
-        self.image_tokens = int(image_tokens)
         self.image_token_id = int(image_token_id)
         self.use_im_start_end = use_im_start_end
         self._core = fast_core(tokenizer)
@@ -97,27 +93,36 @@ class SegmentTokenizer:
                         f"{getattr(tokenizer, 'name_or_path', '')!r} has none"
                     )
 
-    def fingerprint(self) -> str:
-        """Everything that decides the ids, as text."""
-        options = [self.image_tokens, self.image_token_id, self.use_im_start_end]
+    def fingerprint(self, images) -> str:
+        """All that decides the ids, as text; `images`: what decides an image's number of tokens."""
+        options = [images, self.image_token_id, self.use_im_start_end]
         return json.dumps(options) + self._core.to_str()
 
-    def __call__(self, segments: Sequence[Segment]) -> TokenRow:
-        """Segments of one conversation -> TokenRow."""
+    def __call__(self, segments: Sequence[Segment], image_lengths: Sequence[int] = ()) -> TokenRow:
+        """The tokens of one conversation.
+
+        Args:
+          segments: the rendered conversation.
+          image_lengths: tokens of each image, in the order of their `<image>`.
+        """
         chunks, spans = self._chunks(segments)
         encodings = self._core.encode_batch([text for _, text in chunks])
-        return self._row(chunks, encodings, spans)
+        return self._row(chunks, encodings, spans, image_lengths)
 
-    def lengths(self, conversations: Sequence[Sequence[Segment]]) -> np.ndarray:
+    def lengths(
+        self,
+        conversations: Sequence[Sequence[Segment]],
+        image_lengths: Sequence[Sequence[int]],
+    ) -> np.ndarray:
         """The number of tokens of each conversation, int64 [N]; much faster than the rows."""
         chunks = [[text for _, text in self._chunks(segments)[0]] for segments in conversations]
         encodings = iter(self._core.encode_batch_fast([text for row in chunks for text in row]))
         added = self._core.num_special_tokens_to_add(False)
         leading = self._leading_specials()
         result = np.zeros(len(chunks), np.int64)
-        for i, row in enumerate(chunks):
+        for i, (row, images) in enumerate(zip(chunks, image_lengths, strict=True)):
             text_tokens = sum(len(next(encodings)) - added for _ in row)
-            result[i] = leading + text_tokens + self.image_tokens * (len(row) - 1)
+            result[i] = leading + text_tokens + sum(images)
         return result
 
     def _leading_specials(self) -> int:
@@ -148,15 +153,16 @@ class SegmentTokenizer:
         chunks.append((start, text[start:]))
         return chunks, spans
 
-    def _row(self, chunks, encodings: Sequence[Encoding], spans) -> TokenRow:
+    def _row(self, chunks, encodings: Sequence[Encoding], spans, image_lengths) -> TokenRow:
         ids, offsets, images = [], [], []
         length = 0
-        for i, ((position, _), encoding) in enumerate(zip(chunks, encodings, strict=True)):
+        pairs = zip(chunks, encodings, (0, *image_lengths), strict=True)
+        for i, ((position, _), encoding, image) in enumerate(pairs):
             if i:
-                images.append((length, length + self.image_tokens))
-                ids.append(np.full(self.image_tokens, self.image_token_id, np.int32))
-                offsets.append(np.full((self.image_tokens, 2), -1, np.int64))
-                length += self.image_tokens
+                images.append((length, length + image))
+                ids.append(np.full(image, self.image_token_id, np.int32))
+                offsets.append(np.full((image, 2), -1, np.int64))
+                length += image
             chunk_ids, chunk_offsets = _chunk_tokens(encoding, position, first=i == 0)
             ids.append(chunk_ids)
             offsets.append(chunk_offsets)

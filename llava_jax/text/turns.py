@@ -39,9 +39,16 @@ def render_turns(template: Template, turns: Sequence[Turn], mode: str) -> list[t
     return [render(template, (Turn("human", images + q), answer)) for q, answer in pairs]
 
 
-def token_row(tokenizer: SegmentTokenizer, texts: Sequence[tuple[Segment, ...]]) -> TokenRow:
-    """What `render_turns` gave -> one TokenRow; `turn_ids` tell its questions apart."""
-    rows = [tokenizer(text) for text in texts]
+def token_row(
+    tokenizer: SegmentTokenizer,
+    texts: Sequence[tuple[Segment, ...]],
+    image_lengths: Sequence[int],
+) -> TokenRow:
+    """The output of `render_turns` as one TokenRow; `turn_ids` number its questions.
+
+    image_lengths: tokens of each of the record's images, which all of the texts begin with.
+    """
+    rows = [tokenizer(text, image_lengths) for text in texts]
     if len(rows) == 1:
         return rows[0]
     shared = _shared_length(rows)

@@ -43,9 +43,9 @@ def attention_flops(config: LlavaConfig, pairs: float) -> float:
 
 
 def image_flops(config: LlavaConfig) -> tuple[float, float]:
-    """Forward FLOPs of one image through the encoder's used blocks, and through the projector."""
+    """Forward FLOPs of one tile through the encoder's used blocks, and through the projector."""
     v = config.vision
-    patches = (config.image_size // v.patch_size) ** 2
+    patches = (config.image.size // v.patch_size) ** 2
     tokens = patches + v.class_token
     weights = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     block = 2 * tokens * weights + 4 * tokens**2 * v.hidden_size

@@ -13,8 +13,7 @@ from llava_jax.models.gathering import front_order, take_rows
 from llava_jax.models.linear import product
 from llava_jax.models.precision import product_dtype
 from llava_jax.parallel.mesh import BATCH_AXES
-
-IGNORE_INDEX = -100
+from llava_jax.text.tokenization import IGNORE_INDEX
 
 
 def next_token_targets(
@@ -62,7 +61,7 @@ def cross_entropy_sum(
     padding = -length % chunk
     order, rank = front_order(targets != IGNORE_INDEX)
     targets = jnp.take_along_axis(targets, order, axis=1)
-    hidden_states = take_rows(hidden_states, order, rank, jnp.ones_like(order, bool))
+    hidden_states = take_rows(hidden_states, order, rank, every=True)
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
     hidden_states = jnp.pad(hidden_states, ((0, 0), (0, padding), (0, 0)))
     with jax.named_scope("cross_entropy"):

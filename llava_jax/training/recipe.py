@@ -10,17 +10,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llava_jax.data.media import IMAGE_MODES
+from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError
 from llava_jax.models.attention import IMPLEMENTATIONS, choose_attention
 from llava_jax.models.decoder import REMAT_POLICIES
-from llava_jax.models.llava import (
-    LlavaConfig,
-    LlavaModel,
-    abstract_params,
-    image_token_count,
-    init_params,
-)
+from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, init_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
@@ -117,9 +111,27 @@ def model_config(config: ConfigDict) -> LlavaConfig:
         folders = {k: existing(config.init[k], f"init.{k}") for k in ("vision", "decoder")}
         base = composed_config(folders["vision"], folders["decoder"])
     changes = {k: config.model[k] for k in MODEL_OVERRIDES if config.model[k] is not None}
+    image = {k: changes.pop(f"image_{k}") for k in ("size", "mode") if f"image_{k}" in changes}
+    try:
+        changes["image"] = dataclasses.replace(base.image, **image)
+    except LlavaError as error:
+        raise LlavaError(f"config.model.{error}") from None
     model = dataclasses.replace(base, **changes)
     check_model(model)
     return model
+
+
+def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
+    """The rows that a stage trains on."""
+    data = config.data
+    return RowFormat.of(
+        model,
+        config.model.template,
+        data.max_length,
+        data.images_per_row,
+        packing=data.packing,
+        turns=data.turns,
+    )
 
 
 def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaModel:
@@ -138,20 +150,15 @@ def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaM
 
 def check_model(config: LlavaConfig) -> None:
     """Raises LlavaError for settings under config.model that do not go with the parts."""
-    if config.image_mode not in IMAGE_MODES:
+    if config.image.size < config.vision.patch_size:
         raise LlavaError(
-            f"config.model.image_mode is {config.image_mode!r}: choose one of "
-            f"{', '.join(IMAGE_MODES)}"
-        )
-    if config.image_size < config.vision.patch_size:
-        raise LlavaError(
-            f"config.model.image_size is {config.image_size}: a patch alone has "
+            f"config.model.image_size is {config.image.size}: a patch alone has "
             f"{config.vision.patch_size} pixels"
         )
     try:
         spec = ProjectorSpec.parse(config.projector)
         spec.check(config.feature_size, config.decoder.hidden_size)
-        image_token_count(config)
+        _ = config.tokens_per_tile  # its grid of patches may not fold
     except ValueError as error:
         raise LlavaError(f"config.model: {error}") from None
 

@@ -10,9 +10,10 @@ import optax
 from jax.sharding import PartitionSpec
 
 from llava_jax.models.decoder import output_embedding
-from llava_jax.models.llava import LlavaConfig, LlavaModel, image_token_count
+from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.parallel.sharding import RULES_OF_A_PART
-from llava_jax.training.losses import IGNORE_INDEX, cross_entropy_sum, next_token_targets
+from llava_jax.text.tokenization import IGNORE_INDEX
+from llava_jax.training.losses import cross_entropy_sum, next_token_targets
 from llava_jax.training.optimizer import merge_params
 
 PARITY_DEVICES = 8
@@ -21,7 +22,9 @@ PARITY_DEVICES = 8
 # stay what the compiler makes of them: on v5e it does them; asked for on v5p and v6e, where its
 # figures for a step fall by a fifth, newer versions refuse and warn of wrong results.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
-MODEL_INPUTS = ("input_ids", "images", "position_ids", "segment_ids")
+MODEL_INPUTS = (
+    "input_ids", "tiles", "feature_ids", "feature_places", "position_ids", "segment_ids"
+)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -67,10 +70,10 @@ def row_weights(supervised: jax.Array, parity: bool) -> jax.Array:
 def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
     """What a batch really holds, padding left out: for throughput and MFU."""
     real = batch["segment_ids"] != 0
-    placeholders = jnp.sum(batch["input_ids"] == config.image_token_id)
+    tiles = jnp.max(batch["feature_ids"], axis=1) // config.tokens_per_tile + 1  # [B]
     return {
         "tokens": jnp.sum(real),
-        "images": placeholders // image_token_count(config),
+        "images": jnp.sum(tiles),
         # float32: over a pod batch the number of pairs outgrows int32
         "attention_pairs": jnp.sum(
             jnp.where(real, batch["position_ids"] + 1, 0), dtype=jnp.float32

@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, merge_lora
 from llava_jax.models.vit import ViTConfig, num_blocks
@@ -82,9 +83,19 @@ def config_from_dict(values: dict) -> LlavaConfig:
     decoder = dict(values["decoder"])
     if decoder["rope_scaling"] is not None:
         decoder["rope_scaling"] = RopeScaling(**decoder["rope_scaling"])
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    fields |= {"vision": ViTConfig(**values["vision"]), "decoder": DecoderConfig(**decoder)}
+    fields, image = _as_tuples(values), values.get("image")
+    if image is None:  # a run of before ImageSpec: image_size, image_mode, image_mean, image_std
+        image = {name: fields.pop(f"image_{name}") for name in ("size", "mode", "mean", "std")}
+    fields |= {
+        "vision": ViTConfig(**values["vision"]),
+        "decoder": DecoderConfig(**decoder),
+        "image": ImageSpec(**_as_tuples(image)),
+    }
     return LlavaConfig(**fields)
+
+
+def _as_tuples(values: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def write_run_model(workdir: Path, model: RunModel) -> None:

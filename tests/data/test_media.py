@@ -1,6 +1,5 @@
 """Pixels against the Pillow-based processors of transformers 5; faults of image files."""
 
-import dataclasses
 import io
 import pickle
 import warnings
@@ -10,8 +9,9 @@ import pytest
 from PIL import Image
 
 from llava_jax.data.media import ImageError, inspect_image, load_image, preprocess
-from llava_jax.models.llava import CLIP_MEAN, CLIP_STD, normalize_images
-from tests.tiny_model import CONFIG
+from llava_jax.errors import LlavaError
+from llava_jax.models.images import CLIP_MEAN, CLIP_STD, ImageSpec
+from llava_jax.models.llava import normalize_images
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 SIZES = [(64, 48), (48, 64), (33, 47), (224, 224), (1, 1), (1, 9), (300, 7), (7, 300), (17, 500)]
@@ -55,9 +55,9 @@ def expected(image, mode, size):
 def test_pixels_equal_transformers(mode, size):
     image = noise(size)
     for side in (56, 37):
-        ours = preprocess(load_image(encoded(image)), side, mode, MEAN)
-        assert ours.dtype == np.uint8 and ours.shape == (side, side, 3)
-        np.testing.assert_array_equal(ours, expected(image, mode, side))
+        ours = preprocess(load_image(encoded(image)), ImageSpec(side, mode, MEAN))
+        assert ours.dtype == np.uint8 and ours.shape == (1, side, side, 3)
+        np.testing.assert_array_equal(ours[0], expected(image, mode, side))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "LA", "P+transparency"])
@@ -70,7 +70,7 @@ def test_other_modes_equal_transformers(mode):
     data = encoded(image, "TIFF" if mode == "CMYK" else "PNG", **options)
     reopened = Image.open(io.BytesIO(data))
     np.testing.assert_array_equal(
-        preprocess(load_image(data), 28, "square"), expected(reopened, "square", 28)
+        preprocess(load_image(data), ImageSpec(28, "square"))[0], expected(reopened, "square", 28)
     )
 
 
@@ -134,11 +134,9 @@ def test_what_the_model_gets_equals_transformers(name, tmp_path):
         # Their loader drops the alpha channel, their processors lay it over white, as we do.
         image = Image.open(path) if name == "alpha" else their_load_image(path)
         expected = theirs(image, return_tensors="np")["pixel_values"][0]
-        config = dataclasses.replace(
-            CONFIG, image_mean=tuple(theirs.image_mean), image_std=tuple(theirs.image_std)
-        )
-        pixels = preprocess(load_image(path), side, mode, config.image_mean)
-        ours = np.asarray(normalize_images(config, pixels)).transpose(2, 0, 1)
+        spec = ImageSpec(side, mode, tuple(theirs.image_mean), tuple(theirs.image_std))
+        (pixels,) = preprocess(load_image(path), spec)
+        ours = np.asarray(normalize_images(spec, pixels)).transpose(2, 0, 1)
         np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
@@ -221,7 +219,7 @@ def test_a_bomb_is_refused(tmp_path):
 def test_very_long_images_are_refused_not_blown_up(mode):
     image = Image.new("RGB", (1_000_000, 2))
     with pytest.raises(ImageError, match="1000000x2.*too elongated"):
-        preprocess(image, 336, mode, MEAN, name="strip")
-    assert preprocess(image, 336, "resize").shape == (336, 336, 3)
-    with pytest.raises(ValueError, match="unknown image mode"):
-        preprocess(image, 336, "stretch")
+        preprocess(image, ImageSpec(336, mode, MEAN), name="strip")
+    assert preprocess(image, ImageSpec(336, "resize")).shape == (1, 336, 336, 3)
+    with pytest.raises(LlavaError, match="image_mode is 'stretch': choose one of square, pad"):
+        ImageSpec(336, "stretch")

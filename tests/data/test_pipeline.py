@@ -1,9 +1,9 @@
+import dataclasses
 import json
 import multiprocessing
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,26 +13,29 @@ from llava_jax.data.build import build_data_set
 from llava_jax.data.media import load_image, preprocess
 from llava_jax.data.pipeline import TrainingData, live_as_long_as_the_run
 from llava_jax.data.records import open_records
+from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError
+from llava_jax.models.images import ImageSpec
+from llava_jax.text.templates import get_template
 
 SPAWN = multiprocessing.get_context("spawn")
-CONFIG = SimpleNamespace(
-    image_size=28, vision=SimpleNamespace(patch_size=14, class_token=True), keep_class_token=False,
-    image_token_id=-200, image_mean=(0.5, 0.4, 0.3), image_std=(1, 1, 1), image_mode="pad",
-    use_im_start_end=False, drop_first_patch=False,
-)  # fmt: skip
+SPEC = ImageSpec(28, "pad", (0.5, 0.4, 0.3), (1, 1, 1))
+FORMAT = RowFormat(get_template("chatml"), SPEC, tokens_per_tile=4, max_length=128, tiles=4)
 
 
 @pytest.fixture
 def make(data_set, tokenizers):
     def make(records=None, **options):
         options = {
-            "max_length": 128, "images_per_row": 4, "batch_size": 4, "epochs": 2, "progress": False,
+            "batch_size": 4, "epochs": 2, "progress": False,
         } | options  # fmt: skip
+        if "template" in options:
+            options["template"] = get_template(options["template"])
+        fields = {field.name for field in dataclasses.fields(RowFormat)} & options.keys()
+        row_format = dataclasses.replace(FORMAT, **{name: options.pop(name) for name in fields})
         records = records if records is not None else open_records(*data_set)
         tokenizer = options.pop("tokenizer", tokenizers["smollm"])
-        template = options.pop("template", "chatml")
-        return TrainingData(records, tokenizer, template, CONFIG, **options)
+        return TrainingData(records, tokenizer, row_format, **options)
 
     return make
 
@@ -51,7 +54,7 @@ def test_batches_hold_the_conversations_and_their_images(make, data_set):
     seen = []
     for batch in data.batch_iterator():
         arrays = batch.arrays
-        assert arrays["input_ids"].shape == (4, 128) and arrays["images"].shape == (4, 4, 28, 28, 3)
+        assert arrays["input_ids"].shape == (4, 128) and arrays["tiles"].shape == (4, 4, 28, 28, 3)
         ids = iter(batch.record_ids)
         for row in range(4):
             slot = 0
@@ -63,10 +66,10 @@ def test_batches_hold_the_conversations_and_their_images(make, data_set):
                 np.testing.assert_array_equal(arrays["position_ids"][row][here], range(here.sum()))
                 assert (arrays["labels"][row][here] != -100).any()
                 for path in record.images:
-                    pixels = preprocess(load_image(path), 28, "pad", CONFIG.image_mean)
-                    np.testing.assert_array_equal(arrays["images"][row, slot], pixels)
+                    (pixels,) = preprocess(load_image(path), SPEC)
+                    np.testing.assert_array_equal(arrays["tiles"][row, slot], pixels)
                     slot += 1
-            assert not arrays["images"][row, slot:].any()
+            assert not arrays["tiles"][row, slot:].any()
             assert (arrays["labels"][row][arrays["segment_ids"][row] == 0] == -100).all()
         seen += batch.record_ids
     total = data.steps * data.batch_size
@@ -201,7 +204,7 @@ def test_refused_records_are_counted_with_reasons(make, data_set, tmp_path):
         items[16]["conversations"][0]["value"] = "a " * 150 + "<image> <image>"
 
     edit(data_set, change)
-    data = make(images_per_row=1)
+    data = make(tiles=1)
     assert data.refused == {
         "no supervised token is left at max_length=128": [1, 2],
         "an image would be cut off at max_length=128": [16],
@@ -212,7 +215,7 @@ def test_refused_records_are_counted_with_reasons(make, data_set, tmp_path):
         "2 refused: no supervised token is left at max_length=128 (index 1, 2)" in data.describe()
     )
     for _ in range(2):  # measured, then out of the cache
-        again = make(images_per_row=1, cache_dir=tmp_path / "cache")
+        again = make(tiles=1, cache_dir=tmp_path / "cache")
         assert "(index 0, 8); 1 cut to 128 tokens), " in again.describe()
     ids = {i for batch in data.batch_iterator() for i in batch.record_ids}
     assert "r3" in ids and not ids & {"r0", "r1", "r2", "r8", "r16"}
@@ -335,7 +338,7 @@ def test_bad_images_met_in_training_are_skipped_up_to_a_ceiling(make, data_set):
         assert set(with_bad.record_ids) == set(without.record_ids) - {"r5", "r8", "r9"}
         used = with_bad.arrays["segment_ids"].any(axis=1)
         assert (~used).sum() == len(with_bad.skipped)
-        assert not with_bad.arrays["images"][~used].any()
+        assert not with_bad.arrays["tiles"][~used].any()
         np.testing.assert_array_equal(
             with_bad.arrays["input_ids"][used], without.arrays["input_ids"][used]
         )

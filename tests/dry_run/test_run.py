@@ -47,7 +47,7 @@ def test_the_published_recipe_by_shapes_alone():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(stage.frozen)} == {"bfloat16"}
     leaves = jax.tree.leaves((stage.state, stage.frozen, stage.batch))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    assert stage.batch["images"].shape == (128, 3, 336, 336, 3)
+    assert stage.batch["tiles"].shape == (128, 3, 336, 336, 3)
 
 
 def test_moments_in_bfloat16_halve_the_optimizer():

@@ -12,6 +12,7 @@ from llava_jax.inference.prefill import PrefillShape, pack
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.cache import Chunks, empty_cache
 from llava_jax.models.decoder import RopeScaling
+from llava_jax.models.images import features_in_turn
 from llava_jax.models.llava import LlavaModel
 from tests.tiny_model import CONFIG, config_with, random_params
 
@@ -45,7 +46,8 @@ def test_prefill_then_single_tokens_give_the_logits_of_a_full_pass(variant):
     params, model = random_params(config), LlavaModel(config)
     ids, _, images = prompts([20, 20], [1, 2])
     mask = jnp.ones_like(ids)
-    full = all_logits(model, params, ids, images, mask)
+    feature_ids = features_in_turn(ids == CONFIG.image_token_id)
+    full = all_logits(model, params, ids, images, feature_ids, mask)
     store = jnp.zeros((4, 4, config.decoder.hidden_size))
     store = encode(model, params, store, images.reshape(-1, 8, 8, 3), jnp.arange(4))
     places = feature_places(np.array(ids), images.shape[1])
@@ -53,7 +55,8 @@ def test_prefill_then_single_tokens_give_the_logits_of_a_full_pass(variant):
     @jax.jit
     def advance(ids, places, chunks, cache):
         def read(model):
-            return model.decoder.read(decoding._embed(model, store, ids, places), cache, chunks)
+            features = store.reshape(-1, store.shape[-1])
+            return model.decoder.read(model.embed(ids, features, places), cache, chunks)
 
         hidden, cache = model.apply({"params": params}, method=read)
         return model.apply({"params": params}, hidden, method=LlavaModel.attend), cache
@@ -112,7 +115,8 @@ def test_generated_tokens_are_the_argmax_of_full_passes():
         whole[row, :length] = ids[row, :length]
         whole[row, length : length + answers.shape[1]] = answers[row]
     mask = np.arange(whole.shape[1]) < np.array(lengths)[:, None] + answers.shape[1]
-    best = all_logits(model, params, whole, images, mask.astype(int)).argmax(-1)
+    feature_ids = features_in_turn(whole == CONFIG.image_token_id)
+    best = all_logits(model, params, whole, images, feature_ids, mask.astype(int)).argmax(-1)
     for row, length in enumerate(lengths):
         expected = best[row, length - 1 : length - 1 + answers.shape[1]]
         np.testing.assert_array_equal(expected, answers[row])
@@ -170,10 +174,14 @@ def test_an_int8_cache_is_near_the_exact_one():
 def test_full_pass_takes_padding_on_either_side():
     params, model = random_params(CONFIG), LlavaModel(CONFIG)
     ids, _, images = prompts([12], [1])
-    alone = all_logits(model, params, ids, images, jnp.ones_like(ids))
+
+    def logits(ids, mask):
+        return all_logits(model, params, ids, images, features_in_turn(ids == -200), mask)
+
+    alone = logits(ids, jnp.ones_like(ids))
     for left, right in ((5, 0), (0, 5)):
         pad = ((0, 0), (left, right))
-        padded = all_logits(model, params, jnp.pad(ids, pad), images, jnp.pad(ids * 0 + 1, pad))
+        padded = logits(jnp.pad(ids, pad), jnp.pad(ids * 0 + 1, pad))
         np.testing.assert_allclose(padded[:, left : left + 12], alone, rtol=1e-5, atol=2e-5)
         assert np.isfinite(padded).all()
 

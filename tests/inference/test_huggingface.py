@@ -10,7 +10,6 @@ import pytest
 from llava_jax.inference.engine import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.models.llava import image_token_count
 from llava_jax.parallel.mesh import make_mesh
 from tests.tiny_model import byte_tokenizer, random_image
 
@@ -143,7 +142,7 @@ def test_greedy_tokens(pair):
 
 def as_request(ours, ids, pictures, tokens: int) -> Request:
     """Ids of a processor, with the next of `pictures` for their placeholders."""
-    count = (ids == ours.config.image_token_id).sum() // image_token_count(ours.config)
+    count = (ids == ours.config.image_token_id).sum() // ours.config.tokens_per_tile
     load = (partial(ours._load_image, image, "", "") for image in islice(pictures, count))
     return Request(ids, tuple(load), SamplingParams(tokens, ignore_eos=True))
 

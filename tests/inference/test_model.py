@@ -152,7 +152,7 @@ def test_logits_of_one_image_are_those_of_its_uint8_pixels(llava):
     """The two ways in, Hugging Face's normalised floats and our bytes, are one picture."""
     square = np.array(random_image(3, (8, 8)))
     ids = np.array([[5, *[CONFIG.image_token_id] * 4, 6, 7]])
-    normalised = (square / 255 - CONFIG.image_mean) / CONFIG.image_std
+    normalised = (square / 255 - CONFIG.image.mean) / CONFIG.image.std
     from_floats = llava.logits(ids, normalised.transpose(2, 0, 1)[None])
     from_bytes = llava.engine.logits(ids, [square[None]], np.ones_like(ids))
     np.testing.assert_allclose(from_floats, from_bytes, rtol=1e-5, atol=2e-5)

@@ -8,22 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.models.decoder import Decoder
+from llava_jax.models.images import ImageSpec, feature_places
 from llava_jax.models.llava import (
     IMAGE_TOKEN_ID,
     LlavaModel,
-    image_token_count,
-    merge_image_features,
     normalize_images,
 )
-from tests.tiny_model import CONFIG, random_params
+from tests.tiny_model import CONFIG, features_of, random_params
 
 RNG = np.random.default_rng(0)
 P = 4  # tokens an image
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def embed(params, ids, images, config=CONFIG):
-    return LlavaModel(config).apply({"params": params}, ids, images, method=LlavaModel.embed)
+def embed(params, ids, tiles, feature_ids, feature_places, config=CONFIG):
+    def run(model):
+        features = model.encode_images(tiles.reshape(-1, 8, 8, 3)).reshape(len(ids), -1, 32)
+        return model.embed(ids, features, feature_ids, feature_places)
+
+    return LlavaModel(config).apply({"params": params}, method=run)
 
 
 @jax.jit
@@ -43,19 +46,40 @@ def ids_with(length: int, *starts: int) -> np.ndarray:
     return ids
 
 
-def test_the_kth_placeholder_of_a_row_takes_its_kth_feature():
-    is_image = np.array([[0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]], bool)
-    features = jnp.arange(12.0).reshape(3, 4, 1) + 100
-    merged = merge_image_features(-jnp.ones((3, 6, 1)), features, is_image)
-    wanted = [[-1, 100, 101, -1, 102, 103], [-1] * 6, [108, 109, -1, -1, -1, -1]]
-    np.testing.assert_array_equal(merged[..., 0], wanted)
+def test_each_position_shows_the_feature_of_its_id():
+    params, ids = random_params(CONFIG), RNG.integers(0, 290, (3, 6))
+    feature_ids = np.array([[-1, 2, 0, -1, 3, 1], [-1] * 6, [1, 0, -1, -1, -1, -1]])
+    features = RNG.normal(size=(3, 4, 32)).astype(np.float32)
+    places = np.stack([feature_places(row, 4) for row in feature_ids])
+    assert places.tolist() == [[2, 5, 1, 4], [-1] * 4, [1, 0, -1, -1]]
+    model = LlavaModel(CONFIG)
+    for inverse in (places, None):
+        run = lambda model, inverse=inverse: model.embed(ids, features, feature_ids, inverse)
+        found = np.asarray(model.apply({"params": params}, method=run))
+        for row, position in np.ndindex(ids.shape):
+            feature = feature_ids[row, position]
+            wanted = params["decoder"]["embed_tokens"]["embedding"][ids[row, position]]
+            wanted = wanted if feature < 0 else features[row, feature]
+            np.testing.assert_array_equal(found[row, position], wanted)
+
+
+def test_a_flat_batch_takes_features_like_rows():
+    """As prefill has it: prompts one after the other, features of a store."""
+    params, ids = random_params(CONFIG), ids_with(14, 1, 8)
+    features = RNG.normal(size=(20, 32)).astype(np.float32)
+    feature_ids = np.where(ids == IMAGE_TOKEN_ID, np.arange(14) + 3, -1)
+    model = LlavaModel(CONFIG)
+    flat = model.apply({"params": params}, ids, features, feature_ids, method=LlavaModel.embed)
+    arrays = (x[None] for x in (ids, features, feature_ids))
+    row = model.apply({"params": params}, *arrays, method=LlavaModel.embed)
+    np.testing.assert_array_equal(flat, row[0])
 
 
 def test_images_stand_in_their_order_beside_text_that_is_untouched():
     params = random_params(CONFIG)
     ids = np.stack([ids_with(14, 1, 8), ids_with(14), ids_with(14, 5)])
     images = pictures(3, 2)
-    found = np.asarray(embed(params, ids, images))
+    found = np.asarray(embed(params, ids, images, **features_of(ids, 2)))
     features = np.asarray(encode(params, images.reshape(-1, 8, 8, 3))).reshape(3, 2, P, 32)
     table = np.asarray(params["decoder"]["embed_tokens"]["embedding"])
     wanted = table[np.where(ids == IMAGE_TOKEN_ID, 0, ids)]
@@ -68,7 +92,9 @@ def test_unused_image_slots_change_nothing():
     images = pictures(2, 2)
     other = images.copy()
     other[0, 1], other[1] = 7, 9
-    np.testing.assert_array_equal(embed(params, ids, images), embed(params, ids, other))
+    features = features_of(ids, 2)
+    before, after = (embed(params, ids, pixels, **features) for pixels in (images, other))
+    np.testing.assert_array_equal(before, after)
 
 
 def test_a_text_only_row_is_the_decoder_alone():
@@ -81,13 +107,18 @@ def test_a_text_only_row_is_the_decoder_alone():
             return decoder(decoder.embed(ids), positions, segments)
 
         alone = Decoder(CONFIG.decoder).apply({"params": params["decoder"]}, ids, method=text)
-        whole = LlavaModel(CONFIG).apply({"params": params}, ids, images, positions, segments)
-        bare = LlavaModel(CONFIG).apply({"params": params}, ids, None, positions, segments)
-        return alone, whole, bare
+        features = features_of(ids, 1).values()
+        none = images[:, :0]
+        return alone, *(
+            LlavaModel(CONFIG).apply(
+                {"params": params}, ids, pixels, *features, positions, segments
+            )
+            for pixels in (images, None, none)
+        )
 
-    alone, whole, bare = both(params, pictures(1, 1))
-    np.testing.assert_allclose(whole, alone, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(bare, alone, rtol=1e-6, atol=1e-6)
+    alone, *others = both(params, pictures(1, 1))
+    for found in others:
+        np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_the_embedding_of_id_0_gets_no_gradient_from_placeholders():
@@ -95,8 +126,10 @@ def test_the_embedding_of_id_0_gets_no_gradient_from_placeholders():
     params, ids = random_params(CONFIG), np.where(ids_with(10, 2) == 0, 1, ids_with(10, 2))[None]
     ids[0, 2:6] = IMAGE_TOKEN_ID
     weights = RNG.normal(size=(1, 10, 32)).astype(np.float32)
-    images = pictures(1, 1)
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(embed(p, ids, images) * weights)))(params)
+    images, features = pictures(1, 1), features_of(ids, 1)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(embed(p, ids, images, **features) * weights)))(
+        params
+    )
     table = grads["decoder"]["embed_tokens"]["embedding"]
     assert not table[0].any() and table[ids[0, 0]].any()
     assert abs(grads["projector"]["linear_0"]["kernel"]).max() > 0
@@ -104,16 +137,16 @@ def test_the_embedding_of_id_0_gets_no_gradient_from_placeholders():
 
 def test_pixels_are_normalised_by_the_encoders_mean_and_deviation():
     image = pictures(1)
-    wanted = (image / 255.0 - CONFIG.image_mean) / CONFIG.image_std
-    np.testing.assert_allclose(normalize_images(CONFIG, image), wanted, rtol=1e-5, atol=1e-5)
+    wanted = (image / 255.0 - CONFIG.image.mean) / CONFIG.image.std
+    np.testing.assert_allclose(normalize_images(CONFIG.image, image), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_an_image_takes():
     bare = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, class_token=False))
-    assert image_token_count(CONFIG) == P
-    assert image_token_count(dataclasses.replace(CONFIG, keep_class_token=True)) == P + 1
-    assert image_token_count(dataclasses.replace(bare, keep_class_token=True)) == P
-    assert image_token_count(dataclasses.replace(CONFIG, image_size=11)) == P
+    assert CONFIG.tokens_per_tile == P
+    assert dataclasses.replace(CONFIG, keep_class_token=True).tokens_per_tile == P + 1
+    assert dataclasses.replace(bare, keep_class_token=True).tokens_per_tile == P
+    assert dataclasses.replace(CONFIG, image=ImageSpec(11)).tokens_per_tile == P
 
 
 def test_the_model_gives_as_many_features_as_the_data_makes_placeholders():
@@ -126,4 +159,4 @@ def test_the_model_gives_as_many_features_as_the_data_makes_placeholders():
             random_params(config),
             pictures(1),
         )
-        assert shapes.shape == (1, image_token_count(config), 32)
+        assert shapes.shape == (1, config.tokens_per_tile, 32)

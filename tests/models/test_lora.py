@@ -15,7 +15,7 @@ from llava_jax.models.llava import LlavaModel, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, attach_lora, init_lora, merge_lora
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import param_shardings
-from tests.tiny_model import CONFIG, random_params
+from tests.tiny_model import CONFIG, features_of, random_params
 
 LORA = LoraConfig(4, 6.0, ("decoder/layers/*", "vision/layers/*/?_proj"))
 MODEL = LlavaModel(CONFIG)
@@ -37,7 +37,9 @@ def hidden_states(params: dict, model: LlavaModel = MODEL) -> jax.Array:
     ids[:, 2:6] = CONFIG.image_token_id
     images = rng.integers(0, 256, (2, 1, 8, 8, 3)).astype(np.uint8)
     positions = np.tile(np.arange(12), (2, 1))
-    return model.apply({"params": params}, ids, images, positions, np.ones_like(ids))[0]
+    return model.apply(
+        {"params": params}, ids, images, *features_of(ids, 1).values(), positions, np.ones_like(ids)
+    )[0]
 
 
 def test_attached_is_merged_in_value_and_gradient():

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.models.llava import abstract_params, image_token_count
+from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import PRESETS, preset
 
 LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320  # as Meta published them
@@ -43,7 +43,7 @@ def test_parameter_counts(name):
     counts = tuple(size(params[part]) for part in ("vision", "projector", "decoder"))
     assert counts == COUNTS[name]
     assert set(params) == {"vision", "projector", "decoder"}
-    assert image_token_count(preset(name)) == IMAGE_TOKENS[name]
+    assert preset(name).tokens_per_tile == IMAGE_TOKENS[name]
 
 
 def test_the_counts_are_those_of_the_published_llava():
@@ -54,8 +54,8 @@ def test_the_counts_are_those_of_the_published_llava():
 
 def test_v1_and_15_differ_as_published():
     v1, v15 = preset("llava-v1-7b"), preset("llava-1.5-7b")
-    assert (v1.projector, v1.image_mode, v1.image_size) == ("linear", "square", 224)
-    assert (v15.projector, v15.image_mode, v15.image_size) == ("mlp2x_gelu", "pad", 336)
+    assert (v1.projector, v1.image.mode, v1.image.size) == ("linear", "square", 224)
+    assert (v15.projector, v15.image.mode, v15.image.size) == ("mlp2x_gelu", "pad", 336)
     assert v1.feature_layer == v15.feature_layer == -2
     assert (v1.decoder.rms_norm_eps, v15.decoder.rms_norm_eps) == (1e-6, 1e-5)
     assert (v1.decoder.max_position_embeddings, v15.decoder.max_position_embeddings) == (2048, 4096)

@@ -28,7 +28,7 @@ from llava_jax.parallel.sharding import (
 from llava_jax.training.optimizer import adamw, optimizer_shardings, split_params, warmup_cosine
 from llava_jax.training.state import abstract_model, abstract_state, fresh_state, joined, place
 from llava_jax.training.step import make_train_step
-from tests.tiny_model import CONFIG, VISION, random_params
+from tests.tiny_model import CONFIG, VISION, features_of, random_params
 
 GROUPS = {"projector": 1e-2, "decoder": 1e-2}
 OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0}
@@ -96,7 +96,8 @@ def batch(config: LlavaConfig, rows: int = 8) -> dict:
         "labels": labels,
         "position_ids": np.tile(np.r_[:7, :9].astype(np.int32), (rows, 1)),
         "segment_ids": np.tile(np.repeat([1, 2], (7, 9)).astype(np.int32), (rows, 1)),
-        "images": rng.integers(0, 256, (rows, 2, 8, 8, 3)).astype(np.uint8),
+        "tiles": rng.integers(0, 256, (rows, 2, 8, 8, 3)).astype(np.uint8),
+        **features_of(ids, 2, config),
     }
 
 
@@ -221,7 +222,7 @@ def test_rows_of_a_batch_are_split_over_data_and_fsdp():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     arrays = put_batch(mesh, batch(CONFIG))
     assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
-    shapes = {shard.data.shape for shard in arrays["images"].addressable_shards}
+    shapes = {shard.data.shape for shard in arrays["tiles"].addressable_shards}
     assert shapes == {(2, 2, 8, 8, 3)}
     np.testing.assert_array_equal(arrays["labels"], batch(CONFIG)["labels"])
 

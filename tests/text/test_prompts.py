@@ -61,7 +61,9 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("turns", CONVERSATIONS)
 def test_ids_of_the_original(kind, turns, tokenizers):
     segments = render(get_template("vicuna_v1"), turns, generation=True)
-    ours = SegmentTokenizer(tokenizers[kind], image_tokens=1)(segments)
+    ours = SegmentTokenizer(tokenizers[kind])(
+        segments, [1] * sum(turn.text.count("<image>") for turn in turns)
+    )
     assert ours.input_ids.tolist() == original_ids(original_prompt(turns), tokenizers[kind])
 
 
@@ -126,7 +128,7 @@ def test_ids_of_a_processor(kind, template, tokenizers, tmp_path):
         num_additional_image_tokens=1,
         chat_template=template,
     )
-    prompt = ProcessorPrompt(tokenizer, template, image_tokens=4, image_token_id=image_id)
+    prompt = ProcessorPrompt(tokenizer, template, image_token_id=image_id)
     for turns in CONVERSATIONS:
         expected = processor.apply_chat_template(
             [message(turn) for turn in turns],
@@ -134,7 +136,8 @@ def test_ids_of_a_processor(kind, template, tokenizers, tmp_path):
             tokenize=True,
             return_dict=True,
         )["input_ids"]
-        assert prompt(turns).tolist() == np.ravel(expected).tolist()
+        images = sum(turn.text.count("<image>") for turn in turns)
+        assert prompt(turns, [4] * images).tolist() == np.ravel(expected).tolist()
 
 
 def test_ids_stay_when_a_tokenizer_goes_into_another_form(tokenizers, tmp_path):
@@ -157,20 +160,20 @@ def test_ids_stay_when_a_tokenizer_goes_into_another_form(tokenizers, tmp_path):
 
 def test_a_template_of_texts_alone(tokenizers, tmp_path):
     tokenizer, image_id = with_image(tokenizers["smollm"], tmp_path)
-    prompt = ProcessorPrompt(tokenizer, STRINGS, image_tokens=2, image_token_id=image_id)
-    text = tokenizer.decode(prompt([Turn("human", "<image>\nred?")]))
+    prompt = ProcessorPrompt(tokenizer, STRINGS, image_token_id=image_id)
+    text = tokenizer.decode(prompt([Turn("human", "<image>\nred?")], [2]))
     assert text == "### user\n<image><image>\nred?\n### assistant\n"
 
 
 def test_templates_and_tokenizers_that_do_not_go_together(tokenizers, tmp_path):
     tokenizer, image_id = with_image(tokenizers["smollm"], tmp_path)
     with pytest.raises(LlavaError, match="config.json has image_token_index=7"):
-        ProcessorPrompt(tokenizer, LISTS, 2, 7)
+        ProcessorPrompt(tokenizer, LISTS, 7)
     turns = [Turn("human", "<image>\nred?")]
     with pytest.raises(LlavaError, match="0 <image> of 1 image"):
-        ProcessorPrompt(tokenizer, "no place for one", 2, image_id)(turns)
+        ProcessorPrompt(tokenizer, "no place for one", image_id)(turns, [2])
     with pytest.raises(LlavaError, match="cannot render.*my words"):
-        ProcessorPrompt(tokenizer, "{{ raise_exception('my words') }}", 2, image_id)(turns)
+        ProcessorPrompt(tokenizer, "{{ raise_exception('my words') }}", image_id)(turns, [2])
 
 
 def test_a_tokenizer_that_does_not_fit_the_vocabulary(tokenizer_folder):

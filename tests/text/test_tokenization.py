@@ -59,16 +59,16 @@ def expected_row(tokenizer, segments, image_tokens):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_and_labels(tokenizers, kind, name):
-    tokenizer = SegmentTokenizer(tokenizers[kind], image_tokens=3)
+    tokenizer = SegmentTokenizer(tokenizers[kind])
     # gpt2 has the ids of smollm and offsets without spaces: the truth is smollm's.
     reference = tokenizers["smollm" if kind == "gpt2" else kind]
     for answer in ANSWERS:
         segments = render(TEMPLATES[name], turns_of("<image>\nq?", answer, " more 你", "yes"))
-        row = tokenizer(segments)
+        row = tokenizer(segments, [3])
         ids, labels = expected_row(reference, segments, 3)
         assert row.input_ids.tolist() == ids
         assert row.labels.tolist() == labels
-        assert tokenizer.lengths([segments, segments]).tolist() == [len(ids)] * 2
+        assert tokenizer.lengths([segments, segments], [[3], [3]]).tolist() == [len(ids)] * 2
         ((start, end),) = row.image_spans
         assert (row.input_ids[start:end] == IMAGE).all() and end - start == 3
         assert (row.input_ids == IMAGE).sum() == 3
@@ -77,16 +77,16 @@ def test_ids_and_labels(tokenizers, kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_are_tokenized_alone_with_one_bos(tokenizers, kind):
     tokenizer = tokenizers[kind]
-    row = SegmentTokenizer(tokenizer, 2)([Segment("<image>a <image>\nb")])
+    row = SegmentTokenizer(tokenizer)([Segment("<image>a <image>\nb")], [2, 1])
     bos = [i for i in tokenizer("").input_ids]
     chunk = [tokenizer(text).input_ids[len(bos) :] for text in ("", "a ", "\nb")]
-    assert row.input_ids.tolist() == bos + [IMAGE] * 2 + chunk[1] + [IMAGE] * 2 + chunk[2]
+    assert row.input_ids.tolist() == bos + [IMAGE] * 2 + chunk[1] + [IMAGE] + chunk[2]
     assert len(bos) == (0 if kind in ("smollm", "gpt2") else 1)
 
 
 def test_the_chatml_start_is_not_taken_for_an_added_bos(tokenizers):
     tokenizer = tokenizers["smollm"]
-    row = SegmentTokenizer(tokenizer, 1)([Segment("<|im_start|>user\n<image>\nhi")])
+    row = SegmentTokenizer(tokenizer)([Segment("<|im_start|>user\n<image>\nhi")], [1])
     after = row.input_ids[row.image_spans[0][1] :].tolist()
     assert row.input_ids[0] == tokenizer.bos_token_id
     assert after == tokenizer("\nhi").input_ids
@@ -95,7 +95,7 @@ def test_the_chatml_start_is_not_taken_for_an_added_bos(tokenizers):
 def test_v0_learns_the_first_two_tokens_of_a_question(tokenizers):
     tokenizer = tokenizers["smollm"]
     segments = render(TEMPLATES["v0"], turns_of("q", "a", "q2", "b"))
-    row = SegmentTokenizer(tokenizer, 1)(segments)
+    row = SegmentTokenizer(tokenizer)(segments)
     learnt = row.labels != -100
     runs = re.findall("1+|0+", "".join("01"[int(x)] for x in learnt))
     text = "".join(s.text for s in segments)
@@ -111,9 +111,9 @@ def test_v0_learns_the_first_two_tokens_of_a_question(tokenizers):
 def test_a_prompt_is_the_beginning_of_its_training_row(tokenizers, kind, name, answer):
     if name == "llama_3" and kind in ("smollm", "gpt2"):
         pytest.skip("these cut the header's two line breaks apart, but not at the end of a prompt")
-    tokenizer = SegmentTokenizer(tokenizers[kind], 3)
-    prompt = tokenizer(render(TEMPLATES[name], turns_of("<image>\nq"), generation=True))
-    full = tokenizer(render(TEMPLATES[name], turns_of("<image>\nq", answer)))
+    tokenizer = SegmentTokenizer(tokenizers[kind])
+    prompt = tokenizer(render(TEMPLATES[name], turns_of("<image>\nq"), generation=True), [3])
+    full = tokenizer(render(TEMPLATES[name], turns_of("<image>\nq", answer)), [3])
     assert full.input_ids[: len(prompt)].tolist() == prompt.input_ids.tolist()
     learnt = np.flatnonzero(full.labels != -100)
     roles_learnt = name == "v0"
@@ -130,7 +130,7 @@ def test_plain_chatml_begins_with_the_token_that_chatml_texts_begin_with(tokeniz
     """Behind an image token in its place, SmolLM2's gradients are lost in bfloat16's rounding."""
     tokenizer = tokenizers["smollm"]
     segments = render(TEMPLATES["plain_chatml"], turns_of("<image>", "blue"))
-    row = SegmentTokenizer(tokenizer, 2)(segments)
+    row = SegmentTokenizer(tokenizer)(segments, [2])
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert row.input_ids[:3].tolist() == [start, IMAGE, IMAGE]
     assert (row.labels[:3] == -100).all()
@@ -139,38 +139,38 @@ def test_plain_chatml_begins_with_the_token_that_chatml_texts_begin_with(tokeniz
 def test_plain_learns_the_first_token_after_the_image(tokenizers):
     for kind in KINDS:
         for caption in ("blue", "你好"):
-            row = SegmentTokenizer(tokenizers[kind], 2)(
-                render(TEMPLATES["plain"], turns_of("<image>", caption))
+            row = SegmentTokenizer(tokenizers[kind])(
+                render(TEMPLATES["plain"], turns_of("<image>", caption)), [2]
             )
             assert (row.labels[row.image_spans[0][1] :] != -100).all()
 
 
 def test_start_and_end_tokens(tokenizers):
     with pytest.raises(LlavaError, match="<im_start>"):
-        SegmentTokenizer(tokenizers["smollm"], 1, use_im_start_end=True)
+        SegmentTokenizer(tokenizers["smollm"], use_im_start_end=True)
     tokenizer = pickle.loads(pickle.dumps(tokenizers["smollm"]))
     tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
     segments = [Segment("q <image>\nw"), Segment("a", supervised=True)]
-    wrapped = SegmentTokenizer(tokenizer, 2, use_im_start_end=True)
-    row = pickle.loads(pickle.dumps(wrapped))(segments)
+    wrapped = SegmentTokenizer(tokenizer, use_im_start_end=True)
+    row = pickle.loads(pickle.dumps(wrapped))(segments, [2])
     start, end = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
     ((first, last),) = row.image_spans
     assert row.input_ids[first - 1] == start and row.input_ids[last] == end
     assert (row.labels != -100).sum() == 1 and row.labels[-1] == row.input_ids[-1]
     assert wrapped.text(segments) == "q <im_start><image><im_end>\nwa"
-    assert wrapped.lengths([segments]).tolist() == [len(row)]
+    assert wrapped.lengths([segments], [[2]]).tolist() == [len(row)]
 
 
 def test_truncation(tokenizers):
-    tokenizer = SegmentTokenizer(tokenizers["smollm"], 4)
-    row = tokenizer([Segment("q<image>"), Segment("blue " * 10, True), Segment("<image>x")])
+    tokenizer = SegmentTokenizer(tokenizers["smollm"])
+    row = tokenizer([Segment("q<image>"), Segment("blue " * 10, True), Segment("<image>x")], [4, 4])
     (_, end), (second, last) = row.image_spans
     whole, reason = truncate(row, len(row))
     assert reason is None and whole.input_ids.tolist() == row.input_ids.tolist()
     for length in (0, 1, end - 1, end, second, last - 1):
         cut, reason = truncate(row, length)
         assert cut is None and "image" in reason
-    text = tokenizer([Segment("q<image>"), Segment("blue " * 10, True), Segment("end")])
+    text = tokenizer([Segment("q<image>"), Segment("blue " * 10, True), Segment("end")], [4])
     cut, reason = truncate(text, end + 1)
     assert reason is None and len(cut) == end + 1 and len(cut.labels) == len(cut.offsets) == end + 1
     assert truncate(text, end)[1] == "no supervised token is left"
@@ -178,4 +178,4 @@ def test_truncation(tokenizers):
 
 def test_a_tokenizer_without_offsets_is_refused():
     with pytest.raises(LlavaError, match="offsets"):
-        SegmentTokenizer(object(), 1)
+        SegmentTokenizer(object())

@@ -76,7 +76,7 @@ def test_a_sound_recipe_passes():
 def test_the_model_is_composed_of_the_two_folders(parts):
     model = recipe.model_config(config(parts))
     assert (model.vision, model.decoder) == (CONFIG.vision, CONFIG.decoder)
-    assert (model.image_size, model.image_mode, model.projector) == (8, "square", "mlp2x_gelu")
+    assert (model.image.size, model.image.mode, model.projector) == (8, "square", "mlp2x_gelu")
 
 
 def test_a_preset_and_what_is_set_beside_it():
@@ -86,7 +86,7 @@ def test_a_preset_and_what_is_set_beside_it():
     model = recipe.model_config(
         config(model__preset="llava-v1-7b", **unset | {"model__image_size": 336})
     )
-    assert model.image_size == 336 and model.vision == PRESETS["llava-v1-7b"].vision
+    assert model.image.size == 336 and model.vision == PRESETS["llava-v1-7b"].vision
 
 
 @pytest.mark.parametrize(

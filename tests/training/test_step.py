@@ -14,6 +14,7 @@ from jax.interpreters import partial_eval
 
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
+from llava_jax.data.rows import RowFormat
 from llava_jax.models.llava import LlavaModel
 from llava_jax.training import step as step_module
 from llava_jax.training.optimizer import adamw, split_params
@@ -26,7 +27,7 @@ from llava_jax.training.step import (
 )
 from tests import tiny_run
 from tests.jaxprs import product_flops
-from tests.tiny_model import CONFIG, byte_tokenizer, random_params
+from tests.tiny_model import CONFIG, byte_tokenizer, features_of, random_params
 
 MODEL = LlavaModel(CONFIG)
 OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
@@ -46,15 +47,16 @@ def data_folder(tmp_path_factory):
 
 def batches(folder=None, records=None, **options) -> list[dict]:
     """One epoch of `records`, or of eight conversations of various answers and images."""
-    settings = {"max_length": 320, "images_per_row": 4, "batch_size": 2, "epochs": 1}
+    settings = {"max_length": 320, "tiles": 4, "batch_size": 2, "epochs": 1} | options
+    names = {"max_length", "tiles", "packing", "turns"} & settings.keys()
+    row_format = RowFormat.of(CONFIG, "chatml", **{name: settings.pop(name) for name in names})
     data = TrainingData(
         records or open_records(folder / "instruct.json", folder / "images"),
         byte_tokenizer(),
-        "chatml",
-        CONFIG,
+        row_format,
         pad_final_batch=True,
         progress=False,
-        **settings | options,
+        **settings,
     )
     return [batch.arrays for batch in data.batch_iterator()]
 
@@ -152,7 +154,8 @@ def uneven_batch() -> dict:
         "labels": labels,
         "position_ids": np.tile(np.arange(16, dtype=np.int32), (4, 1)),
         "segment_ids": np.ones_like(ids),
-        "images": rng.integers(0, 256, (4, 1, 8, 8, 3)).astype(np.uint8),
+        "tiles": rng.integers(0, 256, (4, 1, 8, 8, 3)).astype(np.uint8),
+        **features_of(ids, 1),
     }
 
 

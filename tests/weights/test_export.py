@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from llava_jax import cli
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
-from llava_jax.models.llava import LlavaConfig, abstract_params, image_token_count
+from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora
 from llava_jax.models.vit import ViTConfig
 from llava_jax.text.conversation import Turn
@@ -151,7 +151,7 @@ def test_what_serving_engines_look_for(exported):
     assert ("language_model.lm_head.weight" in names) is not tied
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
-    assert config["image_seq_length"] == image_token_count(ours.config)
+    assert config["image_seq_length"] == ours.config.tokens_per_tile
     assert config["image_token_index"] < config["text_config"]["vocab_size"]
     generation = json.loads((folder / "generation_config.json").read_text())
     assert set(ours.engine.stop_ids) == set(generation["eos_token_id"])

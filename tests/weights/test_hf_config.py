@@ -7,6 +7,7 @@ import pytest
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.presets import DINOV2_SMALL, SMOLLM2_135M, clip_large
 from llava_jax.weights.families import (
     decoder_config,
@@ -69,7 +70,7 @@ def test_llava_15_of_the_hub(tmp_path):
     config = llava_config(write(tmp_path, LLAVA_15, CLIP_PIXELS))
     assert config.vision == clip_large(336)
     assert config.decoder == DecoderConfig(32064, 4096, 11008, 32, 32, 32, 128)
-    assert (config.image_token_id, config.image_mode, config.image_size) == (32000, "square", 336)
+    assert (config.image_token_id, config.image.mode, config.image.size) == (32000, "square", 336)
     assert (config.feature_layer, config.keep_class_token) == (-2, False)
 
 
@@ -237,25 +238,20 @@ def test_vision_config_round_trip():
 def test_image_settings(tmp_path):
     assert image_settings(tmp_path) is None
     write(tmp_path, pixels=CLIP_PIXELS)
-    assert image_settings(tmp_path)["image_mode"] == "square"
+    assert image_settings(tmp_path).mode == "square"
     write(tmp_path, pixels=CLIP_PIXELS | {"do_pad": True})
-    assert image_settings(tmp_path)["image_mode"] == "pad"
+    assert image_settings(tmp_path).mode == "pad"
     siglip = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 7, "width": 7}}
     write(tmp_path, pixels=siglip)
-    assert image_settings(tmp_path) == {
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
-        "image_mode": "resize",
-        "image_size": 7,
-    }
+    assert image_settings(tmp_path) == ImageSpec(7, "resize", (0.5,) * 3, (0.5,) * 3)
     write(tmp_path, pixels=CLIP_PIXELS | {"size": {"height": 336, "width": 336}})
-    assert image_settings(tmp_path)["image_mode"] == "resize"  # not to the shortest edge
+    assert image_settings(tmp_path).mode == "resize"  # not to the shortest edge
     old = {"size": 224, "crop_size": 224, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
     write(tmp_path, pixels=old)
-    assert image_settings(tmp_path)["image_size"] == 224
+    assert image_settings(tmp_path).size == 224
     (tmp_path / "preprocessor_config.json").unlink()
     write(tmp_path, pixels={"image_processor": CLIP_PIXELS}, name="processor_config.json")
-    assert image_settings(tmp_path)["image_size"] == 336
+    assert image_settings(tmp_path).size == 336
     write(tmp_path, pixels={"image_processor": "clip"}, name="processor_config.json")
     with pytest.raises(LlavaError, match="processor_config.json has image_processor='clip'"):
         image_settings(tmp_path)
@@ -287,7 +283,7 @@ def test_a_fresh_model_takes_the_square_of_the_crop(tmp_path):
     """DINOv2's own files resize to 256 and crop to 224."""
     dinov2 = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}}
     write(tmp_path, pixels=dinov2 | {"crop_size": {"height": 224, "width": 224}})
-    assert image_settings(tmp_path, trained=False)["image_size"] == 224
+    assert image_settings(tmp_path, trained=False).size == 224
     with pytest.raises(LlavaError, match="preprocessor_config.json has crop_size"):
         image_settings(tmp_path)
 
@@ -298,6 +294,6 @@ def test_composed_config(tmp_path):
     decoder.mkdir()
     write(vision, encoder_to_hf(DINOV2_SMALL))
     write(decoder, decoder_to_hf(SMOLLM2_135M))
-    config = composed_config(vision, decoder, image_size=56, projector="mlp3x_gelu")
+    config = composed_config(vision, decoder, image=ImageSpec(56), projector="mlp3x_gelu")
     assert (config.vision, config.decoder) == (DINOV2_SMALL, SMOLLM2_135M)
-    assert (config.image_size, config.projector, config.image_token_id) == (56, "mlp3x_gelu", -200)
+    assert (config.image.size, config.projector, config.image_token_id) == (56, "mlp3x_gelu", -200)

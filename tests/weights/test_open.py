@@ -101,7 +101,7 @@ def test_a_language_model_and_an_encoder(llama_folder, tmp_path):
     refused(llama_folder, "language model alone", "--vision_tower")
     refused(tmp_path, "vision encoder alone")
     checkpoint = open_llava(llama_folder, vision_tower=tmp_path)
-    assert checkpoint.config.image_mode == "resize"
+    assert checkpoint.config.image.mode == "resize"
     params, again = checkpoint.read(), open_llava(llama_folder, vision_tower=tmp_path).read()
     jax.tree.map(np.testing.assert_array_equal, params, again)
     jax.tree.map(np.testing.assert_array_equal, params["decoder"], load_decoder(llama_folder)[1])

@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from llava_jax.errors import LlavaError  # noqa: E402
-from llava_jax.models.llava import LlavaModel, image_token_count  # noqa: E402
+from llava_jax.models.images import features_in_turn  # noqa: E402
+from llava_jax.models.llava import LlavaModel  # noqa: E402
 from llava_jax.weights.read.llava_folder import load_llava, open_llava  # noqa: E402
 from tests.weights.conftest import TEXT, VISION, edit_config, randomize  # noqa: E402
 
@@ -112,7 +113,7 @@ def logits(folder, ids: np.ndarray, pixels: np.ndarray, **options) -> np.ndarray
     """Ours, each -200 grown to its number of placeholders."""
     config, params = load_llava(folder, allow_pickle=True, **options)
     assert config.image_token_id == -200
-    count = image_token_count(config)
+    count = config.tokens_per_tile
     rows = []
     for row in ids:
         (at,) = np.flatnonzero(row == -200)
@@ -122,7 +123,8 @@ def logits(folder, ids: np.ndarray, pixels: np.ndarray, **options) -> np.ndarray
     model, positions = LlavaModel(config), np.broadcast_to(np.arange(grown.shape[1]), grown.shape)
 
     def forward(model):
-        hidden = model(grown, images, positions, np.ones_like(grown))
+        features = features_in_turn(grown == -200)
+        hidden = model(grown, images, features, None, positions, np.ones_like(grown))
         return model.attend(hidden)
 
     return np.asarray(jax.jit(lambda p: model.apply({"params": p}, method=forward))(params))
@@ -169,10 +171,10 @@ def test_config_and_pictures(whole, tower):
     (tower / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28}))
     checkpoint = open_llava(whole[0], allow_pickle=True)
     config = checkpoint.config
-    assert (config.image_mode, config.image_size, config.projector) == ("pad", 28, "mlp2x_gelu")
+    assert (config.image.mode, config.image.size, config.projector) == ("pad", 28, "mlp2x_gelu")
     assert (checkpoint.template, checkpoint.tokenizer_dir) == ("v1", None)
     edit_config(whole[0], image_aspect_ratio=None)
-    assert open_llava(whole[0], allow_pickle=True).config.image_mode == "square"
+    assert open_llava(whole[0], allow_pickle=True).config.image.mode == "square"
 
 
 def test_sharded_and_half_precision(parts, whole, tower, tmp_path):

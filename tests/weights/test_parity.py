@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from llava_jax.models.decoder import Decoder  # noqa: E402
-from llava_jax.models.llava import LlavaModel, image_token_count, normalize_images  # noqa: E402
+from llava_jax.models.images import features_in_turn  # noqa: E402
+from llava_jax.models.llava import LlavaModel, normalize_images  # noqa: E402
 from llava_jax.models.vit import ViT  # noqa: E402
 from llava_jax.weights.read.llava_folder import load_decoder, load_llava, load_vision  # noqa: E402
 from tests.weights.conftest import TEXT, VISION, edit_config, randomize, rename  # noqa: E402
@@ -234,7 +235,8 @@ def llava_logits(folder, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     model = LlavaModel(config)
 
     def forward(model):
-        hidden = model(ids, pixels, positions, np.ones_like(ids))
+        features = features_in_turn(ids == config.image_token_id)
+        hidden = model(ids, pixels, features, None, positions, np.ones_like(ids))
         return model.attend(hidden)
 
     return np.asarray(jax.jit(lambda p: model.apply({"params": p}, method=forward))(params))
@@ -267,11 +269,11 @@ def test_llava_logits(name, tmp_path):
     model.save_pretrained(tmp_path)
     config, _ = load_llava(tmp_path)
     rng = np.random.default_rng(0)
-    count = image_token_count(config)
+    count = config.tokens_per_tile
     ids = rng.integers(0, 79, (2, 2 * count + 9))  # two pictures a row
     ids[:, 2 : 2 + count] = ids[:, -count - 3 : -3] = config.image_token_id
     images = rng.integers(0, 256, (2, 2, 28, 28, 3), np.uint8)
-    pixels = np.asarray(normalize_images(config, images))
+    pixels = np.asarray(normalize_images(config.image, images))
     expected = reference_logits(model, ids, pixels)
     np.testing.assert_allclose(llava_logits(tmp_path, ids, pixels), expected, atol=TOLERANCE)
 

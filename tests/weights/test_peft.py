@@ -11,7 +11,6 @@ peft = pytest.importorskip("peft")
 from llava_jax import cli  # noqa: E402
 from llava_jax.errors import LlavaError  # noqa: E402
 from llava_jax.inference.model import Llava  # noqa: E402
-from llava_jax.models.llava import image_token_count  # noqa: E402
 from llava_jax.weights.read.llava_folder import open_llava  # noqa: E402
 from tests.weights.test_export import lora_run  # noqa: E402
 from tests.weights.test_parity import tiny_llava  # noqa: E402
@@ -28,10 +27,10 @@ def test_ours_in_peft(tmp_path):
     adapter = tmp_path / "adapter"
     assert cli.main(["export", str(run), "--format", "peft", "--out", str(adapter)]) == 0
     config = open_llava(base).config
-    rng, count = np.random.default_rng(0), image_token_count(config)
+    rng, count = np.random.default_rng(0), config.tokens_per_tile
     ids = rng.integers(0, 256, (1, 9 + count))
     ids[:, 3 : 3 + count] = config.image_token_id
-    side = config.image_size
+    side = config.image.size
     pixels = rng.standard_normal((1, 3, side, side)).astype(np.float32)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(base)
     before = logits(theirs, ids, pixels)

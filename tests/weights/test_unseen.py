@@ -11,7 +11,6 @@ transformers = pytest.importorskip("transformers")
 
 from llava_jax import cli  # noqa: E402
 from llava_jax.inference.model import Llava  # noqa: E402
-from llava_jax.models.llava import image_token_count  # noqa: E402
 from llava_jax.weights.read.llava_folder import open_llava  # noqa: E402
 from tests.tiny_model import byte_tokenizer  # noqa: E402
 from tests.weights.conftest import randomize, rename  # noqa: E402
@@ -125,7 +124,7 @@ def save(model, draw: Draw, folder):
 
 def batch(config, draw: Draw) -> dict[str, np.ndarray]:
     """Three rows of different lengths with 0 to 2 images, padded on one side."""
-    count, rng = image_token_count(config), draw.rng
+    count, rng = config.tokens_per_tile, draw.rng
     rows, images = [], 0
     for number in rng.permutation(3):
         pieces = [rng.integers(0, 256, 1 + rng.integers(6))]
@@ -139,7 +138,7 @@ def batch(config, draw: Draw) -> dict[str, np.ndarray]:
     for i, row in enumerate(rows):
         place = slice(longest - len(row), None) if left else slice(len(row))
         ids[i, place], mask[i, place] = row, 1
-    side = config.image_size
+    side = config.image.size
     pixels = rng.standard_normal((images, 3, side, side)).astype(np.float32)
     return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
 

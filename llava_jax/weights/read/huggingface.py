@@ -1,4 +1,4 @@
-"""A Hugging Face LLaVA's `config.json` -> LlavaConfig; the way back is in `write/huggingface.py`."""
+"""A Hugging Face LLaVA's `config.json` -> LlavaConfig; the way back: `write/huggingface.py`."""
 
 from pathlib import Path
 
@@ -90,11 +90,11 @@ def llava_config(folder: Path) -> LlavaConfig:
     vision = encoder_config(_vision_values(values), f"{source} (vision_config)")
     decoder = decoder_config(values["text_config"] or {}, f"{source} (text_config)")
     _check_llava(f, vision)
-    images = image_settings(folder) or default_images(vision)
-    if images["image_size"] != vision.image_size and not vision.layer_scale:
+    image = image_settings(folder) or default_images(vision)
+    if image.size != vision.image_size and not vision.layer_scale:
         raise LlavaError(
             f"{source} has an encoder for pictures of {vision.image_size} pixels, and the folder's "
-            f"preprocessor makes {images['image_size']}: only DINOv2 takes another size"
+            f"preprocessor makes {image.size}: only DINOv2 takes another size"
         )
     layers, drops_first = f["vision_feature_layer"], f[_STRATEGY] == "default"
     return LlavaConfig(
@@ -105,8 +105,8 @@ def llava_config(folder: Path) -> LlavaConfig:
         feature_layer=tuple(layers) if isinstance(layers, list) else layers,
         keep_class_token=not drops_first and vision.class_token,
         drop_first_patch=drops_first and not vision.class_token,
+        image=image,
         image_token_id=_image_token(f, decoder),
-        **images,
     )
 
 
@@ -162,6 +162,6 @@ def composed_config(vision_folder: Path, decoder_folder: Path, **fields) -> Llav
         "vision": vision,
         "decoder": decoder_config(read_json(decoder_source), str(decoder_source)),
         "image_token_id": IMAGE_TOKEN_ID,
-        **(image_settings(vision_folder, trained=False) or default_images(vision)),
+        "image": image_settings(vision_folder, trained=False) or default_images(vision),
     }
     return LlavaConfig(**(values | fields))

@@ -1,11 +1,11 @@
-"""How a folder's pictures are prepared: its `preprocessor_config.json` -> LlavaConfig fields."""
+"""How a folder's pictures are prepared: its `preprocessor_config.json` -> ImageSpec."""
 
 import math
 import re
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
-from llava_jax.models.llava import CLIP_MEAN, CLIP_STD
+from llava_jax.models.images import CLIP_MEAN, CLIP_STD, ImageSpec
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.read.fields import Fields, is_positive, read_json
 
@@ -24,8 +24,8 @@ _SIGLIP_DEFAULTS = _CLIP_DEFAULTS | {
 }
 
 
-def image_settings(folder: Path, trained: bool = True) -> dict | None:
-    """The LlavaConfig fields `image_mean`, `image_std`, `image_mode` and `image_size`.
+def image_settings(folder: Path, trained: bool = True) -> ImageSpec | None:
+    """How pictures are prepared for the model in a folder.
 
     Read from the folder's `preprocessor_config.json`, or the `processor_config.json` that
     transformers 5 writes; None where there is neither.
@@ -61,12 +61,8 @@ def image_settings(folder: Path, trained: bool = True) -> dict | None:
         f.refuse("rescale_factor", "pictures are always divided by 255")
     mode, side = _mode_and_side(f, trained)
     default_mean, default_std = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
-    return {
-        "image_mean": _channels(f, "image_mean", default_mean),
-        "image_std": _channels(f, "image_std", default_std),
-        "image_mode": mode,
-        "image_size": side,
-    }
+    mean, std = _channels(f, "image_mean", default_mean), _channels(f, "image_std", default_std)
+    return ImageSpec(side, mode, mean, std)
 
 
 def _mode_and_side(f: Fields, trained: bool) -> tuple[str, int]:
@@ -102,10 +98,7 @@ def _side(size: object) -> int | None:
     return size if type(size) is int and size > 0 else None
 
 
-def default_images(vision: ViTConfig) -> dict:
+def default_images(vision: ViTConfig) -> ImageSpec:
     if vision.class_token:
-        mean, std, mode = CLIP_MEAN, CLIP_STD, "square"
-    else:
-        mean, std, mode = (0.5,) * 3, (0.5,) * 3, "resize"
-    size = vision.image_size
-    return {"image_mean": mean, "image_std": std, "image_mode": mode, "image_size": size}
+        return ImageSpec(vision.image_size, "square")
+    return ImageSpec(vision.image_size, "resize", (0.5,) * 3, (0.5,) * 3)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.models.presets import clip_large
 from llava_jax.models.projector import ProjectorSpec
@@ -94,10 +95,10 @@ def open_original(
     tensors = _layers(folder, base, delta_base, allow_pickle, rows, bool(added))
     parts = _split(folder, tensors)
     tower = _tower_folder(values, folder, vision_tower)
-    vision, vision_family, images = _vision(values, source, tower, bool(parts["vision"]))
+    vision, vision_family, image = _vision(values, source, tower, bool(parts["vision"]))
     if not parts["vision"]:
         parts["vision"] = open_weights(tower, allow_pickle)
-    config = _config(values, source, vision, images, decoder)
+    config = _config(values, source, vision, image, decoder)
     return Original(
         config=config,
         families=Families(vision_family, decoder),
@@ -133,7 +134,7 @@ def _refuse_later(values: dict, source: str) -> None:
 
 
 def _config(
-    values: dict, source: str, vision: ViTConfig, images: dict, family: DecoderFamily
+    values: dict, source: str, vision: ViTConfig, image: ImageSpec, family: DecoderFamily
 ) -> LlavaConfig:
     feature = values.get("mm_vision_select_feature") or "patch"
     if feature not in ("patch", "cls_patch"):
@@ -163,16 +164,16 @@ def _config(
     if spec.fold > 1:
         raise LlavaError(f"{source} has mm_projector_type={projector!r}: it is not of the original")
     if values.get("image_aspect_ratio") == "pad":
-        images = images | {"image_mode": "pad"}
+        image = dataclasses.replace(image, mode="pad")
     return LlavaConfig(
         vision=vision,
         decoder=decoder,
         projector=projector,
         feature_layer=layer,
         keep_class_token=feature == "cls_patch" and vision.class_token,
+        image=image,
         image_token_id=IMAGE_TOKEN_ID,
         use_im_start_end=bool(values.get("mm_use_im_start_end")),
-        **images,
     )
 
 
@@ -201,14 +202,13 @@ def _tower_folder(values: dict, folder: Path, given: Path | None) -> Path | None
 
 def _vision(
     values: dict, source: str, tower: Path | None, has_weights: bool
-) -> tuple[ViTConfig, EncoderFamily, dict]:
+) -> tuple[ViTConfig, EncoderFamily, ImageSpec]:
     """The encoder's config, its family, and how it takes pictures."""
     name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if tower is not None:
         found = read_json(tower / "config.json")
         vision = encoder_config(found, str(tower / "config.json"))
-        images = image_settings(tower) or default_images(vision)
-        return vision, encoder_family(found), images
+        return vision, encoder_family(found), image_settings(tower) or default_images(vision)
     vision = _KNOWN_TOWERS.get(Path(name).name)
     if vision is None or not has_weights:
         lacking = "shape" if has_weights else "weights"

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
-from llava_jax.models.llava import LlavaConfig, image_token_count
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
 from llava_jax.text.templates import Template, render
 from llava_jax.text.tokenization import SegmentTokenizer
@@ -135,7 +135,7 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": config.image_token_id,
-        "image_seq_length": image_token_count(config),
+        "image_seq_length": config.tokens_per_tile,
         "ignore_index": -100,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector_bias,
@@ -160,16 +160,16 @@ def dtype_keys(name: str) -> dict:
 
 
 def preprocessor_config_json(config: LlavaConfig) -> dict:
-    """preprocessor_config.json: what our `image_mode` does, in the words of transformers."""
-    side = config.image_size
+    """preprocessor_config.json: what our picture mode does, in the words of transformers."""
+    side = config.image.size
     square, edge = {"height": side, "width": side}, {"shortest_edge": side}
     kinds = {
         "pad": ("LlavaImageProcessor", edge, {"do_pad": True}),
         "square": ("CLIPImageProcessor", edge, {}),
         "resize": ("SiglipImageProcessor", square, {}),
     }
-    name, size, more = kinds[config.image_mode]
-    if config.image_mode != "resize":
+    name, size, more = kinds[config.image.mode]
+    if config.image.mode != "resize":
         more = more | {"do_center_crop": True, "crop_size": square}
     return {
         "image_processor_type": name,
@@ -182,8 +182,8 @@ def preprocessor_config_json(config: LlavaConfig) -> dict:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
+        "image_mean": list(config.image.mean),
+        "image_std": list(config.image.std),
     }
 
 
@@ -214,9 +214,9 @@ def warn_of_other_tokens(
     """
     turns = [Turn("human", f"{IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A dog.")]
     segments = render(template, turns)
-    trained = SegmentTokenizer(load_tokenizer(tokenizer.source), 1, tokenizer.image_id)
+    trained = SegmentTokenizer(load_tokenizer(tokenizer.source), tokenizer.image_id)
     theirs = tokenizer.core.encode("".join(segment.text for segment in segments)).ids
-    if theirs != trained(segments).input_ids.tolist():
+    if theirs != trained(segments, [1]).input_ids.tolist():
         log(
             f"warning: beside an image the tokenizer of {tokenizer.source} cuts text into other "
             "tokens in transformers than in training: answers may differ a little."

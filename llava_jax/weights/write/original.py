@@ -47,7 +47,7 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
     """
     check_expressible(config)
     family = families_of(config).decoder
-    aspect = {} if config.image_mode == "resize" else {"image_aspect_ratio": config.image_mode}
+    aspect = {} if config.image.mode == "resize" else {"image_aspect_ratio": config.image.mode}
     return {
         **family.write(config.decoder),
         **ids,

@@ -3,8 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from llava_jax.data.packing import pack, plan_rows
-from llava_jax.text.tokenization import TokenRow
+from llava_jax.data.plan import plan_rows
 
 
 def lengths_and_images(count, seed=0):
@@ -93,33 +92,3 @@ def test_the_llava_mix_is_planned_in_seconds():
 def test_a_record_larger_than_a_row_is_refused():
     with pytest.raises(ValueError, match="larger"):
         plan_rows([5], [0], 4, 1, 0, 0)
-
-
-def row(ids, spans=()):
-    ids = np.array(ids, np.int32)
-    return TokenRow(ids, ids * 10, spans, np.zeros((len(ids), 2), np.int64))
-
-
-def test_pack():
-    images = [np.full((2, 2, 3), value, np.uint8) for value in (7, 8, 9)]
-    rows = [row([1, -200, -200, 2], ((1, 2), (2, 3))), row([3]), row([4, -200], ((1, 2),))]
-    result = pack(rows, images, 9, 4, 2)
-    assert result["input_ids"].tolist() == [1, -200, -200, 2, 3, 4, -200, 0, 0]
-    assert result["labels"].tolist() == [10, -2000, -2000, 20, 30, 40, -2000, -100, -100]
-    assert result["position_ids"].tolist() == [0, 1, 2, 3, 0, 0, 1, 0, 0]
-    assert result["segment_ids"].tolist() == [1, 1, 1, 1, 2, 3, 3, 0, 0]
-    assert result["images"][:, 0, 0, 0].tolist() == [7, 8, 9, 0]
-    assert {a.dtype.name for k, a in result.items() if k != "images"} == {"int32"}
-    assert result["images"].dtype == np.uint8 and result["images"].shape == (4, 2, 2, 3)
-
-
-def test_an_empty_row_is_all_padding():
-    result = pack([], [], 3, 1, 2)
-    assert result["segment_ids"].tolist() == [0, 0, 0] and result["labels"].tolist() == [-100] * 3
-
-
-def test_pack_refuses_what_does_not_fit():
-    for bad in ({"max_length": 1}, {"images_per_row": 0}, {"images": []}):
-        arguments = {"images": [np.zeros((2, 2, 3))], "max_length": 2, "images_per_row": 1} | bad
-        with pytest.raises(ValueError):
-            pack([row([1, -200], ((1, 2),))], image_size=2, **arguments)

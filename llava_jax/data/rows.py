@@ -1,0 +1,147 @@
+"""The row format, and the one schema of a batch that packing, dry run, benches and tests share.
+
+B rows, T tokens in a row, K tiles in a row, S side of a tile, P features of a tile.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from llava_jax.errors import LlavaError
+from llava_jax.models.images import (
+    IMAGE_TOKEN_ID,
+    TEXT,
+    ImageSpec,
+    Layout,
+    feature_places,
+    layout,
+)
+from llava_jax.text.templates import Template, get_template
+from llava_jax.text.tokenization import IGNORE_INDEX, TokenRow
+from llava_jax.text.turns import TURNS, turn_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """How records become rows: all that decides the arrays of a batch besides the records.
+
+    Attributes:
+      template: of the conversations.
+      image: how pictures are cut into tiles.
+      tokens_per_tile: P.
+      max_length: T; a longer conversation loses its end.
+      tiles: K; a record with more tiles is refused.
+      packing: several conversations in a row; otherwise one.
+      turns: "conversation", or "independent": each question sees the record's pictures and itself.
+      image_token_id: what stands in `input_ids` for a feature.
+      use_im_start_end: each picture stands between <im_start> and <im_end>.
+    """
+
+    template: Template
+    image: ImageSpec
+    tokens_per_tile: int
+    max_length: int
+    tiles: int
+    packing: bool = True
+    turns: str = "conversation"
+    image_token_id: int = IMAGE_TOKEN_ID
+    use_im_start_end: bool = False
+
+    def __post_init__(self):
+        if self.turns not in TURNS:
+            raise LlavaError(f"data.turns is {self.turns!r}: choose one of {', '.join(TURNS)}")
+
+    @classmethod
+    def of(cls, model, template: str, max_length: int, tiles: int, **options) -> "RowFormat":
+        """The rows that a model (LlavaConfig) takes; `template` is the name of one."""
+        return cls(
+            get_template(template),
+            model.image,
+            model.tokens_per_tile,
+            max_length,
+            tiles,
+            image_token_id=model.image_token_id,
+            use_im_start_end=model.use_im_start_end,
+            **options,
+        )
+
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """The tiles and tokens of a picture of (width, height)."""
+        return layout(self.image, self.tokens_per_tile, size)
+
+    def row_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Name -> (shape, dtype) of each array of a row.
+
+        input_ids, labels: as in TokenRow. position_ids: restart in each conversation, and in each
+        independent turn where the part that the turns share ends. segment_ids: 0 is padding,
+        conversations count from 1. turn_ids: as in TokenRow, only if turns are independent.
+        feature_ids, feature_places: which feature of the row's tiles stands at each position, and
+        its inverse (`models.images`). tiles: pixels; unused ones are zero.
+        """
+        tokens, side = (self.max_length,), self.image.size
+        names = ["input_ids", "labels", "position_ids", "segment_ids", "feature_ids"]
+        names += ["turn_ids"] if self.turns == "independent" else []
+        shapes = dict.fromkeys(names, tokens)
+        shapes["feature_places"] = (self.tiles * self.tokens_per_tile,)
+        spec = {name: (shape, np.dtype(np.int32)) for name, shape in shapes.items()}
+        return spec | {"tiles": ((self.tiles, side, side, 3), np.dtype(np.uint8))}
+
+
+def batch_spec(row_format: RowFormat, rows: int) -> dict:
+    """Name -> jax.ShapeDtypeStruct of each array of a batch of so many rows."""
+    import jax  # here alone: data workers need no JAX
+
+    return {
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype)
+        for name, (shape, dtype) in row_format.row_spec().items()
+    }
+
+
+def pack(
+    conversations: Sequence[TokenRow],
+    pictures: Sequence[tuple[Layout, np.ndarray]],
+    row_format: RowFormat,
+) -> dict[str, np.ndarray]:
+    """Conversations -> one row, padded to the shapes of `row_format.row_spec()`.
+
+    Two conversations, the first with a picture of two features, in a row of T = 8, K = 2, P = 2:
+
+        input_ids      1 -200 -200 2 | 5 6 | 0 0       segment_ids   1 1 1 1 2 2 0 0
+        feature_ids   -1    0    1 -1 -1 -1 -1 -1      position_ids  0 1 2 3 0 1 0 0
+        feature_places 1 2 -1 -1
+
+    Args:
+      pictures: layout and tiles, uint8 [N, S, S, 3], of all pictures in the order of their tokens.
+
+    Raises:
+      ValueError: something does not fit.
+    """
+    f = row_format
+    length, tiles = sum(map(len, conversations)), sum(layout.tiles for layout, _ in pictures)
+    if length > f.max_length or tiles > f.tiles:
+        raise ValueError(f"{length} tokens, {tiles} tiles exceed {f.max_length}, {f.tiles}")
+    spans = [len(range(*span)) for row in conversations for span in row.image_spans]
+    if spans != [len(layout) for layout, _ in pictures]:
+        raise ValueError(f"pictures of {[len(p[0]) for p in pictures]} tokens for places {spans}")
+    row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in f.row_spec().items()}
+    row["labels"][:], row["feature_ids"][:] = IGNORE_INDEX, TEXT
+    start, tile, waiting = 0, 0, iter(pictures)
+    for segment, conversation in enumerate(conversations, start=1):
+        here = slice(start, start + len(conversation))
+        row["input_ids"][here] = conversation.input_ids
+        row["labels"][here] = conversation.labels
+        row["segment_ids"][here] = segment
+        row["position_ids"][here] = np.arange(len(conversation))
+        if conversation.turn_ids is not None:
+            row["position_ids"][here] = turn_positions(conversation.turn_ids)
+            row["turn_ids"][here] = conversation.turn_ids
+        for first, end in conversation.image_spans:
+            layout, pixels = next(waiting)
+            features = tile * f.tokens_per_tile + layout.features
+            row["feature_ids"][start + first : start + end] = features
+            row["tiles"][tile : tile + layout.tiles] = pixels
+            tile += layout.tiles
+        start += len(conversation)
+    row["feature_places"] = feature_places(row["feature_ids"], len(row["feature_places"]))
+    return row

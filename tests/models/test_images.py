@@ -1,0 +1,55 @@
+"""Pictures as tiles and tokens."""
+
+import numpy as np
+import pytest
+
+from llava_jax.models.images import (
+    MODES,
+    ImageSpec,
+    feature_places,
+    features_in_turn,
+    layout,
+    views,
+)
+
+SIZES = [(1, 1), (1, 9), (640, 480), (480, 640), (17, 500), (3001, 2)]
+
+
+@pytest.mark.parametrize("mode", ["square", "pad", "resize"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_three_modes_make_one_tile_and_show_all_of_it(mode, size):
+    found = layout(ImageSpec(28, mode), 4, size)
+    assert found.tiles == 1 and len(found) == 4 and found.features.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+def test_views_are_cut_into_whole_tiles(mode, size):
+    for view in views(ImageSpec(28, mode), size):
+        assert min(view.padded + view.resized + view.cut) > 0
+        assert view.cut[0] % 28 == view.cut[1] % 28 == 0
+
+
+def test_views_of_a_wide_picture():
+    (square,) = views(ImageSpec(28, "square"), (50, 20))
+    assert (square.padded, square.resized, square.cut) == ((50, 20), (70, 28), (28, 28))
+    (pad,) = views(ImageSpec(28, "pad"), (50, 20))
+    assert (pad.padded, pad.resized, pad.cut) == ((50, 50), (28, 28), (28, 28))
+    (resize,) = views(ImageSpec(28, "resize"), (50, 20))
+    assert (resize.padded, resize.resized, resize.cut) == ((50, 20), (28, 28), (28, 28))
+
+
+def test_places_are_the_inverse_of_feature_ids():
+    rng = np.random.default_rng(0)
+    features = rng.permutation(12)[:7]
+    ids = np.full(20, -1, np.int32)
+    positions = rng.permutation(20)[:7]
+    ids[positions] = features
+    places = feature_places(ids, 12)
+    assert places.dtype == np.int32 and (places >= 0).sum() == 7
+    np.testing.assert_array_equal(places[features], positions)
+
+
+def test_features_in_turn():
+    is_image = np.array([[False, True, True, False], [True, False, False, True]])
+    assert features_in_turn(is_image).tolist() == [[-1, 0, 1, -1], [0, -1, -1, 1]]
