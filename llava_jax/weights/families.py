@@ -13,7 +13,8 @@ from types import MappingProxyType
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
-from llava_jax.models.llava import CLIP_MEAN, CLIP_STD, LlavaConfig
+from llava_jax.models.images import CLIP_MEAN, CLIP_STD
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights import decoder_configs, encoder_configs
 from llava_jax.weights.name_tables import CLIP, DINOV2, LLAMA, SIGLIP, NameTable

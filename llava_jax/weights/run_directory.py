@@ -84,7 +84,7 @@ def config_from_dict(values: dict) -> LlavaConfig:
     if decoder["rope_scaling"] is not None:
         decoder["rope_scaling"] = RopeScaling(**decoder["rope_scaling"])
     fields, image = _as_tuples(values), values.get("image")
-    if image is None:  # a run of before ImageSpec: image_size, image_mode, image_mean, image_std
+    if image is None:  # before ImageSpec there were image_size, image_mode, image_mean, image_std
         image = {name: fields.pop(f"image_{name}") for name in ("size", "mode", "mean", "std")}
     fields |= {
         "vision": ViTConfig(**values["vision"]),
