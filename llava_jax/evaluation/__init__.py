@@ -14,7 +14,9 @@ from llava_jax.errors import LlavaError
 from llava_jax.evaluation import (
     chair,
     coco_captions,
+    documents,
     easy_vqa,
+    exams,
     multiple_choice,
     open_ended,
     paired,
@@ -47,6 +49,16 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "mmvet": open_ended.load_mmvet,
     "llava_bench": open_ended.load_llava_bench,
     "refcoco": refcoco.load,
+    "chartqa": documents.load_chartqa,
+    "docvqa": documents.load_docvqa,
+    "infovqa": documents.load_infovqa,
+    "ocrbench": documents.load_ocrbench,
+    "ai2d": exams.load_ai2d,
+    "mmmu": exams.load_mmmu,
+    "mmstar": exams.load_mmstar,
+    "realworldqa": exams.load_realworldqa,
+    "mathvista": documents.load_mathvista,
+    "muirbench": exams.load_muirbench,
     "coco_captions": coco_captions.load,
 }
 

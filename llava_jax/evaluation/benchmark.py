@@ -155,18 +155,25 @@ def ask(
     kind: str = "all",
     label: Any = None,
     group: str = "",
+    inline: bool = False,
 ) -> Question:
     """A question in LLaVA's form: the pictures, a line break, the text.
 
     (7, "What is it?", "a.jpg") -> the prompt "<image>\\nWhat is it?"; of two pictures
-    "<image> <image>\\nWhat is it?".
+    "<image> <image>\\nWhat is it?". With `inline` the text itself has an <image> for each picture.
     """
-    text = text.replace(IMAGE_TOKEN, "")  # text from a data set must not ask for a picture
     if image is None:
         images = ()
     else:
         images = (image,) if isinstance(image, Picture) else tuple(image)
-    prompt = f"{' '.join([IMAGE_TOKEN] * len(images))}\n{text}" if images else text
+    if inline:
+        if text.count(IMAGE_TOKEN) != len(images):
+            count = text.count(IMAGE_TOKEN)
+            raise LlavaError(f"its text has {count} {IMAGE_TOKEN} for {len(images)} pictures")
+        prompt = text
+    else:
+        text = text.replace(IMAGE_TOKEN, "")  # otherwise it would ask for a picture
+        prompt = f"{' '.join([IMAGE_TOKEN] * len(images))}\n{text}" if images else text
     name = image_name or ", ".join(map(_name, images))
     return Question(str(id), text, prompt, reference, images, name, kind, label, group)
 

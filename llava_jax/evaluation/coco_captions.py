@@ -1,7 +1,6 @@
 """COCO captions: one sentence about a picture, scored by CIDEr."""
 
 import importlib.util
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask
 from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.short_answers import write_rows
 
 CAPTION = "Provide a one-sentence caption for the provided image."
 
@@ -41,9 +41,7 @@ def load(root: Path, split: str) -> Benchmark:
     def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
         pairs = zip(questions, predictions, strict=True)
         rows = [{"image_id": int(q.id), "caption": one_line(text)} for q, text in pairs]
-        path = output / f"captions_{split}_llava_results.json"
-        path.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
-        return path
+        return write_rows(output / f"captions_{split}_llava_results.json", rows)
 
     questions = questions_of(data["images"], root / name, make)
     return Benchmark(f"coco_captions/{split}", folder.source, questions, score=score, submit=submit)

@@ -67,13 +67,17 @@ class Folder:
         with readable(path), open(path, encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file, delimiter=delimiter))
 
-    def parquet(self, pattern: str, *columns: str) -> list[ParquetRow]:
-        """Rows of all Parquet files that match `pattern` in the folder or in its `data`.
+    def parquet(
+        self, pattern: str, *columns: str, folders: Sequence[str] = ("", "data")
+    ) -> list[ParquetRow]:
+        """Rows of all Parquet files that match `pattern`, in order of name.
 
-        columns: those to read now; pictures are read when they are needed.
+        Args:
+          columns: those to read now; pictures are read when they are needed.
+          folders: where to look below the root; the first with a match counts.
         """
-        for folder in (self.root, self.root / "data"):
-            if paths := sorted(folder.glob(pattern)):
+        for folder in folders:
+            if paths := sorted(self.root.glob(str(Path(folder, pattern)))):
                 return list(rows(paths, columns))
         raise MissingFile(
             f"{self.root} has no file {pattern}: it is published at {self.source}; put it there or "

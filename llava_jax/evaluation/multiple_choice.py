@@ -2,8 +2,8 @@
 
 import base64
 import binascii
-import json
 import re
+import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +13,12 @@ from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, grad
 from llava_jax.evaluation.files import Folder, questions_of
 from llava_jax.evaluation.statistics import percent, standard_error
 from llava_jax.evaluation.xlsx import write_xlsx
+from llava_jax.files import json_line, whole_file
 
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
-LETTERS = "ABCDE"
+LETTERS = "ABCDE"  # of ScienceQA's options
+ALPHABET = string.ascii_uppercase
 # The cells that pandas, and so the original, reads as empty; also "nan" and "none" in any case.
 EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "<NA>", "N/A",
          "NA", "NULL", "n/a", "null", "-NaN", "-nan"}  # fmt: skip
@@ -27,7 +29,7 @@ ROTATION = (
 
 def with_options(question: str, options: Sequence[str]) -> str:
     """("Which?", ["a", "b"]) -> "Which?\\nA. a\\nB. b"."""
-    lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    lines = (f"{letter}. {option}" for letter, option in zip(ALPHABET, options, strict=False))
     return "\n".join([question, *lines])
 
 
@@ -231,9 +233,9 @@ def load_seed(root: Path) -> Benchmark:
 
     def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
         path = output / "seed_submission.jsonl"
-        with open(path, "w", encoding="utf-8") as file:
-            for q, text in zip(questions, predictions, strict=True):
-                file.write(json.dumps({"question_id": q.id, "prediction": text}) + "\n")
+        pairs = zip(questions, predictions, strict=True)
+        with whole_file(path) as file:
+            file.writelines(json_line({"question_id": q.id, "prediction": t}) for q, t in pairs)
         return path
 
     questions = questions_of(data["questions"], root / "SEED-Bench.json", make)

@@ -1,11 +1,11 @@
-"""MM-Vet, LLaVA-Bench and MathVista: free answers, which a language model has to grade."""
+"""MM-Vet and LLaVA-Bench: free answers, which a language model has to grade."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax.evaluation.benchmark import Benchmark, Question, ask
 from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.files import json_line, whole_file, write_json
 
 
 def load_mmvet(root: Path) -> Benchmark:
@@ -21,7 +21,7 @@ def load_mmvet(root: Path) -> Benchmark:
     def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
         answers = {q.id: text for q, text in zip(questions, predictions, strict=True)}
         path = output / "mmvet_submission.json"
-        path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, answers)
         return path
 
     questions = questions_of(list(items.items()), root / "mm-vet.json", make)
@@ -38,11 +38,11 @@ def load_llava_bench(root: Path) -> Benchmark:
 
     def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:
         path = output / "llava_bench_answers.jsonl"
-        with open(path, "w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             for i, (q, text) in enumerate(zip(questions, predictions, strict=True)):
                 line = {"question_id": q.label["question_id"], "prompt": q.text, "text": text,
                         "answer_id": str(i), "model_id": "llava_jax", "metadata": {}}  # fmt: skip
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json_line(line))
         return path
 
     path = root / "questions.jsonl"

@@ -1,6 +1,5 @@
 """VQAv2, GQA, VizWiz and TextVQA: questions answered in a word or a phrase."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.evaluation.answer_accuracy import m4c_accuracy, normalize_answer, vqa_accuracy
 from llava_jax.evaluation.benchmark import Benchmark, Question, ask, graded
 from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.files import json_line, whole_file
 
 SHORT = "Answer the question using a single word or phrase."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -155,5 +155,7 @@ def summary(answers: Sequence[str]) -> str:
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes a list of records as one line of JSON."""
+    with whole_file(path) as file:
+        file.write(json_line(rows))
     return path

@@ -12,6 +12,10 @@ OPTIONS = {
     "mmbench": {"file": "dev.tsv", "language": "en"},
     "refcoco": {"name": "refcoco", "split": "val"},
     "easy_vqa": {"split": "test_1000"},
+    "amber": {"part": "discriminative"},
+    "chair": {"count": 500, "seed": 0},
+    "docvqa": {"split": "validation"},
+    "mmmu": {"seed": 0},
 }
 
 
@@ -31,6 +35,14 @@ OPTIONS = {
         ("llava_bench", "questions.jsonl", "https://huggingface.co/datasets/liuhaotian"),
         ("refcoco", "refcoco/instances.json", "https://github.com/lichengunc/refer"),
         ("easy_vqa", "test_1000.json", "make quickstart"),
+        ("repope", "annotations/coco_repope_adversarial.json", "https://github.com/YanNeu/RePOPE"),
+        ("amber", "query_discriminative.json", "https://github.com/junyangwang0410/AMBER"),
+        ("chair", "synonyms.txt", "https://github.com/LisaAnne/Hallucination"),
+        ("hallusionbench", "HallusionBench.json", "https://github.com/tianyi-lab"),
+        ("mmvp", "Questions.csv", "https://huggingface.co/datasets/MMVP/MMVP"),
+        ("chartqa", "test-*.parquet", "https://huggingface.co/datasets/lmms-lab/ChartQA"),
+        ("docvqa", "validation-*.parquet", "https://huggingface.co/datasets/lmms-lab/DocVQA"),
+        ("mmmu", "validation-*.parquet", "https://huggingface.co/datasets/lmms-lab/MMMU"),
     ],
 )
 def test_a_missing_file_is_told_with_its_source(tmp_path, name, file, source):

@@ -1,0 +1,12 @@
+"""InfographicVQA: questions about infographics, scored by ANLS."""
+
+from configs.eval import base
+
+
+def get_config():
+    config = base.get_config()
+    config.benchmark = "infovqa"
+    config.data_root = "data/eval/infovqa"
+    config.options.split = "validation"  # or test, for the server
+    config.max_new_tokens = 32
+    return config
