@@ -57,6 +57,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "mmmu": exams.load_mmmu,
     "mmstar": exams.load_mmstar,
     "realworldqa": exams.load_realworldqa,
+    "cvbench": exams.load_cvbench,
     "mathvista": documents.load_mathvista,
     "muirbench": exams.load_muirbench,
     "coco_captions": coco_captions.load,

@@ -5,6 +5,7 @@ are the Parquet sets of the Hugging Face hub, with the pictures inside.
 """
 
 import ast
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -184,6 +185,63 @@ def _literal(text: str) -> list[str]:
 def _answers(text: str) -> list[str]:
     """The answers to an open question: one text, or a list of them in Python's notation."""
     return _literal(text) if text.startswith("[") and text.endswith("]") else [text]
+
+
+CVBENCH_NOTE = (
+    "Note: You only need to respond with {} without providing any additional information."
+)
+
+
+def load_cvbench(root: Path) -> Benchmark:
+    """CV-Bench (https://arxiv.org/abs/2406.16860): relations of objects in 2D and 3D.
+
+    The score is the mean of 2D, itself the mean of ADE20K and COCO, and of 3D (Omni3D).
+    """
+    folder = Folder(root, f"{HUB}/nyu-visionx/CV-Bench")
+    rows = folder.parquet("test*.parquet", "idx", "prompt", "choices", "answer", "source")
+
+    def make(row) -> Question:
+        if row["source"] not in CVBENCH_SHARES:
+            raise LlavaError(f"the source {row['source']!r} is none of {', '.join(CVBENCH_SHARES)}")
+        letters = ", ".join(ALPHABET[: len(row["choices"])])
+        return ask(
+            row["idx"],
+            f"{CVBENCH_NOTE.format(letters)}\n\n{row['prompt']}",
+            row.picture("image"),
+            reference=row["answer"].strip("()"),
+            kind=row["source"],
+        )
+
+    questions = questions_of(rows, root, make)
+    return Benchmark("cvbench", folder.source, questions, grade_cvbench, score_cvbench)
+
+
+CVBENCH_SHARES = {"ADE20K": 0.25, "COCO": 0.25, "Omni3D": 0.5}
+
+
+def grade_cvbench(question: Question, text: str) -> float:
+    """1 if the first letter, after brackets and spaces, is that of the right option."""
+    match = re.match(r"[(\s]*([A-Z])", text.strip(), re.IGNORECASE)
+    return float(bool(match) and match[1].upper() == question.reference)
+
+
+def score_cvbench(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
+    """A line per source, all, and the weighted mean of the sources."""
+    rights = grades_of(grade_cvbench, questions, predictions)
+    sources = [source for source in CVBENCH_SHARES if source in {q.kind for q in questions}]
+    shares = np.array([CVBENCH_SHARES[source] for source in sources])
+    own = np.array([[question.kind == source for source in sources] for question in questions])
+    # Each source has two columns of its own, right and all: [n, sources, 2].
+    pairs = np.stack([rights, np.ones(len(rights))], axis=1)
+    columns = (own[..., None] * pairs[:, None]).reshape(len(rights), -1)
+
+    def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+        right, asked = np.moveaxis(sums.reshape(len(sums), -1, 2), -1, 0)
+        return {"accuracy": ratio(right, asked) @ shares / shares.sum()}
+
+    units = [question.unit for question in questions]
+    mean = score_of_sums("2D and 3D", len(rights), units, columns, metrics)
+    return [*score_by_kind(questions, rights), mean]
 
 
 def load_muirbench(root: Path) -> Benchmark:

@@ -97,6 +97,33 @@ def test_mmmus_own_folders_are_read_as_well(tmp_path):
     assert len(benchmark.questions) == 2
 
 
+def test_cvbench_is_the_mean_of_2d_and_3d(tmp_path):
+    sources = ["ADE20K", "ADE20K", "COCO", "Omni3D"]
+    rows = [{"idx": i, "prompt": "Which? (A) x (B) y (C) z", "choices": ["x", "y", "z"],
+             "answer": "(B)", "source": source, "image": stored(i)}
+            for i, source in enumerate(sources)]  # fmt: skip
+    write_parquet(tmp_path, "test_2d.parquet", rows[:3])
+    write_parquet(tmp_path, "test_3d.parquet", rows[3:])
+    benchmark = load_benchmark("cvbench", tmp_path, {})
+    assert prompts(benchmark)[0] == (
+        "<image>\nNote: You only need to respond with A, B, C without providing any additional "
+        "information.\n\nWhich? (A) x (B) y (C) z"
+    )
+    first = benchmark.questions[0]
+    texts = ["B", "(B) y", " b", "Both", "The B", ""]  # the first letter, even of a word
+    assert [benchmark.grade(first, text) for text in texts] == [1, 1, 1, 1, 0, 0]
+    assert lines(benchmark.score(benchmark.questions, ["B", "A", "B", "A"])) == {
+        "ADE20K": (2, {"accuracy": 50.0}),
+        "COCO": (1, {"accuracy": 100.0}),
+        "Omni3D": (1, {"accuracy": 0.0}),
+        "overall": (4, {"accuracy": 50.0}),
+        "2D and 3D": (4, {"accuracy": 37.5}),
+    }
+    write_parquet(tmp_path, "test_3d.parquet", [rows[3] | {"source": "KITTI"}])
+    with pytest.raises(LlavaError, match="record 3: the source 'KITTI' is none of ADE20K"):
+        load_benchmark("cvbench", tmp_path, {})
+
+
 def muirbench(root, question="Which of <image> and <image> is it?", options=("<image>", "none")):
     rows = [{"idx": "7", "question": question, "options": list(options), "answer": "B",
              "task": "Counting", "image_list": [stored(i) for i in range(3)]},
