@@ -220,18 +220,18 @@ def score_of_sums(
 
 
 def score_by_kind(
-    questions: Sequence[Question], grades: Sequence[float], overall: str = "overall"
+    questions: Sequence[Question], grades: Sequence[float], name: str = "accuracy"
 ) -> list[Score]:
     """The mean grade of each kind of question, in order of appearance, and of all."""
     groups = defaultdict(list)
     for question, grade in zip(questions, grades, strict=True):
         groups[question.kind].append((question, grade))
     lines = [
-        mean_score(kind, *zip(*pairs, strict=True))
+        mean_score(kind, *zip(*pairs, strict=True), name)
         for kind, pairs in groups.items()
         if set(groups) != {"all"}
     ]
-    return [*lines, mean_score(overall, questions, grades)]
+    return [*lines, mean_score("overall", questions, grades, name)]
 
 
 def grades_of(
@@ -242,10 +242,10 @@ def grades_of(
     return [grade(question, text) for question, text in zip(questions, predictions, strict=True)]
 
 
-def graded(grade: Callable[[Question, str], float]) -> dict[str, Callable]:
-    """`grade` and `score` of a benchmark whose score is the mean grade."""
+def graded(grade: Callable[[Question, str], float], name: str = "accuracy") -> dict[str, Callable]:
+    """`grade` and `score` of a benchmark whose score is the mean grade, called `name`."""
 
     def score(questions, predictions) -> list[Score]:
-        return score_by_kind(questions, grades_of(grade, questions, predictions))
+        return score_by_kind(questions, grades_of(grade, questions, predictions), name)
 
     return {"grade": grade, "score": score}

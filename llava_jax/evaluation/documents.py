@@ -37,7 +37,7 @@ def load_chartqa(root: Path) -> Benchmark:
 
     questions = questions_of(list(enumerate(rows)), root, make)
     grade = lambda q, text: float(is_nearly(text, q.reference))
-    return Benchmark("chartqa", folder.source, questions, **graded(grade))
+    return Benchmark("chartqa", folder.source, questions, **graded(grade, "relaxed accuracy"))
 
 
 def is_nearly(text: str, reference: str) -> bool:
@@ -97,7 +97,7 @@ def _documents(name: str, root: Path, split: str, source: str, inside: str) -> B
     questions = questions_of(rows, root, make)
     if split == "test":
         return Benchmark(f"{name}/test", folder.source, questions, submit=submit)
-    metric = graded(lambda q, text: anls(text, q.label))
+    metric = graded(lambda q, text: anls(text, q.label), "ANLS")
     return Benchmark(f"{name}/validation", folder.source, questions, **metric)
 
 

@@ -7,18 +7,22 @@ have their share of yes and false-yes rate as well.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_jax.data.records import check_record, open_records
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, grades_of, score_by_kind
+from llava_jax.evaluation.benchmark import (
+    Benchmark,
+    Question,
+    Score,
+    grades_of,
+    mean_score,
+    score_by_kind,
+)
 from llava_jax.evaluation.files import Folder
-from llava_jax.evaluation.statistics import percent
 from llava_jax.text.conversation import IMAGE_TOKEN
-
-YES_NO = ("yes", "no")
 
 
 def load(root: Path, split: str) -> Benchmark:
@@ -53,15 +57,8 @@ def load(root: Path, split: str) -> Benchmark:
 
     def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
         lines = score_by_kind(questions, grades_of(grade, questions, predictions))
-        pairs = list(zip(questions, predictions, strict=True))
-        yes = {"yes/no": [(q, text) for q, text in pairs if normalize(q.reference) in YES_NO]}
-        return [
-            replace(
-                line,
-                values={**line.values, **blind.get(line.kind, {}), **yes_rates(yes.get(line.kind))},
-            )
-            for line in lines
-        ]
+        yes = yes_rates(questions, predictions)
+        return [_with(line, blind.get(line.kind, {}), yes.get(line.kind, ())) for line in lines]
 
     name, fingerprint = f"easy_vqa/{split}", records.fingerprint()
     return Benchmark(name, folder.source, questions, grade, score, fingerprint=fingerprint)
@@ -71,14 +68,29 @@ def grade(question: Question, text: str) -> float:
     return float(normalize(text) == normalize(question.reference))
 
 
-def yes_rates(pairs: Sequence[tuple[Question, str]] | None) -> dict[str, float]:
-    """Share of yes, and share of yes where the right answer is no, in percent."""
-    said = [normalize(text) == "yes" for _, text in pairs or ()]
-    false = [
-        s for s, (q, _) in zip(said, pairs or (), strict=True) if normalize(q.reference) == "no"
-    ]
-    shares = {"yes": said, "false yes": false}
-    return {name: percent(share) for name, share in shares.items() if share}
+def yes_rates(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, list[Score]]:
+    """By kind, for yes/no questions: the share of yes, and that where the right answer is no."""
+    groups = defaultdict(list)
+    for question, text in zip(questions, predictions, strict=True):
+        if normalize(question.reference) in ("yes", "no"):
+            groups[question.kind].append((question, float(normalize(text) == "yes")))
+    rates = {}
+    for kind, pairs in groups.items():
+        negative = [(q, said) for q, said in pairs if normalize(q.reference) == "no"]
+        parts = {"yes": pairs, "false yes": negative}
+        rates[kind] = [
+            mean_score(kind, *zip(*part, strict=True), name) for name, part in parts.items() if part
+        ]
+    return rates
+
+
+def _with(line: Score, blind: Mapping[str, float], rates: Sequence[Score]) -> Score:
+    """A line of the table with more columns."""
+    values, errors = {**line.values, **blind}, dict(line.errors)
+    for rate in rates:
+        values |= rate.values
+        errors |= rate.errors
+    return Score(line.kind, line.count, values, errors)
 
 
 def normalize(text: str) -> str:

@@ -33,8 +33,8 @@ from llava_jax.evaluation.answer_accuracy import (
         ("somebody'd", "somebodyd"),
         ("oclock", "o'clock"),
         ("red/blue", "red blue"),  # punctuation inside a word: a space
-        ("red / blue", "red blue"),  # beside a space: nothing, then words are joined again
-        ("a-b c- d", "ab c d"),  # beside a space anywhere, it is dropped everywhere
+        ("red / blue", "red blue"),  # next to a space: nothing, then words are joined again
+        ("a-b c- d", "ab c d"),  # next to a space anywhere, it is dropped everywhere
         ("$5 (five)", "$5 5"),
         ("isn't it?", "isn't it"),
         ("", ""),

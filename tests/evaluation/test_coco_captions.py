@@ -1,4 +1,4 @@
-"""COCO captions: the prompt, the results file, CIDEr, and what is told where its parts lack."""
+"""COCO captions: the prompt, the results file, CIDEr, and errors if its parts are missing."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_missing_parts_are_told_before_the_model_is_asked(root, monkeypatch):
+def test_missing_parts_are_reported_before_the_model_is_asked(root, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LlavaError, match=r"pip install 'llava_jax\[captions\]'"):
         load_benchmark("coco_captions", root, {"split": "val2014"})
@@ -51,7 +51,7 @@ def test_prompt_and_results_file(root, monkeypatch):
         load_benchmark("coco_captions", root, {"split": "test"})
 
 
-def test_a_picture_without_captions_is_told(root, monkeypatch):
+def test_a_picture_without_captions_is_reported(root, monkeypatch):
     monkeypatch.setattr(coco_captions, "_require_scorer", lambda: None)
     path = root / "annotations/captions_val2014.json"
     data = json.loads(path.read_text())

@@ -40,9 +40,9 @@ def test_chartqa(tmp_path):
     assert prompts(benchmark)[0] == "<image>\nHow many?\nAnswer the question with a single word."
     assert [q.read_images() for q in benchmark.questions] == [(png(i),) for i in range(3)]
     assert lines(benchmark.score(benchmark.questions, ["21", "21", "30"])) == {
-        "human": (1, {"accuracy": 100.0}),
-        "augmented": (2, {"accuracy": 50.0}),
-        "overall": (3, {"accuracy": 66.6667}),
+        "human": (1, {"relaxed accuracy": 100.0}),
+        "augmented": (2, {"relaxed accuracy": 50.0}),
+        "overall": (3, {"relaxed accuracy": 66.6667}),
     }
 
 
@@ -80,7 +80,7 @@ def test_docvqa_is_scored_by_anls(tmp_path):
     assert prompts(benchmark)[0] == f"<image>\nWho?{SHORT}"
     assert benchmark.questions[1].read_images() == (png(1),)
     assert lines(benchmark.score(benchmark.questions, ["x", "joe"])) == {
-        "overall": (2, {"accuracy": 50.0})
+        "overall": (2, {"ANLS": 50.0})
     }
     assert benchmark.questions[1].reference == "Jo / Joe" and benchmark.submit is None
     with pytest.raises(LlavaError, match="record 1: it has no answers"):

@@ -45,7 +45,7 @@ OPTIONS = {
         ("mmmu", "validation-*.parquet", "https://huggingface.co/datasets/lmms-lab/MMMU"),
     ],
 )
-def test_a_missing_file_is_told_with_its_source(tmp_path, name, file, source):
+def test_a_missing_file_is_reported_with_its_source(tmp_path, name, file, source):
     with pytest.raises(LlavaError) as error:
         load_benchmark(name, tmp_path, OPTIONS.get(name, {}))
     text = str(error.value)
@@ -65,19 +65,19 @@ def test_a_missing_file_is_told_with_its_source(tmp_path, name, file, source):
         ([{"image": "a.jpg", "question": "What?"}] * 2, r"two questions have the id 'a.jpg'"),
     ],
 )  # fmt: skip
-def test_a_file_of_another_form_is_told_by_record(tmp_path, value, message):
+def test_a_file_of_another_form_is_reported_by_record(tmp_path, value, message):
     write(tmp_path, "test.json", value)
     with pytest.raises(LlavaError, match=message):
         load_benchmark("vizwiz", tmp_path, {})
 
 
-def test_a_file_of_another_form_altogether_is_told(tmp_path):
+def test_a_file_of_another_form_altogether_is_reported(tmp_path):
     write(tmp_path, "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"answers": []})
     with pytest.raises(LlavaError, match=r"vqav2: the files below .* are not as published"):
         load_benchmark("vqav2", tmp_path, OPTIONS["vqav2"])
 
 
-def test_missing_pictures_are_told_at_the_start(tmp_path):
+def test_missing_pictures_are_reported_at_the_start(tmp_path):
     (tmp_path / "a.jpg").touch()
     paths = [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg", "b.jpg")]
     questions = [ask(i, "What?", path) for i, path in enumerate(paths)]

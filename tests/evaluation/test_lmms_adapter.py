@@ -152,13 +152,13 @@ def test_messages_become_turns_with_their_pictures_in_place(adapter):
         ({"text": lambda doc: []}, "no message is from the user"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_told(adapter, monkeypatch, change, message):
+def test_what_cannot_be_done_is_reported(adapter, monkeypatch, change, message):
     model = make(adapter.LlavaJax, monkeypatch)
     with pytest.raises(LlavaError, match=message):
         model.generate_until(list(requests(False, **change)))
 
 
-def test_wrong_model_args_are_told(adapter, monkeypatch):
+def test_wrong_model_args_are_reported(adapter, monkeypatch):
     with pytest.raises(LlavaError, match="unknown model_args conv_template: known are pretrained"):
         make(adapter.LlavaJax, monkeypatch, conv_template="vicuna_v1")
     monkeypatch.setattr(Llava, "from_pretrained", lambda path, dtype, mesh: llava())

@@ -1,4 +1,4 @@
-"""Result tables, the line beside what was published, and the report over several benchmarks."""
+"""Result tables, the line with the published scores, and the report over several benchmarks."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_a_table_has_a_column_a_metric():
     assert lines[2].split() == ["perception", "60", "1510.7"]
 
 
-def test_the_score_stands_beside_the_published_one():
+def test_the_score_is_next_to_the_published_ones():
     line = comparison("pope", POPE)
     assert line.startswith("pope: mean F1 85.0 ±0.6 (LLaVA-1.5 7B 85.9, 1.5 13B 85.9, 1.6 Vicuna")
     assert comparison("refcoco/val", POPE) == "refcoco/val: mean F1 85.0 ±0.6 (none published)"

@@ -73,6 +73,20 @@ def test_the_metric_ignores_case_space_and_a_full_stop_only(data):
     assert "81.8" in text and "50.0" in text and "overall" in text
 
 
+def test_yes_no_questions_have_their_share_of_yes_and_of_false_yes(data):
+    records = json.loads(data.read_text())
+    for record, answer in zip(records[::3], ("yes", "no", "no", "yes"), strict=True):
+        record["answer"] = record["conversations"][1]["value"] = answer
+    data.write_text(json.dumps(records))
+    benchmark = load(data.parent, "test")
+    answers = ["blue"] * 11
+    answers[::3] = "Yes.", "yes", "no", "no"  # of the two that are no, one is called yes
+    lines = {line.kind: line for line in benchmark.score(benchmark.questions, answers)}
+    assert lines["yes/no"].values == {"accuracy": 50, "yes": 50, "false yes": 50}
+    assert lines["yes/no"].errors["false yes"] == pytest.approx(50 / 2**0.5)
+    assert "yes" not in lines["shape"].values and "yes" not in lines["overall"].values
+
+
 def test_predictions_are_the_models_answers_in_order(llava, data, tmp_path):
     out = tmp_path / "out"
     scores = run(llava, data, out)
@@ -212,7 +226,9 @@ def test_answers_of_another_run_are_refused(llava, data, tmp_path, monkeypatch):
         run(llava, data, out)
 
 
-def test_a_bad_image_is_told_by_its_question_and_spares_what_was_answered(llava, data, tmp_path):
+def test_a_bad_image_is_reported_with_its_question_and_spares_what_was_answered(
+    llava, data, tmp_path
+):
     (data.parent / "images" / "9.png").write_bytes(b"not an image")
     with pytest.raises(LlavaError, match=r"question 9 \(q-9\): .*9\.png"):
         run(llava, data, tmp_path / "out")
@@ -282,7 +298,7 @@ def test_the_fingerprint_is_that_of_a_mesh_and_of_layers_by_themselves(dtype, we
         (["stray"], "unexpected argument 'stray'"),
     ],
 )
-def test_wrong_command_lines_are_told_in_a_sentence(arguments, message, data):
+def test_wrong_command_lines_are_reported_in_a_sentence(arguments, message, data):
     arguments = [argument.replace("DATA", str(data.parent)) for argument in arguments]
     command = [sys.executable, "eval.py", "--config=configs/eval/easy_vqa.py", "--checkpoint=none"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
@@ -290,7 +306,9 @@ def test_wrong_command_lines_are_told_in_a_sentence(arguments, message, data):
     assert "Traceback" not in done.stderr
 
 
-def test_results_lie_with_the_checkpoint_and_never_hide_a_name_of_the_hub(tmp_path, monkeypatch):
+def test_results_are_stored_with_the_checkpoint_and_never_hide_a_name_of_the_hub(
+    tmp_path, monkeypatch
+):
     step = tmp_path / "checkpoints" / "4"
     step.mkdir(parents=True)
     assert default_output(str(tmp_path)) == default_output(str(step)) == tmp_path / "eval"

@@ -192,7 +192,7 @@ def test_mme_counts_accuracy_and_whole_pictures(tmp_path):
     assert list(scores)[-1] == "perception"
 
 
-def test_mme_without_a_picture_or_category_is_told(tmp_path):
+def test_mme_without_a_picture_or_category_is_reported(tmp_path):
     mme(tmp_path)
     release = tmp_path / "MME_Benchmark_release_version"
     (release / "count/0021.jpg").unlink()
@@ -203,7 +203,7 @@ def test_mme_without_a_picture_or_category_is_told(tmp_path):
         load_benchmark("mme", tmp_path, {})
 
 
-def test_mme_files_that_are_not_whole_are_told(tmp_path):
+def test_mme_files_that_are_not_whole_are_reported(tmp_path):
     mme(tmp_path)
     file = tmp_path / "MME_Benchmark_release_version/count/0021.txt"
     file.write_text("Is it one?\tYes\n")
