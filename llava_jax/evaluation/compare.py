@@ -14,6 +14,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.files import readable
+from llava_jax.evaluation.report import aligned
 from llava_jax.evaluation.statistics import (
     mcnemar,
     percent,
@@ -57,12 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    differences = compare(args.A, args.B)
-    rows = [HEAD, *map(_row, differences)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        figures = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print("  ".join([name.ljust(widths[0]), *figures]).rstrip())
+    print(aligned([HEAD, *map(_row, compare(args.A, args.B))], least=6))
     print(f"\nA: {args.A}\nB: {args.B}\nGrades are mean shares of right answers in percent.")
     return 0
 

@@ -19,16 +19,21 @@ HALLUCINATION = (
 def table(scores: Sequence[Score]) -> str:
     """Scores as lines of text: kind, n, and a column per metric with its standard error."""
     names = list(dict.fromkeys(name for score in scores for name in score.values))
-    width = max(10, *(len(score.kind) for score in scores))
-    cells = [[_figure(score, name) for name in names] for score in scores]
-    widths = [max(10, *map(len, column)) for column in zip(names, *cells, strict=True)]
+    rows = [(s.kind, f"{s.count:,}", *(_figure(s, name) for name in names)) for s in scores]
+    return aligned([("kind", "n", *names), *rows])
+
+
+def aligned(rows: Sequence[Sequence[str]], least: int = 10) -> str:
+    """Rows of cells as lines of text: the first column to the left, the others to the right.
+
+    least: the width of a narrow column; the second, with counts, may be narrower.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(width, 7 if i == 1 else least) for i, width in enumerate(widths)]
     lines = []
-    for kind, count, row in [
-        ("kind", "n", names),
-        *((s.kind, f"{s.count:,}", row) for s, row in zip(scores, cells, strict=True)),
-    ]:
-        figures = "".join(f" {cell:>{w}}" for cell, w in zip(row, widths, strict=True))
-        lines.append(f"{kind:<{width}} {count:>7}{figures}".rstrip())
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
@@ -52,15 +57,19 @@ def comparison(benchmark: str, scores: Sequence[Score]) -> str:
 
 
 def hallucination_table(folder: Path) -> str:
-    """The last line of every hallucination benchmark finished below `folder`; empty if none is."""
-    lines = []
+    """One line per hallucination benchmark finished below `folder`; empty if there is none."""
+    rows = []
     for name, metrics in _results(folder):
         family = metrics["benchmark"].partition("-first-")[0].partition("/")[0]
         scores = _scores(metrics)
         if scores and family in HALLUCINATION:
             last = scores[-1]
-            lines.append(Score(f"{name}: {last.kind}", last.count, last.values, last.errors))
-    return f"Hallucination\n{table(lines)}" if lines else ""
+            first = next(iter(last.values))
+            note = " (lower is better)" if family == "chair" else ""
+            rates = (_figure(last, rate) for rate in ("yes", "false yes"))
+            rows.append((name, f"{last.count:,}", first + note, _figure(last, first), *rates))
+    head = ("hallucination", "n", "metric", "score", "yes", "false yes")
+    return aligned([head, *rows]) if rows else ""
 
 
 def write_report(folder: Path) -> Path:
