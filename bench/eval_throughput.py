@@ -29,7 +29,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 2, "of each, in turns")
 
 
 def main() -> None:
-    ours = Llava.from_pretrained(CHECKPOINT.value, DTYPE.value)
+    ours = Llava.from_pretrained(CHECKPOINT.value, dtype=DTYPE.value)
     dtype = HF_DTYPE.value or ours.engine.dtype
     theirs = HuggingFace(CHECKPOINT.value, dtype, ours)
     data = Path(DATA.value)

@@ -16,15 +16,15 @@ from PIL import Image
 
 from bench.huggingface import HuggingFace
 from llava_jax import command
-from llava_jax.inference.buckets import cache_bucket
-from llava_jax.inference.engine import Request
+from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.sampling import SamplingParams
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a LLaVA folder in Hugging Face's layout")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "ours")
 HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "theirs; default: ours")
-WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "ours: eight bits a weight")
+QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "ours: eight bits a weight")
 KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["int8"], "ours: eight bits a key or value")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "requests at once")
 TOKENS = flags.DEFINE_integer("tokens", 64, "of each answer")
@@ -104,8 +104,8 @@ def roofline(ours: Llava, requests: list[Request], seconds: float) -> None:
     lookup = 0 if ours.config.decoder.tie_word_embeddings else embedding.nbytes
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder)) - lookup
     engine = ours.engine
-    a_slot = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._state.cache))
-    a_slot /= engine.rows * engine._size
+    a_slot = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.state.cache))
+    a_slot /= engine.rows * engine.device.size
     longest = max(len(request.input_ids) for request in requests) + TOKENS.value // 2
     cache = a_slot * len(requests) * cache_bucket(longest)
     kind = jax.devices()[0].device_kind
@@ -116,7 +116,9 @@ def roofline(ours: Llava, requests: list[Request], seconds: float) -> None:
 
 
 def main() -> None:
-    ours = Llava.from_pretrained(CHECKPOINT.value, DTYPE.value, WEIGHTS.value, KV_CACHE.value)
+    ours = Llava.from_pretrained(
+        CHECKPOINT.value, dtype=DTYPE.value, quantize=QUANTIZE.value, kv_cache=KV_CACHE.value
+    )
     dtype = HF_DTYPE.value or ours.engine.dtype
     theirs = HuggingFace(CHECKPOINT.value, dtype, ours)
     print(f"{jax.devices()[0].device_kind}: ours {DTYPE.value}, Hugging Face {dtype}")

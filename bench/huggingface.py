@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 
-from llava_jax.inference.engine import Request
+from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 
 # Read when JAX first looks for devices: else it takes most of a card that both sides share.
@@ -38,9 +38,9 @@ class HuggingFace:
             ids[place] = np.where(ours == self._ours.config.image_token_id, self._image_id, ours)
             mask[place] = 1
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        images = [image() for request in requests for image in request.images]
+        images = [picture.load() for request in requests for picture in request.pictures]
         if images:
-            inputs["pixel_values"] = self._pixels(np.stack(images))
+            inputs["pixel_values"] = self._pixels(np.concatenate(images))
         ends = list(self._ours.engine.stop_ids)
         lengths = {"eos_token_id": ends} if until_end else {"min_new_tokens": max_tokens}
         with torch.inference_mode():

@@ -27,11 +27,11 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "requests at once")
 
 FORMS = {
     "float32": {},
-    "weights int8": {"weights": "int8"},
+    "weights int8": {"quantize": "int8"},
     "KV cache int8": {"kv_cache": "int8"},
-    "both int8": {"weights": "int8", "kv_cache": "int8"},
+    "both int8": {"quantize": "int8", "kv_cache": "int8"},
     "mixed": {"dtype": "mixed"},
-    "mixed, both int8": {"dtype": "mixed", "weights": "int8", "kv_cache": "int8"},
+    "mixed, both int8": {"dtype": "mixed", "quantize": "int8", "kv_cache": "int8"},
     "bfloat16": {"dtype": "bfloat16"},
 }
 FREE_TOKENS = 64

@@ -16,7 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.engine import Request
+from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.command_line import mesh_of_all

@@ -1,16 +1,18 @@
 """An answer as it grows: tokens to text, stop texts, and pieces that can be shown at once."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llava_jax.errors import LlavaError
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of SentencePiece that is one byte
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability of a token where it stands, and of the likeliest ones there.
+    """The log probability of a token at its position, and of the likeliest tokens there.
 
     Attributes:
       token: its id.
@@ -23,26 +25,81 @@ class TokenLogprob:
     top: dict[int, float]
 
 
+class Detokenizer:
+    """Tokens to text, as they come: what was decoded before is not decoded again.
+
+    The text equals that of all tokens decoded at once. A last character of which only some bytes
+    came is left out, so the text of fewer tokens is always a prefix of the text of more.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._text = ""  # of tokens[:_end], which ends with a whole character
+        # tokens[_start:_end] are decoded once more in front of new ones: what a tokenizer does at
+        # the beginning of a text, such as dropping a space, must not happen in the middle.
+        self._start = self._end = 0
+        self._before = ""  # their text
+        self._latest = 0, ""  # a number of tokens, and what follows self._text in their text
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, which begin with those that were kept."""
+        return self._text + self._new(tokens).rstrip(REPLACEMENT)
+
+    def keep(self, tokens: Sequence[int]) -> str:
+        """The same, and tokens whose characters are whole are not decoded again."""
+        new = self._new(tokens)
+        if new and not new.endswith(REPLACEMENT) and self._ends_apart(tokens[-1]):
+            self._text += new
+            self._start, self._end = self._end, len(tokens)
+            self._before = self._decode(tokens[self._start : self._end])
+            self._latest = self._end, ""
+            return self._text
+        return self._text + new.rstrip(REPLACEMENT)
+
+    def _new(self, tokens: Sequence[int]) -> str:
+        if self._latest[0] != len(tokens):
+            text = self._decode(tokens[self._start :])
+            self._latest = len(tokens), text[len(self._before) :]
+        return self._latest[1]
+
+    def _ends_apart(self, token: int) -> bool:
+        """Whether the text up to this token is the same whatever follows.
+
+        SentencePiece decodes a run of bytes as a whole, special tokens within it left out.
+        """
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return not BYTE.fullmatch(name or "") and self._decode([token]) != ""
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
 class Answer:
     """The text of one answer, fed token by token.
 
-    A stop text may begin and end inside tokens; it and what follows are cut off. White space
-    around the answer is dropped, as the original LLaVA does.
+    A stop text may begin and end inside tokens; it and the text after it are cut off. White space
+    around the answer is dropped, as in the original LLaVA.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
       stop_ids: tokens that end the answer.
       stop_texts: texts that end it.
-      min_tokens: tokens before which no stop text ends it.
+      min_tokens: number of tokens before which no stop text ends it.
 
     Attributes:
       tokens: its token ids, without the one that ended it.
-      logprobs: of `tokens`, where they were asked for.
-      prompt_logprobs: of the prompt's tokens but the first, where they were asked for.
+      logprobs: of `tokens`, if they were asked for.
+      prompt_logprobs: of the prompt's tokens but the first, if they were asked for.
       prompt_tokens: length of the prompt.
       done: no token will follow.
-      finish_reason: once done, `stop`, or `length` where the tokens ran out.
-      error: why there is no answer: its picture could not be read.
+      finish_reason: once done, `stop`; `length` if the tokens ran out; `cancelled`; or `error`.
+      error: why there is no answer.
+      cancelled: nobody waits for the answer any more.
     """
 
     def __init__(
@@ -59,11 +116,13 @@ class Answer:
         self.done = False
         self.finish_reason: str | None = None
         self.error: LlavaError | None = None
-        self._tokenizer = tokenizer
+        self.cancelled = False
+        self._detokenizer = Detokenizer(tokenizer)
         self._stop_ids = frozenset(stop_ids)
         self._stop_texts = tuple(stop_texts)
         self._min_tokens = min_tokens
         self._decoded = ""
+        self._searched = 0  # no stop text ends in so many first characters
         self._shown = ""
 
     def extend(self, tokens: Iterable[int], logprobs: Sequence[TokenLogprob] = ()) -> None:
@@ -77,15 +136,27 @@ class Answer:
                 break
             self.tokens.append(int(token))
         self.logprobs += logprobs[: len(self.tokens) - before]
-        decoded = self._decode(self.tokens)
-        if self._stop_text_at(decoded) is not None:
-            decoded = self._cut(before)
-        self._decoded = decoded
+        if before < self._min_tokens <= len(self.tokens):
+            # A stop text that is whole before the last forbidden token does not count.
+            self._searched = len(self._detokenizer.text(self.tokens[: self._min_tokens - 1]))
+        if self._stop_text_at(self._detokenizer.text(self.tokens), len(self.tokens)) is not None:
+            self._decoded = self._cut(before)
+            return
+        self._decoded = self._detokenizer.keep(self.tokens)
+        if len(self.tokens) >= self._min_tokens:
+            self._searched = len(self._decoded)
 
     def end(self) -> None:
         """No token will follow."""
         if not self.done:
-            self._finish("length")
+            self._finish("cancelled" if self.cancelled else "length")
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more; may be called in any thread.
+
+        The engine ends the answer, with the tokens that it has, within two calls of the device.
+        """
+        self.cancelled = True
 
     def fail(self, error: LlavaError) -> None:
         """There will be no answer."""
@@ -117,32 +188,21 @@ class Answer:
     def _finish(self, reason: str) -> None:
         self.done, self.finish_reason = True, reason
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        """Their text; a last character of which only some bytes came is left out.
-
-        So the text of fewer tokens is always the beginning of that of more.
-        """
-        text = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text.rstrip(REPLACEMENT)
-
-    def _stop_text_at(self, decoded: str) -> int | None:
-        """Where the first stop text begins that was not whole before the last forbidden token."""
-        if not self._stop_texts or len(self.tokens) < self._min_tokens:
+    def _stop_text_at(self, decoded: str, count: int) -> int | None:
+        """Where the first stop text begins in the text of the first `count` tokens."""
+        if not self._stop_texts or count < self._min_tokens:
             return None
-        early = len(self._decode(self.tokens[: self._min_tokens - 1])) if self._min_tokens else 0
-        places = [decoded.find(stop, max(0, early - len(stop) + 1)) for stop in self._stop_texts]
-        return min((place for place in places if place >= 0), default=None)
+        first = lambda stop: decoded.find(stop, max(0, self._searched - len(stop) + 1))
+        return min((at for at in map(first, self._stop_texts) if at >= 0), default=None)
 
     def _cut(self, before: int) -> str:
         """Ends the answer at the token that completed a stop text; the text in front of it.
 
-        Tokens came several at a time, and the answer must not depend on how many.
+        Tokens come several at a time, and the answer must not depend on how many.
         """
         for count in range(before + 1, len(self.tokens) + 1):
-            decoded = self._decode(self.tokens[:count])
-            place = self._stop_text_at(decoded) if count >= self._min_tokens else None
+            decoded = self._detokenizer.text(self.tokens[:count])
+            place = self._stop_text_at(decoded, count)
             if place is not None:
                 del self.tokens[count:], self.logprobs[count:]
                 self._finish("stop")

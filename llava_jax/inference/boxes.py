@@ -1,4 +1,4 @@
-"""Boxes as LLaVA-1.5 writes them: [x1, y1, x2, y2] from 0 to 1 on the picture padded square."""
+"""Boxes in answers of LLaVA-1.5: [x1, y1, x2, y2] from 0 to 1 on the picture padded to a square."""
 
 import re
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """Every box written in a text, in its order, as it is written."""
+    """The boxes written in a text, in their order."""
     return [tuple(map(float, match)) for match in _BOX.findall(text)]
 
 
 def to_pixels(box: Box, size: tuple[int, int]) -> Box:
-    """A box on the padded square to pixels of the picture of (width, height) in its middle."""
+    """A box on the padded square in pixels of the picture, (width, height), at its centre."""
     width, height = size
     side = max(size)
     left, top = (side - width) // 2, (side - height) // 2
@@ -26,7 +26,7 @@ def to_pixels(box: Box, size: tuple[int, int]) -> Box:
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box], colour: str) -> Image.Image:
-    """A copy of the picture with boxes (pixels) drawn, corners put in order."""
+    """A copy of the picture with boxes, in pixels, drawn on it; corners may be in any order."""
     image = image.copy()
     pen = ImageDraw.Draw(image)
     for x1, y1, x2, y2 in boxes:

@@ -1,7 +1,7 @@
 """Prefill and decode: the device side of generation, as pure functions over fixed shapes.
 
-B rows of the state, S cache size, C cache slots looked at, F slots of image features, P tokens an
-image, D model size, V vocabulary; of one prefill: Q tokens, R prompts at most; T length of a row.
+B rows of the state, C cache slots that are looked at, F slots of the feature store, P features of a
+tile, D model size, V vocabulary; of one prefill: Q tokens, R chunks; T length of a row.
 """
 
 import flax
@@ -13,20 +13,21 @@ from llava_jax.models.cache import Chunks, KVCache, empty_cache
 from llava_jax.models.llava import LlavaModel
 
 TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to stop on text
-POSITIONS_AT_A_TIME = 16  # of prompt logprobs: logits of a whole prompt never exist
+POSITIONS_AT_A_TIME = 16  # of prompt logprobs: the logits of a whole prompt would not fit
 NO_TOKEN = -1
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """What the rows of a batch carry from one call to the next; updated in place.
+    """The rows of a batch, from one call to the next; updated in place.
 
     Attributes:
-      cache: what the rows have read. A row that ended keeps it, for prompts that begin alike.
-      lengths: int32[B], tokens that each row has in the cache.
-      tokens: int32[B], each row's latest token, not yet in the cache.
-      budget: int32[B], tokens each row may still produce; 0 in a finished row.
+      cache: keys and values. A row that ended keeps them for prompts that begin alike.
+      lengths: int32[B], number of tokens that each row has in the cache.
+      tokens: int32[B], the latest token of each row, not yet in the cache.
+      budget: int32[B], number of tokens that each row may still produce; 0 in a finished row.
       seen: bool[B, V], tokens of the prompt and of the answer.
+      sampling: the settings of each row.
     """
 
     cache: KVCache | tuple[KVCache, ...]
@@ -51,18 +52,29 @@ class DecodeState:
 
 @flax.struct.dataclass
 class Prompts:
-    """Prompts to be read, each into a row of the state, behind what it shares with other rows.
+    """Prompts to be read into rows of the state, without the beginnings that other rows hold.
+
+    Arrays over R have the values of a prompt at its first chunk; at other chunks, the row in
+    `chunks.copies` is past the end and drops them. Example: `a#b`, where # is feature 3 of tile
+    slot 2 (P = 4), and `ac`, which copies its `a` from the first prompt; chunks of two tokens:
+
+        input_ids    a -200 b c         Q = 4
+        feature_ids  -1 11 -1 -1
+        last         2 0 3              R = 3: chunk 1 is the end of the first prompt
+        lengths      3 0 2
+        whole        [a . b] [. . .] [a c .]     C = 3; a dot is NO_TOKEN, or nothing
 
     Attributes:
-      input_ids: int32[Q], of all prompts one after the other, without what is shared.
-      feature_ids: int32[Q], the image feature that stands for a token, as its place among the
-        F * P of the store; NO_TOKEN where the token is text.
-      chunks: where in the rows each token belongs, R chunks. The first of a prompt has its number,
-        and copies the prompt into its row.
-      last: int32[R], the place of each prompt's last token among the Q.
+      input_ids: int32[Q], of all prompts one after another.
+      feature_ids: int32[Q], the image feature at each token, as an index into the F * P of the
+        store; NO_TOKEN for text.
+      chunks: where in the rows each token belongs. The first chunk of a prompt copies all of it
+        into its row.
+      last: int32[R], index of the prompt's last token among the Q.
       lengths: int32[R], tokens of the whole prompt.
-      whole: int32[R, C], all text tokens of the prompt, NO_TOKEN elsewhere.
-      budget: int32[R], tokens wanted.
+      whole: int32[R, C], all tokens of the prompt, of which ids below 0 count as none.
+      budget: int32[R], number of tokens wanted.
+      sampling: the settings of each prompt.
     """
 
     input_ids: jax.Array
@@ -78,9 +90,9 @@ class Prompts:
 def encode(
     model: LlavaModel, params: dict, store: jax.Array, images: jax.Array, slots: jax.Array
 ) -> jax.Array:
-    """The store [F, P, D] with the features of uint8[n, side, side, 3] at `slots` int32[n].
+    """The store [F, P, D] with the features of tiles uint8[n, S, S, 3] at `slots` int32[n].
 
-    A slot past the end drops an image that only fills up the shape.
+    A slot past the end drops a tile that only fills up the shape.
     """
     features = model.apply({"params": params}, images, method=LlavaModel.encode_images)
     return store.at[slots].set(features.astype(store.dtype), mode="drop")
@@ -92,7 +104,7 @@ def prefill(
     """Reads prompts into rows of the state and chooses the first token of each answer.
 
     Returns:
-      The first tokens int32[R] (NO_TOKEN where the budget was 0), their logprobs, and the state.
+      The first tokens int32[R] (NO_TOKEN if the budget is 0), their logprobs, and the state.
     """
 
     def read(model: LlavaModel):
@@ -130,12 +142,12 @@ def decode(
     """Up to TOKENS_PER_CALL more tokens of every unfinished row.
 
     Args:
-      running: bool[B], rows that the host wants more tokens of.
-      fewest: int32, ends early when fewer rows than this are left, so that others can come in.
+      running: bool[B], rows that should go on.
+      fewest: int32, ends early when fewer rows than this are left, so that others can start.
       window: cache slots to look at; no running row may outgrow them in this call.
 
     Returns:
-      int32[B, TOKENS_PER_CALL], NO_TOKEN after a row's end, their logprobs, and the state.
+      Tokens int32[B, TOKENS_PER_CALL], NO_TOKEN after a row's end, their logprobs, and the state.
     """
     state = state.replace(budget=jnp.where(running, state.budget, 0))
     rows = len(state.tokens)
@@ -159,12 +171,12 @@ def decode(
 
 
 def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int):
-    """Reads each row's latest token and chooses the next; a finished row's cache stays as it is."""
+    """Reads each row's latest token and chooses the next; the cache of a finished row is kept."""
     active = state.budget > 0
     chunks = Chunks.one_each(state.lengths, active, window)
 
     def read(model: LlavaModel):
-        # By `embed`: a chosen token is text, even one that in a prompt stands for an image.
+        # A chosen token is text, even the id that stands for an image in prompts.
         return model.decoder.read(model.decoder.embed(state.tokens), state.cache, chunks)
 
     hidden, cache = model.apply({"params": params}, method=read)
@@ -182,19 +194,19 @@ def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int
 
 
 def _spend(budget, tokens, sampling: Sampling):
-    """The budget after one more token: none is left behind a token that ends the answer."""
+    """The budget after one more token: 0 after a token that ends the answer."""
     ended = jnp.any(tokens[:, None] == sampling.stop_ids, axis=1)
     return jnp.where(ended, 0, jnp.maximum(budget - 1, 0))
 
 
 def _mark(seen, tokens):
-    """bool[B, V] with tokens int32[B, n] marked; ids below 0 are no tokens."""
+    """bool[B, V] with tokens int32[B, n] marked; ids below 0 are ignored."""
     places = jnp.where(tokens >= 0, tokens, seen.shape[1])
     return seen.at[jnp.arange(len(seen))[:, None], places].set(True, mode="drop")
 
 
 def _logprobs(logits, tokens, sampling: Sampling) -> Logprobs:
-    """Of the chosen tokens; zeros where no row wants them, since ranking a vocabulary is slow."""
+    """Of the chosen tokens; zeros if no row wants any, since ranking a vocabulary is slow."""
     return jax.lax.cond(
         jnp.any(sampling.logprobs),
         lambda: logprobs_of(logits, jnp.maximum(tokens, 0)),
@@ -210,9 +222,9 @@ def prompt_logprobs(
     feature_ids: jax.Array,
     targets: jax.Array,
 ) -> Logprobs:
-    """[1, T] of targets int32[1, T], the token behind each of a prompt int32[1, T].
+    """Log probabilities [1, T] of targets int32[1, T], which follow the tokens of a prompt.
 
-    A prompt may be padded on the right; `feature_ids` as in `Prompts`.
+    The prompt int32[1, T] may be padded on the right; `feature_ids` as in `Prompts`.
     """
 
     def read(model: LlavaModel):
@@ -229,8 +241,8 @@ def prompt_logprobs(
         logits = model.apply({"params": params}, hidden, method=LlavaModel.attend)
         return logprobs_of(logits, jnp.maximum(targets, 0))
 
-    told = jax.lax.map(some, (hidden.reshape(pieces), targets.reshape(pieces[:2])))
-    return jax.tree.map(lambda x: x.reshape(*targets.shape, *x.shape[2:]), told)
+    logprobs = jax.lax.map(some, (hidden.reshape(pieces), targets.reshape(pieces[:2])))
+    return jax.tree.map(lambda x: x.reshape(*targets.shape, *x.shape[2:]), logprobs)
 
 
 def all_logits(

@@ -1,4 +1,4 @@
-"""A short name for the values of a model's parameters, however they lie on however many devices."""
+"""A short name for the values of a model's parameters, independent of their devices and form."""
 
 import hashlib
 
@@ -10,11 +10,11 @@ from llava_jax.models.precision import compute_precision
 
 
 def weights_fingerprint(params: dict, dtype: str = "float32") -> str:
-    """16 hex digits that change when any value that is computed with does.
+    """16 hex digits that change if any value used in the computation does.
 
-    The same on one device and on a mesh, for layers that are stacked and that lie for themselves,
-    and, where `dtype` multiplies in bfloat16, for kernels rounded beforehand or not. Computed where
-    the parameters live.
+    Equal on one device and on a mesh, for stacked and separate layers, and, if `dtype` multiplies
+    in bfloat16, for kernels that are rounded beforehand or not. Computed on the devices of the
+    parameters.
     """
     rounded = "bfloat16" in (compute_precision(dtype)[0].name, compute_precision(dtype)[1])
     flat = flatten_dict(params)
@@ -34,7 +34,7 @@ def weights_fingerprint(params: dict, dtype: str = "float32") -> str:
 
 
 def _digest(path: tuple[str, ...], leaf: jax.Array, rounded: bool) -> jax.Array:
-    """uint32[], or uint32[L] of stacked layers: the sum of bits of an array's values."""
+    """uint32[], or uint32[L] for stacked layers: the sum of the bits of an array's values."""
     if rounded and "layers" in path and path[-1] == "kernel" and leaf.dtype == jnp.float32:
         leaf = leaf.astype(jnp.bfloat16)
     stacked = "layers" in path and not path[path.index("layers") + 1].isdecimal()
@@ -42,7 +42,7 @@ def _digest(path: tuple[str, ...], leaf: jax.Array, rounded: bool) -> jax.Array:
 
 
 def _sum_of_bits(leaf: jax.Array) -> jax.Array:
-    """uint32[]: the sum of the bit patterns, weighted by place; whole numbers, so order is free."""
+    """uint32[]: the sum of bit patterns weighted by position; exact, so the order is free."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
     bits = bits.astype(jnp.uint32)
     place = jnp.ones(leaf.shape, jnp.uint32)

@@ -1,6 +1,6 @@
 """`Llava`: a model to ask, from Python.
 
-B rows, T length, N images in all, S image side, V vocabulary.
+B rows, T length, N pictures in all, S side of a tile, V vocabulary.
 """
 
 import dataclasses
@@ -13,22 +13,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
-from llava_jax.data.media import load_image, preprocess
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
-from llava_jax.inference.engine import Engine, Request
-from llava_jax.inference.placement import copies, copy_params, place_params
-from llava_jax.inference.processor_inputs import read_inputs
-from llava_jax.inference.prompts import History, PromptReader, conversation, told_of
-from llava_jax.inference.quantization import pack_kernels, quantize_kernels
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.jobs import Job, Request
+from llava_jax.inference.pictures import ImageSource, PictureReader, as_sources, error_prefix
+from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
+from llava_jax.inference.prompts import (
+    History,
+    PromptReader,
+    conversation,
+    place_images,
+    read_inputs,
+)
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.inference.sources import ImageSource, as_sources, fetch, file_version, source_name
-from llava_jax.models.decoder import separate_layers
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.precision import PRECISIONS, compute_precision
+from llava_jax.text.conversation import Turn
 from llava_jax.text.templates import get_template
 from llava_jax.text.tokenizer import load_tokenizer
 
@@ -50,15 +53,17 @@ class Llava:
       params: its parameters, a nested dict of arrays, on the devices to compute on.
       tokenizer: a Hugging Face fast tokenizer.
       template: name of the conversation template it was trained with.
-      dtype: float32, mixed (float32 with bfloat16 products), bfloat16, or auto: what pays here.
-      weights: int8 keeps the language model's kernels in eight bits, a scale a channel; None as
-        they are.
-      kv_cache: int8 keeps keys and values in eight bits, a scale a token and head; None in dtype.
+      dtype: float32, mixed (float32 with bfloat16 products), bfloat16, or auto, the fastest here.
+      quantize: int8 keeps the kernels of the language model in eight bits, with a scale for each
+        channel; None as they are.
+      kv_cache: int8 keeps keys and values in eight bits, with a scale for each token and head;
+        None in dtype.
       allow_urls: images may be http(s) addresses.
-      chat_template: a Hugging Face processor's, to be followed in place of `template`; the latter
-        still tells where answers end.
-      mesh: of several devices (`llava_jax.parallel.mesh.make_mesh`): as many copies of the model as
-        its data axis is long share the requests, and each is spread over fsdp and tensor.
+      chat_template: of a Hugging Face processor, used instead of `template`; answers still end at
+        the `stop` texts of `template`.
+      stop_token_ids: tokens that end an answer, besides those of tokenizer and template.
+      mesh: of several devices (`llava_jax.parallel.mesh.make_mesh`). Its data axis counts the
+        copies of the model, which share the requests; each is spread over fsdp and tensor.
     """
 
     def __init__(
@@ -67,72 +72,79 @@ class Llava:
         params: dict,
         tokenizer,
         template: str,
+        *,
         dtype: str = "float32",
-        weights: str | None = None,
+        quantize: str | None = None,
         kv_cache: str | None = None,
         allow_urls: bool = False,
         chat_template: str | None = None,
+        stop_token_ids: Sequence[int] = (),
         mesh: Mesh | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
         self.template = get_template(template)
         self.dtype = check_dtype(dtype)
-        self.allow_urls = allow_urls
-        self.prompt_ids = PromptReader(config, tokenizer, self.template, chat_template)
-        for name, value in (("weights", weights), ("kv_cache", kv_cache)):
+        self._stop_token_ids = tuple(stop_token_ids)
+        self._prompts = PromptReader(config, tokenizer, self.template, chat_template)
+        self._pictures = PictureReader(config, allow_urls)
+        for name, value in (("quantize", quantize), ("kv_cache", kv_cache)):
             if value not in (None, "int8"):
                 raise LlavaError(f"{name} must be int8 or None, not {value!r}")
-        engines = []
-        for part in copies(mesh) if mesh else [None]:
-            held = copy_params(config, params, part) if part else params
-            held = quantize_kernels(held) if weights else held
-            engines.append(Engine(config, held, dtype, self._stop_ids(), kv_cache, part))
+        self._copied = functools.partial(copy_params, config, quantize=bool(quantize))
+        self._parts = copies(mesh)
+        engines = [
+            Engine(config, self._copied(params, part=part), dtype, self._stop_ids(), kv_cache, part)
+            for part in self._parts
+        ]
         self.engine = engines[0] if len(engines) == 1 else Replicas(engines)
-        # Many questions about a picture follow each other: it is decoded once.
-        self._read_file = functools.lru_cache(4)(lambda path, _, name: self._prepare(path, name))
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike,
+        *,
         dtype: str = "float32",
-        weights: str | None = None,
+        template: str | None = None,
+        quantize: str | None = None,
         kv_cache: str | None = None,
         allow_urls: bool = False,
         mesh: Mesh | None = None,
         **options,
     ) -> "Llava":
-        """Loads a work directory of train.py, one step of it, or a LLaVA folder of others.
+        """Loads a work directory of train.py, one step of it, or a LLaVA folder of any form.
 
-        options: of `weights.load.open_llava`, for a folder of others.
+        Args:
+          template: name of a conversation template to use instead of the folder's own words.
+          options: of `open_llava`, for a folder that train.py did not write.
         """
         from llava_jax.weights.run_directory import load_model
 
+        if template is not None:
+            get_template(template)  # an unknown name is reported before the weights are read
         stored = compute_precision(check_dtype(dtype))[0].name
-        first = mesh and copies(mesh)[0]  # the others are given theirs by it
-        place = mesh and functools.partial(place_params, mesh=first, dtype=stored)
+        place = mesh and functools.partial(load_params, mesh=mesh, dtype=stored)
         loaded = load_model(path, stored, place, **options)
         rows = loaded.config.decoder.vocab_size
-        tokenizer = load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens)
-        params = loaded.params
-        arrays, products = compute_precision(dtype)
-        if jax.default_backend() == "cpu" and (mesh is None or first.size == 1):
-            params = {**params, "decoder": separate_layers(params["decoder"])}
-            if weights is None and "bfloat16" in (arrays.name, products):
-                params = pack_kernels(params)
         return cls(
             loaded.config,
-            params,
-            tokenizer,
-            loaded.template,
-            dtype,
-            weights,
-            kv_cache,
-            allow_urls,
-            loaded.chat_template,
-            mesh,
+            fast_form(loaded.params, dtype, bool(quantize), mesh),
+            load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens),
+            template or loaded.template,
+            dtype=dtype,
+            quantize=quantize,
+            kv_cache=kv_cache,
+            allow_urls=allow_urls,
+            chat_template=None if template else loaded.chat_template,
+            stop_token_ids=getattr(loaded, "stop_token_ids", ()),
+            mesh=mesh,
         )
+
+    def replace_params(self, params: dict) -> None:
+        """Answers with other parameters of the same shapes from now on."""
+        engines = self.engine.engines if isinstance(self.engine, Replicas) else [self.engine]
+        for engine, part in zip(engines, self._parts, strict=True):
+            engine.params = self._copied(params, part=part)
 
     def chat(
         self,
@@ -151,15 +163,15 @@ class Llava:
         history: History | None = None,
         **sampling,
     ) -> Iterator[str]:
-        """One answer as pieces of text, each yielded as soon as it is sure.
+        """One answer as pieces of text, each yielded as soon as it is certain.
 
         Args:
           question: the user's text.
           images: paths, encoded bytes or Pillow images, for all `<image>` of history and question
-            in their order. Where none is written, they stand before the first turn.
-          history: (question, answer) pairs that came before; what the engine read of them for the
-            last answer is not read again.
-          sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names, but `n`.
+            in their order. If none is written, they stand before the first turn.
+          history: (question, answer) pairs that came before. The part of them that the engine read
+            for the last answer is not computed again.
+          sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names, except `n`.
         """
         params = SamplingParams.from_names(sampling)
         if params.n != 1:
@@ -180,13 +192,13 @@ class Llava:
         Args:
           prompts: questions; a single str gives a single result.
           images: for each prompt None, one image or a list (path, encoded bytes, Pillow image).
-            Where a prompt has no `<image>`, its images stand before it.
-          batch_size: most prompts computed at once.
-          sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names. `seed` may be one for
-            all or one a prompt: an answer depends on its prompt and its seed alone.
+            If a prompt has no `<image>`, its images stand before it.
+          batch_size: the most prompts that are computed at once.
+          sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names. `seed` is one number,
+            or one for each prompt: an answer depends on its prompt and its seed alone.
 
         Returns:
-          A text a prompt; with n over 1 a list of n texts.
+          One text for each prompt; with n over 1, a list of n texts for each.
         """
         if isinstance(prompts, str):
             images = None if images is None else [images]
@@ -206,7 +218,7 @@ class Llava:
         batch_size: int = 32,
         **sampling,
     ) -> list[list[Answer]]:
-        """As `generate`, but n `Answer`s a prompt, with tokens, log probabilities and reasons."""
+        """Like `generate`, but n `Answer`s a prompt, with tokens, log probabilities and reasons."""
         return self.answers(self._requests(prompts, images, batch_size, sampling), batch_size)
 
     def stream(
@@ -216,16 +228,16 @@ class Llava:
         batch_size: int = 32,
         **sampling,
     ) -> Iterator[tuple[int, str]]:
-        """As `generate`, but (number of the prompt, piece of its text) as soon as it is sure."""
+        """Like `generate`, but yields (number of the prompt, piece of text) once it is certain."""
         requests = self._requests(prompts, images, batch_size, sampling)
         if any(request.params.n != 1 for request in requests):
             raise LlavaError("a stream has one answer a prompt: for several give n to generate")
         return self._stream(requests, batch_size)
 
     def _stream(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, str]]:
-        entries = [self.entries(request)[0] for request in requests]
-        numbers = {id(answer): number for number, (_, answer) in enumerate(entries)}
-        for answer in self._run(entries, batch_size):
+        jobs = [self.jobs(request)[0] for request in requests]
+        numbers = {id(job.answer): number for number, job in enumerate(jobs)}
+        for answer in self._run(jobs, batch_size):
             if piece := answer.take(final=answer.done):
                 yield numbers[id(answer)], piece
 
@@ -254,7 +266,7 @@ class Llava:
         batch_size: int,
         progress: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
-        """The text for each request made by `request`, in their order; `progress` as below."""
+        """The text for each request made by `request`, in their order; see `answers`."""
         return [answers[0].text for answers in self.answers(requests, batch_size, progress)]
 
     def answers(
@@ -265,36 +277,23 @@ class Llava:
     ) -> list[list[Answer]]:
         """The n answers to each request made by `request`, in their order.
 
-        `progress` is called with a number of answers that are done since its last call.
+        `progress` is called with the number of answers completed since its last call.
         """
-        groups = [self.entries(request) for request in requests]
+        groups = [self.jobs(request) for request in requests]
         for answer in self._run(list(itertools.chain(*groups)), batch_size):
             if answer.done:
                 progress(1)
-        return [[answer for _, answer in entries] for entries in groups]
+        return [[job.answer for job in jobs] for jobs in groups]
 
-    def _run(self, entries: Sequence[tuple[Request, Answer]], batch_size: int) -> Iterator[Answer]:
-        at_once = min(batch_size, len(entries))
+    def _run(self, jobs: Sequence[Job], batch_size: int) -> Iterator[Answer]:
+        at_once = min(batch_size, len(jobs))
         # A batch that is set up serves fewer requests too: another size would be compiled.
         if at_once < self.engine.rows <= batch_size:
             at_once = self.engine.rows
-        for answer in self.engine.run(entries, at_once):
+        for answer in self.engine.run(jobs, at_once):
             if answer.error:
                 raise answer.error
             yield answer
-
-    def entries(self, request: Request) -> list[tuple[Request, Answer]]:
-        """What `Engine.run` takes: the request and its answer, once for each of its n draws."""
-        params = request.params
-        texts = () if params.ignore_eos else self.template.stop
-        entries = []
-        for i in range(params.n):
-            draw = dataclasses.replace(params, n=1, seed=(params.seed + i) % 2**32)
-            answer = Answer(
-                self.tokenizer, self.engine.stops(params), (*texts, *params.stop), params.min_tokens
-            )
-            entries.append((dataclasses.replace(request, params=draw), answer))
-        return entries
 
     def request(
         self,
@@ -305,41 +304,62 @@ class Llava:
         where: str = "",
     ) -> Request:
         """A question as the model reads it; `where` begins the message of its errors."""
-        with told_of(where):
+        with error_prefix(where):
             sources = as_sources(images)
-            ids = self.prompt_ids(conversation(question, history), len(sources))
-            load = (
-                functools.partial(self._load_image, source, f"image {i}", where)
-                for i, source in enumerate(sources)
-            )
-            request = Request(ids, tuple(load), params, tuple(map(_identity, sources)))
+            turns = place_images(conversation(question, history), len(sources))
+        pictures = tuple(
+            self._pictures.picture(source, f"image {i}", where) for i, source in enumerate(sources)
+        )
+        with error_prefix(where):
+            ids = self._prompts.ids(turns, [len(picture.layout) for picture in pictures])
+            request = Request(ids, pictures, params)
             self.engine.check(request)
         return request
+
+    def prompt_ids(self, turns: Sequence[Turn], images: int = 0) -> np.ndarray:
+        """int32[T]: a conversation that waits for an answer, with `images` square pictures."""
+        side = self.config.image.size
+        lengths = [len(self.config.layout((side, side)))] * images
+        return self._prompts.ids(place_images(turns, images), lengths)
+
+    def jobs(self, request: Request) -> list[Job]:
+        """What `Engine.run` takes: the n answers to a request, drawn with n seeds."""
+        params = request.params
+        texts = () if params.ignore_eos else self.template.stop
+        stops = self.engine.stops(params)
+        room = self.config.decoder.max_position_embeddings - len(request.input_ids)
+        jobs = []
+        for i in range(params.n):
+            draw = dataclasses.replace(params, n=1, seed=(params.seed + i) % 2**32)
+            answer = Answer(self.tokenizer, stops, (*texts, *params.stop), params.min_tokens)
+            one = dataclasses.replace(request, params=draw)
+            jobs.append(Job(one, answer, stops, min(params.max_tokens, room)))
+        return jobs
 
     def logits(self, input_ids, pixel_values=None, attention_mask=None) -> jax.Array:
         """Float32 logits [B, T, V] for what a Hugging Face LLaVA processor returns.
 
         Args:
-          input_ids: int[B, T], each image already as many placeholder ids
-            (`config.image_token_id`) as its layout has tokens; NumPy, PyTorch or JAX.
+          input_ids: int[B, T], with one placeholder id (`config.image_token_id`) for each token of
+            an image; NumPy, PyTorch or JAX.
           pixel_values: float[N, 3, S, S], normalised, in the order of their placeholders over the
             whole batch; or None.
-          attention_mask: int[B, T], 0 for padding on either side; default no padding. Logits of
-            padding mean nothing.
+          attention_mask: int[B, T], 0 for padding on either side; by default there is no padding.
+            The logits of padding mean nothing.
         """
         return self.engine.logits(
             *read_inputs(self.config, input_ids, pixel_values, attention_mask)
         )
 
     def _stop_ids(self) -> list[int]:
-        """The end-of-text token, and each stop text that is one token of its own."""
-        ids = {self.tokenizer.eos_token_id}
-        for stop in self.template.stop:
+        """The tokens that end an answer: of the tokenizer, the template and the folder."""
+        ids = {self.tokenizer.eos_token_id, *self._stop_token_ids}
+        for stop in self.template.stop:  # those that are one token of their own
             ids.add(self.tokenizer.get_vocab().get(stop))
         return sorted(ids - {None})
 
     def _sources(self, prompts: Sequence[str], images) -> Sequence:
-        """One entry a prompt."""
+        """One entry for each prompt."""
         if images is None:
             return [None] * len(prompts)
         wanted = "give one entry a prompt (None, an image or a list of images)"
@@ -351,24 +371,6 @@ class Llava:
                 f"{len(images)} entries in images for {len(prompts)} prompts: {wanted}"
             )
         return images
-
-    def _load_image(self, source: ImageSource, name: str, where: str) -> np.ndarray:
-        """uint8[S, S, 3]; `where` begins the message of an error."""
-        name = source_name(source, name)
-        with told_of(where):
-            found = fetch(source, self.allow_urls)
-            if isinstance(found, str):
-                return self._read_file(found, file_version(found, name), name)
-            return self._prepare(found, name)
-
-    def _prepare(self, image: str | bytes | Image.Image, name: str) -> np.ndarray:
-        (tile,) = preprocess(load_image(image, name), self.config.image, name)
-        return tile
-
-
-def _identity(source: ImageSource):
-    """What is equal for sources that are the same."""
-    return id(source) if isinstance(source, Image.Image) else source
 
 
 def check_dtype(dtype: str) -> str:

@@ -1,7 +1,7 @@
-"""Parameters and the state of generation on a device mesh.
+"""Where parameters and the state of generation are, and in which form.
 
-Each place on the data axis holds a copy of the model. A copy's parameters are spread by the rules
-of training, its rows over fsdp, kv heads over tensor.
+A mesh holds as many copies of the model as its data axis is long. The parameters of a copy are
+sharded by the rules of training, its rows over fsdp, its kv heads over tensor.
 """
 
 import jax
@@ -10,8 +10,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.inference.decoding import DecodeState
+from llava_jax.inference.quantization import pack_kernels, quantize_kernels
 from llava_jax.models.cache import KVCache
+from llava_jax.models.decoder import separate_layers
 from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.sharding import param_shardings, put, replicated
 
 _KEYS = (None, "fsdp", "tensor", None, None)  # [L, B, K, S, H]
@@ -19,27 +22,24 @@ _SCALES = (None, None, "fsdp", "tensor", None)  # [2, L, B, K, S]
 _ROWS = ("fsdp",)  # [B, ...]
 
 
-def copies(mesh: Mesh) -> list[Mesh]:
-    """The devices of each copy of the model, as meshes of their own."""
+def copies(mesh: Mesh | None) -> list[Mesh | None]:
+    """The devices of each copy of the model, as meshes of their own; [None] for one device."""
+    if mesh is None:
+        return [None]
     return [
         Mesh(mesh.devices[i : i + 1], mesh.axis_names, axis_types=mesh.axis_types)
         for i in range(mesh.shape["data"])
     ]
 
 
-def copy_params(config: LlavaConfig, params: dict, mesh: Mesh) -> dict:
-    """Parameters that are on some devices, on those of a mesh."""
-    if mesh.size == 1:
-        return jax.device_put(params, replicated(mesh))
-    return jax.device_put(params, param_shardings(mesh, abstract_params(config)))
+def load_params(config: LlavaConfig, params: dict, mesh: Mesh, dtype: str) -> dict:
+    """Stored parameters on the devices of the first copy, each of which reads its part alone.
 
-
-def place_params(config: LlavaConfig, params: dict, mesh: Mesh, dtype: str) -> dict:
-    """Parameters on their devices, each of which is given its part only.
-
-    params: leaves have a shape and give arrays for slices; see `sharding.put`.
+    Args:
+      params: leaves have a shape and give arrays for slices; see `sharding.put`.
+      dtype: of the arrays.
     """
-    shardings = flatten_dict(param_shardings(mesh, abstract_params(config)))
+    shardings = flatten_dict(param_shardings(copies(mesh)[0], abstract_params(config)))
     flat = flatten_dict(params, keep_empty_nodes=True)
     return unflatten_dict(
         {
@@ -49,10 +49,32 @@ def place_params(config: LlavaConfig, params: dict, mesh: Mesh, dtype: str) -> d
     )
 
 
-def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Puts it there, or inside a compiled function keeps it there.
+def fast_form(params: dict, dtype: str, quantize: bool, mesh: Mesh | None) -> dict:
+    """Loaded parameters in the form that computes fastest on their devices.
 
-    What does not divide evenly is replicated.
+    A CPU computes with separate layers, and in bfloat16 with kernels rounded beforehand.
+    """
+    if jax.default_backend() == "cpu" and (mesh is None or copies(mesh)[0].size == 1):
+        params = {**params, "decoder": separate_layers(params["decoder"])}
+        arrays, products = compute_precision(dtype)
+        if not quantize and "bfloat16" in (arrays.name, products):
+            params = pack_kernels(params)
+    return params
+
+
+def copy_params(config: LlavaConfig, params: dict, quantize: bool, part: Mesh | None) -> dict:
+    """Parameters on some devices -> those of one copy of the model, on its own devices."""
+    if part is not None and part.size == 1:
+        params = jax.device_put(params, replicated(part))
+    elif part is not None:
+        params = jax.device_put(params, param_shardings(part, abstract_params(config)))
+    return quantize_kernels(params) if quantize else params
+
+
+def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Shards a state, or keeps it sharded inside a compiled function.
+
+    Axes that do not divide evenly are replicated.
     """
 
     def spread(leaf, axes):

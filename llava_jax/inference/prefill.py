@@ -1,15 +1,75 @@
-"""Prompts of different lengths as the arrays of one prefill."""
+"""Prompts of different lengths as the arrays of one prefill, in a fixed set of shapes.
+
+The shapes are few, so that compiled functions are used again.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from llava_jax.inference.buckets import cache_bucket, chunk_bucket, chunk_count, token_bucket
 from llava_jax.inference.decoding import NO_TOKEN, Prompts
 from llava_jax.inference.jobs import Job
 from llava_jax.inference.sampling import Sampling
 from llava_jax.models.cache import Chunks
+
+SMALLEST_LENGTH = 16
+SMALLEST_CACHE = 64
+TILES = (1, 4, 16, 64)  # encoded at once
+TOKENS_AT_A_TIME = 4096  # of prompts, read at once unless one prompt is longer
+
+
+def length_bucket(length: int) -> int:
+    """The shortest padded length that holds `length` tokens: 16, 24, 32, 48, 64, 96, 128, 192...
+
+    Two sizes to each doubling: padding is at most a third, and there are few shapes to compile.
+    """
+    if length <= SMALLEST_LENGTH:
+        return SMALLEST_LENGTH
+    power = 1 << (length - 1).bit_length()  # the first that holds it
+    return power * 3 // 4 if length <= power * 3 // 4 else power
+
+
+def token_bucket(total: int, longest: int, more: bool) -> int:
+    """How many tokens the next call reads, of `total` that wait in prompts of at most `longest`.
+
+    If `more` prompts wait for a row, this is the next smaller size unless at least 7/8 are filled.
+    """
+    bucket = length_bucket(total)
+    if more and 8 * total < 7 * bucket:
+        bucket = length_bucket(bucket * 5 // 8)  # the one below: 2/3 or 3/4 of it
+    return max(length_bucket(longest), min(bucket, TOKENS_AT_A_TIME))
+
+
+def chunk_bucket(longest: int) -> int:
+    """The length of the chunks that prompts of at most `longest` are read in: 16, 64, 256...
+
+    A prompt has at most four.
+    """
+    chunk = SMALLEST_LENGTH
+    while 4 * chunk < longest:
+        chunk *= 4
+    return chunk
+
+
+def chunk_count(tokens: int, chunk: int) -> int:
+    """Number of chunks in a call of `tokens`: enough if they are three quarters full."""
+    return max(4 * tokens // (3 * chunk), 1)
+
+
+def cache_bucket(length: int) -> int:
+    """Cache slots for `length` tokens: a power of two from 64."""
+    return max(SMALLEST_CACHE, 1 << (length - 1).bit_length())
+
+
+def count_bucket(count: int) -> int:
+    """The smallest power of two from `count`, and 0 for 0: of rows, of tiles a row."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def tile_bucket(waiting: int) -> int:
+    """How many tiles the next call encodes: the most of TILES that are filled to 3/4."""
+    return max(count for count in TILES if count == 1 or 4 * waiting >= 3 * count)
 
 
 @dataclass(frozen=True)
@@ -18,7 +78,7 @@ class PrefillShape:
 
     Attributes:
       tokens: that it reads.
-      chunk: the most that follow each other in a chunk.
+      chunk: the most tokens of a chunk.
       window: cache slots that a chunk may look at.
     """
 
@@ -35,10 +95,26 @@ class PrefillShape:
         return -(-job.rest // self.chunk)
 
 
-def take(wave: list[Job], size: int, more: bool) -> tuple[list[Job], PrefillShape]:
-    """Takes the first prompts of a wave, as many as one call should read.
+def prefill_shapes(batch_size: int, size: int, windows: Sequence[int]) -> list[PrefillShape]:
+    """Every prefill shape that prompts shorter than `size` can need, the shortest first."""
+    most = max(min(TOKENS_AT_A_TIME, batch_size * size), length_bucket(size))
+    lengths = sorted({length_bucket(n) for n in range(1, most + 1)})
+    chunks = {chunk_bucket(n): n for n in range(size, 0, -1)}  # and the shortest prompt
+    return [
+        PrefillShape(tokens, chunk, window)
+        for tokens in lengths
+        for window in windows
+        for chunk, shortest in sorted(chunks.items())
+        if min(tokens, window) >= shortest
+    ]
 
-    size: of the cache. more: others wait behind the wave, that what is left of it can wait for.
+
+def take(wave: list[Job], size: int, more: bool) -> tuple[list[Job], PrefillShape]:
+    """Takes the first jobs of a wave, as many as one call should read.
+
+    Args:
+      size: slots of a row of the cache.
+      more: other jobs wait behind the wave, so what is left of it can wait for them.
     """
     longest = max(job.rest for job in wave)
     tokens = token_bucket(sum(job.rest for job in wave), longest, more)
@@ -56,7 +132,7 @@ def take(wave: list[Job], size: int, more: bool) -> tuple[list[Job], PrefillShap
 
 
 def pack(jobs: Sequence[Job], shape: PrefillShape, rows: int) -> Prompts:
-    """The arrays of a call; `rows` of the cache. What no prompt fills is dropped on the device."""
+    """The arrays of a call on a cache of `rows`; the device drops what no prompt fills."""
     prompts = _blank(shape, rows)
     chunks, start, number = prompts.chunks, 0, 0
     for job in jobs:

@@ -1,11 +1,14 @@
-"""A question, and what was said before it, as the token ids that a model reads."""
+"""Prompts as token ids: a question with its history, or the output of a Hugging Face processor.
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+B rows, T length, N pictures in all, S side of a tile.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from llava_jax.errors import LlavaError
+from llava_jax.models.images import features_in_turn
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
 from llava_jax.text.processor_prompt import ProcessorPrompt
@@ -19,44 +22,38 @@ class PromptReader:
     """Turns -> token ids that wait for an answer.
 
     Args:
-      config: the model's dimensions.
+      config: of the model.
       tokenizer: a Hugging Face fast tokenizer.
-      template: of the conversations it was trained with.
-      chat_template: a Hugging Face processor's, to be followed in place of `template`.
+      template: of the conversations that the model was trained with.
+      chat_template: of a Hugging Face processor, used instead of `template`.
     """
 
     def __init__(
         self, config: LlavaConfig, tokenizer, template: Template, chat_template: str | None
     ):
-        self.config, self.template = config, template
+        self._config, self._template = config, template
         self._tokenize = SegmentTokenizer(tokenizer, config.image_token_id, config.use_im_start_end)
         self._processor_prompt = chat_template and ProcessorPrompt(
             tokenizer, chat_template, config.image_token_id
         )
 
-    def __call__(self, turns: Sequence[Turn], images: int) -> np.ndarray:
-        """int32[T]: a conversation that waits for an answer, with placeholders for its images."""
-        written = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-        if not written and images:
-            first = Turn("human", f"{IMAGE_TOKEN}\n" * images + turns[0].text)
-            turns = [first, *turns[1:]]
-        elif written != images:
-            raise LlavaError(
-                f"the text has {written} {IMAGE_TOKEN} but {images} image(s) were given: write one "
-                f"{IMAGE_TOKEN} for each image, or none to have them first"
-            )
-        lengths = [self.config.tokens_per_tile] * images
+    def ids(self, turns: Sequence[Turn], lengths: Sequence[int]) -> np.ndarray:
+        """int32[T]: a conversation that waits for an answer, with placeholders for its pictures.
+
+        Args:
+          lengths: tokens of each picture, in the order of their `<image>`.
+        """
         if self._processor_prompt:
             ids = self._processor_prompt(turns, lengths)
         else:
-            segments = render(self.template, turns, generation=True)
+            segments = render(self._template, turns, generation=True)
             ids = self._tokenize(segments, lengths).input_ids
-        check_vocabulary(ids[None], self.config)
+        check_vocabulary(ids[None], self._config)
         return ids
 
 
 def conversation(question: str, history: History) -> list[Turn]:
-    """Turns of the (question, answer) pairs of a history and of a last question."""
+    """The turns of a history, (question, answer) pairs, and of the question that follows it."""
     turns = []
     if not isinstance(history, Iterable):
         raise LlavaError(f"history must hold (question, answer) pairs, not {history!r:.80}")
@@ -78,8 +75,21 @@ def conversation(question: str, history: History) -> list[Turn]:
     return turns
 
 
+def place_images(turns: Sequence[Turn], images: int) -> Sequence[Turn]:
+    """Turns with an `<image>` for each picture; without any, the pictures stand first."""
+    written = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if not written and images:
+        return [Turn("human", f"{IMAGE_TOKEN}\n" * images + turns[0].text), *turns[1:]]
+    if written != images:
+        raise LlavaError(
+            f"the text has {written} {IMAGE_TOKEN} but {images} image(s) were given: write one "
+            f"{IMAGE_TOKEN} for each image, or none to have them first"
+        )
+    return turns
+
+
 def check_vocabulary(input_ids: np.ndarray, config: LlavaConfig) -> None:
-    """LlavaError where int[B, T] has an id that is neither a token nor an image's placeholder."""
+    """LlavaError if int[B, T] has an id that is neither a token nor the placeholder."""
     vocabulary = config.decoder.vocab_size
     wrong = (input_ids < 0) | (input_ids >= vocabulary)
     wrong &= input_ids != config.image_token_id
@@ -91,10 +101,59 @@ def check_vocabulary(input_ids: np.ndarray, config: LlavaConfig) -> None:
         )
 
 
-@contextlib.contextmanager
-def told_of(where: str) -> Iterator[None]:
-    """A LlavaError from inside begins with `where`."""
-    try:
-        yield
-    except LlavaError as error:
-        raise LlavaError(f"{where}{error}") from None
+def read_inputs(
+    config: LlavaConfig, input_ids, pixel_values, attention_mask
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray]:
+    """The arguments of `Llava.logits`, checked, as those of `Engine.logits`.
+
+    Raises:
+      LlavaError: they do not fit together.
+    """
+    input_ids = to_numpy(input_ids)
+    mask = np.ones_like(input_ids) if attention_mask is None else to_numpy(attention_mask)
+    if input_ids.ndim != 2 or input_ids.dtype.kind not in "iu" or 0 in input_ids.shape:
+        raise LlavaError(
+            f"input_ids must be whole numbers [B, T], not {input_ids.dtype}{input_ids.shape}"
+        )
+    if mask.shape != input_ids.shape:
+        raise LlavaError(
+            f"attention_mask {mask.shape} must have the shape of input_ids {input_ids.shape}"
+        )
+    mask = (mask != 0).astype(np.int32)
+    input_ids = np.where(mask, input_ids, 0)
+    check_vocabulary(input_ids, config)
+    is_image = input_ids == config.image_token_id
+    tiles = _deal_tiles(config, is_image, pixel_values)
+    return input_ids, tiles, features_in_turn(is_image), mask
+
+
+def _deal_tiles(config: LlavaConfig, is_image: np.ndarray, pixel_values) -> list[np.ndarray]:
+    """The flat list of tiles, float32[n, S, S, 3] for each row by its placeholders, bool[B, T]."""
+    size, tokens = config.image.size, config.tokens_per_tile
+    pixels = np.zeros((0, 3, size, size)) if pixel_values is None else to_numpy(pixel_values)
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+        raise LlavaError(
+            f"pixel_values must be [images, 3, {size}, {size}], not {list(pixels.shape)}"
+        )
+    placeholders = is_image.sum(axis=1)
+    if placeholders.sum() != len(pixels) * tokens:
+        raise LlavaError(
+            f"input_ids have {placeholders.sum()} placeholders ({config.image_token_id}) "
+            f"but {len(pixels)} image(s) of {tokens} tokens need {len(pixels) * tokens}"
+        )
+    if (placeholders % tokens).any():
+        row = int(np.argmax(placeholders % tokens != 0))
+        raise LlavaError(
+            f"row {row} of input_ids has {placeholders[row]} placeholders, which is no whole "
+            f"number of images: each takes {tokens}"
+        )
+    ends = np.cumsum(placeholders // tokens)[:-1]
+    return np.split(pixels.transpose(0, 2, 3, 1).astype(np.float32), ends)
+
+
+def to_numpy(array) -> np.ndarray:
+    """NumPy from NumPy, JAX, a list, or a PyTorch tensor of any device, dtype and grad."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    return np.asarray(array)

@@ -3,23 +3,23 @@
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
 from llava_jax.inference.answer import Answer
-from llava_jax.inference.engine import Counts, Engine
-from llava_jax.inference.jobs import Request
+from llava_jax.inference.engine import Counts, Engine, Grown, Waiting
+from llava_jax.inference.jobs import Job, Request, Signal, Source, as_source
 from llava_jax.inference.sampling import SamplingParams
 
 POLL = 0.0005  # seconds between two looks at whether a device is done
 
 
 class Replicas:
-    """What `Engine` is, over several: each reads, answers and remembers on its own.
+    """The interface of `Engine` over several engines: each reads, answers and caches on its own.
 
-    One thread serves them all: while the devices of one compute, the host prepares the next call of
-    another. Answers do not depend on the engine that gives them.
+    One thread serves them all: while the devices of one compute, the host prepares the next call
+    of another. Answers do not depend on the engine that gives them.
     """
 
     def __init__(self, engines: Sequence[Engine]):
@@ -55,64 +55,100 @@ class Replicas:
     def logits(self, *inputs) -> jax.Array:
         return self.engines[0].logits(*inputs)
 
-    def warm_up(self, batch_size: int, size: int) -> None:
-        for engine in self.engines:
-            engine.warm_up(self._share(batch_size), size)
+    def warm_up(
+        self, batch_size: int, size: int, report: Callable[[int, int], None] = lambda *_: None
+    ) -> None:
+        count = len(self.engines)
+        for i, engine in enumerate(self.engines):
+            of_all = lambda done, calls, i=i: report(i * calls + done, count * calls)
+            engine.warm_up(self._share(batch_size), size, of_all)
 
     def _share(self, batch_size: int) -> int:
         return -(-batch_size // len(self.engines))
 
-    def run(self, requests: Iterable[tuple[Request, Answer]], batch_size: int) -> Iterator[Answer]:
-        """As `Engine.run`; `batch_size` is that of all together."""
-        share = self._share(batch_size)
-        router = Router(requests, len(self.engines), share)
-        # Each engine's work, and the array that it waits for.
-        waits: dict[Iterator, jax.Array | None] = {
-            engine.steps(router.feed(i), share): None for i, engine in enumerate(self.engines)
+    def run(self, jobs: Source | Iterable[Job], batch_size: int) -> Iterator[Answer]:
+        """Like `Engine.run`; `batch_size` is that of all together."""
+        share, source = self._share(batch_size), as_source(jobs)
+        router = Router(source, len(self.engines), share)
+        # Each engine's work, and what it waits for.
+        waits: dict[Iterator, Waiting | None] = {
+            engine.steps(router.source(i), share): None for i, engine in enumerate(self.engines)
         }
         try:
             while waits:
-                ready = [work for work, array in waits.items() if array is None or array.is_ready()]
+                ready = [work for work, wait in waits.items() if wait is None or wait.ready()]
                 if not ready:
-                    time.sleep(POLL)
+                    idle = [wait.idle for wait in waits.values()]
+                    if not all(idle):
+                        time.sleep(POLL)
+                    elif not router.kept:
+                        source.wait(min(idle))
+                    ready = [work for work, wait in waits.items() if wait.idle]
                 for work in ready:
-                    told = next(work, None)
-                    if told is None:
+                    event = next(work, None)
+                    if event is None:
                         del waits[work]
-                    elif isinstance(told, Answer):
+                    elif isinstance(event, Grown):
                         waits[work] = None
-                        yield told
+                        yield event.answer
                     else:
-                        waits[work] = told
+                        waits[work] = event
         finally:
             for work in waits:
                 work.close()
 
 
 class Router:
-    """Gives each of `count` engines its part of a stream of requests, when it asks for one.
+    """Gives each of `count` engines its part of a stream of jobs, when it asks for one.
 
-    Those about the same pictures that follow each other go to one engine, which then reads the
+    Jobs about the same pictures that follow each other go to one engine, which then reads the
     pictures once; unless `most` wait for it already.
     """
 
-    def __init__(self, requests: Iterable[tuple[Request, Answer]], count: int, most: int):
-        self._requests = iter(requests)
+    def __init__(self, source: Source, count: int, most: int):
+        self._source = source
         self._kept = [deque() for _ in range(count)]
         self._most = most
-        self._pictures, self._engine = (), 0  # of the latest request
+        self._pictures, self._engine = (), 0  # of the latest job
 
-    def feed(self, engine: int) -> Iterator[tuple[Request, Answer]]:
+    @property
+    def kept(self) -> int:
+        """Jobs that were taken for an engine that has not asked for them yet."""
+        return sum(map(len, self._kept))
+
+    def source(self, engine: int) -> "RoutedJobs":
+        """The part of one engine."""
+        return RoutedJobs(self, engine, self._source)
+
+    def poll(self, engine: int) -> Job | Signal:
         kept = self._kept[engine]
-        while True:
-            while kept:
-                yield kept.popleft()
-            entry = next(self._requests, None)
-            if entry is None:
-                return
-            pictures = entry[0].pictures
+        while not kept:
+            job = self._source.poll()
+            if isinstance(job, Signal):
+                return job
+            pictures = tuple(picture.key for picture in job.request.pictures)
             follows = bool(pictures) and pictures == self._pictures
             if not follows or len(self._kept[self._engine]) >= self._most:
                 self._engine = engine
             self._pictures = pictures
-            self._kept[self._engine].append(entry)
+            self._kept[self._engine].append(job)
+        return kept.popleft()
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedJobs:
+    """The jobs of one engine, as a source."""
+
+    router: Router
+    engine: int
+    whole: Source
+
+    @property
+    def live(self) -> bool:
+        return self.whole.live
+
+    def poll(self) -> Job | Signal:
+        return self.router.poll(self.engine)
+
+    def wait(self, seconds: float) -> None:
+        self.whole.wait(seconds)

@@ -1,6 +1,6 @@
 """The choice of the next token from its logits.
 
-B rows, V vocabulary, K logprobs told.
+B rows, V vocabulary.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ ALIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one answer is chosen, in vLLM's names; LlavaError for a value out of its range.
+    """How an answer is chosen, in vLLM's names; LlavaError for a value out of its range.
 
     Attributes:
-      max_tokens: length limit; an answer also ends where the model's positions do.
-      temperature: 0 takes the likeliest token each time, as does anything below 1e-5; otherwise
-        tokens are drawn.
+      max_tokens: length limit; an answer also ends at the model's last position.
+      temperature: 0, or anything below 1e-5, takes the likeliest token each time; otherwise tokens
+        are drawn.
       top_p: draw only among the likeliest tokens that together reach this probability.
       seed: the same prompt and seed draw the same answer, whatever else is in the batch.
       top_k: draw only among this many; 0 or -1 for no limit.
@@ -43,13 +43,13 @@ class SamplingParams:
       repetition_penalty: over 1 makes tokens of the prompt and the answer less likely
         (https://arxiv.org/abs/1909.05858).
       min_tokens: neither a stop token nor a stop text ends the answer before.
-      stop: texts that end the answer and are no part of it, beside the template's.
-      stop_token_ids: tokens that end it, beside the model's own.
-      ignore_eos: the model's and the template's own ends do not count.
+      stop: texts that end the answer and are no part of it, in addition to the template's.
+      stop_token_ids: tokens that end it, in addition to the model's own.
+      ignore_eos: the ends of the model and of the template do not count.
       n: answers to one prompt, drawn with the seeds seed, seed + 1, ...
-      logprobs: for each token of the answer tell its log probability (before temperature and
-        penalties) and those of this many likeliest tokens; None tells nothing.
-      prompt_logprobs: the same of each token of the prompt but the first.
+      logprobs: give the log probability of each token of the answer, before temperature and
+        penalties, and those of this many likeliest tokens; None gives none.
+      prompt_logprobs: the same for each token of the prompt but the first.
     """
 
     max_tokens: int = 256
@@ -94,7 +94,7 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("max_tokens", "seed", "top_k", "min_tokens", "n"):
-            # Of NumPy's, seed + 1 or -max_tokens may leave the range of their type.
+            # With NumPy's numbers, seed + 1 or -max_tokens may leave the range of their type.
             object.__setattr__(self, name, int(getattr(self, name)))
 
     @classmethod
@@ -107,9 +107,12 @@ class SamplingParams:
 
 
 def resolve_names(names: dict) -> dict:
-    """Keywords in vLLM's or Hugging Face's names -> ours; LlavaError for one that is neither.
+    """Keywords in vLLM's or Hugging Face's names as fields of SamplingParams.
 
     `do_sample` false is temperature 0; true is temperature 1 unless one is given.
+
+    Raises:
+      LlavaError: a name that is neither; the message has the closest one.
     """
     values = {}
     known = [field.name for field in dataclasses.fields(SamplingParams)]
@@ -139,7 +142,7 @@ def _several(name: str, value) -> tuple:
 
 
 def _whole(name: str, value, low: int, high: int = 2**30) -> None:
-    """2**30, a limit for all that the devices count in int32, is more than anything here needs."""
+    """Raises LlavaError unless a number is whole and in range; devices count in int32."""
     right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not right or not low <= value <= high:
         limits = f"from {low}" + ("" if high == 2**30 else f" to {high}")
@@ -153,15 +156,15 @@ def _number(name: str, value, wanted: str, fits) -> None:
 
 @flax.struct.dataclass
 class Sampling:
-    """The settings of rows, as arrays; fields as in SamplingParams where not told.
+    """The settings of rows as arrays; fields that are not explained are those of SamplingParams.
 
     Attributes:
       temperature, top_p, min_p, repetition_penalty: float32[B].
       top_k: int32[B], 0 for no limit.
-      seed: uint32[B]. Nothing else enters a row's random numbers but the position of the token,
-        so a row is drawn the same whatever it is batched with.
-      stop_ids: int32[B, MAX_STOP_IDS], -1 behind the last.
-      first_end: int32[B], the first position where one of them may stand.
+      seed: uint32[B]. A row's random numbers depend on it and on the position of the token alone,
+        so a row is drawn the same in every batch.
+      stop_ids: int32[B, MAX_STOP_IDS], -1 after the last.
+      first_end: int32[B], the first position at which one of them may stand.
       logprobs: bool[B].
     """
 
@@ -177,7 +180,7 @@ class Sampling:
 
     @classmethod
     def zeros(cls, rows: int) -> "Sampling":
-        """Greedy and endless, as NumPy arrays to be filled in."""
+        """Greedy settings without an end, as NumPy arrays to be filled in."""
         real = lambda value: np.full(rows, value, np.float32)
         whole = lambda dtype: np.zeros(rows, dtype)
         stop_ids = np.full((rows, MAX_STOP_IDS), -1, np.int32)
@@ -187,7 +190,7 @@ class Sampling:
         )  # fmt: skip
 
     def fill(self, row: int, params: SamplingParams, stop_ids: Sequence[int], length: int) -> None:
-        """Puts an answer's settings into a row of NumPy arrays; `length` is its prompt's."""
+        """Puts the settings of an answer to a prompt of `length` tokens into a row."""
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "seed"):
             getattr(self, name)[row] = getattr(params, name)
         self.top_k[row] = max(params.top_k, 0)
@@ -204,7 +207,7 @@ def sample(
 
     Args:
       logits: float32[B, V].
-      positions: int[B], where in its row each token will stand.
+      positions: int[B], position of each token in its row.
       seen: bool[B, V], tokens of the prompt and of the answer so far.
     """
     penalized = (sampling.repetition_penalty != 1) | (positions < sampling.first_end)
@@ -218,18 +221,18 @@ def sample(
 
 
 def _penalize(logits, sampling: Sampling, positions, seen):
-    """Seen tokens less likely by the penalty, ends impossible before their first position."""
+    """Makes seen tokens less likely, and ends impossible before their first position."""
     penalty = sampling.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     early = (positions < sampling.first_end)[:, None]
     vocabulary = logits.shape[1]
-    # Negative numbers would count from the end: past it, they are dropped.
+    # A negative index would count from the end; one past the end is dropped.
     ends = jnp.where(early & (sampling.stop_ids >= 0), sampling.stop_ids, vocabulary)
     return logits.at[jnp.arange(len(logits))[:, None], ends].set(-jnp.inf, mode="drop")
 
 
 def _greedy(logits, sampling, positions):
-    """The first of the likeliest; by two reductions, on CPU in a seventh of argmax's time."""
+    """The first of the likeliest tokens; two reductions, on CPU seven times as fast as argmax."""
     del sampling, positions
     likeliest = logits == jnp.max(logits, axis=-1, keepdims=True)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -252,7 +255,7 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: ja
 
     In vLLM's order: at least `min_p` of the likeliest token's probability
     (https://arxiv.org/abs/2407.01082), then the `top_k` likeliest, then the smallest set of them
-    that reaches `top_p` (https://arxiv.org/abs/1904.09751). Tokens as likely as the last stay.
+    that reaches `top_p` (https://arxiv.org/abs/1904.09751). Ties with the last token are kept.
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
@@ -260,7 +263,7 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: ja
     inside &= (rank < top_k[:, None]) | (top_k[:, None] <= 0)
     probability = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    # The likeliest token stays, even where top_p is too small for float32.
+    # The likeliest token is kept even if top_p is too small for float32.
     inside &= (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
     threshold = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
@@ -268,7 +271,7 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: ja
 
 @flax.struct.dataclass
 class Logprobs:
-    """Log probabilities at some tokens: of the token itself, and the likeliest there.
+    """Log probabilities at some positions: of the token there, and of the likeliest tokens.
 
     Attributes:
       chosen: float32[...].

@@ -14,8 +14,8 @@ from llava_jax.data.media import load_image
 from llava_jax.errors import LlavaError
 from llava_jax.inference.boxes import draw_boxes, parse_boxes, to_pixels
 from llava_jax.inference.model import Llava
+from llava_jax.inference.pictures import fetch, source_name
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.inference.sources import fetch, source_name
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 from llava_jax.text.conversation import IMAGE_TOKEN
 

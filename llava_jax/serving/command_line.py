@@ -46,7 +46,7 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
     return Llava.from_pretrained(
         checkpoint,
         dtype=args.dtype,
-        weights=args.weights,
+        quantize=args.weights,
         kv_cache=args.kv_cache,
         allow_urls=args.allow_urls,
         mesh=mesh,

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from llava_jax.data.addresses import is_address
 from llava_jax.errors import LlavaError
 from llava_jax.files import json_line
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.inference.sources import is_address
 from llava_jax.serving.answer_file import answer_line, open_answers
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
@@ -136,9 +136,9 @@ class Requests:
             failed.fail(error)
             self.answers[number] = [failed]
             return []
-        entries = self._model.entries(request)
-        self.answers[number] = [answer for _, answer in entries]
-        return entries
+        jobs = self._model.jobs(request)
+        self.answers[number] = [job.answer for job in jobs]
+        return jobs
 
     def _parse(self, number: int, line: bytes) -> dict:
         try:

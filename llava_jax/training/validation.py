@@ -59,7 +59,7 @@ class Validation:
     def _answer(self, state: TrainState, step: int) -> None:
         if not self._records:
             return
-        self._answerer.engine.params = self._model_params(state)
+        self._answerer.replace_params(self._model_params(state))
         requests = [self._request(record) for record in self._records]
         answers = self._answerer.answer(requests, batch_size=len(requests))
         for record, answer in zip(self._records, answers, strict=True):

@@ -266,7 +266,7 @@ def test_the_fingerprint_sees_every_value_and_no_device_layout():
 def test_the_fingerprint_is_that_of_a_mesh_and_of_layers_by_themselves(dtype, weights):
     arrays, products = PRECISIONS[dtype]
     params = jax.tree.map(lambda leaf: leaf.astype(arrays), random_params(CONFIG))
-    settings = {"dtype": dtype, "weights": weights}
+    settings = {"dtype": dtype, "quantize": weights}
     make = lambda params, mesh=None: Llava(
         CONFIG, params, byte_tokenizer(), "chatml", **settings, mesh=mesh
     )

@@ -1,11 +1,17 @@
 """Tokens to text: stop texts, characters of several bytes, pieces."""
 
-import pytest
+import random
 
-from llava_jax.inference.answer import Answer
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from llava_jax.inference.answer import Answer, Detokenizer
 from tests.tiny_model import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()  # a token a byte: every text crosses token boundaries
+BYTES = bytes_to_unicode()
 
 
 def tokens_of(text: str) -> list[int]:
@@ -95,3 +101,68 @@ def test_stop_texts_do_not_depend_on_how_many_tokens_come_at_once(
     for start in range(0, len(ids), step):
         answer.extend(ids[start : start + step])
     assert (answer.text, len(answer.tokens)) == (text, kept)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Words that begin with a space, bytes, a special token; the first space is dropped."""
+    words = ["\u2581", "\u2581\u2581", "\u2581red", "\u2581a", "blue", ".", "\n"]
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], byte_fallback=True))
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    core.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_like])
+def test_text_that_is_decoded_as_it_comes_is_that_of_all_tokens_at_once(make):
+    tokenizer, rng = make(), random.Random(0)
+    characters = [list(text.encode()) for text in ("é", "青", "🙂", "\ufffd", "a", " ")]
+    byte = lambda value: tokenizer.convert_tokens_to_ids(
+        f"<0x{value:02X}>" if make is sentencepiece_like else BYTES[value]
+    )
+    for _ in range(300):
+        ids = []
+        while len(ids) < 30:
+            if rng.random() < 0.4:
+                ids += map(byte, rng.choice(characters)[: rng.choice([1, 2, 9, 9, 9])])
+            else:
+                ids.append(rng.randrange(len(tokenizer)))
+        whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        detokenizer, read = Detokenizer(tokenizer), 0
+        while read < len(ids):
+            read += rng.choice([1, 1, 2, 3, 8])
+            text = detokenizer.keep(ids[:read])
+        assert text == whole.rstrip("\ufffd")
+
+
+def test_a_long_answer_is_not_decoded_again_and_again():
+    decoded = []
+
+    class Counting:
+        convert_ids_to_tokens = TOKENIZER.convert_ids_to_tokens
+
+        def decode(self, tokens, **options):
+            decoded.append(len(tokens))
+            return TOKENIZER.decode(tokens, **options)
+
+    answer, ids = Answer(Counting(), [], ["</s>"]), tokens_of("one two three " * 100)
+    for start in range(0, len(ids), 8):
+        answer.extend(ids[start : start + 8])
+    assert answer.text == ("one two three " * 100).strip()
+    assert sum(decoded) < 5 * len(ids)
+
+
+def test_a_cancelled_answer_keeps_what_it_has():
+    answer = Answer(TOKENIZER, [], [])
+    answer.extend(tokens_of("blue"))
+    answer.cancel()
+    assert not answer.done
+    answer.end()
+    assert (answer.done, answer.finish_reason, answer.text) == (True, "cancelled", "blue")

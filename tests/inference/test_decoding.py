@@ -93,7 +93,7 @@ def read(model, params, ids, lengths, images, budget, stop_ids=(), size=48, kv_d
     jobs = []
     for row, length in enumerate(np.array(lengths)):
         request = Request(np.array(ids[row, :length]), (), SamplingParams())
-        job = Job(request, None, [], tuple(stop_ids), budget[row])
+        job = Job(request, None, tuple(stop_ids), budget[row])
         job.feature_ids, job.row, job.sources = places[row, :length], row, np.full(length, row)
         jobs.append(job)
     prompts = pack(jobs, PrefillShape(64, 8, 32), rows)  # in chunks of eight
@@ -194,7 +194,7 @@ def test_the_drawn_example_of_chunks_is_what_prompts_are_packed_into():
         ("z", 3, 0, [3]),
     ):
         ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        job = Job(Request(ids, (), SamplingParams()), None, [], (), 1)
+        job = Job(Request(ids, (), SamplingParams()), None, (), 1)
         job.row, job.shared, job.sources = row, shared, np.array(sources, np.int32)
         job.feature_ids = np.full(len(ids), NO_TOKEN)
         jobs.append(job)

@@ -1,5 +1,6 @@
 """The engine: continuous batches, shared prefixes, pictures, compilations, sampling through it."""
 
+import io
 import itertools
 import random
 import resource
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import LlavaError
+from llava_jax.inference.admission import RowSlots, TileSlots
 from llava_jax.inference.model import Llava
 from llava_jax.inference.quantization import pack_kernels
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.inference.slots import ImageSlots, RowSlots
 from llava_jax.parallel.mesh import make_mesh
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
 
@@ -40,13 +41,13 @@ def mixed_requests(count: int, seed: int) -> tuple[list[str], list, list[int]]:
 
 def ask(llava, prompts, images, tokens, batch_size):
     """Tokens of each answer. Not by `Llava.answers`: it may take smaller batches."""
-    entries = [
-        llava.entries(llava.request(p, i, SamplingParams(t, ignore_eos=True)))[0]
+    jobs = [
+        llava.jobs(llava.request(p, i, SamplingParams(t, ignore_eos=True)))[0]
         for p, i, t in zip(prompts, images, tokens, strict=True)
     ]
-    for _ in llava.engine.run(entries, batch_size):
+    for _ in llava.engine.run(jobs, batch_size):
         pass
-    return [answer.tokens for _, answer in entries]
+    return [job.answer.tokens for job in jobs]
 
 
 def test_every_batch_composition_gives_the_tokens_of_each_request_alone(llava):
@@ -95,10 +96,10 @@ def test_a_picture_is_encoded_once_and_its_prefix_read_once(llava):
     for prompt, answer in zip(prompts, answers, strict=True):
         llava.engine.forget()
         params = SamplingParams(3)
-        entries = llava.entries(llava.request(prompt, [picture], params))
-        for _ in llava.engine.run(entries, 4):
+        jobs = llava.jobs(llava.request(prompt, [picture], params))
+        for _ in llava.engine.run(jobs, 4):
             pass
-        assert entries[0][1].text == answer
+        assert jobs[0].answer.text == answer
 
 
 def test_prompts_of_one_call_share_what_they_begin_with(llava, monkeypatch):
@@ -108,9 +109,10 @@ def test_prompts_of_one_call_share_what_they_begin_with(llava, monkeypatch):
     for prompt in prompts:
         llava.engine.forget()
         alone += ask(llava, [prompt], [[]], [6], 4)
-    calls, call = [], llava.engine._call_prefill
+    device, calls = llava.engine.device, []
+    call = device.prefill
     monkeypatch.setattr(
-        llava.engine, "_call_prefill", lambda jobs, shape: calls.append(jobs) or call(jobs, shape)
+        device, "prefill", lambda jobs, shape: calls.append(jobs) or call(jobs, shape)
     )
     llava.engine.forget()
     assert ask(llava, prompts, [[]] * 4, [6] * 4, 4) == alone
@@ -173,14 +175,24 @@ def test_a_stream_tells_each_prompts_text_in_pieces(llava):
     assert len(list(itertools.groupby(numbers))) > 7  # they come side by side
 
 
+def damaged_png() -> bytes:
+    """Its first and last bytes are good; what is wrong shows when it is decoded."""
+    file = io.BytesIO()
+    random_image(0, (40, 40)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    start = data.index(b"IDAT") + 8
+    data[start : start + 20] = bytes(20)
+    return bytes(data)
+
+
 def test_a_request_with_an_unreadable_picture_spares_the_others(llava):
     params = SamplingParams(3)
-    good, bad = random_image(0), b"no picture"
+    good, bad = random_image(0), damaged_png()
     requests = [llava.request("a?", [i], params) for i in (good, bad, good)]
-    entries = [llava.entries(request)[0] for request in requests]
-    for _ in llava.engine.run(entries, 4):
+    jobs = [llava.jobs(request)[0] for request in requests]
+    for _ in llava.engine.run(jobs, 4):
         pass
-    answers = [answer for _, answer in entries]
+    answers = [job.answer for job in jobs]
     assert "image 0" in str(answers[1].error) and answers[1].finish_reason == "error"
     assert answers[0].text == answers[2].text == llava.generate("a?", good, max_tokens=3)
     with pytest.raises(LlavaError, match="prompt 1: .*image 0"):
@@ -247,8 +259,11 @@ def test_logprobs_are_those_of_a_forward_pass(llava):
         ((answer,),) = llava.complete([prompt, "zz"], [images, None], 4, **values)[:1]
         request = llava.request(prompt, images, SamplingParams())
         ids = np.concatenate([request.input_ids, answer.tokens])[None]
-        pixels = [np.array([image() for image in request.images])]
-        logits = llava.engine.logits(ids, pixels, np.ones_like(ids))
+        tiles = [np.concatenate([np.zeros((0, 8, 8, 3)), *(p.load() for p in request.pictures)])]
+        is_image = ids == CONFIG.image_token_id
+        features = np.where(is_image, np.cumsum(is_image) - 1, -1)
+        tiles = [tiles[0].astype(np.uint8)]
+        logits = llava.engine.logits(ids, tiles, features, np.ones_like(ids))
         expected = np.array(jax.nn.log_softmax(logits[0]))
         told = [*answer.prompt_logprobs, *answer.logprobs]
         assert len(answer.logprobs) == 6 and len(told) == ids.size - 1
@@ -266,7 +281,7 @@ def test_logprobs_are_those_of_a_forward_pass(llava):
 
 def test_eight_bits_answer_and_are_near(llava):
     low = Llava(
-        CONFIG, random_params(CONFIG), byte_tokenizer(), "chatml", weights="int8", kv_cache="int8"
+        CONFIG, random_params(CONFIG), byte_tokenizer(), "chatml", quantize="int8", kv_cache="int8"
     )
     kernel = low.engine.params["decoder"]["layers"]["mlp"]["up_proj"]
     assert kernel["kernel"].dtype == jnp.int8
@@ -277,10 +292,10 @@ def test_eight_bits_answer_and_are_near(llava):
     expected = llava.logits(ids)
     difference = abs(low.logits(ids) - expected).max()
     assert 0 < difference < 0.2 * abs(expected).max()
-    assert low.engine._kv_dtype == jnp.int8
+    assert low.engine.device.kv_dtype == jnp.int8
     assert isinstance(low.generate("a?", random_image(0), max_tokens=4), str)
-    with pytest.raises(LlavaError, match="weights must be int8"):
-        Llava(CONFIG, {}, byte_tokenizer(), "chatml", weights="int3")
+    with pytest.raises(LlavaError, match="quantize must be int8"):
+        Llava(CONFIG, {}, byte_tokenizer(), "chatml", quantize="int3")
 
 
 def test_packed_kernels_compute_the_same():
@@ -293,10 +308,12 @@ def test_packed_kernels_compute_the_same():
     assert kernel.dtype == jnp.uint16
     picture = [np.array(random_image(0, (8, 8)))[None]]
     ids[0, 2:6] = CONFIG.image_token_id
+    features = np.full_like(ids, -1)
+    features[0, 2:6] = range(4)
     mask = np.ones_like(ids)
     np.testing.assert_allclose(
-        packed.engine.logits(ids, picture, mask),
-        plain.engine.logits(ids, picture, mask),
+        packed.engine.logits(ids, picture, features, mask),
+        plain.engine.logits(ids, picture, features, mask),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -309,7 +326,7 @@ def test_a_model_on_a_mesh_gives_the_same_tokens_and_stays_where_it_is(llava):
     assert ask(spread, *requests, 4) == ask(llava, *requests, 4)
     kernel = spread.engine.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    keys = spread.engine._state.cache.keys
+    keys = spread.engine.device.state.cache.keys
     assert keys.addressable_shards[0].data.size == keys.size // 4
     before = spread.engine.counts.compilations
     spread.engine.forget()  # what is shared decides the shapes
@@ -321,7 +338,7 @@ def test_a_model_on_a_mesh_gives_the_same_tokens_and_stays_where_it_is(llava):
     "settings, message",
     [
         ({"stop_token_ids": range(40)}, "stop tokens, the model's own included: at most 32"),
-        ({"stop_token_ids": [300]}, "stop token 300 is none of the model's"),
+        ({"stop_token_ids": [300]}, "stop token 300 is not in the vocabulary"),
     ],
 )
 def test_what_the_engine_cannot_do_is_told(llava, settings, message):
@@ -329,8 +346,8 @@ def test_what_the_engine_cannot_do_is_told(llava, settings, message):
         llava.generate(["a?"], None, 4, **settings)
 
 
-def test_image_slots_forget_the_least_recently_used_and_no_pinned_one():
-    slots = ImageSlots(2)
+def test_tile_slots_forget_the_least_recently_used_and_no_pinned_one():
+    slots = TileSlots(2)
     a, b = slots.add(b"a", ()), slots.add(b"b", ())
     assert slots.find(b"a") == a and slots.find(b"c") is None
     c = slots.add(b"c", pinned={a[0]})

@@ -1,13 +1,12 @@
 """The same folder through transformers and through `Llava`: logits and greedy tokens."""
 
 import random
-from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from llava_jax.inference.engine import Request
+from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.parallel.mesh import make_mesh
@@ -143,8 +142,8 @@ def test_greedy_tokens(pair):
 def as_request(ours, ids, pictures, tokens: int) -> Request:
     """Ids of a processor, with the next of `pictures` for their placeholders."""
     count = (ids == ours.config.image_token_id).sum() // ours.config.tokens_per_tile
-    load = (partial(ours._load_image, image, "", "") for image in islice(pictures, count))
-    return Request(ids, tuple(load), SamplingParams(tokens, ignore_eos=True))
+    shown = (ours._pictures.picture(image, "image", "") for image in islice(pictures, count))
+    return Request(ids, tuple(shown), SamplingParams(tokens, ignore_eos=True))
 
 
 @pytest.mark.parametrize(

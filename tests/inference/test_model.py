@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference import model
-from llava_jax.inference.buckets import (
+from llava_jax.inference import pictures
+from llava_jax.inference.model import Llava
+from llava_jax.inference.prefill import (
     TOKENS_AT_A_TIME,
     chunk_bucket,
     chunk_count,
     count_bucket,
-    image_bucket,
     length_bucket,
+    tile_bucket,
     token_bucket,
 )
-from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from tests.tiny_model import CONFIG, byte_tokenizer, config_with, random_image, tiny_llava
 
@@ -91,7 +91,7 @@ def test_buckets_are_few_and_waste_little():
         assert longest <= 4 * chunk and (chunk == 16 or chunk < longest)
         for tokens in (length_bucket(longest), 4096):
             assert chunk_count(tokens, chunk) * chunk >= tokens
-    assert [image_bucket(n) for n in (1, 2, 3, 11, 12, 47, 48, 500)] == [1, 1, 4, 4, 16, 16, 64, 64]
+    assert [tile_bucket(n) for n in (1, 2, 3, 11, 12, 47, 48, 500)] == [1, 1, 4, 4, 16, 16, 64, 64]
 
 
 def test_chat_streams_what_it_returns_and_reads_its_history(llava):
@@ -154,7 +154,8 @@ def test_logits_of_one_image_are_those_of_its_uint8_pixels(llava):
     ids = np.array([[5, *[CONFIG.image_token_id] * 4, 6, 7]])
     normalised = (square / 255 - CONFIG.image.mean) / CONFIG.image.std
     from_floats = llava.logits(ids, normalised.transpose(2, 0, 1)[None])
-    from_bytes = llava.engine.logits(ids, [square[None]], np.ones_like(ids))
+    features = np.array([[-1, 0, 1, 2, 3, -1, -1]])
+    from_bytes = llava.engine.logits(ids, [square[None]], features, np.ones_like(ids))
     np.testing.assert_allclose(from_floats, from_bytes, rtol=1e-5, atol=2e-5)
 
 
@@ -257,8 +258,8 @@ def test_importing_llava_needs_neither_torch_nor_tensorflow():
 def test_a_file_asked_about_again_is_decoded_once_and_again_when_it_changed(
     llava, tmp_path, monkeypatch
 ):
-    decoded, load = [], model.load_image
-    monkeypatch.setattr(model, "load_image", lambda *a: decoded.append(a) or load(*a))
+    decoded, load = [], pictures.load_image
+    monkeypatch.setattr(pictures, "load_image", lambda *a: decoded.append(a) or load(*a))
     path = tmp_path / "picture.png"
     random_image(3).save(path)
     settings = {"batch_size": 4, "max_tokens": TOKENS}

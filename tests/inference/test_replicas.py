@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.answer import Answer
-from llava_jax.inference.jobs import Request
+from llava_jax.inference.engine import Grown
+from llava_jax.inference.jobs import END, Job, Listed, Picture, Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.replicas import Replicas, Router
 from llava_jax.inference.sampling import SamplingParams
@@ -42,7 +42,7 @@ def test_two_copies_answer_as_one_and_compile_nothing_after_warm_up(one, two):
     shares = [engine.counts.requests for engine in two.engine.engines]
     assert min(shares) >= 4 and sum(shares) == two.engine.counts.requests == 20
     places = [
-        {d for leaf in jax.tree.leaves((e.params, e._state)) for d in leaf.devices()}
+        {d for leaf in jax.tree.leaves((e.params, e.device.state)) for d in leaf.devices()}
         for e in two.engine.engines
     ]
     assert places == [{device} for device in jax.devices()[:2]]
@@ -54,7 +54,7 @@ def test_two_copies_of_two_devices_each(one):
     requests = mixed_requests(10, seed=6)
     assert ask(model, *requests, 4) == ask(one, *requests, 4)
     for engine in model.engine.engines:
-        keys = engine._state.cache.keys
+        keys = engine.device.state.cache.keys
         assert keys.addressable_shards[0].data.size == keys.size // 2
 
 
@@ -71,11 +71,11 @@ def test_one_who_has_enough_half_way_costs_the_next_nothing(one, two):
     requests = mixed_requests(12, seed=3)
     wanted = ask(one, *requests, 4)
     for enough in (1, 3, 7, 15):
-        entries = [
-            two.entries(two.request(p, i, SamplingParams(t, ignore_eos=True)))[0]
+        jobs = [
+            two.jobs(two.request(p, i, SamplingParams(t, ignore_eos=True)))[0]
             for p, i, t in zip(*requests, strict=True)
         ]
-        answers = two.engine.run(entries, 4)
+        answers = two.engine.run(jobs, 4)
         for _ in range(enough):
             next(answers)
         answers.close()
@@ -86,17 +86,17 @@ def test_prompts_that_were_left_while_the_device_read_them_are_known_to_be_in_th
     """Else the next prompt would take what it shares with their rows' earlier contents."""
     engine = two.engine.engines[0]
     engine.forget()
-    entry = lambda text: two.entries(two.request(text, None, SamplingParams(4, ignore_eos=True)))[0]
+    job = lambda text: two.jobs(two.request(text, None, SamplingParams(4, ignore_eos=True)))[0]
 
     def ask_engine(texts):
-        entries = [entry(text) for text in texts]
-        assert all(engine.run(entries, 2))
-        return [answer.tokens for _, answer in entries]
+        jobs = [job(text) for text in texts]
+        assert all(engine.run(jobs, 2))
+        return [job.answer.tokens for job in jobs]
 
     earlier = ["abcdefgh one?", "abcdefgh two?"]  # in both rows
     wanted = ask_engine(earlier)
-    work = engine.steps([entry("zyx other?"), entry("zyx another?")], 2)
-    while isinstance(next(work), Answer):
+    work = engine.steps(Listed([job("zyx other?"), job("zyx another?")]), 2)
+    while isinstance(next(work), Grown):
         pass
     work.close()
     assert ask_engine(earlier) == wanted
@@ -105,20 +105,21 @@ def test_prompts_that_were_left_while_the_device_read_them_are_known_to_be_in_th
 def test_a_failure_of_one_copy_is_told_and_the_next_run_is_whole(one, two, monkeypatch):
     requests = mixed_requests(8, seed=4)
     with monkeypatch.context() as patch:
-        patch.setattr(two.engine.engines[1], "_call_decode", lambda *_: 1 / 0)
+        patch.setattr(two.engine.engines[1].device, "decode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ask(two, *requests, 4)
     assert ask(two, *requests, 4) == ask(one, *requests, 4)
 
 
 def test_a_wrong_request_spares_the_others(two):
-    entries = [two.entries(two.request(f"{i}?", None, SamplingParams(2)))[0] for i in range(4)]
-    broken = Request(entries[0][0].input_ids, (unreadable,), SamplingParams(2), ("broken",))
-    failed = Answer(two.tokenizer, (), ())
-    for _ in two.engine.run([*entries[:2], (broken, failed), *entries[2:]], 4):
+    jobs = [two.jobs(two.request(f"{i}?", None, SamplingParams(2)))[0] for i in range(4)]
+    ids = jobs[0].request.input_ids
+    broken = Picture(CONFIG.layout((8, 8)), unreadable, "broken")
+    (failed,) = two.jobs(Request(ids, (broken,), SamplingParams(2)))
+    for _ in two.engine.run([*jobs[:2], failed, *jobs[2:]], 4):
         pass
-    assert "no picture" in str(failed.error)
-    assert all(answer.done and answer.error is None for _, answer in entries)
+    assert "no picture" in str(failed.answer.error)
+    assert all(job.answer.done and job.answer.error is None for job in jobs)
 
 
 def unreadable():
@@ -126,18 +127,23 @@ def unreadable():
 
 
 def test_a_router_gives_every_request_once_and_pictures_to_one_engine():
-    request = lambda i, *pictures: (Request(None, (), None, pictures), i)
-    stream = [request(0, "a"), request(1, "a"), request(2, "b"), request(3, "b"), request(4)]
-    router = Router([*stream, request(5), *(request(i, "c") for i in range(6, 11))], 2, most=2)
-    first, second = router.feed(0), router.feed(1)
-    numbers = lambda feed, count: [next(feed)[1] for _ in range(count)]
+    def job(number, *keys):
+        pictures = tuple(Picture(None, None, key) for key in keys)
+        return Job(Request(None, pictures, None), number, (), 0)
+
+    stream = [job(0, "a"), job(1, "a"), job(2, "b"), job(3, "b"), job(4)]
+    stream += [job(5), *(job(i, "c") for i in range(6, 11))]
+    router = Router(Listed(stream), 2, most=2)
+    first, second = router.source(0), router.source(1)
+    numbers = lambda source, count: [source.poll().answer for _ in range(count)]
     assert numbers(first, 1) == [0]
     assert numbers(second, 2) == [2, 3]  # 1 is kept for the first
     assert numbers(first, 2) == [1, 4]
     assert numbers(second, 2) == [5, 6]
     # 7 and 8 wait for the second: more about c would keep the first from working.
     assert numbers(first, 2) == [9, 10]
-    assert [i for _, i in second] == [7, 8] and list(first) == []
+    assert numbers(second, 2) == [7, 8]
+    assert first.poll() is second.poll() is END
 
 
 def test_one_place_on_the_data_axis_is_an_engine_and_several_are_replicas(one, two):

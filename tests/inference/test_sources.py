@@ -11,8 +11,8 @@ import pytest
 
 from llava_jax.data.media import load_image
 from llava_jax.errors import LlavaError
-from llava_jax.inference import sources
-from llava_jax.inference.sources import fetch
+from llava_jax.inference import pictures
+from llava_jax.inference.pictures import fetch
 from tests.tiny_model import random_image
 
 
@@ -137,9 +137,9 @@ def test_servers_that_speak_badly_are_told(speak, reply, message):
 
 def test_servers_that_are_too_slow_or_send_too_much_are_left(speak, monkeypatch):
     begin = b"HTTP/1.1 200 OK\r\n\r\n"
-    monkeypatch.setattr(sources, "PATIENCE", 0.3)
+    monkeypatch.setattr(pictures, "PATIENCE", 0.3)
     with pytest.raises(LlavaError, match="it takes more than 0.3 seconds"):
         fetch(speak(begin + b"a" * 100, slow=True), allow_urls=True)
-    monkeypatch.setattr(sources, "MAX_BYTES", 99)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 99)
     with pytest.raises(LlavaError, match="it has more than 99 bytes"):
         fetch(speak(begin + b"a" * 100), allow_urls=True)

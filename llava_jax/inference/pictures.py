@@ -1,0 +1,212 @@
+"""Where pictures come from: a path, a `data:` or http(s) address, encoded bytes, Pillow.
+
+S side of a tile.
+"""
+
+import contextlib
+import functools
+import http.client
+import os
+import stat
+import threading
+import time
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import numpy as np
+from PIL import Image
+
+from llava_jax.data.addresses import decode_data_address, is_address, scheme
+from llava_jax.data.media import (
+    check_shape,
+    inspect_image,
+    load_image,
+    preprocess,
+)
+from llava_jax.errors import LlavaError
+from llava_jax.inference.jobs import Picture
+from llava_jax.models.images import same_for_all
+from llava_jax.models.llava import LlavaConfig
+
+ImageSource = str | os.PathLike | bytes | Image.Image
+MAX_BYTES = 50_000_000  # of a downloaded picture
+TIMEOUT = 10  # seconds without an answer
+PATIENCE = 60  # seconds for the whole of one
+RECENT = 8  # pictures kept as tiles: many questions about a picture follow each other
+
+
+class PictureReader:
+    """Makes the pictures of requests: their layouts at once, their tiles when they are needed.
+
+    May be used by several threads.
+
+    Args:
+      config: of the model.
+      allow_urls: pictures may be http(s) addresses.
+    """
+
+    def __init__(self, config: LlavaConfig, allow_urls: bool):
+        self._config, self._allow_urls = config, allow_urls
+        self._recent = _Recent(RECENT)
+        self._pillow = threading.Lock()  # one image may be that of several requests
+        self._file_size = functools.lru_cache(1024)(
+            lambda path, version, name: inspect_image(path, name)
+        )
+
+    def picture(self, source: ImageSource, name: str, where: str) -> Picture:
+        """A picture whose size is known.
+
+        Args:
+          name: what messages call a source that has no name.
+          where: begins the messages of errors.
+        """
+        name = source_name(source, name)
+        remote = isinstance(source, str) and is_address(source)
+        with error_prefix(where):
+            if remote and same_for_all(self._config.image):
+                size = (1, 1)  # any: it is downloaded when it is needed
+            else:
+                source = fetch(source, self._allow_urls)
+                size = self._size(source, name)
+                check_shape(size, self._config.image, name)
+        layout = self._config.layout(size)
+        key = id(source) if isinstance(source, Image.Image) else source
+        load = functools.partial(self._load, source, name, where, object())
+        return Picture(layout, load, key)
+
+    def _size(self, source: str | bytes | Image.Image, name: str) -> tuple[int, int]:
+        if isinstance(source, str):
+            return self._file_size(source, file_version(source, name), name)
+        return source.size if isinstance(source, Image.Image) else inspect_image(source, name)
+
+    def _load(self, source: ImageSource, name: str, where: str, picture: object) -> np.ndarray:
+        """uint8[tiles, S, S, 3]. A file that has not changed is read once for several requests."""
+        with error_prefix(where):
+            found = fetch(source, self._allow_urls)
+            key = (found, file_version(found, name), name) if isinstance(found, str) else picture
+            return self._recent.get(key, lambda: self._tiles(found, name))
+
+    def _tiles(self, source: str | bytes | Image.Image, name: str) -> np.ndarray:
+        lock = self._pillow if isinstance(source, Image.Image) else contextlib.nullcontext()
+        with lock:
+            image = load_image(source, name)
+        return preprocess(image, self._config.image, name)
+
+
+class _Recent:
+    """The latest results of computations by key; a thread waits for another's with the same key."""
+
+    def __init__(self, size: int):
+        self._size, self._lock = size, threading.Lock()
+        self._results: OrderedDict[object, Future] = OrderedDict()
+
+    def get(self, key, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        with self._lock:
+            future = self._results.get(key)
+            new = future is None
+            if new:
+                future = self._results[key] = Future()
+            self._results.move_to_end(key)
+            while len(self._results) > self._size:
+                self._results.popitem(last=False)
+        if new:
+            try:
+                future.set_result(compute())
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    self._results.pop(key, None)
+        return future.result()
+
+
+@contextlib.contextmanager
+def error_prefix(where: str) -> Iterator[None]:
+    """The message of a LlavaError raised inside begins with `where`."""
+    try:
+        yield
+    except LlavaError as error:
+        raise LlavaError(f"{where}{error}") from None
+
+
+def fetch(source: ImageSource, allow_urls: bool) -> str | bytes | Image.Image:
+    """A source as `load_image` takes it; LlavaError for an address that cannot be read.
+
+    `data:image/...;base64,...` is decoded; http and https are downloaded only if `allow_urls`,
+    since whoever writes the addresses makes this machine ask for them.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return source
+    source = os.fspath(source)
+    if not is_address(source):
+        return source
+    if scheme(source) == "data":
+        return decode_data_address(source)
+    if not allow_urls:
+        raise LlavaError(f"{source:.80} is an address: download it, or allow addresses")
+    return _download(source)
+
+
+def as_sources(images) -> list[ImageSource]:
+    """None, one image or several as a list; LlavaError for anything else."""
+    if images is None:
+        return []
+    images = images if isinstance(images, list | tuple) else [images]
+    for image in images:
+        if not isinstance(image, ImageSource):
+            raise LlavaError(
+                f"an image must be a path, encoded bytes or a Pillow image, "
+                f"not {type(image).__name__}"
+            )
+    return list(images)
+
+
+def source_name(source: ImageSource, default: str) -> str:
+    """The name of a source in messages; `default` if it has none of its own."""
+    if not isinstance(source, str | os.PathLike):
+        return default
+    source = os.fspath(source)
+    if scheme(source) == "data":
+        return default
+    return source if len(source) <= 300 else f"{source[:300]}..."  # a picture's bytes, no path
+
+
+def file_version(path: str, name: str) -> tuple[int, ...]:
+    """Changes when a file does; LlavaError with `name` if there is no file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # the latter: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise LlavaError(f"no image file {name!r}: {reason}") from None
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write
+        raise LlavaError(f"{name!r} is not a file")
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _download(address: str) -> bytes:
+    # Only these two: the default opener would follow a redirect to ftp.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    data, end = bytearray(), time.monotonic() + PATIENCE
+    try:
+        with opener.open(address, timeout=TIMEOUT) as answer:
+            # Piece by piece: a server that sends a byte now and then must not take for ever.
+            while piece := answer.read1(1 << 20):
+                data += piece
+                if len(data) > MAX_BYTES:
+                    raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it takes more than {PATIENCE} seconds")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LlavaError(f"cannot download {address:.200}: {reason}") from None
+    return bytes(data)
