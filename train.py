@@ -151,7 +151,7 @@ def make_validation(
     if held_out is None:
         return None
     eval_step = jax.jit(make_eval_step(model, config.loss_chunk, join))
-    answerer = Llava(model.config, {}, tokenizer, config.model.template, config.model.dtype)
+    answerer = Llava(model.config, {}, tokenizer, config.model.template, dtype=config.model.dtype)
     return Validation(
         held_out,
         eval_step=lambda state, batch: eval_step(state.params, frozen, batch),
