@@ -1,4 +1,4 @@
-"""COCO captions: one sentence a picture, by CIDEr."""
+"""COCO captions: one sentence per picture, scored by CIDEr."""
 
 from configs.eval import base
 

@@ -1,4 +1,4 @@
-"""GQA: questions on scene graphs, the balanced test-dev ones, by exact match."""
+"""GQA: the balanced test-dev questions about scene graphs, by exact match."""
 
 from configs.eval import base
 

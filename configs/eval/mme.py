@@ -1,4 +1,4 @@
-"""MME: two yes/no questions a picture in fourteen categories, points up to 2,000 and 800."""
+"""MME: two yes/no questions per picture in fourteen categories, up to 2,000 and 800 points."""
 
 from configs.eval import base
 

@@ -7,5 +7,5 @@ def get_config():
     config = base.get_config()
     config.benchmark = "mmmu"
     config.data_root = "data/eval/mmmu"
-    config.options.seed = 0  # draws a letter where none can be read
+    config.options.seed = 0  # draws a letter if none can be read
     return config

@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: the box of what a sentence describes, right from IoU 0.5."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: the box of the object that a sentence describes."""
 
 from configs.eval import base
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, mean_score
 from llava_jax.evaluation.files import Folder, questions_of
 from llava_jax.evaluation.short_answers import write_rows
 
@@ -56,8 +56,8 @@ def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Sco
     pairs = list(zip(questions, predictions, strict=True))
     references = {q.id: [{"caption": one_line(text)} for text in q.label] for q, _ in pairs}
     answers = {q.id: [{"caption": one_line(text)}] for q, text in pairs}
-    value, _ = Cider().compute_score(tokenizer.tokenize(references), tokenizer.tokenize(answers))
-    return [Score("overall", len(questions), {"CIDEr": 100 * float(value)})]
+    _, scores = Cider().compute_score(tokenizer.tokenize(references), tokenizer.tokenize(answers))
+    return [mean_score("overall", questions, scores, "CIDEr")]
 
 
 def one_line(text: str) -> str:

@@ -57,16 +57,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+class NoGrades(LlavaError):
+    """A result without grades."""
+
+
 def main(args: argparse.Namespace) -> int:
-    print(aligned([HEAD, *map(_row, compare(args.A, args.B))], least=6))
+    differences, left_out = compare(args.A, args.B)
+    print(aligned([HEAD, *map(_row, differences)], least=6))
     print(f"\nA: {args.A}\nB: {args.B}\nGrades are mean shares of right answers in percent.")
+    for reason in left_out:
+        print(f"left out: {reason}")
     return 0
 
 
-def compare(a: Path, b: Path) -> list[Difference]:
-    """The benchmarks that both folders hold, in order of name.
+def compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
+    """Compares the benchmarks that both folders hold, in order of name.
 
-    LlavaError if there is none, or if the questions of a benchmark are not the same in both.
+    Returns:
+      The differences, and why a benchmark of both was left out: it has no grades.
+
+    Raises:
+      LlavaError: nothing can be compared, or the questions of a benchmark differ.
     """
     folders = [_results(folder) for folder in (a, b)]
     shared = sorted(set(folders[0]) & set(folders[1]))
@@ -78,7 +89,15 @@ def compare(a: Path, b: Path) -> list[Difference]:
             f"{a} and {b} have no benchmark in common: give two folders of one benchmark, or two "
             "that hold several"
         )
-    return [_difference(folders[0][name], folders[1][name]) for name in shared]
+    differences, left_out = [], []
+    for name in shared:
+        try:
+            differences.append(_difference(folders[0][name], folders[1][name]))
+        except NoGrades as error:
+            left_out.append(str(error))
+    if not differences:
+        raise LlavaError(left_out[0])
+    return differences, left_out
 
 
 def _results(root: Path) -> dict[str, Path]:
@@ -124,7 +143,7 @@ def _grades(folder: Path) -> dict[str, tuple[float, str]]:
     with readable(path):
         lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     if not all(isinstance(line, dict) and _is_graded(line) for line in lines):
-        raise LlavaError(
+        raise NoGrades(
             f"{path} has no grades: run eval.py on this folder again (it asks nothing anew); a "
             "benchmark that a server or a judge grades has none"
         )

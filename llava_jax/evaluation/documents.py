@@ -74,7 +74,7 @@ def _documents(name: str, root: Path, split: str, source: str, inside: str) -> B
     if split not in ("validation", "test"):
         raise LlavaError(f"unknown split {split!r}: choose validation or test")
     folder = Folder(root, source)
-    columns = ("questionId", "question", "answers")
+    columns = ("questionId", "question", "answers", "docId", "image_url")
     rows = folder.parquet(f"{split}-*.parquet", *columns, folders=("", "data", inside))
 
     def make(row) -> Question:
@@ -87,6 +87,7 @@ def _documents(name: str, root: Path, split: str, source: str, inside: str) -> B
             row.picture("image"),
             reference=" / ".join(answers),
             label=answers,
+            group=str(row.get("docId") or row.get("image_url") or ""),  # same picture in many rows
         )
 
     def submit(questions: Sequence[Question], predictions: Sequence[str], output: Path) -> Path:

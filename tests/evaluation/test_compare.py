@@ -28,11 +28,11 @@ def result(folder: Path, grades, images=None, questions="abc", **changes) -> Pat
 def test_one_question_a_picture_is_mcnemars_test(tmp_path):
     a = result(tmp_path / "a", [1, 1, 0, 0, 0, 0, 0, 0, 0, 1])
     b = result(tmp_path / "b", [1, 1, 1, 1, 1, 1, 1, 0, 0, 0])
-    (line,) = compare(a, b)
+    ((line,), _) = compare(a, b)
     assert (line.name, line.count, line.only_a, line.only_b) == ("pope", 10, 1, 5)
     assert (line.a, line.b, line.test) == (30, 70, "McNemar")
     assert line.p == pytest.approx(2 * (1 + 6) / 64)
-    (back,) = compare(b, a)
+    ((back,), _) = compare(b, a)
     assert back.p == line.p and back.error == pytest.approx(line.error)
 
 
@@ -40,11 +40,11 @@ def test_questions_about_one_picture_are_permuted_together(tmp_path):
     images = ["x.jpg"] * 8 + ["y.jpg"] * 2
     a = result(tmp_path / "a", [0] * 10, images)
     b = result(tmp_path / "b", [1] * 8 + [0, 0], images)
-    (line,) = compare(a, b)
+    ((line,), _) = compare(a, b)
     # Eight better answers, but about a single picture: no evidence at all.
     assert line.test == "permutation" and line.p == 1
     c = result(tmp_path / "c", [0.3] * 10)
-    assert compare(c, result(tmp_path / "d", [0.9] * 10))[0].test == "permutation"
+    assert compare(c, result(tmp_path / "d", [0.9] * 10))[0][0].test == "permutation"
 
 
 def test_all_benchmarks_of_two_runs(tmp_path, capsys):
@@ -56,7 +56,11 @@ def test_all_benchmarks_of_two_runs(tmp_path, capsys):
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == "benchmark n A B B - A only A only B p test".split()
     assert rows[0].split() == "pope 8 0.0 100.0 +100.0 ±0.0 0 8 0.0078 McNemar".split()
-    assert len(compare(tmp_path / "a", tmp_path / "b")) == 2
+    # A benchmark that a judge grades does not keep the others from being compared.
+    for run in ("a", "b"):
+        result(tmp_path / run / "mmvet", [None] * 2)
+    differences, (reason,) = compare(tmp_path / "a", tmp_path / "b")
+    assert len(differences) == 2 and "mmvet/predictions.jsonl has no grades" in reason
 
 
 @pytest.mark.parametrize(

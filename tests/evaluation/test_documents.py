@@ -68,7 +68,8 @@ def test_anls(text, answers, value):
 
 
 def documents(root, name, split, answers, folder):
-    rows = [{"questionId": str(70 + i), "question": "Who?", "answers": a, "image": stored(i)}
+    rows = [{"questionId": str(70 + i), "question": "Who?", "answers": a, "image": stored(i),
+             "docId": 9}
             for i, a in enumerate(answers)]  # fmt: skip
     write_parquet(root, f"{folder}/{split}-00000-of-00002.parquet", rows[:1])
     write_parquet(root, f"{folder}/{split}-00001-of-00002.parquet", rows[1:])
@@ -82,6 +83,7 @@ def test_docvqa_is_scored_by_anls(tmp_path):
     assert lines(benchmark.score(benchmark.questions, ["x", "joe"])) == {
         "overall": (2, {"ANLS": 50.0})
     }
+    assert {question.unit for question in benchmark.questions} == {"9"}  # one document
     assert benchmark.questions[1].reference == "Jo / Joe" and benchmark.submit is None
     with pytest.raises(LlavaError, match="record 1: it has no answers"):
         documents(tmp_path, "docvqa", "validation", [["a"], []], "DocVQA")
