@@ -51,7 +51,7 @@ def score_sets(
     groups = list(dict.fromkeys(question.unit for question in questions))
     # Columns: right and all of each metric; said yes, all, said yes wrongly, right answer no.
     rows = np.zeros((len(groups), 2 * len(parts) + 4))
-    row_of = {group: row for row, group in zip(range(len(groups)), groups, strict=True)}
+    row_of = {group: row for row, group in enumerate(groups)}
     for column, name in enumerate(parts):
         for indices in members[name].values():
             row = rows[row_of[questions[indices[0]].unit]]
