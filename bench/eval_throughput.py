@@ -1,9 +1,10 @@
-"""Questions a second on many questions a picture: ours against Hugging Face generate, in one run.
+"""Questions a second with many questions a picture: our engine and Hugging Face generate.
 
 python -m bench.eval_throughput --checkpoint=FOLDER --data=runs/quickstart/easy_vqa/test.json
 
-FOLDER is a LLaVA in Hugging Face's layout (`llava-jax export` writes one). Hugging Face is given
-each of --hf_batch_sizes and its best is compared; both read the same token ids and pixels.
+FOLDER is a LLaVA in Hugging Face's layout (`llava-jax export` writes one). Both sides run
+alternately in one run and read the same token ids and pixels. Hugging Face runs at each of
+--hf_batch_sizes, and its best one is compared.
 """
 
 import time
@@ -17,15 +18,15 @@ from llava_jax.evaluation import easy_vqa
 from llava_jax.inference.model import DTYPES, Llava
 from llava_jax.inference.sampling import SamplingParams
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a LLaVA folder in Hugging Face's layout")
-DATA = flags.DEFINE_string("data", None, "test.json of easy-VQA, as the quickstart writes it")
-DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "ours")
-HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "theirs; default: ours")
-LIMIT = flags.DEFINE_integer("limit", 256, "questions")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "ours")
-HF_BATCH_SIZES = flags.DEFINE_list("hf_batch_sizes", ["8", "32", "64"], "tried for theirs")
-TOKENS = flags.DEFINE_integer("tokens", 8, "of an answer at most")
-ROUNDS = flags.DEFINE_integer("rounds", 2, "of each, in turns")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A LLaVA folder in Hugging Face's layout.")
+DATA = flags.DEFINE_string("data", None, "test.json of easy-VQA, written by the quickstart.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of our side.")
+HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "Of theirs; default: ours.")
+LIMIT = flags.DEFINE_integer("limit", 256, "Number of questions.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Of our side.")
+HF_BATCH_SIZES = flags.DEFINE_list("hf_batch_sizes", ["8", "32", "64"], "Tried on their side.")
+TOKENS = flags.DEFINE_integer("tokens", 8, "Longest answer.")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "Of each side, alternately.")
 
 
 def main() -> None:
@@ -45,28 +46,29 @@ def main() -> None:
         return [a.tokens for (a,) in ours.answers(requests[:count], BATCH_SIZE.value)]
 
     def run_theirs(batch, count):
-        told = []
+        answers = []
         for start in range(0, count, batch):
-            told += theirs.generate(requests[start : min(start + batch, count)], TOKENS.value, True)
-        return told
+            batch_of = requests[start : min(start + batch, count)]
+            answers += theirs.generate(batch_of, TOKENS.value, True)
+        return answers
 
     sides = {"ours": run_ours} | {
         f"Hugging Face, batch {size}": lambda count, size=int(size): run_theirs(size, count)
         for size in HF_BATCH_SIZES.value
     }
-    best, told = dict.fromkeys(sides, float("inf")), {}
+    best, outputs = dict.fromkeys(sides, float("inf")), {}
     for name, run in sides.items():  # compiles
         run(len(requests) if name == "ours" else 64)
     for _ in range(ROUNDS.value):
         for name, run in sides.items():
             start = time.perf_counter()
-            told[name] = run(len(requests))
+            outputs[name] = run(len(requests))
             best[name] = min(best[name], time.perf_counter() - start)
     for name, seconds in best.items():
         print(f"{name:<24}{len(requests) / seconds:>8.1f} questions/s")
     names = [name for name in sides if name != "ours"]
     rival = min(names, key=best.get)
-    same = sum(a == b for a, b in zip(told["ours"], told[rival], strict=True))
+    same = sum(a == b for a, b in zip(outputs["ours"], outputs[rival], strict=True))
     c = ours.engine.counts
     print(f"ratio to the best of theirs: {best[rival] / best['ours']:.2f}x; "
           f"{same} of {len(requests)} answers token for token the same; "

@@ -1,9 +1,9 @@
-"""Our engine against Hugging Face generate: the same requests and weights, in turns, in one run.
+"""Our engine and Hugging Face generate: the same requests and weights, alternately in one run.
 
 python -m bench.generate --checkpoint=FOLDER --dtype=float32 --batch_sizes=1,8
 
-FOLDER is a LLaVA in Hugging Face's layout (`llava-jax export` writes one). Every request has a
-picture of its own and 64 tokens of answer; nothing is kept between rounds. The best round counts.
+FOLDER is a LLaVA in Hugging Face's layout (`llava-jax export` writes one). Every request has its
+own picture and an answer of 64 tokens; nothing is cached between rounds. The best round counts.
 """
 
 import time
@@ -21,21 +21,21 @@ from llava_jax.inference.model import DTYPES, Llava
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.sampling import SamplingParams
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a LLaVA folder in Hugging Face's layout")
-DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "ours")
-HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "theirs; default: ours")
-QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "ours: eight bits a weight")
-KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["int8"], "ours: eight bits a key or value")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "requests at once")
-TOKENS = flags.DEFINE_integer("tokens", 64, "of each answer")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "of each side, in turns")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A LLaVA folder in Hugging Face's layout.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of our side.")
+HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "Of theirs; default: ours.")
+QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Of our side: eight bits a weight.")
+KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["int8"], "Of our side: eight bits a key or value.")
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Requests at once.")
+TOKENS = flags.DEFINE_integer("tokens", 64, "Of each answer.")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each side, alternately.")
 
-# Bytes a second that a device reads from its memory, by the maker's data sheet.
+# Memory bandwidth in bytes a second, from the data sheets.
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "v5 lite": 0.82e12, "v6": 1.64e12}
 
 
 def make_requests(model: Llava, count: int, tokens: int) -> list[Request]:
-    """Requests with one random picture each and prompts of like length."""
+    """Requests with one random picture each and prompts of similar length."""
     rng = np.random.default_rng(0)
     params = SamplingParams(tokens, min_tokens=tokens)
     side = model.config.image.size
@@ -50,7 +50,7 @@ def make_requests(model: Llava, count: int, tokens: int) -> list[Request]:
 
 
 def best_of_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each side's best round; they take turns, so that both meet the same neighbours."""
+    """Seconds of the best round of each side; they alternate, so that both see the same load."""
     best = dict.fromkeys(sides, float("inf"))
     for _ in range(rounds):
         for name, run in sides.items():
@@ -97,10 +97,10 @@ def measure(ours: Llava, theirs: HuggingFace, batch: int, tokens: int, rounds: i
 
 
 def roofline(ours: Llava, requests: list[Request], seconds: float) -> None:
-    """Bytes that a decode step must read, and the share of the device's bandwidth that it got."""
+    """Prints the bytes that a decode step must read, and the share of the bandwidth it reaches."""
     decoder = ours.engine.params["decoder"]
     embedding = decoder["embed_tokens"]["embedding"]
-    # An untied embedding table is looked up, not read.
+    # Of an untied embedding table only a few rows are read.
     lookup = 0 if ours.config.decoder.tie_word_embeddings else embedding.nbytes
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder)) - lookup
     engine = ours.engine
@@ -126,7 +126,7 @@ def main() -> None:
         measure(ours, theirs, int(batch), TOKENS.value, ROUNDS.value)
     stats = jax.devices()[0].memory_stats()
     if stats:
-        print(f"memory of ours at its peak: {stats['peak_bytes_in_use'] / 2**30:.1f} GiB")
+        print(f"our peak memory: {stats['peak_bytes_in_use'] / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same requests through transformers' generate: the other side of the inference benchmarks."""
+"""Requests through transformers' generate: the other side of the inference benchmarks."""
 
 import os
 
@@ -9,14 +9,14 @@ import transformers
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 
-# Read when JAX first looks for devices: else it takes most of a card that both sides share.
+# JAX reads this when it first looks for devices; without it, it takes most of the shared card.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 class HuggingFace:
-    """A LLaVA folder in transformers, fed exactly what ours reads: token ids and pixels.
+    """A LLaVA folder in transformers that reads the same token ids and pixels as our engine.
 
-    Pictures are decoded and resized by our code for both sides; both do it inside their timing.
+    Our code decodes and resizes the pictures for both sides, and the time counts for both.
     """
 
     def __init__(self, folder: str, dtype: str, ours: Llava):
@@ -28,7 +28,7 @@ class HuggingFace:
         self._image_id = self.model.config.image_token_id
 
     def generate(self, requests: list[Request], max_tokens: int, until_end: bool) -> list[list]:
-        """Greedy tokens of one batch, padded on the left; without `until_end` exactly so many."""
+        """Greedy tokens of one batch padded on the left; `max_tokens` of them unless `until_end`."""
         longest = max(len(request.input_ids) for request in requests)
         ids = np.zeros((len(requests), longest), np.int64)
         mask = np.zeros_like(ids)

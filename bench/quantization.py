@@ -1,10 +1,10 @@
-"""What fewer bits cost: the same questions in float32 and in each cheaper form, in one run.
+"""What fewer bits cost: the same questions in float32 and in each cheaper form.
 
 python -m bench.quantization --checkpoint=FOLDER --data=runs/quickstart/easy_vqa/test_1000.json
 
-Beside the accuracy: the share of answers that stay token for token the same; how far the
-distributions of their first tokens are apart (Kullback-Leibler, in nats, over the likeliest tokens
-and all the rest together); and, of long free answers, how many tokens are the same from the start.
+Besides accuracy it prints the share of answers that stay the same token for token; the divergence
+of the distributions of their first tokens (Kullback-Leibler, in nats, over the likeliest tokens and
+all others as one); and the number of tokens that long free answers share from the start.
 """
 
 import math
@@ -19,11 +19,11 @@ from llava_jax.inference.answer import Answer, TokenLogprob
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import MAX_LOGPROBS, SamplingParams
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "what Llava.from_pretrained takes")
-DATA = flags.DEFINE_string("data", None, "of easy-VQA, as the quickstart writes it")
-LIMIT = flags.DEFINE_integer("limit", 1000, "questions")
-FREE = flags.DEFINE_integer("free", 64, "pictures that are described at length")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "requests at once")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What Llava.from_pretrained takes.")
+DATA = flags.DEFINE_string("data", None, "Records of easy-VQA, written by the quickstart.")
+LIMIT = flags.DEFINE_integer("limit", 1000, "Number of questions.")
+FREE = flags.DEFINE_integer("free", 64, "Number of pictures for long answers.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Requests at once.")
 
 FORMS = {
     "float32": {},
@@ -40,7 +40,7 @@ FREE_TOKENS = 64
 def main() -> None:
     data = Path(DATA.value)
     questions = easy_vqa.load(data.parent, data.stem).questions[: LIMIT.value]
-    print("| | decoder's weights, MB | accuracy | same answers | KL, mean | KL, most | "
+    print("| | decoder's weights, MB | accuracy | same answers | KL, mean | KL, largest | "
           "same tokens of 64 |\n|---|--:|--:|--:|--:|--:|--:|")  # fmt: skip
     exact = None
     for name, form in FORMS.items():
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def ask(model: Llava, questions) -> tuple[list[Answer], list[Answer]]:
-    """Short answers to all questions, and long ones about the pictures of the first."""
+    """Short answers to all questions, and long ones about the first pictures."""
     short = SamplingParams(8, logprobs=MAX_LOGPROBS, min_tokens=1)
     free = SamplingParams(FREE_TOKENS, ignore_eos=True)
     pictures = list(dict.fromkeys(q.images for q in questions))[: FREE.value]
@@ -72,7 +72,7 @@ def ask(model: Llava, questions) -> tuple[list[Answer], list[Answer]]:
 
 
 def divergence(p: TokenLogprob, q: TokenLogprob) -> float:
-    """KL(p || q) over the tokens that both tell, and one event for all others: a lower bound."""
+    """A lower bound of KL(p || q): over the tokens that both report, and all others as one."""
     both = p.top.keys() & q.top.keys()
     pairs = [(math.exp(p.top[token]), math.exp(q.top[token])) for token in both]
     pairs.append(tuple(max(1 - sum(side), 1e-9) for side in zip(*pairs, strict=True)))
