@@ -28,7 +28,7 @@ class HuggingFace:
         self._image_id = self.model.config.image_token_id
 
     def generate(self, requests: list[Request], max_tokens: int, until_end: bool) -> list[list]:
-        """Greedy tokens of one batch padded on the left; `max_tokens` of them unless `until_end`."""
+        """Greedy tokens of a batch padded on the left; exactly `max_tokens` unless `until_end`."""
         longest = max(len(request.input_ids) for request in requests)
         ids = np.zeros((len(requests), longest), np.int64)
         mask = np.zeros_like(ids)
