@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from configs.eval import base
 from llava_jax import command
 from llava_jax.evaluation import Benchmark, Shard, load_configured, write_report
 from llava_jax.evaluation.report import HALLUCINATION, comparison, hallucination_table, table
@@ -33,6 +34,7 @@ SHARD = flags.DEFINE_string("shard", None, "i/n: answer only the i-th of n parts
 def main() -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs a lot at INFO
     # 1. Check: every mistake in the command line or in the files shows before the model is loaded.
+    command.check_config(CONFIG.value, base)
     shard = Shard.parse(SHARD.value) if SHARD.value else None
     benchmarks = load_configured(CONFIG.value, LIMIT.value, shard)
     # 2. Load. JAX is imported only now: that takes seconds.
@@ -79,4 +81,4 @@ def run(model, config: ConfigDict, benchmark: Benchmark, root: Path, shard: Shar
 
 
 if __name__ == "__main__":
-    command.run(main, required=("config", "checkpoint"))
+    command.run(main, required=("config", "checkpoint"), base=base)

@@ -2,9 +2,9 @@
 
     python -m bench.input_pipeline --config=configs/easy_vqa_instruct.py --workers=0,1,2
 
-Reads the recipe's data as training does (`data.workers` aside), a moment to warm up and then
-`seconds` for each number of workers; 0 is threads of this process. `--pictures=640x480` makes
-JPEGs of that size and reads those in place of the recipe's data: the size of COCO's pictures.
+Reads the recipe's data as training does, with each number of workers for `--seconds`, after a
+moment to warm up; 0 workers means threads of this process. `--pictures=640x480`, the size of COCO's
+pictures, makes JPEGs of that size and reads them in place of the recipe's data.
 """
 
 import json
@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from PIL import Image
 
+from configs import base
 from llava_jax import command
 from llava_jax.data.pipeline import TrainingData
-from llava_jax.data.records import open_records
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
+from llava_jax.training.stage import Stage
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage whose data to read.")
 WORKERS = flags.DEFINE_list("workers", ["0", str(os.cpu_count())], "Numbers of worker processes.")
@@ -43,19 +44,6 @@ def make_pictures(folder: Path, width: int, height: int, count: int = 64) -> Non
         conversation = [{"from": who, "value": text} for who, text in turns]
         records.append({"id": str(i), "image": f"{i}.jpg", "conversations": conversation})
     (folder / "data.json").write_text(json.dumps(records))
-
-
-def open_data(config: ConfigDict, workers: int) -> TrainingData:
-    d = config.data
-    return TrainingData(
-        open_records(d.train, d.image_root or None, d.train_split),
-        load_tokenizer(recipe.tokenizer_folder(config)),
-        recipe.row_format(config, recipe.model_config(config)),
-        batch_size=config.batch_size,
-        steps=10**6,
-        workers=workers,
-        progress=False,
-    )
 
 
 def measure(data: TrainingData, seconds: float) -> dict:
@@ -87,12 +75,15 @@ def main() -> None:
         if PICTURES.value:
             make_pictures(Path(folder), *map(int, PICTURES.value.split("x")))
             config.data.train, config.data.image_root = f"{folder}/data.json", folder
-        results = {}
+        stage, results = Stage.of(config), {}
+        rows = stage.model.config.decoder.vocab_size
+        tokenizer = load_tokenizer(recipe.tokenizer_folder(config), rows)
         print(
             f"{'workers':>8} {'images/s':>10} {'tokens/s':>10} {'median wait':>12} {'longest':>9}"
         )
         for workers in map(int, WORKERS.value):
-            data = open_data(config, workers)
+            changes = {"epochs": None, "steps": 10**6, "workers": workers, "progress": False}
+            data = stage.training_data(tokenizer, **changes, cache_dir=None)
             found = measure(data, SECONDS.value)
             results[workers] = found
             rates, waits = list(found.values())[:2], list(found.values())[2:]
@@ -102,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, base=base)

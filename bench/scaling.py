@@ -12,10 +12,12 @@ import functools
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import base
 from llava_jax import command
-from llava_jax.dry_run.compiling import compile_stage, make_stage
+from llava_jax.dry_run.compiling import compile_stage
 from llava_jax.dry_run.report import report
 from llava_jax.dry_run.topology import GIB, topology
+from llava_jax.training.stage import Stage
 
 HEAD = ("topology", "rows", "microbatches", "GiB a chip", "GB into a chip", "compute s")
 HEAD += ("memory s", "collectives s", "step s", "MFU", "as compiled")
@@ -25,14 +27,14 @@ def line(cells) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def cells(told: dict) -> list[str]:
+def cells(figures: dict) -> list[str]:
     """A row of the table from the report of a dry run; what does not fit says so."""
-    needed = f"{told['bytes']['needed'] / GIB:.2f}" + ("" if told["fits"] else " (too much)")
-    start = [told["topology"], told["rows"], told["microbatches"], needed]
-    sent = [f"{told['collective_bytes'] / 1e9:.1f}"] if "collective_bytes" in told else []
-    if "estimate" not in told:  # it does not fit, or CPUs, of which no speed is assumed
+    needed = f"{figures['bytes']['needed'] / GIB:.2f}" + ("" if figures["fits"] else " (too much)")
+    start = [figures["topology"], figures["rows"], figures["microbatches"], needed]
+    sent = [f"{figures['collective_bytes'] / 1e9:.1f}"] if "collective_bytes" in figures else []
+    if "estimate" not in figures:  # it does not fit, or no speed is assumed (CPU)
         return [*start, *sent, *["-"] * (len(HEAD) - len(start) - len(sent))]
-    e = told["estimate"]
+    e = figures["estimate"]
     terms = [f"{e['seconds'][term]:.3f}" for term in ("compute", "memory", "collectives")]
     seconds = f"{e['step_seconds']:.3f} to {e['step_seconds_nothing_hidden']:.3f}"
     mfu = f"{e['mfu']:.0%} to {e['mfu_nothing_hidden']:.0%}"
@@ -47,8 +49,9 @@ def print_tables(config: ConfigDict, names: list[str]) -> None:
     def dry_run(name: str, rows: int) -> dict:
         changed = ConfigDict(config.to_dict())
         changed.batch_size = rows
-        stage = make_stage(changed, topology(name))
-        return report(stage, compile_stage(stage))
+        where = topology(name)
+        stage = Stage.of(changed, where.devices)
+        return report(stage, where, compile_stage(stage))
 
     a_chip = max(config.batch_size // chips[names[0]], 1)
     tables = {
@@ -64,4 +67,6 @@ def print_tables(config: ConfigDict, names: list[str]) -> None:
 if __name__ == "__main__":
     config_file = config_flags.DEFINE_config_file("config", None, "The stage.", lock_config=True)
     topologies = flags.DEFINE_list("topologies", None, "Such as v5e:4x4,v5e:8x8, small to large.")
-    command.run(lambda: print_tables(config_file.value, topologies.value), ("config", "topologies"))
+    command.run(
+        lambda: print_tables(config_file.value, topologies.value), ("config", "topologies"), base
+    )

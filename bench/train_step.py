@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import base
 from llava_jax import command
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import TEXT
@@ -43,19 +44,22 @@ THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "Threads of PyTorch on
 
 def real_batches(config: ConfigDict, model: LlavaConfig, count: int) -> list[dict]:
     """The first packed batches of the stage."""
-    from llava_jax.data.pipeline import TrainingData
-    from llava_jax.data.records import open_records
     from llava_jax.text.tokenizer import load_tokenizer
 
-    d = config.data
-    data = TrainingData(
-        open_records(d.train, d.image_root or None, d.train_split),
-        load_tokenizer(recipe.tokenizer_folder(config)),
-        recipe.row_format(config, model),
-        batch_size=config.batch_size,
-        steps=count,
-    )
+    tokenizer = load_tokenizer(recipe.tokenizer_folder(config), model.decoder.vocab_size)
+    data = one_device(config).training_data(tokenizer, epochs=None, steps=count, cache_dir=None)
     return [batch.arrays for batch in data.batch_iterator()]
+
+
+def one_device(config: ConfigDict):
+    """The stage of a config on a single device."""
+    import jax
+
+    from llava_jax.training.stage import Stage
+
+    alone = ConfigDict(config.to_dict())
+    alone.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    return Stage.of(alone, jax.devices()[:1])
 
 
 def random_batch(config: ConfigDict, model: LlavaConfig) -> dict:
@@ -87,31 +91,21 @@ def start_ours(config: ConfigDict, batches: list[dict]):
     import jax
     import jax.numpy as jnp
 
-    from llava_jax.models.llava import abstract_params, init_params
-    from llava_jax.models.precision import compute_precision
-    from llava_jax.parallel.mesh import make_mesh
-    from llava_jax.training.optimizer import adamw
-    from llava_jax.training.state import abstract_state, fresh_state, place
-    from llava_jax.training.step import make_train_step
+    from llava_jax.models.llava import init_params
+    from llava_jax.training.state import fresh_state, place
 
-    shape, groups = recipe.model_config(config), config.trainable.to_dict()
-    dtype, precision = compute_precision(config.model.dtype)
-    optimizer = adamw(groups, lambda _: 1.0, **recipe.optimizer_options(config))
-    mesh = make_mesh(devices=jax.devices()[:1])
-    wanted, frozen = abstract_state(mesh, abstract_params(shape), groups, optimizer, dtype)
+    stage = one_device(config)
+    optimizer = stage.optimizer(lambda step: 1.0)
     if config.init.vision:
-        components = {"vision", "projector", "decoder"}
-        params = recipe.starting_params(
-            shape, None, recipe.starting_sources(config), components, config.seed
-        )
+        state, frozen = stage.starting_state(recipe.starting_sources(config), optimizer)
     else:
-        params = jax.jit(lambda: nn.meta.unbox(init_params(shape, jax.random.key(0))))()
-    state, frozen = fresh_state(wanted, params, optimizer), place(params, frozen)
-    del params
-    model = recipe.training_model(config, shape, mesh)
-    step = make_train_step(model, optimizer, config.accumulation, config.loss_chunk)
-    with jax.default_matmul_precision(precision):
-        step = jax.jit(step, donate_argnums=0).lower(state, frozen, batches[0]).compile()
+        fresh = lambda: nn.meta.unbox(init_params(stage.model.config, jax.random.key(0)))
+        params = jax.jit(fresh)()
+        state = fresh_state(stage.state, params, optimizer)
+        frozen = place(params, stage.frozen)
+        del params
+    with stage.scope():
+        step = stage.compile_step(optimizer, state, frozen, batches[0])
 
     def run(i: int) -> float:
         nonlocal state
@@ -368,4 +362,4 @@ def report(speeds: dict, peaks: dict) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, base=base)

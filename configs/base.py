@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+FREE = ("trainable",)  # sections whose keys are up to the recipe; see llava_jax/command.py
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

@@ -1,6 +1,5 @@
 """Eight simulated devices, for the sharding tests, quick compilation, and a tiny trained run."""
 
-import functools
 import json
 import os
 import shutil
@@ -41,16 +40,12 @@ def run():
     """run(values, devices=1): `train.run` in this process; far quicker than a script."""
     import jax
 
-    from llava_jax.parallel.mesh import make_mesh
     from tests import tiny_run
 
     train = tiny_run.train_module()
 
     def run(values: dict, devices: int = 1) -> None:
-        some = functools.partial(make_mesh, devices=jax.devices()[:devices])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "make_mesh", some)
-            train.run(tiny_run.recipe({}, values))
+        train.run(tiny_run.recipe({}, values), jax.devices()[:devices])
 
     return run
 

@@ -104,12 +104,12 @@ CONFIG = "--config=config.py"
     "arguments, message",
     [
         ([], "config"),
-        (["--config=no/such.py"], "error: no config file no/such.py"),
-        ([CONFIG, "--config.sise=3"], "error: unknown config key: .*sise.*size"),
-        ([CONFIG, "--config.model.nam=b"], "error: unknown config key: .*nam"),
-        ([CONFIG, "--config.size=big"], "error: .*size"),
-        ([CONFIG, "--verbos=1"], "error: .*verbos"),
-        ([CONFIG, "stray"], "error: unexpected argument 'stray': flags begin with --"),
+        (["--config=no/such.py"], "script.py: no config file no/such.py"),
+        ([CONFIG, "--config.sise=3"], "script.py: unknown config key: .*sise.*size"),
+        ([CONFIG, "--config.model.nam=b"], "script.py: unknown config key: .*nam"),
+        ([CONFIG, "--config.size=big"], "script.py: .*size"),
+        ([CONFIG, "--verbos=1"], "script.py: .*verbos"),
+        ([CONFIG, "stray"], "script.py: unexpected argument 'stray': flags begin with --"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(arguments, message, tmp_path):
@@ -120,7 +120,7 @@ def test_a_wrong_flag_is_one_sentence(arguments, message, tmp_path):
 
 def test_a_users_error_in_a_script_is_one_sentence(tmp_path):
     code, err = script(tmp_path, "raise LlavaError('a.json: record 3 is wrong')", CONFIG)
-    assert (code, err) == (1, "error: a.json: record 3 is wrong\n")
+    assert (code, err) == (1, "script.py: a.json: record 3 is wrong\n")
 
 
 def test_a_bug_in_a_script_keeps_its_traceback(tmp_path):
@@ -131,7 +131,7 @@ def test_a_bug_in_a_script_keeps_its_traceback(tmp_path):
 def test_overrides_reach_the_config(tmp_path):
     body = "raise LlavaError(f'{CONFIG.value.size} {CONFIG.value.model.name}')"
     code, err = script(tmp_path, body, CONFIG, "--config.size=7", "--config.model.name=b")
-    assert err == "error: 7 b\n"
+    assert err == "script.py: 7 b\n"
 
 
 def test_users_errors_are_value_errors():

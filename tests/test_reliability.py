@@ -178,7 +178,9 @@ def test_a_disk_without_room_ends_the_run_and_spares_what_is_there(
     _, err = process.communicate(timeout=200)
     assert process.returncode == 1
     last = err.rstrip().splitlines()[-1]
-    assert last.startswith(f"error: a checkpoint could not be written to {workdir}/checkpoints: ")
+    assert last.startswith(
+        f"train.py: a checkpoint could not be written to {workdir}/checkpoints: "
+    )
     assert latest_step(workdir) == 2
     run(values)
     assert_same_runs(workdir, whole)

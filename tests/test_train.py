@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict
 
 from llava_jax import Llava
 from llava_jax.errors import LlavaError
-from llava_jax.parallel.mesh import make_mesh
 from llava_jax.weights import run_directory
 from llava_jax.weights.read.llava_folder import load_decoder, load_vision
 from llava_jax.weights.run_directory import checkpoint_of, latest_step, load_run
@@ -246,10 +245,9 @@ def test_a_bad_record_is_told_before_the_first_step(name, world, run, tmp_path):
     assert latest_step(tmp_path / "run") is None
 
 
-def test_a_batch_that_the_devices_cannot_share(world, tmp_path, monkeypatch):
+def test_a_batch_that_the_devices_cannot_share(world, tmp_path):
     """In this process there are eight."""
     train = tiny_run.train_module()
-    monkeypatch.setattr(train, "make_mesh", make_mesh)
     values = align(world, tmp_path, {"batch_size": 12})
     with pytest.raises(LlavaError, match="12 rows cannot be split over 8 devices .*multiple of 8"):
         train.run(tiny_run.recipe({}, values))
@@ -429,5 +427,5 @@ def test_the_script_ends_with_one_sentence_and_no_traceback(argument, message, w
     assert code == 1
     assert "Traceback" not in err
     last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
+    assert last.startswith("train.py: ")
     assert re.search(message, last), err

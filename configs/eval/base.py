@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+FREE = ("options",)  # sections whose keys are up to the benchmark; see llava_jax/command.py
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

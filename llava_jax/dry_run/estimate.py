@@ -1,9 +1,9 @@
 """How long a step would take at best: a roofline of compute, memory and links.
 
-Each term is what the hardware cannot do faster. The estimate is the largest of them, as if the
-others were hidden behind it; beside it stands their sum, as if nothing were. A third figure is of
-the program as compiled: what the compiler expects of its kernels, which never reach the roofline,
-and what they wait for.
+Each term is a lower bound set by the hardware. The estimate is a range: the largest term alone, as
+if all others were hidden behind it, up to the sum of all, as if none were. A third figure describes
+the program as compiled: the time that the compiler expects of its kernels, which never reach the
+roofline, plus the time they wait for data.
 """
 
 import dataclasses
@@ -12,17 +12,17 @@ from llava_jax.dry_run.topology import Topology
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.training.flops import attention_flops, decoder_flops_per_token, step_flops
 
-# Share of the decoder's forward pass that each remat policy computes a second time.
+# The share of the decoder's forward pass that each remat policy computes twice.
 RECOMPUTED = {"none": 0.0, "linear": 0.0, "attention": 1.0, "full": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What rows are taken to hold where the data is not there to be counted.
+    """The assumed contents of rows, for data that is not on this machine.
 
     Attributes:
       fill: share of real tokens in a row.
-      text: tokens of a conversation beside its picture.
+      text: tokens of a conversation besides its picture.
       supervised: share of the text that is learnt.
       pictured: share of conversations with a picture.
     """
@@ -41,7 +41,7 @@ CONVERSATIONS = Contents(fill=0.88, text=340, supervised=0.4, pictured=0.94)
 def assumed_counts(
     config: LlavaConfig, contents: Contents, rows: int, length: int, images_per_row: int
 ) -> dict[str, float]:
-    """What a step's batch holds, in the terms of `step_flops`."""
+    """The contents of a step's batch, as `step_flops` takes them."""
     conversation = contents.text + contents.pictured * config.tokens_per_tile
     in_a_row = min(length * contents.fill / conversation, images_per_row / contents.pictured)
     conversations = rows * in_a_row
@@ -57,7 +57,7 @@ def assumed_counts(
 def executed_flops(
     config: LlavaConfig, trainable: set[str], rows: int, length: int, images: int, remat: str
 ) -> float:
-    """FLOPs that the devices really do: padding, empty image slots and recomputation included.
+    """FLOPs that the devices execute, with padding, empty image slots and recomputation.
 
     Attention counts the blocks up to the diagonal; the loss is counted as in `step_flops`.
     """
@@ -100,15 +100,15 @@ def estimate(
     waiting: float = 0.0,
     kernels: float = 0.0,
 ) -> dict:
-    """Seconds of each term on each chip, of the step, and the MFU that follows.
+    """Seconds of each term on a chip and of the whole step, and the resulting MFU.
 
     Args:
       executed, model: FLOPs of a step over all chips.
       traffic, between: bytes of a step on one chip, through memory and through the network
         between slices.
-      links: seconds for what crosses the links of a slice.
-      waiting: those of them in which the chip has nothing else to do.
-      kernels: seconds that the compiler expects of its kernels.
+      links: seconds of traffic over the links of a slice.
+      waiting: the part of `links` that is not overlapped with compute.
+      kernels: seconds that the compiler expects its kernels to take.
     """
     chip, chips = where.chip, len(where.devices)
     terms = {
@@ -118,7 +118,7 @@ def estimate(
     }
     if where.slices > 1:
         terms["between slices"] = between / chip.network
-    # What crosses between slices is the sum of a step's gradients, after all else.
+    # Only the sum of a step's gradients crosses between slices, after everything else.
     waits = waiting + terms.get("between slices", 0.0)
     best, worst = max(terms.values()), sum(terms.values())
     share = lambda seconds: model / chips / chip.peak / seconds

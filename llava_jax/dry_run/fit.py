@@ -1,10 +1,10 @@
-"""Which remat policy, microbatch size and mesh make a step fastest and still fit."""
+"""The search for the remat policy, microbatch size and mesh of the fastest step that fits."""
 
 from collections.abc import Callable, Iterator, Mapping
 
 from llava_jax.errors import LlavaError
 
-# From the one that computes least and keeps most.
+# From the policy that recomputes least and keeps most to the opposite.
 LADDER = ("none", "linear", "attention", "full")
 
 
@@ -20,18 +20,20 @@ def fastest_fit(
     batch_size: int,
     mesh: Mapping[str, int],
     try_out: Callable[[str, int, int], dict],
-    tell: Callable,
+    show: Callable[[dict], None],
 ) -> dict:
     """Tries settings until no other can be faster.
 
-    A larger microbatch is never slower under one policy, and neither is a policy that recomputes
-    less; so of every microbatch size the first policy that fits is its best, and a size counts
-    only while it opens a policy that no larger one had room for. The best is then tried with
-    weights sharded over half the chips, and again half, while that is faster and fits.
+    Under one policy a larger microbatch is never slower, and a policy that recomputes less is never
+    slower than one that recomputes more. So the best policy of a microbatch size is the first one
+    that fits, and a smaller size is tried only with policies that no larger one had room for. The
+    best setting is then tried with weights sharded over half the chips, and half of those, while
+    that is faster and fits.
 
     Args:
       mesh: sizes of the axes to begin with; a batch is split over `data` and `fsdp`.
-      try_out: (policy, microbatches, size of `data`) -> the report of a dry run.
+      try_out: (policy, microbatches, size of `data`) -> the figures of a dry run.
+      show: called with each entry of `tried`.
 
     Returns:
       `tried`, every setting with the bytes it needs, and `best`, the setting or None.
@@ -39,16 +41,16 @@ def fastest_fit(
     tried, best = [], None
 
     def attempt(policy: str, accumulation: int, data: int) -> dict:
-        told = try_out(policy, accumulation, data)
+        figures = try_out(policy, accumulation, data)
         entry = {
             "remat_policy": policy,
             "accumulation": accumulation,
             "data": data,
-            "needed": told["bytes"]["needed"],
-            "fits": told["fits"],
-            "step_seconds": told.get("estimate", {}).get("step_seconds_nothing_hidden"),
+            "needed": figures["bytes"]["needed"],
+            "fits": figures["fits"],
+            "step_seconds": figures.get("estimate", {}).get("step_seconds_nothing_hidden"),
         }
-        tell(entry)
+        show(entry)
         tried.append(entry)
         return entry
 

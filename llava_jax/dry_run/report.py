@@ -1,4 +1,4 @@
-"""What a dry run tells: bytes on a chip, what crosses between chips, FLOPs and seconds a step."""
+"""The figures of a dry run: bytes on a chip, traffic between chips, FLOPs and seconds a step."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.dry_run.collectives import BETWEEN_SLICES, Collective
-from llava_jax.dry_run.compiling import Compiled, Stage
+from llava_jax.dry_run.compiling import Compiled
 from llava_jax.dry_run.estimate import (
     CAPTIONS,
     CONVERSATIONS,
@@ -16,9 +16,10 @@ from llava_jax.dry_run.estimate import (
     executed_flops,
     memory_traffic,
 )
-from llava_jax.dry_run.topology import GIB
+from llava_jax.dry_run.topology import GIB, Topology
 from llava_jax.text.templates import get_template
 from llava_jax.training.flops import attention_flops, step_flops
+from llava_jax.training.stage import Stage
 
 
 def bytes_on_a_device(tree) -> int:
@@ -34,20 +35,20 @@ def parameter_count(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
-    """Everything that a dry run tells, as plain values: bytes on a chip, FLOPs and seconds a step.
+def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None = None) -> dict:
+    """All figures of a dry run as plain values, ready for JSON.
 
     Args:
-      fill: share of real tokens in the rows, where the data was there to be measured.
+      where: what the devices of the stage are.
+      fill: share of real tokens in the rows, if the data could be measured.
     """
-    config, where, state = stage.config, stage.where, stage.state
-    model, trainable = stage.model.config, set(stage.state.params)
+    config, state, model = stage.config, stage.state, stage.model.config
     rows, length = config.batch_size, config.data.max_length
     is_captions = get_template(config.model.template).image_only_question
     contents = CAPTIONS if is_captions else CONVERSATIONS
     contents = dataclasses.replace(contents, fill=fill) if fill else contents
     counts = assumed_counts(model, contents, rows, length, config.data.images_per_row)
-    told = {
+    figures = {
         "topology": where.name,
         "mesh": dict(stage.mesh.shape),
         "parameters": {
@@ -55,7 +56,7 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
             "frozen": parameter_count(stage.frozen),
         },
         "rows": rows,
-        "microbatches": config.accumulation,
+        "microbatches": stage.microbatches,
         "attention": stage.model.attention,
         "remat_policy": config.model.remat_policy,
         "compile_seconds": compiled.seconds,
@@ -63,7 +64,7 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
             "trainable_weights": bytes_on_a_device(state.params),
             "frozen_weights": bytes_on_a_device(stage.frozen),
             "optimizer": bytes_on_a_device(state.opt_state),
-            "batch": bytes_on_a_device(stage.batch),
+            "batch": bytes_on_a_device(stage.batch_spec()),
             **(compiled.memory or {}),
             "needed": compiled.needed,
             "hbm": where.chip.hbm if where.chip else None,
@@ -72,14 +73,14 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
         and (where.chip is None or compiled.needed <= where.chip.hbm),
         "assumed": dataclasses.asdict(contents),
         "tokens": counts["tokens"],
-        "model_flops": step_flops(model, trainable, counts),
+        "model_flops": step_flops(model, stage.trainable, counts),
     }
     if compiled.memory is None:
-        return told
+        return figures
     between = sum(c.received for c in compiled.collectives if c.kind == BETWEEN_SLICES)
     within = [c for c in compiled.collectives if c.kind != BETWEEN_SLICES]
     sent = sum(c.received for c in within)
-    told |= {
+    figures |= {
         "collectives": by_kind(compiled.collectives),
         "collective_bytes": sent,
         "between_slices_bytes": between,
@@ -87,12 +88,12 @@ def report(stage: Stage, compiled: Compiled, fill: float | None = None) -> dict:
         "fsdp": {"least": least_fsdp_bytes(stage), "measured": sent},
     }
     if where.chip:
-        told["estimate"] = estimate_of(stage, compiled.kernel_cycles, within, told)
-    return told
+        figures["estimate"] = estimate_of(stage, where, compiled.kernel_cycles, within, figures)
+    return figures
 
 
 def by_kind(collectives: list[Collective]) -> dict[str, dict]:
-    """Kind -> how many run in a step and the bytes that enter a device by them."""
+    """Kind -> number of collectives in a step, and the bytes that enter a device by them."""
     kinds: dict[str, dict] = {}
     for c in collectives:
         kind = kinds.setdefault(c.kind, {"runs": 0, "bytes": 0.0, "largest": list(c.shape)})
@@ -104,9 +105,9 @@ def by_kind(collectives: list[Collective]) -> dict[str, dict]:
 def least_fsdp_bytes(stage: Stage) -> float:
     """The least bytes that sharding the weights can cost a device in a step.
 
-    Trained weights are gathered for the forward and the backward pass in the compute
-    dtype and their gradients scattered in float32; frozen ones are gathered for each pass they
-    take part in. Once a microbatch.
+    In every microbatch, trained weights are gathered for the forward and the backward pass in the
+    compute dtype, and their gradients are scattered in float32; frozen weights are gathered for
+    each pass that uses them.
     """
     shards = stage.mesh.shape["fsdp"]
     tensor, share = stage.mesh.shape["tensor"], (shards - 1) / shards
@@ -116,77 +117,82 @@ def least_fsdp_bytes(stage: Stage) -> float:
     # The gradient flows back through a frozen decoder, not through a frozen encoder.
     passes = {name: 1 if name == "vision" else 2 for name in frozen}
     least = trained * (2 * width + 4) + sum(frozen[n] * passes[n] * width for n in frozen)
-    return stage.config.accumulation * least * share / tensor
+    return stage.microbatches * least * share / tensor
 
 
-def link_seconds(stage: Stage, collectives: list[Collective]) -> float:
-    """What these take at the least one after the other, each over the links that its chips have."""
+def link_seconds(stage: Stage, where: Topology, collectives: list[Collective]) -> float:
+    """The least time of collectives one after the other, each over the links between its chips."""
     devices = stage.mesh.devices.flat
-    return sum(c.received / stage.where.bandwidth(devices[i] for i in c.group) for c in collectives)
+    return sum(c.received / where.bandwidth(devices[i] for i in c.group) for c in collectives)
 
 
-def estimate_of(stage: Stage, kernel_cycles: int, within: list[Collective], told: dict) -> dict:
-    """The roofline of a step of this stage, and its kernels beside it.
+def estimate_of(
+    stage: Stage, where: Topology, kernel_cycles: int, within: list[Collective], figures: dict
+) -> dict:
+    """The roofline of a step, and the compiler's own figures for its kernels.
 
     Args:
-      within: its collectives within a slice.
+      within: the collectives within a slice.
+      figures: those of `report` so far.
     """
-    config, model, trainable = stage.config, stage.model.config, set(stage.state.params)
+    config, model, trainable = stage.config, stage.model.config, stage.trainable
     rows, length, remat = config.batch_size, config.data.max_length, config.model.remat_policy
     executed = executed_flops(model, trainable, rows, length, config.data.images_per_row, remat)
     decoder = {**stage.frozen, **stage.state.params}["decoder"]
     plan = {
-        "trainable": told["bytes"]["trainable_weights"],
-        "optimizer": told["bytes"]["optimizer"],
+        "trainable": figures["bytes"]["trainable_weights"],
+        "optimizer": figures["bytes"]["optimizer"],
         "decoder": parameter_count(decoder),
         "passes": (3 if "decoder" in trainable else 2) + (remat in ("attention", "full")),
-        "accumulation": config.accumulation,
+        "accumulation": stage.microbatches,
         "tokens": rows * length / stage.batch_shards,
     }
     traffic = memory_traffic(model, plan)
-    kernels = kernel_cycles / stage.where.chip.clock
-    if stage.model.attention == "splash":  # of which the compiler says nothing
+    kernels = kernel_cycles / where.chip.clock
+    if stage.model.attention == "splash":  # the compiler has no figure for it
         passes = 3 + (remat == "full")
         scores = passes * attention_flops(model, rows * length * (length + 1) / 2)
-        kernels += scores / len(stage.where.devices) / stage.where.chip.peak
+        kernels += scores / len(where.devices) / where.chip.peak
     return estimate(
-        stage.where,
+        where,
         executed,
-        told["model_flops"],
+        figures["model_flops"],
         traffic,
-        links=link_seconds(stage, within),
-        between=told["between_slices_bytes"],
-        waiting=link_seconds(stage, [c for c in within if not c.hidden]),
+        links=link_seconds(stage, where, within),
+        between=figures["between_slices_bytes"],
+        waiting=link_seconds(stage, where, [c for c in within if not c.hidden]),
         kernels=kernels,
     )
 
 
-def print_report(told: dict) -> None:
-    """The report as lines to read."""
+def print_report(figures: dict) -> None:
+    """The figures as lines to read."""
     gib = lambda size: f"{size / GIB:.2f}"
-    sizes, counts = told["bytes"], told["parameters"]
+    sizes, counts = figures["bytes"], figures["parameters"]
     print(
-        f"{told['topology']} as {told['mesh']}; parameters: {counts['trainable'] / 1e6:,.1f}M "
-        f"trained, {counts['frozen'] / 1e6:,.1f}M frozen\n"
-        f"{told['rows']} rows in {told['microbatches']} microbatches; attention: "
-        f"{told['attention']}; remat: {told['remat_policy']}; compiled in "
-        f"{told['compile_seconds']:.0f} s"
+        f"{figures['topology']} as {figures['mesh']}; parameters: "
+        f"{counts['trainable'] / 1e6:,.1f}M trained, {counts['frozen'] / 1e6:,.1f}M frozen\n"
+        f"{figures['rows']} rows in {figures['microbatches']} microbatches; attention: "
+        f"{figures['attention']}; remat: {figures['remat_policy']}; compiled in "
+        f"{figures['compile_seconds']:.0f} s"
     )
     kinds = {k: v for k, v in sizes.items() if k not in ("needed", "hbm")}
     print("GiB a chip: " + ", ".join(f"{k.replace('_', ' ')} {gib(v)}" for k, v in kinds.items()))
     room = f" of {gib(sizes['hbm'])}" if sizes["hbm"] else ""
-    print(f"at the peak {gib(sizes['needed'])}{room}: {'fits' if told['fits'] else 'DOES NOT FIT'}")
-    print(f"model FLOPs a step: {told['model_flops']:.3g}, with {told['assumed']} assumed")
-    for kind, sent in told.get("collectives", {}).items():
+    print(
+        f"at the peak {gib(sizes['needed'])}{room}: {'fits' if figures['fits'] else 'DOES NOT FIT'}"
+    )
+    print(f"model FLOPs a step: {figures['model_flops']:.3g}, with {figures['assumed']} assumed")
+    for kind, sent in figures.get("collectives", {}).items():
         print(f"{kind}: {sent['runs']} a step, {sent['bytes'] / 1e9:.2f} GB into each chip")
-    if "fsdp" in told:
-        fsdp = told["fsdp"]
+    if "fsdp" in figures:
+        fsdp = figures["fsdp"]
         print(
             f"within a slice: {fsdp['measured'] / 1e9:.2f} GB into each chip a step; sharded "
             f"weights cost at least {fsdp['least'] / 1e9:.2f} GB"
         )
-    if "estimate" in told:
-        e = told["estimate"]
+    if "estimate" in figures:
+        e = figures["estimate"]
         terms = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in e["seconds"].items())
         best, worst = e["step_seconds"], e["step_seconds_nothing_hidden"]
         print(
@@ -195,5 +201,5 @@ def print_report(told: dict) -> None:
             f"(MFU {e['mfu_nothing_hidden']:.0%}) if nothing does\n"
             f"as compiled: kernels {e['kernel_seconds']:.3f} s by the compiler's own figures "
             f"(attention at the peak), {e['waiting_seconds']:.3f} s in which they wait for "
-            f"{told['waiting_bytes'] / 1e9:.2f} GB: MFU {e['mfu_as_compiled']:.0%}"
+            f"{figures['waiting_bytes'] / 1e9:.2f} GB: MFU {e['mfu_as_compiled']:.0%}"
         )

@@ -1,50 +1,49 @@
-"""`train.py --dry_run`: what a stage would cost on devices that are not there."""
+"""`train.py --dry_run`: the cost of a stage on devices that are not attached."""
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from llava_jax.dry_run.compiling import compile_stage, make_stage
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.dry_run.compiling import compile_stage
 from llava_jax.dry_run.fit import fastest_fit
 from llava_jax.dry_run.report import print_report, report
 from llava_jax.dry_run.topology import GIB, Topology, topology
-from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
+from llava_jax.training.stage import Stage
 
 DOES_NOT_FIT = 3  # exit status
 
 
-def run(config: ConfigDict, name: str, fit: bool, open_data: Callable) -> int:
-    """The dry run of a config, printed; the last line is all of it as one JSON object.
+def run(config: ConfigDict, name: str, fit: bool) -> int:
+    """Prints the dry run of a config; the last line is all of it as one JSON object.
 
     Args:
       name: of the topology.
       fit: try other settings until the fastest that fits is found.
-      open_data: (config, model config, tokenizer) -> (training data, held-out data).
 
     Returns:
       The exit status: 0, or DOES_NOT_FIT.
     """
     where = topology(name)
     data = sample = None
-    stage = make_stage(config, where)
+    stage = Stage.of(config, where.devices)
     if missing := missing_paths(config):
-        print(f"not here, so what rows hold is assumed: {', '.join(missing)}")
+        print(f"not here, so the contents of rows are assumed: {', '.join(missing)}")
     else:
-        data, sample = first_row(config, stage.model.config, open_data)
+        data, sample = first_row(stage)
         print(sample)
-    told = report(stage, compile_stage(stage), data.fill if data else None)
-    print_report(told)
+    figures = report(stage, where, compile_stage(stage), data.fill if data else None)
+    print_report(figures)
     if fit:
-        told["fit"] = find_fit(config, where)
-    told["first_row"] = sample
-    print(json.dumps(told))
-    return 0 if told["fits"] else DOES_NOT_FIT
+        figures["fit"] = find_fit(config, where)
+    figures["first_row"] = sample
+    print(json.dumps(figures))
+    return 0 if figures["fits"] else DOES_NOT_FIT
 
 
 def find_fit(config: ConfigDict, where: Topology) -> dict:
@@ -54,20 +53,20 @@ def find_fit(config: ConfigDict, where: Topology) -> dict:
         changed = ConfigDict(config.to_dict())
         changed.model.remat_policy, changed.accumulation = policy, accumulation
         changed.mesh.data, changed.mesh.fsdp = data, -1
-        stage = make_stage(changed, where)
-        return report(stage, compile_stage(stage))
+        stage = Stage.of(changed, where.devices)
+        return report(stage, where, compile_stage(stage))
 
-    def tell(entry: dict) -> None:
+    def show(entry: dict) -> None:
         seconds = entry["step_seconds"]
-        told = f"fits, {seconds:.3f} s a step if nothing hides" if seconds else "fits"
+        verdict = f"fits, {seconds:.3f} s a step if nothing hides" if seconds else "fits"
         print(
             f"{as_flags(entry)}: {entry['needed'] / GIB:.2f} GiB, "
-            f"{told if entry['fits'] else 'does not fit'}",
+            f"{verdict if entry['fits'] else 'does not fit'}",
             flush=True,
         )
 
-    mesh = make_stage(config, where).mesh.shape
-    found = fastest_fit(config.batch_size, mesh, try_out, tell)
+    mesh = Stage.of(config, where.devices).mesh.shape
+    found = fastest_fit(config.batch_size, mesh, try_out, show)
     print(
         f"fastest that fits: {as_flags(found['best'])}"
         if found["best"]
@@ -86,24 +85,25 @@ def as_flags(entry: dict) -> str:
 
 
 def missing_paths(config: ConfigDict) -> list[str]:
-    """Those of the data's and the tokenizer's paths that are not on this machine."""
+    """The paths of data and tokenizer that are not on this machine."""
     tokenizer = config.init.tokenizer or config.init.checkpoint or config.init.decoder
     paths = {"data.train": config.data.train, "the tokenizer's folder": tokenizer}
     return [f"{key} ({path})" for key, path in paths.items() if not Path(path).exists()]
 
 
-def first_row(config: ConfigDict, model_config: LlavaConfig, open_data: Callable) -> tuple:
-    """(training data, the first packed row of the first step as text)."""
-    tokenizer = load_tokenizer(recipe.tokenizer_folder(config))
-    data, _ = open_data(config, model_config, tokenizer)
-    batch = next(data.batch_iterator(0, 0, config.batch_size))
-    names = ("input_ids", "labels", "segment_ids")
-    row = {name: batch.arrays[name][0] for name in names}
-    return data, row_text(row, tokenizer, model_config.image_token_id)
+def first_row(stage: Stage) -> tuple[TrainingData, str]:
+    """The training data, and the first packed row of the first step as text."""
+    tokenizer = load_tokenizer(recipe.tokenizer_folder(stage.config))
+    data = stage.training_data(tokenizer)
+    print(f"{stage.config.data.train}: {data.describe()}")
+    stage.check_reach(data, print)
+    batch = next(data.batch_iterator(0, 0, stage.config.batch_size))
+    row = {name: batch.arrays[name][0] for name in ("input_ids", "labels", "segment_ids")}
+    return data, row_text(row, tokenizer, stage.model.config.image_token_id)
 
 
 def row_text(row: dict[str, np.ndarray], tokenizer, image_token_id: int) -> str:
-    """A packed row as text: a line for each segment, what is learnt between «».
+    """A packed row as text: one line a segment, with the learnt tokens between « and ».
 
     Args:
       row: input_ids, labels and segment_ids, int[T].

@@ -113,6 +113,15 @@ def first_alone(action: Callable[[], object]):
     return result
 
 
+def first_then_all(action: Callable[[], object]):
+    """Process 0 does `action` before all others do; each gets the result of its own call.
+
+    What process 0 leaves on a shared disk is there for the others, such as measured data.
+    """
+    result = first_alone(action)
+    return result if is_first() else action()
+
+
 def this_code(script: str) -> dict[str, str]:
     """SHA-256 of this package's source with the script run, and the versions it stands on."""
     root, digest = Path(__file__).parent.parent, hashlib.sha256()

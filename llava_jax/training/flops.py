@@ -4,6 +4,8 @@ A multiply-add counts 2; recomputation (remat) and padding count nothing; causal
 the half that is needed. Never taken from the compiler, which counts a scanned layer once.
 """
 
+from collections.abc import Sequence
+
 import jax
 
 from llava_jax.models.llava import LlavaConfig
@@ -78,9 +80,7 @@ def step_flops(config: LlavaConfig, trainable: set[str], counts: dict[str, float
     )
 
 
-def mfu(config: LlavaConfig, trainable: set[str], counts: dict, seconds: float) -> float | None:
-    """Share of all devices' peak that a step's model FLOPs took, or None where it is unknown."""
-    peak = peak_flops(jax.devices()[0])
-    if peak is None:
-        return None
-    return step_flops(config, trainable, counts) / seconds / (peak * jax.device_count())
+def mfu(flops: float, seconds: float, devices: Sequence[jax.Device]) -> float | None:
+    """Share of the devices' peak that a step's model FLOPs took, or None if the peak is unknown."""
+    peak = peak_flops(devices[0])
+    return None if peak is None else flops / seconds / (peak * len(devices))

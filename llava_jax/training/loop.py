@@ -1,4 +1,4 @@
-"""The loop over steps: feed, log one step late, validate, save, and stop on a loss gone wrong."""
+"""The loop over steps: feed, log one step late, validate, save, and stop at a loss gone wrong."""
 
 import dataclasses
 import math
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from llava_jax.data.pipeline import Batch
 from llava_jax.errors import LlavaError
 from llava_jax.training.checkpoint import Checkpoints
-from llava_jax.training.metrics import MetricsLog
+from llava_jax.training.flops import mfu, step_flops
+from llava_jax.training.metrics import MetricsLog, NoLog
+from llava_jax.training.stage import Stage
 from llava_jax.training.step import TrainState
 
 
@@ -23,31 +24,27 @@ class Loop:
     """What happens around the steps.
 
     Attributes:
+      stage: its config gives log_every, validate_every and save_every in steps; the last step is
+        always logged, validated and saved.
       train_step: compiled (state, batch) -> (state, metrics).
-      put: host batch arrays -> device arrays.
-      rates: step -> {group: learning rate} for the log.
-      mfu: (counts of a step, seconds) -> share of the devices' peak, or None where unknown.
+      schedule: step -> share of the peak learning rates, for the log.
       validate: (state, step) -> None; None without held-out data.
-      stop: step -> True when the run is to save and end; asked once after every step.
-      config: log_every, validate_every and save_every in steps (the last step is always logged,
-        validated and saved), batch_size, data.max_length.
+      stop: step -> True if the run is to save and end; asked once after every step.
     """
 
+    stage: Stage
     train_step: Callable
-    put: Callable
-    rates: Callable
-    mfu: Callable
+    schedule: Callable
     validate: Callable | None
     stop: Callable
-    log: MetricsLog
+    log: MetricsLog | NoLog
     checkpoints: Checkpoints
-    config: ConfigDict
 
     def run(self, state: TrainState, batches: Iterator[Batch], steps: int) -> TrainState:
-        """Runs until `steps` updates are done, or until told to stop.
+        """Runs until `steps` updates are done, or until `stop` says so.
 
-        A step's numbers are fetched while the next one computes, so the device never waits for
-        the host; only validation and saving wait for the device.
+        The numbers of a step are fetched while the next one computes, so the device never waits
+        for the host; only validation and saving wait for the device.
 
         Raises:
           LlavaError: loss or gradient is not finite. Nothing of that step is saved.
@@ -56,28 +53,29 @@ class Loop:
         bar = tqdm(
             total=steps,
             initial=start,
-            desc=Path(self.config.workdir).name,
+            desc=Path(self.stage.config.workdir).name,
             unit="step",
             disable=jax.process_index() != 0,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        with bar:  # closed before an error is told
+        with bar:  # closed before an error is printed
             return self._steps(state, batches, range(start + 1, steps + 1), bar)
 
-    def _steps(self, state: TrainState, batches: Iterator[Batch], numbers: range, bar):
+    def _steps(self, state: TrainState, batches: Iterator[Batch], numbers: range, bar: tqdm):
+        config = self.stage.config
         self._finished_at, pending, steps = time.perf_counter(), None, numbers.stop - 1
         for step in numbers:
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
-            state, metrics = self.train_step(state, self.put(batch.arrays))
+            state, metrics = self.train_step(state, self.stage.put(batch.arrays))
             if pending:
                 self._finish(*pending, steps, bar)
             pending = (step, metrics, batch, waited)
             self.checkpoints.check()
             last = self.stop(step) or step == steps
-            validate = self.validate and (step % self.config.validate_every == 0 or step == steps)
-            save = step % self.config.save_every == 0 or last
+            validate = self.validate and (step % config.validate_every == 0 or step == steps)
+            save = step % config.save_every == 0 or last
             if validate or save:
                 self._finish(*pending, steps, bar)
                 pending = None
@@ -90,8 +88,10 @@ class Loop:
                 break
         return state
 
-    def _finish(self, step: int, metrics: dict, batch: Batch, waited: float, steps: int, bar):
-        """Waits for a step, checks it, and logs it when its turn has come."""
+    def _finish(
+        self, step: int, metrics: dict, batch: Batch, waited: float, steps: int, bar: tqdm
+    ) -> None:
+        """Waits for a step, checks it, and logs it if its turn has come."""
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._finished_at = now - self._finished_at, now
@@ -103,15 +103,17 @@ class Loop:
         bar.update()
         if batch.skipped:
             tqdm.write(f"step {step}: left out for bad images: {', '.join(batch.skipped)}")
-        if step % self.config.log_every == 0 or step in (1, steps):
+        if step % self.stage.config.log_every == 0 or step in (1, steps):
             self.log.scalars(step, self._scalars(step, metrics, seconds, waited))
 
     def _scalars(self, step: int, metrics: dict, seconds: float, waited: float) -> dict:
-        room = self.config.batch_size * self.config.data.max_length
+        stage = self.stage
+        room = stage.config.batch_size * stage.config.data.max_length
+        warm = self.schedule(step - 1)
         scalars = {
             "loss": metrics["loss"],
             "grad_norm": metrics["grad_norm"],
-            **{f"learning_rate/{k}": float(v) for k, v in self.rates(step - 1).items()},
+            **{f"learning_rate/{k}": float(rate * warm) for k, rate in stage.groups.items()},
             "tokens": int(metrics["tokens"]),
             "supervised_tokens": int(metrics["supervised_tokens"]),
             "images": int(metrics["images"]),
@@ -121,25 +123,27 @@ class Loop:
             "step_seconds": seconds,
             "data_wait_seconds": waited,
         }
-        share = self.mfu(metrics, seconds)
+        flops = step_flops(stage.model.config, stage.trainable, metrics)
+        share = mfu(flops, seconds, list(stage.mesh.devices.flat))
         return scalars if share is None else scalars | {"mfu": share}
 
     def _check_finite(self, step: int, metrics: dict, batch: Batch) -> None:
         wrong = [n for n in ("loss", "grad_norm") if not math.isfinite(metrics[n])]
         if not wrong:
             return
+        config = self.stage.config
         # One step back: the parameters that this step started from may be what is wrong.
         last_good = self.checkpoints.newest_before(step - 1)
-        flags = [f"--config.trainable.{g}={r / 2:g}" for g, r in self.config.trainable.items()]
+        flags = [f"--config.trainable.{g}={r / 2:g}" for g, r in self.stage.groups.items()]
         if last_good is not None:
-            # The checkpoint is the whole model: folders named beside it would replace parts of it.
-            flags += [f"--config.init.{k}=" for k in ("vision", "decoder") if self.config.init[k]]
-            flags.append(f"--config.init.checkpoint={self.config.workdir}/checkpoints/{last_good}")
+            # The checkpoint is the whole model: folders named with it would replace parts of it.
+            flags += [f"--config.init.{k}=" for k in ("vision", "decoder") if config.init[k]]
+            flags.append(f"--config.init.checkpoint={config.workdir}/checkpoints/{last_good}")
         raise LlavaError(
             f"step {step}: {wrong[0]} is {metrics[wrong[0]]}. Records of the batch: "
             f"{', '.join(batch.record_ids)}. Last good checkpoint: "
             f"{'none' if last_good is None else f'step {last_good}'}. Look at those records with "
             "`llava-jax show`, or start again from there at half the rate, with "
             f"--config.workdir=NEW_FOLDER {' '.join(flags)}; a longer warm-up "
-            "(--config.optimizer.warmup_ratio=0.1) or another order (--config.seed=1) may do, too"
+            "(--config.optimizer.warmup_ratio=0.1) or another order (--config.seed=1) may help, too"
         )

@@ -1,19 +1,45 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard events, W&B when asked for, loss.png."""
+"""The logs of a run: metrics.jsonl, samples.jsonl, TensorBoard events, W&B on request, loss.png."""
 
+import contextlib
 import json
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from ml_collections import ConfigDict
 
 from llava_jax.files import json_line, whole_file
 from llava_jax.parallel import hosts
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """Imports within the block find that a module is not installed, unless it is imported already.
+
+    tensorboardX imports PyTorch if it can, which takes seconds; nothing that it does here needs it.
+    """
+    absent = module not in sys.modules
+    if absent:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
+
+
+with hidden("torch"):
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+
+def open_log(config: ConfigDict, step: int) -> "MetricsLog | NoLog":
+    """The log of a run that starts or resumes at `step`; the first process alone keeps one."""
+    if not hosts.is_first():
+        return NoLog()
+    return MetricsLog(Path(config.workdir), step, config.wandb_project, config.to_dict())
 
 
 class MetricsLog:
@@ -45,6 +71,7 @@ class MetricsLog:
         """One generation during training: id, prompt, prediction, reference."""
         self._append("samples", {"step": step, **values})
         text = "  \n".join(f"{name}: {value}" for name, value in values.items())
+        text = text.encode(errors="backslashreplace").decode()  # it may hold half a character
         self._events.add(step, summary.text(f"samples/{values['id']}", text))
 
     def _append(self, name: str, line: dict) -> None:
@@ -90,7 +117,7 @@ class TensorBoardEvents:
 
 
 class NoLog:
-    """Takes what a `MetricsLog` takes, and keeps nothing: for all processes but the first."""
+    """Has the methods of a `MetricsLog` and keeps nothing: for all processes but the first."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         pass
@@ -111,7 +138,7 @@ def _start_wandb(project: str, workdir: Path, config: dict):
 def drop_later_lines(path: Path, last_step: int) -> None:
     """Keeps the lines of a log up to `last_step`; a line cut by a kill is dropped.
 
-    So is one that is no line of a log, which a crash of the machine may leave; that is told.
+    So is a line that is no line of a log, which a crash of the machine may leave; that is reported.
     """
     if not path.exists():
         return
@@ -124,12 +151,12 @@ def drop_later_lines(path: Path, last_step: int) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a .jsonl log; an unfinished last line is left out, and what is damaged."""
+    """The lines of a .jsonl log, without an unfinished last one and without damaged ones."""
     return [values for values in map(_parsed, _whole_lines(path)) if values]
 
 
 def _parsed(line: bytes) -> dict | None:
-    """The values of one line, or None where it is damaged."""
+    """The values of one line, or None if it is damaged."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -138,12 +165,17 @@ def _parsed(line: bytes) -> dict | None:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    # Bytes: a kill may cut a character, and text has more ends of line than a log.
+    # Bytes: a kill may cut a character, and text has more line endings than a log.
     return path.read_bytes().split(b"\n")[:-1]
 
 
 def plot_losses(metrics_file: Path, out: Path) -> None:
     """Training and held-out loss, and the learning rates, over steps."""
+    import matplotlib  # a second, at the end of a run only
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     lines = read_log(metrics_file)
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), constrained_layout=True

@@ -185,17 +185,6 @@ def make_train_step(
     return train_step
 
 
-def compile_step(config, model: LlavaModel, optimizer, join: Callable, state, frozen, batch):
-    """The training step of a config compiled for these arguments, or for shapes and shardings."""
-    step = make_train_step(
-        model, optimizer, config.accumulation, config.loss_chunk, join, config.parity, config.seed
-    )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    platform = next(iter(state.step.sharding.device_set)).platform
-    return jitted.lower(state, frozen, batch).compile(COMPILER_OPTIONS.get(platform))
-
-
 def make_eval_step(model: LlavaModel, chunk: int, join: Callable = join_params):
     """(trainable, frozen, batch) -> (sum of token losses, supervised tokens)."""
 

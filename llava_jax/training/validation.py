@@ -1,7 +1,5 @@
 """Held-out loss, and a few fixed questions answered, while training."""
 
-from collections.abc import Callable
-
 import jax
 from tqdm import tqdm
 
@@ -10,48 +8,47 @@ from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import Record
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.training.metrics import MetricsLog
+from llava_jax.parallel.sharding import process_part
+from llava_jax.training.metrics import MetricsLog, NoLog
+from llava_jax.training.stage import Stage
 from llava_jax.training.step import TrainState
 
 
 class Validation:
-    """Called with a state and its step; writes `validation_loss` and the samples to the log.
+    """Called with a state and its step; writes `validation_loss` and sample answers to the log.
 
     Args:
-      data: held-out data, one pass; of its records the first `samples` are answered: each its
-        first question, greedily.
-      eval_step: compiled (state, batch) -> (sum of token losses, supervised tokens).
-      put: host batch arrays -> device arrays.
-      part: (index, count), this process's part of a batch, as `batch_iterator` takes it.
-      answerer: a `Llava` of the same model, given the current parameters each time.
-      params: state -> parameters of the whole model.
+      data: held-out data, one pass. The first question of each of its first `config.samples`
+        records is answered, greedily.
+      tokenizer: a Hugging Face fast tokenizer.
+      frozen: the frozen parameters.
     """
 
     def __init__(
-        self,
-        data: TrainingData,
-        eval_step: Callable,
-        put: Callable,
-        part: tuple[int, int],
-        answerer: Llava,
-        params: Callable,
-        samples: int,
-        sample_tokens: int,
-        log: MetricsLog,
+        self, stage: Stage, data: TrainingData, tokenizer, frozen: dict, log: MetricsLog | NoLog
     ):
-        self._data, self._eval_step, self._put, self._part = data, eval_step, put, part
-        self._answerer, self._model_params, self._log = answerer, params, log
+        self._stage, self._data, self._frozen, self._log = stage, data, frozen, log
+        self._part, self._eval_step = process_part(stage.mesh), stage.eval_step()
+        config = stage.config
+        self._answerer = Llava(
+            stage.model.config,
+            {},  # the current parameters are put in each time
+            tokenizer,
+            template=config.model.template,
+            dtype=config.model.dtype,
+        )
         # Answers of a model spread over several hosts are not gathered: held-out loss alone there.
-        samples = samples if jax.process_count() == 1 else 0
+        samples = config.samples if jax.process_count() == 1 else 0
         records = [data.records[i] for i in range(min(samples, len(data.records)))]
         self._records = [r for r in records if len(r.turns) > 1]
-        self._sampling = SamplingParams(sample_tokens, 0.0, 1.0, 0)
+        self._sampling = SamplingParams(config.sample_tokens, 0.0, 1.0, 0)
 
     def __call__(self, state: TrainState, step: int) -> None:
         batches = self._data.batch_iterator(0, *self._part)
         total = tokens = 0.0
         for batch in tqdm(batches, total=self._data.steps, desc="validation", leave=False, delay=2):
-            loss, count = self._eval_step(state, self._put(batch.arrays))
+            arrays = self._stage.put(batch.arrays)
+            loss, count = self._eval_step(state.params, self._frozen, arrays)
             total, tokens = total + float(loss), tokens + float(count)
         self._log.scalars(step, {"validation_loss": total / max(tokens, 1)})
         self._answer(state, step)
@@ -59,7 +56,7 @@ class Validation:
     def _answer(self, state: TrainState, step: int) -> None:
         if not self._records:
             return
-        self._answerer.replace_params(self._model_params(state))
+        self._answerer.replace_params(self._stage.join(state.params, self._frozen))
         requests = [self._request(record) for record in self._records]
         answers = self._answerer.answer(requests, batch_size=len(requests))
         for record, answer in zip(self._records, answers, strict=True):

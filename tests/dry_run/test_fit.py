@@ -17,8 +17,8 @@ def dry_run(room: int, tried: list, copies: float = 0.1):
         needed = MEMORY[policy] / accumulation + data - 1
         seconds = SECONDS[policy] + 0.05 * accumulation + copies * (data - 1)
         fits = needed <= room
-        told = {"bytes": {"needed": needed}, "fits": fits}
-        return told | ({"estimate": {"step_seconds_nothing_hidden": seconds}} if fits else {})
+        figures = {"bytes": {"needed": needed}, "fits": fits}
+        return figures | ({"estimate": {"step_seconds_nothing_hidden": seconds}} if fits else {})
 
     return try_out
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_jax.dry_run import run as dry_run
-from llava_jax.dry_run.compiling import make_stage, needed_by
+from llava_jax.dry_run.compiling import needed_by
 from llava_jax.dry_run.estimate import (
     CONVERSATIONS,
     Contents,
@@ -21,6 +21,7 @@ from llava_jax.dry_run.estimate import (
 from llava_jax.dry_run.report import bytes_on_a_device, parameter_count
 from llava_jax.dry_run.topology import CHIPS, GIB, Topology, topology
 from llava_jax.models.presets import preset
+from llava_jax.training.stage import Stage
 from tests import tiny_run
 from tests.tiny_model import byte_tokenizer
 
@@ -38,30 +39,29 @@ def test_the_published_recipe_by_shapes_alone():
     """7B stage 2 over eight devices: counts, bytes and dtypes, with no weight and no file there."""
     config = load("llava15_7b_instruct")
     config.model.dtype = "bfloat16"
-    stage = make_stage(config, topology("cpu:8"))
+    stage = Stage.of(config, topology("cpu:8").devices)
     assert parameter_count(stage.state.params) == DECODER_7B + PROJECTOR_7B
     matrices = DECODER_7B - 65 * 4096
     weights = bytes_on_a_device(stage.state.params)
     assert weights == pytest.approx(4 * (matrices + PROJECTOR_7B) / 8 + 4 * 65 * 4096, rel=1e-3)
     assert bytes_on_a_device(stage.state.opt_state) == pytest.approx(2 * weights, rel=1e-6)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(stage.frozen)} == {"bfloat16"}
-    leaves = jax.tree.leaves((stage.state, stage.frozen, stage.batch))
+    leaves = jax.tree.leaves((stage.state, stage.frozen, stage.batch_spec()))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    assert stage.batch["tiles"].shape == (128, 3, 336, 336, 3)
+    assert stage.batch_spec()["tiles"].shape == (128, 3, 336, 336, 3)
 
 
 def test_moments_in_bfloat16_halve_the_optimizer():
     config = load("llava15_7b_instruct")
     config.optimizer.moments_dtype = "bfloat16"
-    stage = make_stage(config, topology("cpu:8"))
+    stage = Stage.of(config, topology("cpu:8").devices)
     weights = bytes_on_a_device(stage.state.params)
     assert bytes_on_a_device(stage.state.opt_state) == pytest.approx(weights, rel=1e-6)
 
 
 def run_dry(config, capsys, fit: bool = False) -> tuple[int, str, dict]:
     """(exit status, what was printed, the JSON object of the last line)."""
-    train = tiny_run.train_module()
-    code = dry_run.run(config, "cpu:8", fit, train.open_data)
+    code = dry_run.run(config, "cpu:8", fit)
     text = capsys.readouterr().out
     return code, text, json.loads(text.splitlines()[-1])
 
@@ -71,21 +71,21 @@ def test_a_run_that_is_all_here(world, tmp_path, capsys):
     changes = {"batch_size": 8, "data.max_length": 48}
     values = tiny_run.align(world, tmp_path / "run", changes)
     config = tiny_run.recipe({}, values)
-    code, text, told = run_dry(config, capsys)
-    assert code == 0 and told["fits"]
-    assert told["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert told["bytes"]["needed"] >= told["bytes"]["arguments"] > 0
-    assert told["collectives"]["all-gather"]["bytes"] > 0
-    assert "«" in told["first_row"] and "<image x 4>" in told["first_row"]
+    code, text, figures = run_dry(config, capsys)
+    assert code == 0 and figures["fits"]
+    assert figures["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert figures["bytes"]["needed"] >= figures["bytes"]["arguments"] > 0
+    assert figures["collectives"]["all-gather"]["bytes"] > 0
+    assert "«" in figures["first_row"] and "<image x 4>" in figures["first_row"]
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_files_that_are_not_here_are_told_and_assumed(world, tmp_path, capsys):
+def test_files_that_are_not_here_are_figures_and_assumed(world, tmp_path, capsys):
     values = tiny_run.align(world, tmp_path / "run", {"batch_size": 8, "data.train": "gone.json"})
-    code, text, told = run_dry(tiny_run.recipe({}, values), capsys, fit=True)
+    code, text, figures = run_dry(tiny_run.recipe({}, values), capsys, fit=True)
     assert code == 0 and "gone.json" in text.splitlines()[0]
-    assert told["first_row"] is None and told["assumed"]["fill"] > 0
-    best = told["fit"]["best"]
+    assert figures["first_row"] is None and figures["assumed"]["fill"] > 0
+    best = figures["fit"]["best"]
     assert (best["remat_policy"], best["accumulation"], best["fits"]) == ("none", 1, True)
 
 
@@ -146,18 +146,20 @@ def test_the_roofline_takes_the_largest_term():
         "traffic": seconds["memory"] * CHIPS["v5p"].hbm_bandwidth,
         "links": seconds["collectives"],
     }
-    told = estimate(where, **work)
-    assert told["seconds"] == pytest.approx(seconds) and told["bound_by"] == "compute"
-    assert told["mfu"] == pytest.approx(0.6) and told["mfu_nothing_hidden"] == pytest.approx(0.375)
+    figures = estimate(where, **work)
+    assert figures["seconds"] == pytest.approx(seconds) and figures["bound_by"] == "compute"
+    assert figures["mfu"] == pytest.approx(0.6) and figures["mfu_nothing_hidden"] == pytest.approx(
+        0.375
+    )
     assert estimate(where, **work, kernels=0.4)["mfu_as_compiled"] == pytest.approx(0.6)
     waiting = {"waiting": 0.1, "kernels": 0.5}
-    told = estimate(where, **work, **waiting)
-    assert told["mfu_as_compiled"] == pytest.approx(0.3 / 0.6)
-    assert told["waiting_seconds"] == pytest.approx(0.1) and told["kernel_seconds"] == 0.5
+    figures = estimate(where, **work, **waiting)
+    assert figures["mfu_as_compiled"] == pytest.approx(0.3 / 0.6)
+    assert figures["waiting_seconds"] == pytest.approx(0.1) and figures["kernel_seconds"] == 0.5
     two = dataclasses.replace(where, slices=2)
-    told = estimate(two, **work, between=0.75 * CHIPS["v5p"].network)
-    assert told["bound_by"] == "between slices" and told["mfu"] == pytest.approx(0.4)
-    assert told["waiting_seconds"] == pytest.approx(0.75)
+    figures = estimate(two, **work, between=0.75 * CHIPS["v5p"].network)
+    assert figures["bound_by"] == "between slices" and figures["mfu"] == pytest.approx(0.4)
+    assert figures["waiting_seconds"] == pytest.approx(0.75)
 
 
 @pytest.mark.slow
@@ -165,8 +167,7 @@ def test_the_roofline_takes_the_largest_term():
 def test_7b_fits_a_slice_through_the_tpu_compiler(capsys):
     config = load("llava15_7b_instruct")
     config.accumulation = 2
-    train = tiny_run.train_module()
-    assert dry_run.run(config, "v5e:4x4", False, train.open_data) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["bytes"]["needed"] < 14 * GIB and told["attention"] == "splash"
-    assert told["collective_bytes"] < 1.6 * told["fsdp"]["least"]
+    assert dry_run.run(config, "v5e:4x4", False) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["bytes"]["needed"] < 14 * GIB and figures["attention"] == "splash"
+    assert figures["collective_bytes"] < 1.6 * figures["fsdp"]["least"]

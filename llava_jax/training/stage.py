@@ -1,0 +1,222 @@
+"""A stage of training as one object, derived from its recipe before any data or weight is read.
+
+train.py, the dry run and the benchmarks all start here, each on devices of its own choice.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.records import open_records
+from llava_jax.data.rows import RowFormat, batch_spec
+from llava_jax.errors import LlavaError
+from llava_jax.models.llava import LlavaModel
+from llava_jax.models.lora import LoraConfig
+from llava_jax.models.precision import compute_precision
+from llava_jax.parallel.mesh import BATCH_AXES, make_mesh, microbatches
+from llava_jax.parallel.sharding import RULES, batch_sharding, put_batch
+from llava_jax.training import recipe
+from llava_jax.training.optimizer import adamw, warmup_cosine
+from llava_jax.training.state import abstract_model, abstract_state, fresh_state, joined, place
+from llava_jax.training.step import COMPILER_OPTIONS, TrainState, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """Everything about the steps of a stage that its recipe and the devices decide.
+
+    Attributes:
+      config: the recipe as given. It is never changed.
+      mesh: the devices.
+      model: the module, with dtype, remat policy and attention chosen for the devices.
+      lora: None without LoRA.
+      microbatches: parts that a batch is cut into: config.accumulation, or fewer if a device would
+        get no row.
+      row_format: how records become rows of a batch.
+      state, frozen: shapes, dtypes and shardings of the training state and of the frozen
+        parameters, as jax.ShapeDtypeStruct.
+      join: (trainable, frozen[, keys of the rows]) -> parameters as the model takes them.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    model: LlavaModel
+    lora: LoraConfig | None
+    microbatches: int
+    row_format: RowFormat
+    state: TrainState
+    frozen: dict
+    join: Callable[..., dict]
+
+    @classmethod
+    def of(cls, config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> "Stage":
+        """The stage of a recipe, on all devices or on some, which need not be attached.
+
+        Raises:
+          LlavaError: a value that no run could use, or one that does not suit the devices.
+        """
+        recipe.check_config(config)
+        model_config = recipe.model_config(config)
+        lora = recipe.lora_config(config, model_config)
+        mesh = make_mesh(**config.mesh, devices=devices and list(devices))
+        parts = microbatches(mesh, config.batch_size, config.accumulation)
+        model = recipe.training_model(config, model_config, mesh)
+        boxed, groups = abstract_model(model_config, lora), config.trainable.to_dict()
+        # The schedule changes no shape.
+        optimizer = adamw(groups, lambda step: 1.0, **recipe.optimizer_options(config))
+        state, frozen = abstract_state(mesh, boxed, groups, optimizer, model.dtype)
+        rows = recipe.row_format(config, model_config)
+        return cls(config, mesh, model, lora, parts, rows, state, frozen, joined(lora))
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """What trains: path prefix -> peak learning rate."""
+        return self.config.trainable.to_dict()
+
+    @property
+    def trainable(self) -> set[str]:
+        """Top-level components with trained parameters."""
+        return set(self.state.params)
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def batch_shards(self) -> int:
+        """Devices, or groups of devices, that share the rows of a batch."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def schedule(self, steps: int) -> Callable[[jax.Array], jax.Array]:
+        """Step -> share of the peak learning rate, over a run of `steps`."""
+        return warmup_cosine(steps, self.config.optimizer.warmup_ratio)
+
+    def optimizer(self, schedule: Callable) -> optax.GradientTransformation:
+        return adamw(self.groups, schedule, **recipe.optimizer_options(self.config))
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """The mesh, the sharding rules and the precision of products that steps are compiled in."""
+        _, precision = compute_precision(self.config.model.dtype, self.platform)
+        with (
+            jax.set_mesh(self.mesh),
+            nn.logical_axis_rules(RULES),
+            jax.default_matmul_precision(precision),
+        ):
+            yield
+
+    def compile_step(
+        self, optimizer: optax.GradientTransformation, state: TrainState, frozen: dict, batch: dict
+    ) -> jax.stages.Compiled:
+        """The training step, compiled for these arrays, or for their shapes and shardings.
+
+        To be called within `scope`.
+
+        Returns:
+          (state, frozen, batch) -> (state, metrics); it consumes the state.
+        """
+        c = self.config
+        step = make_train_step(
+            self.model, optimizer, self.microbatches, c.loss_chunk, self.join, c.parity, c.seed
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        return jitted.lower(state, frozen, batch).compile(COMPILER_OPTIONS.get(self.platform))
+
+    def eval_step(self) -> Callable:
+        """(trainable, frozen, batch) -> (sum of token losses, number of supervised tokens)."""
+        return jax.jit(make_eval_step(self.model, self.config.loss_chunk, self.join))
+
+    def starting_state(
+        self,
+        sources: dict[str, Path],
+        optimizer: optax.GradientTransformation,
+        resumed: TrainState | None = None,
+    ) -> tuple[TrainState, dict]:
+        """(state, frozen parameters) on the devices: what was resumed, or a fresh start.
+
+        Only the components that are needed are read.
+
+        Args:
+          sources: component -> folder that it starts from; see `recipe.starting_sources`.
+        """
+        components = set(self.frozen) | set(() if resumed else self.state.params)
+        params = recipe.starting_params(
+            self.model.config, self.lora, sources, components, self.config.seed
+        )
+        frozen = place(params, self.frozen)
+        return resumed or fresh_state(self.state, params, optimizer), frozen
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a step's batch."""
+        spec = batch_spec(self.row_format, self.config.batch_size)
+        place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(self.mesh))
+        return {name: place(array.shape, array.dtype) for name, array in spec.items()}
+
+    def put(self, arrays: dict) -> dict[str, jax.Array]:
+        """This process's rows of a batch -> the global batch on the devices."""
+        return put_batch(self.mesh, arrays)
+
+    def training_data(self, tokenizer, **changes) -> TrainingData:
+        """The recipe's data, every record checked.
+
+        Args:
+          tokenizer: a Hugging Face fast tokenizer.
+          changes: arguments of `TrainingData` to be other than in the recipe.
+        """
+        c = self.config
+        length = {"batch_size": c.batch_size, "epochs": c.epochs, "steps": c.steps}
+        return self._open_data(c.data.train, c.data.train_split, tokenizer, length | changes)
+
+    def held_out_data(self, tokenizer) -> TrainingData | None:
+        """One pass over the held-out data, in batches of a microbatch's size; None without any."""
+        c = self.config
+        if not c.data.validation:
+            return None
+        rows = c.batch_size // self.microbatches
+        one_pass = {"batch_size": rows, "epochs": 1, "pad_final_batch": True}
+        return self._open_data(c.data.validation, c.data.validation_split, tokenizer, one_pass)
+
+    def check_reach(self, data: TrainingData, report: Callable[[str], None]) -> None:
+        """Refuses data from which nothing of what trains can learn; reports what part cannot.
+
+        Without pictures no gradient reaches the encoder and the projector.
+        """
+        if data.images_per_epoch:
+            return
+        paths = flatten_dict(self.state.params)
+        names = {path[1] if path[0] == "lora" else path[0] for path in paths}
+        idle = sorted(names & {"vision", "projector"})
+        fault = f"no record of {data.records.path} has a picture"
+        if idle and names == set(idle):
+            raise LlavaError(
+                f"{fault}, so the {' and the '.join(idle)} would learn nothing and nothing else "
+                "trains: give data with pictures, or train the decoder too, with "
+                "config.trainable.decoder"
+            )
+        if idle:
+            report(f"{fault}: the {' and the '.join(idle)} will learn nothing")
+
+    def _open_data(self, path: str, split: str | None, tokenizer, options: dict) -> TrainingData:
+        data = self.config.data
+        holds_images = Path(path).is_dir()  # a data set of `llava-jax build`
+        records = open_records(path, None if holds_images else data.image_root or None, split)
+        common = {
+            "seed": self.config.seed,
+            "bad_image": data.bad_image,
+            "bad_image_ceiling": data.bad_image_ceiling,
+            "workers": data.workers,
+            "cache_dir": Path(self.config.workdir) / "cache",
+        }
+        return TrainingData(records, tokenizer, self.row_format, **common | options)
