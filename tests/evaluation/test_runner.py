@@ -285,7 +285,7 @@ def test_the_fingerprint_is_that_of_a_mesh_and_of_layers_by_themselves(dtype, we
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.batch_sizes=3"], "unknown config key: batch_sizes. Did you mean"),
+        (["--config.batch_sizes=3"], "unknown config key: batch_sizes, did you mean batch_size"),
         (["--config.batch_size=many"], "batch_size"),
         (["--config.benchmark=mmlu"], "unknown benchmark 'mmlu': choose one of easy_vqa"),
         (["--config.data_root=no/such"], "no/such/test_1000.json is missing: it is published"),
