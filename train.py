@@ -88,7 +88,7 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
             copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
         state, frozen = stage.starting_state(sources, optimizer, resumed)
         if resumed:
-            hosts.tell(f"resuming from step {int(state.step)}")
+            hosts.report(f"resuming from step {int(state.step)}")
 
         # 3. Run.
         with stage.scope(), sigterm_noted() as stop:
@@ -98,7 +98,7 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
             began, arrays = time.perf_counter(), stage.put(first.arrays)
             train_step = stage.compile_step(optimizer, state, frozen, arrays)
             seconds = time.perf_counter() - began
-            hosts.tell(f"compiled in {seconds:.0f} s; {stage.microbatches} microbatches a step")
+            hosts.report(f"compiled in {seconds:.0f} s; {stage.microbatches} microbatches a step")
             log = open_log(stage.config, int(state.step))
             loop = Loop(
                 stage=stage,
@@ -139,12 +139,12 @@ def open_data(stage: Stage, tokenizer) -> tuple[TrainingData, TrainingData | Non
     The first process measures them; the others find in the cache what it measured.
     """
     data = hosts.first_then_all(lambda: stage.training_data(tokenizer))
-    hosts.tell(f"{stage.config.data.train}: {data.describe()}")
+    hosts.report(f"{stage.config.data.train}: {data.describe()}")
     hosts.check_same({"the training data": data.fingerprint})
-    stage.check_reach(data, hosts.tell)
+    stage.check_reach(data, hosts.report)
     held_out = hosts.first_then_all(lambda: stage.held_out_data(tokenizer))
     if held_out:
-        hosts.tell(f"{stage.config.data.validation}: {held_out.describe()}")
+        hosts.report(f"{stage.config.data.validation}: {held_out.describe()}")
     return data, held_out
 
 
@@ -175,7 +175,7 @@ def report_start(stage: Stage, state: TrainState, frozen: dict, data: TrainingDa
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
     model = stage.model.config
-    hosts.tell(
+    hosts.report(
         f"{devices} as {dict(stage.mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
         f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: "
         f"{model.image.size} pixels, {model.tokens_per_tile} tokens; "

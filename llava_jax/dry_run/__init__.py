@@ -1,1 +1,1 @@
-"""What a step costs on devices that are not attached, read from their compiler."""
+"""The cost of a step on devices that are not attached, read from their compiler."""

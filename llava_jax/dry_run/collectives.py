@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""The traffic between devices of a compiled program, read from its text."""
 
 import dataclasses
 import math
@@ -99,14 +99,14 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
 
 
 def _is_part(seen: dict, result: str, opcode: str, rest: str) -> bool:
-    """True where `seen`, which is added to, has the collective that this is another part of.
+    """Whether this is another piece of a collective already in `seen` (which is updated).
 
-    A channel alone does not tell: all collectives of `shard_map` have the same one.
+    The channel alone does not decide: all collectives of `shard_map` have the same one.
     """
     channel, groups, name = (p.search(rest) for p in (_CHANNEL, _GROUPS, _OP_NAME))
     if channel is None:
         return False
-    arrays = tuple(_ARRAY.findall(result))  # parts may lie in different memories
+    arrays = tuple(_ARRAY.findall(result))  # parts may be in different memories
     names = seen.setdefault((opcode, channel[1], groups and groups[0], arrays), set())
     name = name and name[1]
     part = bool(names) and (name is None or bool(names & {name, None}))

@@ -1,4 +1,4 @@
-"""A compiled program's text: its computations, how often each runs, what its kernels take.
+"""A compiled program's text: its computations, how often each runs, the cycles of its kernels.
 
 A layer scanned L times stands in the text once, inside a loop; everything is counted as often as
 the loops around it run.
@@ -85,7 +85,7 @@ def _run_counts(computations: dict[str, list[str]], entry: str) -> collections.C
 
 
 def _trip_count(computations: dict[str, list[str]], rest: str) -> int:
-    """What a loop's condition compares its counter with; 1 where that is no constant."""
+    """The constant that a loop's condition compares its counter with; 1 if there is none."""
     condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
     limits = [int(n) for line in computations[condition] for n in _CONSTANT.findall(line)]
     return limits[0] if len(limits) == 1 else 1

@@ -23,15 +23,15 @@ _NO_CLUSTER = "coordinator_address should be defined"
 
 
 def start() -> None:
-    """Joins the processes of a run over several hosts; does nothing where there is one alone.
+    """Joins the processes of a run over several hosts; does nothing if there is only one.
 
     JAX finds the others on Cloud TPU, Slurm, Kubernetes (JobSet, indexed Job) and Open MPI.
-    Elsewhere each process is told by JAX_COORDINATOR_ADDRESS (host:port of the first),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Must run before anything else asks JAX for a device.
-    One that waits for others says so; JAX itself ends it after five minutes.
+    Elsewhere each process needs JAX_COORDINATOR_ADDRESS (host:port of the first),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Must run before anything else asks JAX for a device. A
+    process that waits for others says so; JAX itself ends it after five minutes.
 
     Raises:
-      LlavaError: the surroundings name other processes, but not all that is needed to join them.
+      LlavaError: the environment names other processes, but not all that is needed to join them.
     """
     in_job = "JOB_COMPLETION_INDEX" in os.environ
     if "KUBERNETES_SERVICE_HOST" in os.environ and not in_job:
@@ -60,12 +60,12 @@ def start() -> None:
     finally:
         waiting.cancel()
     if alone_on_its_host(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-        # JAX takes a process that Slurm or Open MPI started for one of one GPU.
+        # JAX assumes one GPU for each process that Slurm or Open MPI started.
         jax.config.update("jax_cuda_visible_devices", "all")
 
 
 def alone_on_its_host(surroundings: Mapping[str, str]) -> bool:
-    """True where Slurm or Open MPI, as environment variables tell, started one process a host."""
+    """Whether Slurm or Open MPI, by its environment variables, started one process a host."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in surroundings:
         return surroundings["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
     tasks = surroundings.get("SLURM_NTASKS")
@@ -73,57 +73,57 @@ def alone_on_its_host(surroundings: Mapping[str, str]) -> bool:
 
 
 def is_first() -> bool:
-    """True in the one process that writes logs and tells what happens."""
+    """True in the one process that writes logs and reports what happens."""
     return jax.process_index() == 0
 
 
-def tell(text: str) -> None:
-    """A line on standard error, from process 0 alone."""
+def report(text: str) -> None:
+    """Prints a line on standard error, from process 0 alone."""
     if is_first():
         tqdm.write(text, file=sys.stderr)
 
 
 def wait(name: str) -> None:
-    """Waits until all processes have come here."""
+    """Waits until all processes have reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def all_true(value: bool) -> bool:
-    """True where it is on every process; all must ask."""
+    """Whether a value is true on every process; all must call it."""
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 def first_alone(action: Callable[[], object]):
-    """Process 0 does `action` and gets its result while the others wait, and get None.
+    """Runs `action` on process 0, which gets its result; the others wait and get None.
 
     Raises:
-      LlavaError: process 0 did; the others then end as well.
+      LlavaError: `action` raised one; the other processes then end as well.
     """
     result = error = None
     if is_first():
         try:
             result = action()
-        except LlavaError as told:
-            error = told
+        except LlavaError as raised:
+            error = raised
     if not all_true(error is None):
         raise error or LlavaError("process 0 cannot go on: its message says why")
     return result
 
 
 def first_then_all(action: Callable[[], object]):
-    """Process 0 does `action` before all others do; each gets the result of its own call.
+    """Runs `action` on process 0 and then on all others; each gets the result of its own call.
 
-    What process 0 leaves on a shared disk is there for the others, such as measured data.
+    The others find what process 0 has left on a shared disk, such as measured data.
     """
     result = first_alone(action)
     return result if is_first() else action()
 
 
 def this_code(script: str) -> dict[str, str]:
-    """SHA-256 of this package's source with the script run, and the versions it stands on."""
+    """SHA-256 of this package's source and of the script, and versions of the packages below."""
     root, digest = Path(__file__).parent.parent, hashlib.sha256()
     for path in (Path(script), *sorted(root.rglob("*.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -131,13 +131,13 @@ def this_code(script: str) -> dict[str, str]:
 
 
 def check_same(facts: dict[str, object]) -> None:
-    """Refuses to go on where processes differ in `facts`.
+    """Compares `facts` between all processes.
 
     Args:
-      facts: name -> value that JSON can hold: whatever must be the same everywhere.
+      facts: name -> JSON value, for everything that must be the same everywhere.
 
     Raises:
-      LlavaError: on every process, naming one that differs from process 0, and in what.
+      LlavaError: on every process, if one differs from process 0; it names both values.
     """
     if jax.process_count() == 1:
         return
@@ -146,12 +146,13 @@ def check_same(facts: dict[str, object]) -> None:
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(text)] = text
     every = multihost_utils.process_allgather(padded)
-    told = [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
-    for process, other in enumerate(told):
-        keys = sorted(k for k in other.keys() | told[0].keys() if other.get(k) != told[0].get(k))
+    texts = (row[:size].tobytes() for row, size in zip(every, sizes, strict=True))
+    first, *others = map(json.loads, texts)
+    for process, other in enumerate(others, start=1):
+        keys = sorted(k for k in other.keys() | first.keys() if other.get(k) != first.get(k))
         if keys:
             raise LlavaError(
                 f"process {process} differs from process 0 in "
-                + "; ".join(f"{k}: {other.get(k)!r} and not {told[0].get(k)!r}" for k in keys[:5])
+                + "; ".join(f"{k}: {other.get(k)!r} and not {first.get(k)!r}" for k in keys[:5])
                 + ": start the same code with the same command on every host"
             )

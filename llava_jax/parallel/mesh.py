@@ -12,7 +12,7 @@ BATCH_AXES = ("data", "fsdp")  # rows of a batch are split over both
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+    """A mesh over all devices; one axis may be -1 and takes the remaining devices.
 
     Raises:
       LlavaError: the sizes do not multiply to the number of devices, or `data` does not spread over
@@ -33,14 +33,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 def slice_count(devices) -> int:
     """TPU slices that the devices belong to; other devices count as one."""
-    # A device of a slice that stands alone may have no such number.
+    # The devices of a single slice may lack this attribute.
     return len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
 
 
 def device_grid(sizes: list[int], devices) -> np.ndarray:
-    """Devices [data, fsdp, tensor]; between TPU slices, on the slow network, only `data` crosses.
+    """Devices [data, fsdp, tensor]; only `data` crosses the slow network between TPU slices.
 
-    Of a slice an axis may be any part of the torus, which `jax.make_mesh` allows on v5e alone.
+    Within a slice an axis may be any part of the torus; `jax.make_mesh` allows that on v5e only.
     """
     data, *others = sizes
     slices = slice_count(devices)
@@ -58,9 +58,9 @@ def device_grid(sizes: list[int], devices) -> np.ndarray:
 
 
 def microbatches(mesh: Mesh, rows: int, wanted: int) -> int:
-    """Parts that a batch of `rows` is cut into: `wanted`, or the most that suit every device.
+    """Number of parts that a batch of `rows` is cut into: `wanted`, or the most that is possible.
 
-    A part has as many rows for each device that shares the batch, and one at least.
+    A part has the same number of rows for each device that shares the batch, and at least one.
 
     Raises:
       LlavaError: `rows` cannot be split evenly over those devices.

@@ -34,7 +34,7 @@ RULES = (
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
 )
-# Within one part of the data axis, where a step is run part by part.
+# The rules within one part of the data axis, for steps that run part by part.
 RULES_OF_A_PART = tuple((name, "fsdp" if axis == BATCH_AXES else axis) for name, axis in RULES)
 
 
@@ -69,10 +69,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put(leaf, sharding: NamedSharding, dtype) -> jax.Array:
-    """A host array onto the devices, each given its slice only, cast to `dtype`.
+    """Puts a host array on the devices, cast to `dtype`; each gets only its slice.
 
-    leaf: an array, a number, or what has a shape and gives arrays for slices (LazyParameter), of
-    which no more is read than this process's devices hold.
+    Args:
+      leaf: an array, a number, or a LazyParameter, of which only this process's slices are read.
     """
     if isinstance(leaf, jax.Array | int | float):
         leaf = np.asarray(leaf)
@@ -82,12 +82,12 @@ def put(leaf, sharding: NamedSharding, dtype) -> jax.Array:
 
 
 def process_part(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which part of every batch this process reads, of how many equal parts.
+    """(index, count): the part of every batch that this process reads, of `count` equal parts.
 
     Processes whose devices hold the same rows (the tensor axis crosses hosts) read the same part.
 
     Raises:
-      LlavaError: devices are laid out so that processes share some rows and not others.
+      LlavaError: the layout of devices makes processes share only some of their rows.
     """
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     places = batch_sharding(mesh).devices_indices_map((shards,))

@@ -1,6 +1,6 @@
 """Saving and resuming: the trainable tree and the optimizer state as separate Orbax items.
 
-Beside them lies the sum of the bits of every array, by which a change on disk is found.
+The sum of the bits of every array is stored with them, so that a change on disk is found.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from llava_jax.weights.run_directory import (
 ITEMS = ("params", "opt_state", "bit_sums")
 
 
-def told_by_us(record: logging.LogRecord) -> bool:
-    """A log filter: without the traceback that Orbax logs for an error it raises later on."""
+def not_raised_later(record: logging.LogRecord) -> bool:
+    """Log filter that drops Orbax's traceback for errors it also raises."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
-def tell_unraisable(unraisable) -> None:
-    """An unraisable hook: without writes of TensorStore that end after an error closed their loop.
+def show_unraisable(unraisable) -> None:
+    """Unraisable hook that drops writes of TensorStore that an error has cut off.
 
     Their tracebacks would be the last lines of a run that a full disk ends.
     """
@@ -43,7 +43,7 @@ def tell_unraisable(unraisable) -> None:
 
 @jax.jit
 def _bit_sums(tree):
-    """Of each array its words added up modulo 2^32: the same on every mesh."""
+    """The sum of each array's words modulo 2^32, which is the same on every mesh."""
 
     def add(x):
         unsigned = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
@@ -61,9 +61,9 @@ def bit_sums(tree) -> dict[str, int]:
 class Checkpoints:
     """Asynchronous checkpoints of a run, the newest `keep` of them.
 
-    A step folder appears by one rename when it is whole, and an older one goes only after that, so
-    a kill or a full disk at any moment leaves the earlier ones as they were. What goes wrong while
-    writing in the background is a LlavaError of a later call.
+    A step folder appears by one rename when it is whole, and an older one is removed only after
+    that, so a kill or a full disk at any moment leaves the earlier ones as they were. An error of
+    writing in the background is raised as a LlavaError by a later call.
     """
 
     def __init__(self, workdir: Path, keep: int):
@@ -71,15 +71,17 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._folder = (workdir / "checkpoints").resolve()
-        logging.getLogger("absl").addFilter(told_by_us)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its other futures' same error
-        sys.unraisablehook = tell_unraisable
-        with self._write_errors_told():
+        logging.getLogger("absl").addFilter(not_raised_later)
+        logging.getLogger("asyncio").setLevel(
+            logging.CRITICAL
+        )  # it repeats the error for each of its futures
+        sys.unraisablehook = show_unraisable
+        with self._write_errors():
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
     def newest_before(self, step: int) -> int | None:
         """The newest checkpoint of an earlier step, or None; waits until all are on disk."""
-        with self._write_errors_told():
+        with self._write_errors():
             self._manager.wait_until_finished()
         return max((s for s in self._manager.all_steps() if s < step), default=None)
 
@@ -88,21 +90,21 @@ class Checkpoints:
         items = {"params": state.params, "opt_state": state.opt_state}
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         saves["bit_sums"] = ocp.args.JsonSave(bit_sums(items))
-        with self._write_errors_told():
+        with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**saves))
 
     def check(self) -> None:
-        """Raises what went wrong in the background since the last call."""
-        with self._write_errors_told():
+        """Raises an error of writing in the background since the last call."""
+        with self._write_errors():
             self._manager.check_for_errors()
 
     def restore_newest(self, like: TrainState) -> TrainState | None:
-        """The state of the newest checkpoint that can be read; None where there is none at all.
+        """The state of the newest checkpoint that can be read; None if there is no checkpoint.
 
-        One that is damaged is told and put aside as STEP.damaged.
+        A damaged one is reported and renamed to STEP.damaged.
 
         Args:
-          like: arrays or ShapeDtypeStructs with the shapes and shardings wanted.
+          like: arrays or ShapeDtypeStructs with the shapes and shardings of the result.
 
         Raises:
           LlavaError: it holds other parameters than `like`, or none can be read.
@@ -122,7 +124,7 @@ class Checkpoints:
         return None
 
     def _try_to_restore(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
-        """The state of a step, or None and what is wrong with its files."""
+        """The state of a step, or None and the fault of its files."""
         folder = self._folder / str(step)
         targets = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -140,7 +142,7 @@ class Checkpoints:
             items = self._manager.restore(step, args=ocp.args.Composite(**restores))
             sums = dict(items["bit_sums"])
         except (jax.errors.JaxRuntimeError, MemoryError):
-            raise  # no room for it, which is no fault of its files
+            raise  # no room for it: its files may be sound
         except Exception as error:  # Orbax and TensorStore raise many kinds, a bare one for arrays
             return None, f"{folder} is damaged: {first_line(error)}"
         found = bit_sums({name: items[name] for name in targets})
@@ -151,29 +153,29 @@ class Checkpoints:
         ), ""
 
     def _put_aside(self, damaged: dict[int, str]) -> None:
-        """Renames step folders, and tells what is wrong with each."""
+        """Renames step folders and reports the fault of each."""
         for step, damage in damaged.items():
             folder = self._folder / str(step)
             if hosts.is_first():
                 folder.rename(folder.with_name(f"{step}.damaged"))
-            hosts.tell(f"{damage}; put aside as {step}.damaged")
+            hosts.report(f"{damage}; put aside as {step}.damaged")
         if damaged:
             hosts.wait("damaged checkpoints put aside")
             self._manager.reload()
 
     @contextlib.contextmanager
-    def _write_errors_told(self):
+    def _write_errors(self):
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             raise LlavaError(
                 f"a checkpoint could not be written to {self._folder}: "
-                f"{first_line(error)}. Those before it are whole: make room, and start "
-                "again to go on from the newest"
+                f"{first_line(error)}. Earlier ones are whole: make room, and start again to "
+                "continue from the newest"
             ) from error
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        with self._write_errors_told():
+        with self._write_errors():
             self._manager.wait_until_finished()
             self._manager.close()

@@ -1,7 +1,7 @@
 """Model FLOPs of a training step, from the model's shape and real tokens alone, and peak rates.
 
 A multiply-add counts 2; recomputation (remat) and padding count nothing; causal attention counts
-the half that is needed. Never taken from the compiler, which counts a scanned layer once.
+the half that is needed. The compiler's own count is not used: it counts a scanned layer once.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak of one device, or None where it is not known (CPU)."""
+    """Peak of one device, or None if it is not known (CPU)."""
     return next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), None)
 
 
 def decoder_flops_per_token(config: LlavaConfig) -> float:
-    """Forward FLOPs of one token through the decoder's weights, attention scores aside."""
+    """Forward FLOPs of one token through the decoder's weights, without attention scores."""
     d = config.decoder
     attention = d.hidden_size * d.head_dim * (2 * d.num_heads + 2 * d.num_kv_heads)
     mlp = 3 * d.hidden_size * d.intermediate_size
@@ -39,7 +39,7 @@ def decoder_flops_per_token(config: LlavaConfig) -> float:
 
 
 def attention_flops(config: LlavaConfig, pairs: float) -> float:
-    """Forward FLOPs of the decoder's attention over so many (query, key) pairs."""
+    """Forward FLOPs of the decoder's attention over a number of (query, key) pairs."""
     d = config.decoder
     return 4.0 * pairs * d.num_layers * d.num_heads * d.head_dim
 
@@ -58,7 +58,7 @@ def image_flops(config: LlavaConfig) -> tuple[float, float]:
 
 
 def step_flops(config: LlavaConfig, trainable: set[str], counts: dict[str, float]) -> float:
-    """FLOPs of one step: forward, gradients of activations where needed, of weights if trained.
+    """FLOPs of one step: forward, needed gradients of activations, gradients of trained weights.
 
     Args:
       trainable: top-level components with trained parameters.
@@ -66,7 +66,7 @@ def step_flops(config: LlavaConfig, trainable: set[str], counts: dict[str, float
         images, `supervised_tokens`.
     """
     d = config.decoder
-    # The gradient always flows through the decoder: the projector or the decoder itself trains.
+    # The gradient always flows through the decoder, to reach the decoder or the projector.
     passes = 3 if "decoder" in trainable else 2
     decoder = counts["tokens"] * decoder_flops_per_token(config)
     head = 2.0 * counts["supervised_tokens"] * d.hidden_size * d.vocab_size

@@ -19,16 +19,21 @@ from llava_jax.text.tokenization import IGNORE_INDEX
 def next_token_targets(
     labels: jax.Array, segment_ids: jax.Array, turn_ids: jax.Array | None = None
 ) -> jax.Array:
-    """Labels aligned with their tokens -> what each position must predict.
+    """Labels aligned with their tokens -> the token that each position must predict.
 
-    A target never comes from the next conversation of a packed row, nor from another turn.
+    A target never comes from the next conversation of a packed row, nor from another turn. Two
+    conversations and padding in a row of T = 7, with _ for IGNORE_INDEX:
+
+        segment_ids   1 1 1 2 2 2 0
+        labels        _ 5 6 _ 7 8 _
+        targets       5 6 _ 7 8 _ _
 
     Args:
       labels, segment_ids: int[B, T].
-      turn_ids: int[B, T] where turns are independent.
+      turn_ids: int[B, T], if turns are independent.
 
     Returns:
-      int[B, T], IGNORE_INDEX where nothing is predicted.
+      int[B, T], IGNORE_INDEX at positions that predict nothing.
     """
     last = ((0, 0), (0, 1))
     targets = jnp.pad(labels[:, 1:], last, constant_values=IGNORE_INDEX)
@@ -76,10 +81,10 @@ def _front_loaded_sum(hidden_states, table, targets, weights, chunk):
 def _sum_and_grads(
     hidden_states, table, targets, weights, chunk, want_hidden: bool, want_table: bool
 ):
-    """The loss sum and its gradients (None where not wanted), each device's rows by themselves.
+    """The loss sum and its gradients (None if not wanted); each device handles its own rows.
 
-    Under a mesh a device gets the whole table once, in the dtype of the products, and adds its
-    part to the sums at the end: left to the compiler, both would cross the mesh for every chunk.
+    Under a mesh, each device gets the whole table once, in the dtype of the products, and the sums
+    are reduced once at the end. The compiler by itself would do both for every chunk.
     """
     run = functools.partial(
         _local_sum_and_grads, chunk=chunk, want_hidden=want_hidden, want_table=want_table
@@ -123,7 +128,7 @@ def longest_row(targets: jax.Array) -> jax.Array:
 def _local_sum_and_grads(
     hidden_states, table, targets, weights, chunk, want_hidden, want_table, longest=None
 ):
-    """`_sum_and_grads` of rows that lie together, chunk by chunk up to the `longest` row's end."""
+    """`_sum_and_grads` of the rows of one device, chunk by chunk up to the `longest` row's end."""
     longest = longest_row(targets) if longest is None else longest
 
     def piece(state):

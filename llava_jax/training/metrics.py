@@ -144,7 +144,7 @@ def drop_later_lines(path: Path, last_step: int) -> None:
         return
     lines = [(line, _parsed(line)) for line in _whole_lines(path)]
     if broken := sum(values is None for _, values in lines):
-        hosts.tell(f"{path}: {broken} of {len(lines)} lines are damaged and left out")
+        hosts.report(f"{path}: {broken} of {len(lines)} lines are damaged and left out")
     kept = [line for line, values in lines if values and values["step"] <= last_step]
     with whole_file(path) as file:
         file.writelines(line + b"\n" for line in kept)

@@ -70,8 +70,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW over the trainable tree alone; clipping sees the norm over all groups.
 
-    Weight decay spares biases, norms and layer scales. `moments_dtype` is what both moments are
-    kept in between steps: float32, or bfloat16 by `stochastic_moments`.
+    Weight decay spares biases, norms and layer scales. `moments_dtype` is the dtype in which both
+    moments are stored between steps: float32, or bfloat16 by `stochastic_moments`.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
     if moments_dtype != "float32":
@@ -96,10 +96,10 @@ def adamw(
 
 
 def clip(norm: float) -> optax.GradientTransformation:
-    """Gradients scaled down to a global norm where theirs is larger.
+    """Scales gradients down to a global norm if their own is larger.
 
-    As `optax.clip_by_global_norm` to rounding, but by one factor: XLA writes the quotients of
-    that to memory, a second set of gradients.
+    Equal to `optax.clip_by_global_norm` up to rounding. That one divides by the norm and multiplies
+    by the limit, and XLA writes the quotients, a second set of gradients, to memory.
     """
 
     def update(updates, params=None):
@@ -111,12 +111,12 @@ def clip(norm: float) -> optax.GradientTransformation:
 
 
 def stochastic_moments(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Adam in float32 whose moments lie in bfloat16 between steps: 4 bytes a parameter, not 8.
+    """Adam in float32 with moments stored in bfloat16 between steps: 4 bytes a parameter, not 8.
 
     Rounded to nearest, the second moment would stand still: at b2 = 0.999 a step changes it by a
     thousandth of the difference, and bfloat16 has 8 bits. Stochastic rounding keeps its mean (Gupta
     et al. 2015, arXiv:1502.02551; for optimizer state, Zamirai et al. 2020, arXiv:2010.06192). The
-    random bits are a function of step and leaf alone, so a resumed run repeats them on any mesh.
+    random bits depend on step and leaf alone, so a resumed run repeats them on any mesh.
     """
 
     def stored(moments, key):
@@ -146,7 +146,7 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def optimizer_shardings(optimizer, trainable, shardings, replicated):
-    """Shardings of the optimizer state: moments lie where their parameters do."""
+    """Shardings of the optimizer state: moments are placed like their parameters."""
     state = jax.eval_shape(optimizer.init, trainable)
     return optax.tree.map_params(
         optimizer,

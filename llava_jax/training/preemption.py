@@ -11,9 +11,11 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def sigterm_noted() -> Iterator[Callable[[int], bool]]:
-    """Gives `stop(step)`, to be asked once after every step: True when the run is to save and end.
+    """Notes SIGTERM within the block.
 
-    On several hosts a signal to any of them makes `stop` true on all, at the same step.
+    Yields:
+      stop(step), to be called once after every step: True when the run is to save and end. On
+      several hosts a signal to any of them makes it true on all, at the same step.
     """
     if jax.distributed.is_initialized():  # JAX's coordination service then listens for the signal
         yield multihost_utils.reached_preemption_sync_point

@@ -1,4 +1,4 @@
-"""A stage's config made into checked objects: model shape, starting parameters, tokenizer."""
+"""Parts of a stage from its config, checked: model shape, starting parameters, tokenizer."""
 
 import dataclasses
 import importlib.util
@@ -36,7 +36,7 @@ MODEL_OVERRIDES = ("projector", "feature_layer", "image_size", "image_mode")
 # What may differ when a run is resumed: it changes speed, logs or place, never the result.
 FREE_KEYS = ("workdir", "accumulation", "mesh", "log_every", "save_every", "keep", "wandb_project")
 FREE_KEYS += ("model.remat_policy", "model.attention", "data.workers", "loss_chunk")
-RANGES = {  # what is told -> (what must hold, where a value is set; keys)
+RANGES = {  # message -> (condition on a value that is set, keys)
     "it must be at least 1": (
         lambda x: x >= 1,
         "batch_size accumulation epochs steps log_every validate_every save_every keep loss_chunk "
@@ -96,7 +96,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def optimizer_options(config: ConfigDict) -> dict:
-    """Arguments of `adamw` beside groups and schedule."""
+    """The arguments of `adamw` besides groups and schedule."""
     options = {k: v for k, v in config.optimizer.items() if k != "warmup_ratio"}
     return options | ({"clip_norm": 0.0} if config.parity else {})
 
@@ -135,7 +135,7 @@ def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
 
 
 def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaModel:
-    """The module that a stage trains, with what suits the mesh's devices where config says auto."""
+    """The module that a stage trains; `auto` in the config becomes what suits the devices."""
     platform, data = mesh.devices.flat[0].platform, config.data
     dtype, _ = compute_precision(config.model.dtype, platform)
     turns = data.turns == "independent"
@@ -149,7 +149,7 @@ def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaM
 
 
 def check_model(config: LlavaConfig) -> None:
-    """Raises LlavaError for settings under config.model that do not go with the parts."""
+    """Raises LlavaError for settings of config.model that do not fit the model's parts."""
     if config.image.size < config.vision.patch_size:
         raise LlavaError(
             f"config.model.image_size is {config.image.size}: a patch alone has "
@@ -173,7 +173,7 @@ def existing(path: str, key: str) -> Path:
 
 
 def tokenizer_folder(config: ConfigDict) -> Path:
-    """Where the tokenizer lies: named, or beside the weights that training starts from."""
+    """The folder of the tokenizer: the one named, or that of the starting weights."""
     if config.init.tokenizer:
         return existing(config.init.tokenizer, "init.tokenizer")
     if not config.init.checkpoint:
@@ -185,7 +185,7 @@ def tokenizer_folder(config: ConfigDict) -> Path:
 
 
 def starting_sources(config: ConfigDict) -> dict[str, Path]:
-    """Component -> folder its parameters start from; a component without one starts fresh.
+    """Component -> folder of its starting parameters; a component without one starts fresh.
 
     Raises:
       LlavaError: the encoder or the language model would start from random numbers.
@@ -213,9 +213,10 @@ def starting_params(
     components: set[str],
     seed: int,
 ) -> dict:
-    """Parameters of some components, to be placed on devices; projector and lora else fresh.
+    """Parameters of some components, to be placed on devices.
 
-    Those from a folder are LazyParameter: each device's slices are read when they are placed.
+    Those from a folder are LazyParameter: each device's slices are read when they are placed. A
+    projector without a source, and lora, are drawn at random.
     """
     params = {}
     for folder in dict.fromkeys(sources.values()):
@@ -233,10 +234,10 @@ def starting_params(
 
 
 def lora_config(config: ConfigDict, model: LlavaConfig) -> LoraConfig | None:
-    """What config.lora asks for, or None.
+    """The LoRA of config.lora, or None.
 
     Raises:
-      LlavaError: it does not go with the model, or with config.trainable.
+      LlavaError: it does not fit the model, or config.trainable.
     """
     trains = any(group.split("/")[0] == "lora" for group in config.trainable)
     if config.lora.rank < 0 or trains != (config.lora.rank > 0):
@@ -258,7 +259,7 @@ def lora_config(config: ConfigDict, model: LlavaConfig) -> LoraConfig | None:
 
 
 def frozen_sources(sources: dict[str, Path], frozen: dict) -> dict[str, Source]:
-    """What a checkpoint must name because it does not hold it."""
+    """The sources of frozen parameters, which a checkpoint names because it does not hold them."""
     for component in frozen:
         if component not in sources:
             raise LlavaError(
@@ -269,7 +270,7 @@ def frozen_sources(sources: dict[str, Path], frozen: dict) -> dict[str, Source]:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Keys in which two recipes differ so that one cannot continue the other's run."""
+    """The differences between two recipes that keep one from continuing the run of the other."""
     old, new = flatten(old), flatten(new)
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     is_free = lambda key: any(key == f or key.startswith(f + ".") for f in FREE_KEYS)

@@ -1,4 +1,4 @@
-"""The state of a stage before its first step, spread over the mesh from the moment it exists."""
+"""The training state before the first step; its arrays are created on the mesh."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def abstract_state(
 
     Args:
       boxed_params: from `abstract_model`.
-      groups: what trains, as `split_params` takes it.
+      groups: what trains; see `split_params`.
     """
     shapes = split_params(nn.meta.unbox(boxed_params), groups)
     places = split_params(param_shardings(mesh, boxed_params), groups)
@@ -51,14 +51,14 @@ def abstract_state(
 
 
 def place(params: dict, like: dict) -> dict:
-    """Those of the host's parameters that `like` names, each device given its slices alone."""
+    """Puts the parameters that `like` names on the devices; each gets its own slices only."""
     flat = flatten_dict(params)
     chosen = unflatten_dict({path: flat[path] for path in flatten_dict(like)})
     return jax.tree.map(lambda leaf, to: put(leaf, to.sharding, to.dtype), chosen, like)
 
 
 def fresh_state(like: TrainState, params: dict, optimizer) -> TrainState:
-    """Step 0: parameters from the host, moments made where they belong."""
+    """Step 0: parameters from the host, moments created on their devices."""
     trainable = place(params, like.params)
     moments = jax.tree.map(lambda leaf: leaf.sharding, like.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=moments)(trainable)

@@ -17,10 +17,9 @@ from llava_jax.training.losses import cross_entropy_sum, next_token_targets
 from llava_jax.training.optimizer import merge_params
 
 PARITY_DEVICES = 8
-# Products are not cut into one for each device's slice of the weights (windowed einsum): with them
-# 7B was still compiling after 215 s of CPU time. Gathers behind products (async collective fusion)
-# stay what the compiler makes of them: on v5e it does them; asked for on v5p and v6e, where its
-# figures for a step fall by a fifth, newer versions refuse and warn of wrong results.
+# No windowed einsums, which cut a product into one for each device's slice of the weights: with
+# them large models take many times longer to compile. Whether gathers hide behind products (async
+# collective fusion) is left to the compiler: forced on v5p or v6e, it warns of wrong results.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 MODEL_INPUTS = (
     "input_ids", "tiles", "feature_ids", "feature_places", "position_ids", "segment_ids"
@@ -29,7 +28,7 @@ MODEL_INPUTS = (
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step changes and a checkpoint keeps. Frozen parameters are no part of it."""
+    """All that a step changes and a checkpoint keeps; frozen parameters are not part of it."""
 
     step: jax.Array  # int32, optimizer updates done
     params: dict  # the trainable tree, float32 masters
@@ -37,12 +36,12 @@ class TrainState:
 
 
 def batch_targets(batch: dict) -> jax.Array:
-    """int[B, T], what each position must predict."""
+    """int[B, T], the token that each position must predict."""
     return next_token_targets(batch["labels"], batch["segment_ids"], batch.get("turn_ids"))
 
 
 def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int, weights: jax.Array):
-    """Sum of the token losses of a batch, those of each row weighted; float32.
+    """Sum of the token losses of a batch, float32, each row with its own weight.
 
     Args:
       weights: float32 [B].
@@ -54,10 +53,10 @@ def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int, weights
 
 
 def row_weights(supervised: jax.Array, parity: bool) -> jax.Array:
-    """What a token of each row weighs in the loss of a step, float32 [B].
+    """The weight of a token of each row in the loss of a step, float32 [B].
 
-    Every supervised token alike; or, with `parity`, every eighth of the batch alike and every token
-    alike within it: the original's mean of means over the 8 GPUs that it was trained on.
+    All supervised tokens weigh the same. With `parity`, each eighth of the batch weighs the same,
+    and so do all tokens within it: the mean of means of the original, which was trained on 8 GPUs.
 
     Args:
       supervised: int[B], supervised tokens of each row.
@@ -68,7 +67,7 @@ def row_weights(supervised: jax.Array, parity: bool) -> jax.Array:
 
 
 def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
-    """What a batch really holds, padding left out: for throughput and MFU."""
+    """The contents of a batch without padding, for throughput and MFU."""
     real = batch["segment_ids"] != 0
     tiles = jnp.max(batch["feature_ids"], axis=1) // config.tokens_per_tile + 1  # [B]
     return {
@@ -82,10 +81,10 @@ def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
 
 
 def with_kernels_as(params: dict, dtype) -> dict:
-    """Parameters with the kernels of linear layers, nearly all of them, in another dtype.
+    """Casts the kernels of linear layers, which are nearly all parameters, to another dtype.
 
-    Their gradients come in that dtype too: as bfloat16 they take half the memory, and half the
-    bytes where devices add them up. What is added over microbatches, and the rest, stays float32.
+    Their gradients then have that dtype too: bfloat16 halves their memory and the bytes that
+    devices exchange to add them up. All other parameters, and sums over microbatches, stay float32.
     """
 
     def cast(path, leaf):
@@ -95,7 +94,7 @@ def with_kernels_as(params: dict, dtype) -> dict:
 
 
 def join_params(trainable: dict, frozen: dict, row_keys: jax.Array | None = None) -> dict:
-    """Parameters as a model without LoRA takes them; it draws nothing."""
+    """Parameters as a model without LoRA takes them; no random numbers are drawn."""
     del row_keys
     return merge_params(trainable, frozen)
 
@@ -112,18 +111,19 @@ def make_train_step(
     """A step function (state, frozen, batch) -> (state, metrics), to be jitted.
 
     The batch is cut into `accumulation` microbatches; loss and gradients are summed over them in
-    float32, each row weighted as `row_weights` says of the whole batch, so the result does not
-    depend on how it was cut.
+    float32. The weights of rows are those of `row_weights` for the whole batch, so the result does
+    not depend on how it was cut.
 
     Args:
       join: (trainable, frozen, random keys of the rows) -> parameters as the model takes them.
-      seed: of the keys. A row's is a function of it, the step and the row's place in the batch.
+      seed: of the keys. The key of a row depends on it, on the step and on the row's place in the
+        batch.
     """
 
     def loss_and_grads(trainable, frozen, batch, weights, keys):
         loss = lambda t: batch_loss(model, join(t, frozen, keys), batch, chunk, weights)
         total, grads = jax.value_and_grad(loss)(trainable)
-        # Here, before parts of the data axis add up: XLA for CPUs aborts at their sum in bfloat16.
+        # Cast before the parts of the data axis are summed: XLA for CPUs cannot sum bfloat16.
         return total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def accumulated(trainable, frozen, *rows):
@@ -142,13 +142,13 @@ def make_train_step(
         return jax.lax.scan(add, (jnp.float32(0), zeros), cuts)[0]
 
     def summed(trainable, frozen, *rows):
-        """Loss and gradients of a batch. Parts of the `data` axis add theirs up once a step.
+        """Loss and gradients of a batch, summed over the `data` axis once a step.
 
-        Left to the compiler they would for every microbatch, and slices of a pod would wait for
-        the slow network between them.
+        The compiler by itself would sum them for every microbatch, and slices of a pod would wait
+        for the slow network between them.
         """
         axes = jax.sharding.get_abstract_mesh().shape
-        # Where all three axes are split, XLA's partitioner aborts at the embedding's lookup.
+        # With all three axes split, XLA's partitioner aborts at the embedding's lookup.
         if axes.get("data", 1) == 1 or axes["fsdp"] > 1 and axes["tensor"] > 1:
             return accumulated(trainable, frozen, *rows)
 
