@@ -1,6 +1,8 @@
 """Imports between packages point one way: a package sees only those named before it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,22 @@ def imported(path: Path) -> set[str]:
 def test_every_package_has_a_place_in_the_order():
     found = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")}
     assert found <= {*ORDER, *FRAME}
+
+
+def test_the_package_itself_imports_nothing_large():
+    script = (
+        "import sys, llava_jax; print(sorted({'jax', 'numpy', 'transformers'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_train_py_imports_nothing_that_the_check_of_data_does_not_need():
+    large = {"torch", "transformers", "orbax.checkpoint", "grain", "matplotlib", "tensorboardX"}
+    script = f"import sys, train; print(sorted({large} & {{*sys.modules}}))"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ORDER)

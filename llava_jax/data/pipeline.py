@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from llava_jax.data.measuring import ImagePolicy, measure, render_record
@@ -55,9 +54,9 @@ class TrainingData:
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
-    `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `fill` (share of real tokens),
-    `records_total`, `records_used`, `refused` (reason -> record numbers), `bad_images` (messages),
-    `records_cut` (at max_length).
+    `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `images_per_epoch`, `fill` (share
+    of real tokens), `records_total`, `records_used`, `refused` (reason -> record numbers),
+    `bad_images` (messages), `records_cut` (at max_length).
 
     Raises LlavaError naming file, record index and id for a faulty record; when no record is
     usable; when an epoch has fewer rows than a batch.
@@ -110,6 +109,7 @@ class TrainingData:
         )
         self.rows_per_epoch = self._rows.rows_before(1)
         self.tokens_per_epoch = int(measured.lengths[usable].sum())
+        self.images_per_epoch = int(measured.image_counts[usable].sum())
         self.fill = self.tokens_per_epoch / (self.rows_per_epoch * f.max_length)
         if self.rows_per_epoch < batch_size and not pad_final_batch:
             raise LlavaError(
@@ -173,7 +173,9 @@ class TrainingData:
                 )
             yield batch
 
-    def _grain_dataset(self, start_step: int, process_index: int, local: int) -> grain.IterDataset:
+    def _grain_dataset(self, start_step: int, process_index: int, local: int):
+        import grain  # late: it imports Orbax, for seconds that the check of the data need not cost
+
         get_row = functools.partial(
             _get_row,
             self._row_builder,

@@ -90,6 +90,10 @@ class Checkpoints:
         items = {"params": state.params, "opt_state": state.opt_state}
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         saves["bit_sums"] = ocp.args.JsonSave(bit_sums(items))
+        taken = self._folder / str(step)
+        if hosts.is_first() and taken.is_file():  # nothing of this run has that name
+            taken.rename(taken.with_name(f"{step}.file"))
+            hosts.report(f"{taken} is a file: renamed to {step}.file to make room for a checkpoint")
         with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**saves))
 

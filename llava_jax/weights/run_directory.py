@@ -12,13 +12,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -142,11 +142,13 @@ def _find_source(workdir: Path, component: str, values: dict) -> Source:
 
 
 def latest_step(workdir: Path) -> int | None:
-    """The newest complete checkpoint of a run, or None."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        return None
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=None)
+    """The newest complete checkpoint of a run, or None.
+
+    As Orbax does, it counts folders named by a plain number, not a file `9` or a folder `0009`.
+    """
+    folders = (path for path in (workdir / "checkpoints").glob("*") if path.is_dir())
+    steps = (path.name for path in folders if re.fullmatch("0|[1-9][0-9]*", path.name))
+    return max(map(int, steps), default=None)
 
 
 def checkpoint_of(path: str | Path) -> Path:
@@ -300,6 +302,8 @@ def first_line(error: Exception) -> str:
 
 def saved_params(step_folder: Path) -> dict:
     """The trained tree of a checkpoint, each leaf told by its shape and dtype alone."""
+    import orbax.checkpoint as ocp  # late: seconds, which runs from other folders need not pay
+
     with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
         try:
             saved = reader.metadata(step_folder.resolve() / "params").item_metadata
@@ -312,6 +316,8 @@ def saved_params(step_folder: Path) -> dict:
 
 def read_trained(step_folder: Path, run: RunModel) -> dict:
     """The trained tree of a checkpoint, on the host, after checking names and shapes."""
+    import orbax.checkpoint as ocp  # late, as above
+
     saved = saved_params(step_folder)
     check_params(str(step_folder), flatten_dict(saved), _expected(run.config, run.lora))
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from llava_jax.training.checkpoint import Checkpoints
 from llava_jax.training.step import TrainState
+from llava_jax.weights.run_directory import latest_step
 
 DAMAGE = {
     "gone": lambda path: path.unlink(),
@@ -35,6 +37,25 @@ def two_steps(tmp_path_factory):
         checkpoints.save(state(step), step)
     checkpoints.close()
     return workdir
+
+
+def test_files_and_folders_that_are_no_checkpoints(tmp_path, capsys):
+    """Orbax does not see a file `3` or a folder `0009`; neither do we, and 3 can be saved."""
+    with closing(Checkpoints(tmp_path, keep=9)) as checkpoints:
+        checkpoints.save(state(2), 2)
+    for name in ("0009", "9.damaged", "٣"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints/3").write_text("notes")
+    assert latest_step(tmp_path) == 2
+    with closing(Checkpoints(tmp_path, keep=9)) as checkpoints:
+        assert int(checkpoints.restore_newest(state(0)).step) == 2
+        checkpoints.save(state(3), 3)
+    assert latest_step(tmp_path) == 3 and "renamed to 3.file" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints/3.file").read_text() == "notes"
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert latest_step(tmp_path) is None
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
