@@ -12,10 +12,10 @@ COMMANDS = {
     "generate": ("llava_jax.serving.generate", "answer a file of requests"),
     "chat": ("llava_jax.serving.chat", "ask a model about pictures"),
     "build": ("llava_jax.data.build", "make a TFDS ArrayRecord data set of LLaVA records"),
-    "validate": ("llava_jax.data.validate", "check every record and image of a data set"),
+    "validate": ("llava_jax.training.validate_data", "check every record and image of a data set"),
     "convert": ("llava_jax.weights.convert", "make one checked folder of any LLaVA checkpoint"),
     "export": ("llava_jax.weights.export", "write a trained model for other programs to load"),
-    "show": ("llava_jax.data.show", "print one record as the model sees it"),
+    "show": ("llava_jax.training.show_record", "print one record as the model sees it"),
     "compare": ("llava_jax.evaluation.compare", "test whether two results of eval.py differ"),
 }
 
@@ -31,8 +31,16 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in argv[:1]:  # import only what runs: --help stays quick
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    takes_changes = getattr(args, "config", None) is not None
+    changes = [text for text in rest if takes_changes and text.startswith("--config.")]
+    if unknown := [text for text in rest if text not in changes]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        if takes_changes:
+            from llava_jax.command import read_config
+
+            args.config = read_config(args.config, changes)
         return importlib.import_module(COMMANDS[args.command][0]).main(args)
     except LlavaError as error:
         print(f"llava-jax {args.command}: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ conversation is tokenized. What cannot change between runs is kept in a cache fo
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -42,16 +43,31 @@ class Measured(NamedTuple):
     cut: int
 
 
+class Findings:
+    """Where `measure` reports what it finds. This one raises the first fault, as training does."""
+
+    def fault(self, index: int | None, error: LlavaError) -> None:
+        """A fault of record number `index`, which is not used, or (None) of the data as a whole."""
+        raise error
+
+    def record(self, record: Record) -> None:
+        """A record of the right form, whose images exist."""
+
+    def tokens(self, index: int, length: int, reason: str | None) -> None:
+        """The length of a record before it is cut; the reason if it is too long to be of use."""
+
+
 class ImagePolicy(NamedTuple):
     """What happens to a record whose image fails.
 
     max_pixels: as in `load_image`. skip: refuse the record, up to `ceiling` records, instead of
-    raising at the first.
+    raising at the first. look: replaces `inspect_image`.
     """
 
     max_pixels: int
     skip: bool
     ceiling: int
+    look: Callable | None = None
 
 
 def render_record(
@@ -66,25 +82,29 @@ def render_record(
 
 def measure(
     records,
-    tokenizer: SegmentTokenizer,
+    tokenizer: SegmentTokenizer | None,
     row_format: RowFormat,
     policy: ImagePolicy,
     cache_dir: str | os.PathLike | None = None,
     threads: int = 4,
     progress: bool = True,
+    findings: Findings | None = None,
 ) -> Measured:
     """Checks and measures all `records`; raises LlavaError at the first fault.
+
+    tokenizer: without one all lengths are 0. findings: what to do about a fault instead.
 
     Records that are sound but too long (nothing supervised left, an image cut) or have more than
     `row_format.tiles` images are refused with the reason; so are those with bad images, if
     `policy.skip`.
     """
+    findings = findings or Findings()
     cache = _Cache(cache_dir, records, tokenizer, row_format)
     demands = f"{policy.max_pixels} {row_format.image.size} {row_format.image.mode}"
     faults: dict[int, RecordError] = {}
     # Nothing can change in a data set that holds its images and was found good before.
     if cache.lengths is None or cache.images_seen != f"within the data set {demands}":
-        scan = _Scan(records, tokenizer, row_format, policy.skip)
+        scan = _Scan(records, tokenizer, row_format, policy.skip, findings)
         scan.run(tokenize=cache.lengths is None, progress=progress)
         if cache.lengths is None:
             cache.lengths, cache.image_counts, cache.refused, cache.cut = scan.results()
@@ -92,16 +112,18 @@ def measure(
         where = "within the data set" if records.image_root is None else scan.files_state()
         if cache.images_seen != f"{where} {demands}" or scan.missing:
             faults = scan.missing | _image_faults(
-                records, set(scan.missing), row_format, policy, threads, progress
-            )
+                records, {*scan.missing, *scan.unusable}, row_format, policy, threads, progress,
+                findings,
+            )  # fmt: skip
             cache.images_seen = "" if faults else f"{where} {demands}"
             cache.write()
     messages = [str(faults[index]) for index in sorted(faults)]
     if len(faults) > policy.ceiling:
-        raise LlavaError(
+        error = LlavaError(
             f"{len(faults)} records have bad images, more than bad_image_ceiling={policy.ceiling}; "
             f"the first: {messages[0]}"
         )
+        findings.fault(None, error)
     refused = _add(cache.refused, "bad image", sorted(faults))
     crowded = np.flatnonzero(cache.image_counts > row_format.tiles).tolist()
     refused = _add(refused, f"more images than images_per_row={row_format.tiles}", crowded)
@@ -118,9 +140,9 @@ def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
 class _Scan:
     """One pass over the records: checks, token counts, and the state of the image files."""
 
-    def __init__(self, records, tokenizer, row_format, skip_missing_images):
+    def __init__(self, records, tokenizer, row_format, skip_missing_images, findings):
         self._records, self._tokenizer, self._format = records, tokenizer, row_format
-        self._skip_missing = skip_missing_images
+        self._skip_missing, self._findings = skip_missing_images, findings
         self._lengths = np.zeros(len(records), np.int64)
         self._image_counts = np.zeros(len(records), np.int64)
         self._refused: dict[str, list[int]] = {}
@@ -128,6 +150,7 @@ class _Scan:
         self._waiting: list[tuple[int, list[tuple[Segment, ...]], list[int]]] = []
         self._files_state = hashlib.sha256()
         self.missing: dict[int, RecordError] = {}
+        self.unusable: set[int] = set()  # faulty, where that does not end the scan
 
     def results(self):
         return self._lengths, self._image_counts, self._refused, self._cut
@@ -142,25 +165,40 @@ class _Scan:
             range(len(records)), "checking records", unit=" records", disable=not progress
         ):
             record = self._check(index)
+            if record is None:
+                continue
+            self._findings.record(record)
             self._image_counts[index] = len(record.images)
             if index not in self.missing:
                 self._note_files(record)
             if tokenize:
-                texts = render_record(self._format.template, records, record, self._format.turns)
-                images = [self._format.tokens_per_tile] * len(record.images)
-                self._waiting.append((index, texts, images))
-                if len(self._waiting) == _CHUNK:
-                    self._tokenize()
+                self._render(index, record)
         self._tokenize()
 
-    def _check(self, index: int) -> Record:
+    def _render(self, index: int, record: Record) -> None:
+        try:
+            texts = render_record(self._format.template, self._records, record, self._format.turns)
+        except RecordError as error:
+            self._fault(index, error)
+            return
+        if self._tokenizer is not None:
+            images = [self._format.tokens_per_tile] * len(record.images)
+            self._waiting.append((index, texts, images))
+            if len(self._waiting) == _CHUNK:
+                self._tokenize()
+
+    def _fault(self, index: int, error: RecordError) -> None:
+        self._findings.fault(index, error)
+        self.unusable.add(index)
+
+    def _check(self, index: int) -> Record | None:
         try:
             return checked_record(self._records, index)
         except RecordError as error:
-            if not (self._skip_missing and error.kind == "missing image"):
-                raise
-            self.missing[index] = error
-            return self._records[index]
+            if self._skip_missing and error.kind == "missing image":
+                self.missing[index] = error
+                return self._records[index]
+            self._fault(index, error)
 
     def _note_files(self, record: Record) -> None:
         for path in record.images:
@@ -170,16 +208,17 @@ class _Scan:
                 self._files_state.update(state.encode(errors="surrogateescape"))
 
     def _tokenize(self) -> None:
-        max_length, each = (
-            self._format.max_length,
-            lambda number: [w[number] for w in self._waiting],
-        )
+        if not self._waiting:
+            return
+        max_length = self._format.max_length
         if self._format.turns == "conversation":
-            measured = self._tokenizer.lengths([texts[0] for texts in each(1)], each(2))
+            texts, images = [w[1][0] for w in self._waiting], [w[2] for w in self._waiting]
+            measured = self._tokenizer.lengths(texts, images)
         else:
             rows = (token_row(self._tokenizer, *texts) for _, *texts in self._waiting)
             measured = [len(row) for row in rows]
         for (index, *texts), length in zip(self._waiting, measured, strict=True):
+            full, reason = int(length), None
             if length > max_length:
                 row, reason = truncate(token_row(self._tokenizer, *texts), max_length)
                 length = 0 if row is None else len(row)
@@ -187,6 +226,7 @@ class _Scan:
                 if row is None:
                     reason = f"{reason} at max_length={max_length}"
                     self._refused.setdefault(reason, []).append(index)
+            self._findings.tokens(index, full, reason)
             self._lengths[index] = length
         self._waiting = []
 
@@ -198,14 +238,17 @@ def _image_faults(
     policy: ImagePolicy,
     threads: int,
     progress: bool,
+    findings: Findings,
 ):
-    """record number -> error, of records with bad images; raises the first unless `policy.skip`."""
+    """record number -> error, of records with bad images; a fault unless `policy.skip`."""
+
+    look = policy.look or inspect_image
 
     def inspect(index: int) -> RecordError | None:
         record = records[index]
         try:
             for source, name in zip(record.images, record.image_names, strict=True):
-                size = inspect_image(source, name, policy.max_pixels)
+                size = look(source, name, policy.max_pixels)
                 check_shape(size, row_format.image, name, policy.max_pixels)
         except ImageError as error:
             return RecordError(error.kind, f"{records.path}: {record.name}: {error}")
@@ -217,9 +260,10 @@ def _image_faults(
         bar = tqdm(results, "checking images", len(indices), unit=" records", disable=not progress)
         for index, error in zip(indices, bar, strict=True):
             if error is not None:
-                if not policy.skip:
-                    raise error
-                faults[index] = error
+                if policy.skip:
+                    faults[index] = error
+                else:
+                    findings.fault(index, error)
     return faults
 
 

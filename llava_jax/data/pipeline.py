@@ -11,12 +11,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.data.measuring import ImagePolicy, measure, render_record
+from llava_jax.data.measuring import Findings, ImagePolicy, measure, render_record
 from llava_jax.data.media import MAX_PIXELS, ImageError, load_image, preprocess
 from llava_jax.data.plan import PackPlan, plan_rows
 from llava_jax.data.records import Record, ignored_keys_text
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """One process's part of a batch.
 
     arrays: name -> NumPy array, see `rows.RowFormat.row_spec`, each with a leading axis of rows.
-    record_ids: ids of the conversations in it. skipped: ids of those left out for a bad image.
+    record_ids: ids of the conversations in it. skipped: names of those left out for a bad image.
     """
 
     arrays: dict[str, np.ndarray]
@@ -52,6 +52,7 @@ class TrainingData:
     workers: processes that build rows; 0 builds them in `threads` threads of this one.
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
+    findings, look: see `measure` and `ImagePolicy`; by default the first fault is raised.
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
     `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `images_per_epoch`, `fill` (share
@@ -80,6 +81,8 @@ class TrainingData:
         max_pixels: int = MAX_PIXELS,
         pad_final_batch: bool = False,
         progress: bool = True,
+        findings: Findings | None = None,
+        look: Callable | None = None,
     ):
         if (epochs is None) == (steps is None):
             raise LlavaError("give either epochs or steps")
@@ -91,8 +94,10 @@ class TrainingData:
         self._workers, self._threads = workers, threads
         f = self.row_format = row_format
         segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
-        policy = ImagePolicy(max_pixels, bad_image == "skip", bad_image_ceiling)
-        measured = measure(records, segment_tokenizer, f, policy, cache_dir, threads, progress)
+        policy = ImagePolicy(max_pixels, bad_image == "skip", bad_image_ceiling, look)
+        measured = measure(
+            records, segment_tokenizer, f, policy, cache_dir, threads, progress, findings
+        )
         self.refused, self.bad_images = measured.refused, measured.bad_images
         self.records_cut = measured.cut
         self.records, self.records_total = records, len(records)
@@ -233,7 +238,7 @@ class _RowBuilder:
         self._tokenizer, self._format, self._policy = tokenizer, row_format, policy
 
     def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-        """members: [M] numbers into `usable`. Gives the row, ids in it, ids skipped."""
+        """members: [M] numbers into `usable`. Gives the row, ids in it, names of skipped ones."""
         conversations, pictures, ids, skipped = [], [], [], []
         for member in members:
             record = self._records[int(self._usable[member])]
@@ -245,7 +250,7 @@ class _RowBuilder:
             except ImageError as error:
                 if not self._policy.skip:
                     raise LlavaError(f"{self._records.path}: {record.name}: {error}") from None
-                skipped.append(record.id)
+                skipped.append(record.name)
                 continue
             conversations.append(self._token_row(record, [len(layout) for layout, _ in found]))
             pictures += found
@@ -328,4 +333,4 @@ def _stack(rows) -> Batch | LlavaError:
             return row
     arrays = {key: np.stack([row[0][key] for row in rows]) for key in rows[0][0]}
     ids = [record_id for row in rows for record_id in row[1]]
-    return Batch(arrays, ids, [record_id for row in rows for record_id in row[2]])
+    return Batch(arrays, ids, [name for row in rows for name in row[2]])

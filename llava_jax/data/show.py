@@ -1,70 +1,33 @@
-"""`llava-jax show`: one record as the model sees it."""
+"""One record as the model reads it in training."""
 
-import json
-import sys
+import numpy as np
 
-from llava_jax.data.records import checked_record, open_records
+from llava_jax.data.measuring import render_record
+from llava_jax.data.media import MAX_PIXELS, ImageError, check_shape, inspect_image
+from llava_jax.data.parsing import Record
+from llava_jax.data.records import checked_record
+from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError, RecordError
-from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.text.conversation import IMAGE_TOKEN
-from llava_jax.text.templates import TEMPLATES, get_template, render
-from llava_jax.text.tokenization import (
-    IGNORE_INDEX,
-    SegmentTokenizer,
-    TokenRow,
-)
-from llava_jax.text.tokenizer import load_tokenizer
+from llava_jax.text.tokenization import IGNORE_INDEX, SegmentTokenizer, TokenRow, truncate
+from llava_jax.text.turns import token_row, turn_positions
 
 _GREEN, _CYAN, _PLAIN = "\033[32m", "\033[36m", "\033[0m"
 
 
-def add_arguments(parser) -> None:
-    """The arguments of `llava-jax show`."""
-    parser.add_argument("data", help="LLaVA JSON or JSONL file, or a data set folder")
-    parser.add_argument("--index", type=int, required=True, help="which record, from 0")
-    parser.add_argument(
-        "--template", default="v1", choices=sorted(TEMPLATES), metavar="NAME",
-        help=f"conversation template: {', '.join(sorted(TEMPLATES))} (default: v1)",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
-    parser.add_argument("--image_root", help="folder that image paths start from")
-    parser.add_argument("--split", help="split of a data set (default: train)")
-    parser.add_argument("--image_tokens", type=int, default=576, help="tokens an image takes")
-    parser.add_argument("--image_token_id", type=int, default=IMAGE_TOKEN_ID, help="placeholder id")
-    parser.add_argument("--json", action="store_true", help="print ids, labels and slots as JSON")
-
-
-def main(args) -> int:
-    """Runs `llava-jax show`; returns the exit code."""
-    shown = show(
-        open_records(args.data, args.image_root, args.split),
-        args.index,
-        args.template,
-        load_tokenizer(args.tokenizer),
-        args.image_tokens,
-        args.image_token_id,
-    )
-    spans = shown.pop("supervised_spans")
-    if args.json:
-        print(json.dumps(shown, ensure_ascii=False))
-    else:
-        print(_as_text(shown, spans, colour=sys.stdout.isatty()))
-    return 0
-
-
 def show(
-    records,
-    index: int,
-    template: str,
-    tokenizer,
-    image_tokens: int = 576,
-    image_token_id: int = IMAGE_TOKEN_ID,
+    records, index: int, row_format: RowFormat, tokenizer, max_pixels: int = MAX_PIXELS
 ) -> dict:
     """One record of `open_records(...)` rendered and tokenized, before packing and cutting.
 
-    Gives id, index, template, text, input_ids, labels, position_ids, segment_ids, image_slots
-    ([{"image", "start", "end"}], half-open), lengths, and supervised_spans, the [start, end)
-    characters of the text that are learnt. Image files need not exist. Raises LlavaError.
+    Returns:
+      id, index, template, text; input_ids, labels, position_ids, segment_ids; image_slots:
+      [{"image", "size", "tiles", "start", "end"}], the half-open range of tokens of each image,
+      whose size is None if it cannot be read; lengths; training: what becomes of the record;
+      supervised_spans: the [start, end) characters of the text that are learnt. If turns are
+      independent also turn_ids, and the text has what each question adds to the part they share.
+    Raises:
+      LlavaError: there is no such record, or training would refuse its text.
     """
     if not 0 <= index < len(records):
         raise LlavaError(
@@ -76,36 +39,82 @@ def show(
         if error.kind != "missing image":  # its text can be shown all the same
             raise
         record = records[index]
-    segment_tokenizer = SegmentTokenizer(tokenizer, image_token_id)
-    segments = render(get_template(template).with_system(record.system), record.turns)
-    row = segment_tokenizer(segments, [image_tokens] * len(record.images))
-    supervised = int((row.labels != IGNORE_INDEX).sum())
-    return {
+    f = row_format
+    segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
+    texts = render_record(f.template, records, record, f.turns)
+    slots, faults = _look_at_images(record, f, max_pixels)
+    layouts = [f.layout(slot["size"] or (f.image.size, f.image.size)) for slot in slots]
+    row = token_row(segment_tokenizer, texts, [len(layout) for layout in layouts])
+    for slot, layout, (start, end) in zip(slots, layouts, row.image_spans, strict=True):
+        slot |= {"tiles": layout.tiles, "start": start, "end": end}
+    text, offsets = _joined([segment_tokenizer.text(segments) for segments in texts], row)
+    shown = {
         "id": record.id,
         "index": index,
-        "template": template,
-        "text": segment_tokenizer.text(segments),
+        "template": f.template.name,
+        "text": text,
         "input_ids": row.input_ids.tolist(),
         "labels": row.labels.tolist(),
         "position_ids": list(range(len(row))),
         "segment_ids": [1] * len(row),
-        "image_slots": [
-            {"image": name, "start": start, "end": end}
-            for name, (start, end) in zip(record.image_names, row.image_spans, strict=True)
-        ],
+        "image_slots": slots,
         "lengths": {
             "tokens": len(row),
-            "image_tokens": sum(end - start for start, end in row.image_spans),
-            "supervised_tokens": supervised,
+            "image_tokens": sum(map(len, layouts)),
+            "supervised_tokens": int((row.labels != IGNORE_INDEX).sum()),
         },
-        "supervised_spans": _supervised_spans(row),
+        "training": faults[0] if faults else _fate(row, layouts, f),
+        "supervised_spans": _spans(offsets[row.labels != IGNORE_INDEX]),
     }
+    if row.turn_ids is not None:
+        shown["turn_ids"] = row.turn_ids.tolist()
+        shown["position_ids"] = turn_positions(row.turn_ids).tolist()
+    return shown
 
 
-def _supervised_spans(row: TokenRow) -> list[list[int]]:
-    """Character ranges of the supervised tokens, neighbours joined."""
+def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
+    """([{"image", "size"}], what is wrong with the images)."""
+    slots, faults = [], []
+    for source, name in zip(record.images, record.image_names, strict=True):
+        size = None
+        try:
+            size = inspect_image(source, name, max_pixels)
+            check_shape(size, row_format.image, name, max_pixels)
+        except ImageError as error:
+            faults.append(f"refused: {error}")
+        slots.append({"image": name, "size": size})
+    return slots, faults
+
+
+def _fate(row: TokenRow, layouts: list, row_format: RowFormat) -> str:
+    """What training does with a record whose images are sound."""
+    if sum(layout.tiles for layout in layouts) > row_format.tiles:
+        return f"left out: more images than images_per_row={row_format.tiles}"
+    if len(row) <= row_format.max_length:
+        return "used whole"
+    kept, reason = truncate(row, row_format.max_length)
+    at = f"at max_length={row_format.max_length}"
+    return f"left out: {reason} {at}" if kept is None else f"cut {at}"
+
+
+def _joined(texts: list[str], row: TokenRow) -> tuple[str, np.ndarray]:
+    """The text behind a row, and its tokens' offsets in it.
+
+    Of every question but the first only that part which the row holds for itself.
+    """
+    text, offsets = texts[0], row.offsets.copy()
+    for turn, whole in enumerate(texts[1:], start=2):
+        here = row.turn_ids == turn
+        start = max(int(offsets[here][0, 0]), 0)
+        offsets[here] += len(text) - start
+        text += whole[start:]
+    return text, offsets
+
+
+def _spans(offsets: np.ndarray) -> list[list[int]]:
+    """Ranges of characters, neighbours joined."""
     spans: list[list[int]] = []
-    for start, end in row.offsets[row.labels != IGNORE_INDEX].tolist():
+    for start, end in offsets.tolist():
         if spans and start <= spans[-1][1]:
             spans[-1][1] = max(spans[-1][1], end)
         else:
@@ -113,10 +122,11 @@ def _supervised_spans(row: TokenRow) -> list[list[int]]:
     return spans
 
 
-def _as_text(shown: dict, spans: list[list[int]], colour: bool) -> str:
+def as_text(shown: dict, colour: bool) -> str:
+    """What `show` gave, for people: the text with its supervised parts marked, then figures."""
     open_mark, close_mark = (_GREEN, _PLAIN) if colour else ("«", "»")
     text, pieces, position = shown["text"], [], 0
-    for start, end in spans:
+    for start, end in shown["supervised_spans"]:
         pieces += [text[position:start], open_mark, text[start:end], close_mark]
         position = end
     marked = "".join([*pieces, text[position:]])
@@ -124,12 +134,16 @@ def _as_text(shown: dict, spans: list[list[int]], colour: bool) -> str:
         marked = marked.replace(IMAGE_TOKEN, f"{_CYAN}{IMAGE_TOKEN}{_PLAIN}")
     lengths = shown["lengths"]
     lines = [f"record {shown['index']} (id {shown['id']!r}), template {shown['template']}", marked]
-    lines += [
-        f"image {number}: {slot['image']} in tokens {slot['start']} to {slot['end'] - 1}"
-        for number, slot in enumerate(shown["image_slots"])
-    ]
+    for number, slot in enumerate(shown["image_slots"]):
+        size = "{}x{} pixels".format(*slot["size"]) if slot["size"] else "size unknown"
+        lines.append(
+            f"image {number}: {slot['image']}, {size}, {slot['tiles']} tile(s), "
+            f"in tokens {slot['start']} to {slot['end'] - 1}"
+        )
     lines.append(
         f"{lengths['tokens']} tokens: {lengths['image_tokens']} of images, "
         f"{lengths['supervised_tokens']} supervised (marked {'green' if colour else '«»'})"
     )
-    return "\n".join(lines)
+    if "turn_ids" in shown:
+        lines.append("independent turns: each question sees the images and itself alone")
+    return "\n".join([*lines, f"in training: {shown['training']}"])

@@ -1,75 +1,86 @@
-"""`llava-jax validate`: every check over a whole data set, before any training.
+"""Every check of training over a whole data set, and a decoded look at each image, before any run.
 
-Faults (a record that training would refuse or stumble over) make the exit code 1. What depends on
-the chosen tokenizer and length (conversations that are cut, or lose their answer) is only noted.
+A fault is what training would stop at. A note is what it would do without stopping: leave a record
+out, cut it, ignore a key.
 """
 
 import collections
-import dataclasses
 import os
 import re
 import threading
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
-from tqdm import tqdm
 
-from llava_jax.data.media import MAX_PIXELS, load_image
-from llava_jax.data.parsing import Record, brief, check_record
-from llava_jax.data.records import open_records
-from llava_jax.errors import RecordError
-from llava_jax.text.templates import TEMPLATES, get_template, render
-from llava_jax.text.tokenization import SegmentTokenizer, truncate
-from llava_jax.text.tokenizer import load_tokenizer
+from llava_jax.data.measuring import Findings, ImagePolicy, measure
+from llava_jax.data.media import MAX_PIXELS, ImageError, load_image
+from llava_jax.data.parsing import Record, brief
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.rows import RowFormat
+from llava_jax.errors import LlavaError, RecordError
 
 _SHOWN = 3  # culprits printed of each kind
 _BAR_WIDTH = 40
-_CHUNK = 512  # records tokenized at a time
 
 
-def add_arguments(parser) -> None:
-    """The arguments of `llava-jax validate`."""
-    parser.add_argument("data", help="LLaVA JSON or JSONL file, or a data set folder")
-    parser.add_argument("--image_root", help="folder that image paths start from")
-    parser.add_argument("--split", help="split of a data set (default: train)")
-    parser.add_argument(
-        "--template", default="v1", choices=sorted(TEMPLATES), metavar="NAME",
-        help=f"conversation template: {', '.join(sorted(TEMPLATES))} (default: v1)",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer", help="tokenizer folder; measures lengths too")
-    parser.add_argument("--max_length", type=int, default=2048, help="tokens a row holds")
-    parser.add_argument("--image_tokens", type=int, default=576, help="tokens an image takes")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="limit of an image")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding threads")
-
-
-def main(args) -> int:
-    """Runs `llava-jax validate`, prints its report; returns 1 if there is any fault."""
-    report = validate(
-        open_records(args.data, args.image_root, args.split),
-        args.template,
-        load_tokenizer(args.tokenizer) if args.tokenizer else None,
-        args.max_length,
-        args.image_tokens,
-        args.max_pixels,
-        args.workers,
-    )
-    print(report.text())
-    return 1 if report.faults else 0
-
-
-class Report:
+class Report(Findings):
     """What `validate` found.
 
-    faults, notes: kind -> messages, one for each culprit. lengths: tokens of each sound record.
+    Attributes:
+      faults, notes: kind -> messages, one for each culprit.
+      lengths: tokens of each record that could be tokenized, before it is cut.
+      images_total: image files, and images within a data set, that were decoded.
     """
 
-    def __init__(self, records_total: int, max_length: int):
-        self.records_total, self.max_length = records_total, max_length
-        self.images_total = 0
+    def __init__(self, records, row_format: RowFormat, special_tokens=()):
+        self.records_total, self.images_total = len(records), 0
         self.faults: dict[str, list[str]] = collections.defaultdict(list)
         self.notes: dict[str, list[str]] = collections.defaultdict(list)
         self.lengths: list[int] = []
+        self._records, self._max_length = records, row_format.max_length
+        self._first_of_id: dict[str, int] = {}
+        tokens = [re.escape(token) for token in special_tokens if token.strip()]
+        self._special = re.compile("|".join(tokens) or r"(?!)")
+
+    def fault(self, index: int | None, error: LlavaError) -> None:
+        kind = error.kind if isinstance(error, RecordError) else "of the data as a whole"
+        self.faults[kind].append(str(error).removeprefix(f"{self._records.path}: "))
+
+    def record(self, record: Record) -> None:
+        note = lambda kind, text: self.notes[kind].append(text)
+        first = self._first_of_id.setdefault(record.id, record.index)
+        if first != record.index:
+            note(
+                "repeated id",
+                f"records {first} and {record.index} have the same id {brief(record.id)}",
+            )
+        for key in record.ignored_keys:
+            note(f"ignored key {brief(key)}", record.name)
+        if record.system is not None:
+            note(
+                "system prompt in place of the template's",
+                f"{record.name}: {brief(record.system)}",
+            )
+        for position, turn in enumerate(record.turns):
+            if match := self._special.search(turn.text):
+                note(
+                    "special token in the text",
+                    f"{record.name}, turn {position}: {match.group()!r}",
+                )
+
+    def tokens(self, index: int, length: int, reason: str | None) -> None:
+        self.lengths.append(length)
+        if length > self._max_length:
+            kind = f"cut when training at max_length={self._max_length}"
+            if reason:
+                kind = f"left out when training: {reason}"
+            self.notes[kind].append(f"{self._records[index].name} has {length:,} tokens")
+
+    def left_out(self, refused: dict[str, list[int]]) -> None:
+        """Notes the records that training leaves out for another reason than their length."""
+        for reason, indices in refused.items():
+            kind = f"left out when training: {reason}"
+            if kind not in self.notes:
+                self.notes[kind] += [self._records[index].name for index in indices]
 
     def text(self) -> str:
         """The report as printed."""
@@ -83,7 +94,7 @@ class Report:
                 if len(messages) > _SHOWN:
                     lines.append(f"{'':12}… and {len(messages) - _SHOWN:,} more")
         if self.lengths:
-            lines += ["", *histogram(self.lengths, self.max_length)]
+            lines += ["", *histogram(self.lengths, self._max_length)]
         return "\n".join(lines)
 
 
@@ -110,139 +121,59 @@ def histogram(lengths, max_length: int) -> list[str]:
 
 def validate(
     records,
-    template: str = "v1",
+    row_format: RowFormat,
     tokenizer=None,
-    max_length: int = 2048,
-    image_tokens: int = 576,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     progress: bool = True,
+    **training,
 ) -> Report:
-    """Checks every record of `open_records(...)` and decodes every image; gives a Report.
+    """Checks every record of `open_records(...)` as training does and decodes every image.
 
-    Lengths, cuts and special tokens are looked at where a Hugging Face `tokenizer` is given.
+    tokenizer: a Hugging Face fast tokenizer; without one nothing is said about lengths. workers:
+    threads. training: arguments of `TrainingData`; by default batches of one row.
     """
-    report = Report(len(records), max_length)
-    inspect = _Inspector(records, max_pixels)
-    measure = None
-    if tokenizer is not None:
-        measure = _Measurer(tokenizer, template, max_length, image_tokens, report)
-    seen: dict[str, int] = {}
+    special = tokenizer.all_special_tokens if tokenizer is not None else ()
+    report, decode = Report(records, row_format, special), _Decoder()
     # Threads suffice: Pillow lets go of the interpreter while it decodes.
-    with ThreadPool(workers or os.cpu_count()) as pool:
-        results = pool.imap(inspect, range(len(records)), chunksize=8)
-        for index, (record, errors) in enumerate(
-            tqdm(results, "validating", len(records), unit=" records", disable=not progress)
-        ):
-            for error in errors:
-                report.faults[error.kind].append(_name_record(error, record))
-            if record is None:
-                continue
-            if record.id in seen:
-                report.notes["repeated id"].append(
-                    f"records {seen[record.id]} and {index} have the same id {brief(record.id)}"
-                )
-            seen.setdefault(record.id, index)
-            for key in record.ignored_keys:
-                report.notes[f"ignored key {brief(key)}"].append(record.name)
-            if record.system is not None:
-                report.notes["system prompt in place of the template's"].append(
-                    f"{record.name}: {brief(record.system)}"
-                )
-            if measure is not None and not errors:
-                measure.add(record)
-    report.images_total = inspect.images_total
-    if measure is not None:
-        measure.finish()
+    common = {"threads": workers or os.cpu_count(), "progress": progress, "findings": report}
+    try:
+        if tokenizer is None:
+            policy = ImagePolicy(max_pixels, False, 0, decode)
+            refused = measure(records, None, row_format, policy, **common).refused
+        else:
+            training = {"batch_size": 1, "epochs": 1} | training
+            refused = TrainingData(
+                records, tokenizer, row_format, max_pixels=max_pixels, look=decode, **common,
+                **training,
+            ).refused  # fmt: skip
+        report.left_out(refused)
+    except LlavaError as error:  # no record is of use, or too few for a batch
+        if not report.faults:
+            report.fault(None, error)
+    report.images_total = decode.total
     return report
 
 
-def _name_record(error: RecordError, record: Record | None) -> str:
-    text = str(error)
-    return text if record is None or text.startswith("record ") else f"{record.name}: {text}"
+class _Decoder:
+    """(source, name, max_pixels) -> size of an image that was decoded whole; each file once."""
 
-
-class _Inspector:
-    """Index -> the record without its image data (None if unparsable) and its faults."""
-
-    def __init__(self, records, max_pixels: int):
-        self._records, self._max_pixels = records, max_pixels
-        self._decoded: set[str] = set()
+    def __init__(self):
+        self._known: dict[str, tuple[int, int] | ImageError] = {}
         self._lock = threading.Lock()
-        self.images_total = 0
+        self.total = 0
 
-    def __call__(self, index: int) -> tuple[Record | None, list[RecordError]]:
-        try:
-            record = self._records[index]
-        except RecordError as error:
-            return None, [error]
-        errors = []
-        try:
-            check_record(record, self._records.image_root)
-        except RecordError as error:
-            errors.append(error)
-        if not any(error.kind in ("missing image", "image outside the root") for error in errors):
-            errors += self._decode(record)
-        names = record.image_names
-        return dataclasses.replace(record, images=names), errors
-
-    def _decode(self, record: Record) -> list[RecordError]:
-        errors = []
-        for source, name in zip(record.images, record.image_names, strict=True):
+    def __call__(self, source: str | bytes, name: str, max_pixels: int) -> tuple[int, int]:
+        found = self._known.get(source) if isinstance(source, str) else None
+        if found is None:
             with self._lock:
-                if source in self._decoded:
-                    continue
-                self.images_total += 1
-                if isinstance(source, str):
-                    self._decoded.add(source)
+                self.total += 1
             try:
-                load_image(source, name, self._max_pixels)
-            except RecordError as error:
-                errors.append(error)
-        return errors
-
-
-class _Measurer:
-    """Collects lengths, cuts and special tokens into a report, tokenizing many records at once."""
-
-    def __init__(self, tokenizer, template: str, max_length: int, image_tokens: int, report):
-        self._tokenizer, self._image_tokens = SegmentTokenizer(tokenizer), image_tokens
-        self._template = get_template(template)
-        self._max_length, self._report = max_length, report
-        tokens = [token for token in tokenizer.all_special_tokens if token.strip()]
-        self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        self._waiting = []
-
-    def add(self, record: Record) -> None:
-        for position, turn in enumerate(record.turns):
-            if match := self._special.search(turn.text):
-                self._report.notes["special token in the text"].append(
-                    f"{record.name}, turn {position}: {match.group()!r}"
-                )
-        try:
-            template = self._template.with_system(record.system)
-            self._waiting.append((record, render(template, record.turns)))
-        except RecordError as error:
-            self._report.faults[error.kind].append(_name_record(error, record))
-        if len(self._waiting) == _CHUNK:
-            self.finish()
-
-    def finish(self) -> None:
-        lengths = self._tokenizer.lengths(
-            [segments for _, segments in self._waiting],
-            [[self._image_tokens] * len(record.images) for record, _ in self._waiting],
-        )
-        self._report.lengths += lengths.tolist()
-        for (record, segments), length in zip(self._waiting, lengths, strict=True):
-            if length > self._max_length:
-                self._note_cut(record, segments, int(length))
-        self._waiting = []
-
-    def _note_cut(self, record: Record, segments, length: int) -> None:
-        _, reason = truncate(
-            self._tokenizer(segments, [self._image_tokens] * len(record.images)), self._max_length
-        )
-        kind = "left out when training: " + reason if reason else "cut when training"
-        self._report.notes[f"{kind} (max_length {self._max_length})"].append(
-            f"{record.name} has {length:,} tokens"
-        )
+                found = load_image(source, name, max_pixels).size
+            except ImageError as error:
+                found = error
+            if isinstance(source, str):
+                self._known[source] = found
+        if isinstance(found, ImageError):
+            raise found
+        return found

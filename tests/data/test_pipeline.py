@@ -333,7 +333,8 @@ def test_bad_images_met_in_training_are_skipped_up_to_a_ceiling(make, data_set):
         break_in_the_middle(data_set[1] / name)
     options = {"bad_image": "skip", "packing": False, "epochs": 1}
     batches = list(make(bad_image_ceiling=3, **options).batch_iterator())
-    assert sorted(i for batch in batches for i in batch.skipped) == ["r5", "r8", "r9"]
+    names = [f"record {i} (id 'r{i}')" for i in (5, 8, 9)]
+    assert sorted(i for batch in batches for i in batch.skipped) == names
     for with_bad, without in zip(batches, good, strict=True):
         assert set(with_bad.record_ids) == set(without.record_ids) - {"r5", "r8", "r9"}
         used = with_bad.arrays["segment_ids"].any(axis=1)
@@ -349,3 +350,16 @@ def test_bad_images_met_in_training_are_skipped_up_to_a_ceiling(make, data_set):
     assert {i for b in packed for i in b.record_ids} | {"r5", "r8", "r9"} == {
         f"r{i}" for i in range(24)
     }
+
+
+def test_bad_images_are_counted_by_record_as_ids_may_repeat(make, data_set):
+    for name in ("a/5.png", "a/9.png"):
+        break_in_the_middle(data_set[1] / name)
+
+    def change(items):
+        items[5]["id"] = items[9]["id"] = "same"
+
+    edit(data_set, change)
+    data = make(bad_image="skip", bad_image_ceiling=1, epochs=1)
+    with pytest.raises(LlavaError, match=r"2 conv.*record 5 \(id 'same'\), record 9 \(id 'same'"):
+        list(data.batch_iterator())

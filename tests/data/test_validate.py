@@ -1,75 +1,29 @@
+import dataclasses
 import json
+import random
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from llava_jax.data import validate
 from llava_jax.data.build import build_data_set
+from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
+from llava_jax.data.rows import RowFormat
+from llava_jax.errors import LlavaError
+from llava_jax.models.images import ImageSpec
+from llava_jax.text.templates import get_template
+from tests.data.conftest import record
 
-
-def test_a_sound_set(data_set, run, capsys):
-    assert run(validate, data_set[0], "--image_root", data_set[1]) == 0
-    out = capsys.readouterr().out
-    assert "24 records, 24 image files" in out and "no faults" in out
-
-
-@pytest.fixture
-def faulty_set(data_set):
-    path, root = data_set
-    items = json.loads(path.read_text())
-    for index in (1, 2, 3, 5):
-        items[index]["conversations"][0]["from"] = "robot"
-    items[4]["conversations"] = []
-    items[6]["image"] = "../6.png"
-    items[7]["conversations"][0]["value"] += "<image>"
-    (root / "a/9.png").unlink()
-    (root / "a/10.png").write_bytes((root / "a/10.png").read_bytes()[:-50])
-    (root / "a/11.png").write_text("<html>")
-    items[12]["id"] = items[13]["id"] = "r14"
-    items[17]["conversations"][0]["value"] += " <|im_end|>"
-    items[18]["conversations"][0]["value"] += " why" * 100
-    items[19]["conversations"][1]["value"] += " so" * 100
-    path.write_text(json.dumps(items))
-    return data_set
-
-
-def test_every_fault_is_counted_and_named(faulty_set, tokenizer_folder, run, capsys):
-    arguments = (faulty_set[0], "--image_root", faulty_set[1])
-    more = ("--tokenizer", tokenizer_folder, "--template", "chatml", "--max_length", 120)
-    assert run(validate, *arguments, *more, "--image_tokens", 4) == 1
-    captured = capsys.readouterr()
-    out = captured.out
-    expected = {
-        "unknown role": (4, "record 1 (id 'r1'), turn 0"),
-        "no conversations": (1, "record 4"),
-        "image outside the root": (1, "'../6.png'"),
-        "<image> count": (1, "record 7 (id 'r7') has 2 <image>"),
-        "missing image": (1, "record 9 (id 'r9')"),
-        "unreadable image": (1, "record 10 (id 'r10'): image 'a/10.png' is broken or truncated"),
-        "not an image": (1, "record 11 (id 'r11'): 'a/11.png' is not an image"),
-        "repeated id": (2, "records 12 and 13 have the same id 'r14'"),
-        "special token in the text": (1, "record 17 (id 'r17'), turn 0: '<|im_end|>'"),
-        "left out when training: no supervised token is left (max_length 120)": (1, "record 18"),
-        "cut when training (max_length 120)": (1, "record 19"),
-    }
-    for kind, (count, culprit) in expected.items():
-        assert f"{count:>10}  {kind}\n" in out and culprit in out, kind
-    assert "faults: 10" in out and "notes: 5" in out
-    assert "… and 1 more" in out  # only three of the four unknown roles are printed
-    assert "tokens a record: min" in out and ">120" in out and "█" in out
-    assert "validating" in captured.err
-
-
-def test_max_pixels(data_set, run, capsys):
-    assert run(validate, data_set[0], "--image_root", data_set[1], "--max_pixels", 900) == 1
-    assert "image too large" in capsys.readouterr().out
+FORMAT = RowFormat(get_template("chatml"), ImageSpec(28, "pad"), 4, max_length=96, tiles=2)
 
 
 def test_a_built_set(data_set, tmp_path):
     path, root = data_set
     (root / "a/10.png").write_bytes((root / "a/10.png").read_bytes()[:-50])
     records = open_records(build_data_set(path, root, tmp_path, "shapes", progress=False))
-    report = validate.validate(records, progress=False)
+    report = validate.validate(records, FORMAT, progress=False)
     assert list(report.faults) == ["unreadable image"]
     assert "record 10 (id 'r10'): image 'a/10.png'" in report.faults["unreadable image"][0]
 
@@ -81,3 +35,124 @@ def test_histogram_counts_every_record():
     assert sum(counts) == 7 and over.strip().startswith(">100") and over.endswith(" 2")
     assert "max 300, sum 670" in lines[0]
     assert len(validate.histogram([4], 100)) >= 2
+
+
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "blue"}]
+LONG = {"from": "gpt", "value": "so " * 200}
+
+
+def picture(folder, name, size, damage=None):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(folder / name)
+    data = (folder / name).read_bytes()
+    if damage == "end":
+        (folder / name).write_bytes(data[:-50])
+    if damage == "middle":
+        (folder / name).write_bytes(data[:200] + bytes(400) + data[600:])
+
+
+# What may be wrong with a record, or only unusual: changes of a sound one.
+CHANGES = [
+    {},
+    {"conversations": []},
+    {"conversations": None, "messages": TURNS},
+    {"conversations": [TURNS[1], TURNS[0]]},
+    {"conversations": [*TURNS, TURNS[0]]},
+    {"conversations": [TURNS[0], {"from": "robot", "value": "x"}]},
+    {"conversations": [TURNS[0], {"from": "gpt", "value": 3}]},
+    {"conversations": [TURNS[0], {"from": "gpt", "value": "<image>"}]},
+    {"conversations": [{"from": "human", "value": "What?"}, TURNS[1]]},
+    {"conversations": [{"from": "human", "value": "What?"}, TURNS[1]], "image": None},
+    {"conversations": [*TURNS, {"from": "human", "value": "and?"}, TURNS[1]]},
+    {"conversations": [{"from": "human", "value": "What?"}, TURNS[1], *TURNS]},
+    {"conversations": [TURNS[0], LONG]},
+    {"conversations": [{"from": "human", "value": "<image>\n" + "why " * 200}, TURNS[1]]},
+    {"conversations": [{"from": "human", "value": "why " * 200 + "<image><image>"}, TURNS[1]],
+     "image": ["good.png", "good.png"]},
+    {"conversations": [{"from": "human", "value": "<image>" * 3}, TURNS[1]],
+     "image": ["good.png"] * 3},
+    {"conversations": [{"from": "system", "value": "Be brief."}, *TURNS]},
+    {"system": "Be brief."},
+    {"system": "Be <image>."},
+    {"image": "missing.png"},
+    {"image": "../good.png"},
+    {"image": "long.png"},
+    {"image": "cut.png"},
+    {"image": "damaged.png"},
+    {"image": "text.png"},
+    {"image": "large.png"},
+    {"image": 3},
+    {"image": None, "images": ["good.png"]},
+    {"image": None, "photo": "good.png"},
+    {"video": "a.mp4"},
+    {"foo": 1, "id": "same"},
+    {"image": "data:image/png;base64,AAAA"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_validate_refuses_what_training_refuses_and_nothing_else(tmp_path, tokenizers, seed):
+    for name, size, damage in (
+        ("good.png", (30, 20), None), ("long.png", (20_000, 1), None),
+        ("cut.png", (30, 20), "end"), ("damaged.png", (60, 40), "middle"),
+        ("large.png", (150, 100), None),
+    ):  # fmt: skip
+        picture(tmp_path, name, size, damage)
+    (tmp_path / "text.png").write_text("<html>")
+    choose = random.Random(seed)
+    outcomes = set()
+    for trial in range(24):
+        changes = [choose.choice(CHANGES) for _ in range(choose.choice([1, 1, 2, 3]))]
+        items = [
+            {"id": i, "image": "good.png", "conversations": TURNS} | change
+            for i, change in enumerate(changes)
+        ]
+        path = tmp_path / f"{trial}.json"
+        path.write_text(json.dumps(items))
+        row_format = dataclasses.replace(
+            FORMAT,
+            template=get_template(choose.choice(["chatml", "mistral_instruct", "plain"])),
+            turns=choose.choice(["conversation", "independent"]),
+            packing=choose.choice([True, False]),
+        )
+        options = {"batch_size": choose.choice([1, 1, 2]), "epochs": 1, "max_pixels": 10_000}
+        options |= choose.choice(
+            [{}, {"bad_image": "skip"}, {"bad_image": "skip", "bad_image_ceiling": 1}]
+        )
+        refused, left_out = False, 0
+        try:
+            data = TrainingData(
+                open_records(path), tokenizers["smollm"], row_format, progress=False, **options
+            )
+            left_out = sum(map(len, data.refused.values()))
+            left_out += sum(len(batch.skipped) for batch in data.batch_iterator())
+        except LlavaError:
+            refused = True
+        report = validate.validate(
+            open_records(path), row_format, tokenizers["smollm"], workers=2, progress=False,
+            **options,
+        )  # fmt: skip
+        assert bool(report.faults) == refused, (changes, options, row_format, report.text())
+        if not refused:
+            notes = [n for kind, n in report.notes.items() if kind.startswith("left out")]
+            assert sum(map(len, notes)) == left_out, (changes, report.text())
+        outcomes.add(refused)
+    assert outcomes == {True, False}
+
+
+def test_a_record_too_long_or_with_too_many_images_is_noted(tmp_path, tokenizers):
+    picture(tmp_path, "good.png", (30, 20))
+    sound = {"image": "good.png", "conversations": TURNS}
+    three = record("c", "<image>" * 3, image=["good.png"] * 3)
+    items = [sound, sound | {"conversations": [TURNS[0], LONG]}, three]
+    items.append(sound | {"conversations": [{**TURNS[0], "value": "<image>" + "a " * 99}, LONG]})
+    (tmp_path / "d.json").write_text(json.dumps(items))
+    records = open_records(tmp_path / "d.json")
+    report = validate.validate(records, FORMAT, tokenizers["smollm"], progress=False)
+    assert not report.faults
+    assert {kind: len(messages) for kind, messages in report.notes.items()} == {
+        "cut when training at max_length=96": 1,
+        "left out when training: no supervised token is left at max_length=96": 1,
+        "left out when training: more images than images_per_row=2": 1,
+    }
+    assert len(report.lengths) == 4 and max(report.lengths) > 96

@@ -2,13 +2,18 @@ import json
 
 import pytest
 
-from llava_jax.data import show
 from llava_jax.errors import LlavaError
+from llava_jax.training import show_record
 
 
-def test_json(data_set, tokenizer_folder, tokenizers, run, capsys):
+def test_json(data_set, tokenizer_folder, tokenizers, command, capsys):
     arguments = (data_set[0], "--index", 8, "--image_root", data_set[1], "--image_tokens", 3)
-    assert run(show, *arguments, "--tokenizer", tokenizer_folder, "--template", "v1", "--json") == 0
+    assert (
+        command(
+            show_record, *arguments, "--tokenizer", tokenizer_folder, "--template", "v1", "--json"
+        )
+        == 0
+    )
     shown = json.loads(capsys.readouterr().out)
     assert shown["id"] == "r8" and shown["index"] == 8 and shown["template"] == "v1"
     assert shown["text"].endswith("USER: <image> and <image>? ASSISTANT: blue blue blue blue </s>")
@@ -24,30 +29,32 @@ def test_json(data_set, tokenizer_folder, tokenizers, run, capsys):
     }  # fmt: skip
 
 
-def test_text_marks_what_is_learnt(data_set, tokenizer_folder, run, capsys, monkeypatch):
+def test_text_marks_what_is_learnt(data_set, tokenizer_folder, command, capsys, monkeypatch):
     arguments = (data_set[0], "--index", 3, "--image_root", data_set[1])
-    run(show, *arguments, "--tokenizer", tokenizer_folder, "--template", "chatml")
+    command(show_record, *arguments, "--tokenizer", tokenizer_folder, "--template", "chatml")
     out = capsys.readouterr().out
     assert "«blue blue blue blue <|im_end|>»\n<|im_start|>user\nand 你好?<|im_end|>\n" in out
-    assert "image 0: a/3.png in tokens " in out and " 576 of images, " in out
+    assert "image 0: a/3.png, 31x23 pixels, 1 tile(s), in tokens " in out
+    assert " 576 of images, " in out and "in training: used whole" in out
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    run(show, *arguments, "--tokenizer", tokenizer_folder, "--template", "chatml")
+    command(show_record, *arguments, "--tokenizer", tokenizer_folder, "--template", "chatml")
     assert "\033[32mblue blue blue blue <|im_end|>\033[0m" in capsys.readouterr().out
 
 
-def test_a_missing_image_does_not_hide_the_text(data_set, tokenizer_folder, run, capsys):
+def test_a_missing_image_does_not_hide_the_text(data_set, tokenizer_folder, command, capsys):
     (data_set[1] / "a/5.png").unlink()
     arguments = (data_set[0], "--image_root", data_set[1], "--tokenizer", tokenizer_folder)
-    assert run(show, *arguments, "--index", 5) == 0
-    assert "a/5.png" in capsys.readouterr().out
+    assert command(show_record, *arguments, "--index", 5) == 0
+    out = capsys.readouterr().out
+    assert "a/5.png, size unknown" in out and "in training: refused: no image file" in out
 
 
-def test_errors(data_set, tokenizer_folder, tmp_path, run):
+def test_errors(data_set, tokenizer_folder, tmp_path, command):
     arguments = (data_set[0], "--image_root", data_set[1])
     with pytest.raises(LlavaError, match="data.json has no record 24: its records are 0 to 23"):
-        run(show, *arguments, "--index", 24, "--tokenizer", tokenizer_folder)
+        command(show_record, *arguments, "--index", 24, "--tokenizer", tokenizer_folder)
     with pytest.raises(LlavaError, match="no tokenizer folder at"):
-        run(show, *arguments, "--index", 0, "--tokenizer", tmp_path / "no")
+        command(show_record, *arguments, "--index", 0, "--tokenizer", tmp_path / "no")
     data_set[0].write_text('[{"id": "x", "conversations": []}]')
     with pytest.raises(LlavaError, match=r"data.json: record 0 \(id 'x'\)"):
-        run(show, *arguments, "--index", 0, "--tokenizer", tokenizer_folder)
+        command(show_record, *arguments, "--index", 0, "--tokenizer", tokenizer_folder)

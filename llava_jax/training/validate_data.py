@@ -1,0 +1,139 @@
+"""`llava-jax validate`: every check of training over a whole data set, before any training.
+
+The exit code is 1 if training would stop at a fault. What it would leave out or cut is only noted.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.data.media import MAX_PIXELS
+from llava_jax.data.records import open_records
+from llava_jax.data.rows import RowFormat
+from llava_jax.data.validate import validate
+from llava_jax.errors import LlavaError
+from llava_jax.models.images import IMAGE_TOKEN_ID, ImageSpec
+from llava_jax.text.templates import TEMPLATES, get_template
+from llava_jax.text.tokenizer import load_tokenizer
+
+# What a recipe decides; for a command line without one the values of LLaVA-1.5 and configs/base.py.
+DEFAULTS = {
+    "template": "v1",
+    "tokenizer": None,
+    "max_length": 2048,
+    "image_tokens": 576,
+    "images_per_row": 4,
+    "image_token_id": IMAGE_TOKEN_ID,
+}
+
+
+class DataSet(NamedTuple):
+    """Records and how training reads them. training: arguments of `TrainingData`."""
+
+    records: object
+    row_format: RowFormat
+    tokenizer: object
+    training: dict
+
+
+def add_data_arguments(parser) -> None:
+    """The arguments that say which data set is meant and how training reads it."""
+    parser.add_argument(
+        "data", nargs="?",
+        help="LLaVA JSON or JSONL file, or a data set folder (default: what the recipe names)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", metavar="FILE",
+        help="recipe, such as configs/NAME.py; --config.key=value changes a value",
+    )  # fmt: skip
+    parser.add_argument("--image_root", help="folder that image paths start from")
+    parser.add_argument("--split", help="split of a data set (default: train)")
+    without = parser.add_argument_group("without a recipe")
+    without.add_argument(
+        "--template", choices=sorted(TEMPLATES), metavar="NAME",
+        help=f"conversation template: {', '.join(sorted(TEMPLATES))} (default: v1)",
+    )  # fmt: skip
+    without.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder; measures lengths")
+    for name, text in (
+        ("max_length", "tokens a row holds"),
+        ("image_tokens", "tokens an image takes"),
+        ("images_per_row", "images a row holds"),
+    ):
+        help_text = f"{text} (default: {DEFAULTS[name]})"
+        without.add_argument(f"--{name}", type=int, metavar="N", help=help_text)
+
+
+def data_sets(args) -> list[DataSet]:
+    """The data set that the arguments name, or both data sets of their recipe.
+
+    args.config: the recipe (ConfigDict), or None.
+    """
+    given = [n for n in DEFAULTS if getattr(args, n, None) is not None]
+    if args.config is None:
+        if args.data is None:
+            raise LlavaError("name a data file, or a recipe with --config=configs/NAME.py")
+        values = DEFAULTS | {name: getattr(args, name) for name in given}
+        row_format = RowFormat(
+            get_template(values["template"]),
+            ImageSpec(),
+            values["image_tokens"],
+            values["max_length"],
+            values["images_per_row"],
+            image_token_id=values["image_token_id"],
+        )
+        tokenizer = values["tokenizer"] and load_tokenizer(values["tokenizer"])
+        records = open_records(args.data, args.image_root, args.split)
+        return [DataSet(records, row_format, tokenizer, {})]
+    if given:
+        raise LlavaError(f"the recipe decides {given[0]}: leave out --{given[0]}")
+    return _data_sets_of_recipe(args)
+
+
+def _data_sets_of_recipe(args) -> list[DataSet]:
+    from llava_jax.training import recipe  # imports JAX
+
+    config = args.config
+    recipe.check_config(config)
+    model = recipe.model_config(config)
+    row_format = recipe.row_format(config, model)
+    tokenizer = load_tokenizer(recipe.tokenizer_folder(config), model.decoder.vocab_size)
+    data, length = config.data, {"epochs": config.epochs, "steps": config.steps}
+    training = length | {"batch_size": config.batch_size, "seed": config.seed}
+    training |= {"bad_image": data.bad_image, "bad_image_ceiling": data.bad_image_ceiling}
+    one_pass = {"epochs": 1, "steps": None, "pad_final_batch": True}
+    named = [(data.train, data.train_split, {})]
+    if data.validation:
+        named.append((data.validation, data.validation_split, one_pass))
+    if args.data is not None:
+        named = [(args.data, args.split, {})]
+    sets = []
+    for path, split, changes in named:
+        root = None if Path(path).is_dir() else args.image_root or data.image_root or None
+        records = open_records(path, root, split)
+        sets.append(DataSet(records, row_format, tokenizer, training | changes))
+    return sets
+
+
+def add_arguments(parser) -> None:
+    """The arguments of `llava-jax validate`."""
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, metavar="N",
+        help=f"pixels an image may have (default: {MAX_PIXELS:,})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N",
+        help="decoding threads (default: one for each CPU core)",
+    )  # fmt: skip
+
+
+def main(args) -> int:
+    """Runs `llava-jax validate` and prints its report; returns 1 if there is any fault."""
+    faulty = False
+    for data_set in data_sets(args):
+        report = validate(
+            *data_set[:3], max_pixels=args.max_pixels, workers=args.workers, **data_set.training
+        )
+        print(f"{data_set.records.path}: {report.text()}")
+        faulty = faulty or bool(report.faults)
+    return 1 if faulty else 0
