@@ -9,6 +9,7 @@ by commas. Keys and kinds of values are those of a base config, a module with
 """
 
 import difflib
+import importlib
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from absl import app, flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from llava_jax.errors import LlavaError, file_fault
 
@@ -70,7 +71,31 @@ def _recipes(base: ModuleType | None) -> str:
     return f"{folder}/NAME.py, with NAME one of {known}; or a file of your own"
 
 
-def parse_flags(arguments: list[str], base: ModuleType | None = None) -> list[str]:
+def read_config(file: str, changes: Collection[str] = ()) -> ConfigDict:
+    """A recipe for commands other than train.py, checked as train.py checks it.
+
+    Args:
+      changes: flags of the form --config.key=value.
+    """
+    project = Path(__file__).parent.parent
+    sys.path += [str(path) for path in (Path.cwd(), project) if str(path) not in sys.path]
+    try:
+        base = importlib.import_module("configs.base")
+    except ImportError:
+        raise LlavaError(f"no configs/base.py in {Path.cwd()}: change to the project") from None
+    arguments, values = ["llava-jax", f"--config={file}", *changes], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=arguments)
+    parse_flags(arguments, base, values)
+    config = values["config"].value
+    check_config(config, base)
+    return config
+
+
+def parse_flags(
+    arguments: list[str],
+    base: ModuleType | None = None,
+    values: flags.FlagValues = flags.FLAGS,
+) -> list[str]:
     """absl's flag parsing, with the exceptions of a config turned into one sentence.
 
     A key whose default is None takes `None`, also where it is a number or a text otherwise.
@@ -94,7 +119,7 @@ def parse_flags(arguments: list[str], base: ModuleType | None = None) -> list[st
                 continue
         kept.append(argument)
     try:
-        rest = flags.FLAGS(kept)
+        rest = values(kept)
     except flags.Error as error:
         fail(str(error))
     except (AttributeError, KeyError) as error:
@@ -112,7 +137,7 @@ def parse_flags(arguments: list[str], base: ModuleType | None = None) -> list[st
                 )
         fail(f"unknown config key: {key}")
     for *parents, key in unset:
-        place = flags.FLAGS["config"].value
+        place = values["config"].value
         for parent in parents:
             place = place[parent]
         place[key] = None

@@ -8,6 +8,7 @@ import collections
 import os
 import re
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -124,29 +125,35 @@ def validate(
     row_format: RowFormat,
     tokenizer=None,
     max_pixels: int = MAX_PIXELS,
-    workers: int | None = None,
     progress: bool = True,
+    threads: int | None = None,
+    accept: Callable[[TrainingData], None] = lambda data: None,
     **training,
 ) -> Report:
     """Checks every record of `open_records(...)` as training does and decodes every image.
 
-    tokenizer: a Hugging Face fast tokenizer; without one nothing is said about lengths. workers:
-    threads. training: arguments of `TrainingData`; by default batches of one row.
+    Args:
+      tokenizer: a Hugging Face fast tokenizer; without one nothing is said about lengths.
+      threads: decode images; by default one for each CPU core.
+      accept: raises LlavaError for sound data that cannot be trained on.
+      training: further arguments of `TrainingData`; by default batches of one row.
     """
     special = tokenizer.all_special_tokens if tokenizer is not None else ()
     report, decode = Report(records, row_format, special), _Decoder()
     # Threads suffice: Pillow lets go of the interpreter while it decodes.
-    common = {"threads": workers or os.cpu_count(), "progress": progress, "findings": report}
+    common = {"threads": threads or os.cpu_count(), "progress": progress, "findings": report}
     try:
         if tokenizer is None:
             policy = ImagePolicy(max_pixels, False, 0, decode)
             refused = measure(records, None, row_format, policy, **common).refused
         else:
             training = {"batch_size": 1, "epochs": 1} | training
-            refused = TrainingData(
+            data = TrainingData(
                 records, tokenizer, row_format, max_pixels=max_pixels, look=decode, **common,
                 **training,
-            ).refused  # fmt: skip
+            )  # fmt: skip
+            refused = data.refused
+            accept(data)
         report.left_out(refused)
     except LlavaError as error:  # no record is of use, or too few for a batch
         if not report.faults:

@@ -175,18 +175,39 @@ class Stage:
           tokenizer: a Hugging Face fast tokenizer.
           changes: arguments of `TrainingData` to be other than in the recipe.
         """
-        c = self.config
-        length = {"batch_size": c.batch_size, "epochs": c.epochs, "steps": c.steps}
-        return self._open_data(c.data.train, c.data.train_split, tokenizer, length | changes)
+        arguments = self.data_arguments() | changes
+        return TrainingData(self.records(), tokenizer, self.row_format, **arguments)
 
     def held_out_data(self, tokenizer) -> TrainingData | None:
-        """One pass over the held-out data, in batches of a microbatch's size; None without any."""
-        c = self.config
-        if not c.data.validation:
+        """One pass over the held-out data; None without any."""
+        if not self.config.data.validation:
             return None
-        rows = c.batch_size // self.microbatches
-        one_pass = {"batch_size": rows, "epochs": 1, "pad_final_batch": True}
-        return self._open_data(c.data.validation, c.data.validation_split, tokenizer, one_pass)
+        arguments = self.data_arguments(held_out=True)
+        return TrainingData(self.records(held_out=True), tokenizer, self.row_format, **arguments)
+
+    def records(self, held_out: bool = False):
+        """The records of the training data, or of the held-out data, not yet checked."""
+        data = self.config.data
+        path, split = data.train, data.train_split
+        if held_out:
+            path, split = data.validation, data.validation_split
+        holds_images = Path(path).is_dir()  # a data set of `llava-jax build`
+        return open_records(path, None if holds_images else data.image_root or None, split)
+
+    def data_arguments(self, held_out: bool = False) -> dict:
+        """Arguments of `TrainingData`; held-out data come in batches of a microbatch's size."""
+        c = self.config
+        length = {"batch_size": c.batch_size, "epochs": c.epochs, "steps": c.steps}
+        if held_out:
+            rows = c.batch_size // self.microbatches
+            length = {"batch_size": rows, "epochs": 1, "pad_final_batch": True}
+        return length | {
+            "seed": c.seed,
+            "bad_image": c.data.bad_image,
+            "bad_image_ceiling": c.data.bad_image_ceiling,
+            "workers": c.data.workers,
+            "cache_dir": Path(c.workdir) / "cache",
+        }
 
     def check_reach(self, data: TrainingData, report: Callable[[str], None]) -> None:
         """Refuses data from which nothing of what trains can learn; reports what part cannot.
@@ -207,16 +228,3 @@ class Stage:
             )
         if idle:
             report(f"{fault}: the {' and the '.join(idle)} will learn nothing")
-
-    def _open_data(self, path: str, split: str | None, tokenizer, options: dict) -> TrainingData:
-        data = self.config.data
-        holds_images = Path(path).is_dir()  # a data set of `llava-jax build`
-        records = open_records(path, None if holds_images else data.image_root or None, split)
-        common = {
-            "seed": self.config.seed,
-            "bad_image": data.bad_image,
-            "bad_image_ceiling": data.bad_image_ceiling,
-            "workers": data.workers,
-            "cache_dir": Path(self.config.workdir) / "cache",
-        }
-        return TrainingData(records, tokenizer, self.row_format, **common | options)

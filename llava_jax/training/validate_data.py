@@ -4,7 +4,6 @@ The exit code is 1 if training would stop at a fault. What it would leave out or
 """
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.data.media import MAX_PIXELS
@@ -28,7 +27,7 @@ DEFAULTS = {
 
 
 class DataSet(NamedTuple):
-    """Records and how training reads them. training: arguments of `TrainingData`."""
+    """Records and how training reads them. training: see `validate`."""
 
     records: object
     row_format: RowFormat
@@ -90,27 +89,29 @@ def data_sets(args) -> list[DataSet]:
 
 
 def _data_sets_of_recipe(args) -> list[DataSet]:
-    from llava_jax.training import recipe  # imports JAX
+    import jax
 
-    config = args.config
-    recipe.check_config(config)
-    model = recipe.model_config(config)
-    row_format = recipe.row_format(config, model)
-    tokenizer = load_tokenizer(recipe.tokenizer_folder(config), model.decoder.vocab_size)
-    data, length = config.data, {"epochs": config.epochs, "steps": config.steps}
-    training = length | {"batch_size": config.batch_size, "seed": config.seed}
-    training |= {"bad_image": data.bad_image, "bad_image_ceiling": data.bad_image_ceiling}
-    one_pass = {"epochs": 1, "steps": None, "pad_final_batch": True}
-    named = [(data.train, data.train_split, {})]
-    if data.validation:
-        named.append((data.validation, data.validation_split, one_pass))
-    if args.data is not None:
-        named = [(args.data, args.split, {})]
+    from llava_jax.training import recipe
+    from llava_jax.training.stage import Stage
+
+    # The devices of a run do not matter to its data: one of this machine will do.
+    config = args.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.mesh, config.model.attention = {"data": 1, "fsdp": 1, "tensor": 1}, "auto"
+        if args.data is not None:
+            config.data.train, config.data.train_split = args.data, args.split
+            config.data.validation = ""
+        config.data.image_root = args.image_root or config.data.image_root
+    stage = Stage.of(config, jax.devices()[:1])
+    tokenizer = load_tokenizer(
+        recipe.tokenizer_folder(config), stage.model.config.decoder.vocab_size
+    )
     sets = []
-    for path, split, changes in named:
-        root = None if Path(path).is_dir() else args.image_root or data.image_root or None
-        records = open_records(path, root, split)
-        sets.append(DataSet(records, row_format, tokenizer, training | changes))
+    for held_out in [False, True] if config.data.validation else [False]:
+        training = stage.data_arguments(held_out) | {"workers": 0, "cache_dir": None}
+        if not held_out:
+            training["accept"] = lambda data: stage.check_reach(data, print)
+        sets.append(DataSet(stage.records(held_out), stage.row_format, tokenizer, training))
     return sets
 
 
@@ -130,10 +131,10 @@ def add_arguments(parser) -> None:
 def main(args) -> int:
     """Runs `llava-jax validate` and prints its report; returns 1 if there is any fault."""
     faulty = False
-    for data_set in data_sets(args):
+    for number, data_set in enumerate(data_sets(args)):
         report = validate(
-            *data_set[:3], max_pixels=args.max_pixels, workers=args.workers, **data_set.training
+            *data_set[:3], max_pixels=args.max_pixels, threads=args.workers, **data_set.training
         )
-        print(f"{data_set.records.path}: {report.text()}")
+        print(f"{chr(10) if number else ''}{data_set.records.path}: {report.text()}")
         faulty = faulty or bool(report.faults)
     return 1 if faulty else 0

@@ -129,7 +129,7 @@ def test_validate_refuses_what_training_refuses_and_nothing_else(tmp_path, token
         except LlavaError:
             refused = True
         report = validate.validate(
-            open_records(path), row_format, tokenizers["smollm"], workers=2, progress=False,
+            open_records(path), row_format, tokenizers["smollm"], threads=2, progress=False,
             **options,
         )  # fmt: skip
         assert bool(report.faults) == refused, (changes, options, row_format, report.text())

@@ -1,8 +1,14 @@
 import json
 
+import numpy as np
 import pytest
 
+from llava_jax.data.records import open_records
+from llava_jax.data.rows import RowFormat
+from llava_jax.data.show import show
 from llava_jax.errors import LlavaError
+from llava_jax.models.images import ImageSpec
+from llava_jax.text.templates import get_template
 from llava_jax.training import show_record
 
 
@@ -58,3 +64,21 @@ def test_errors(data_set, tokenizer_folder, tmp_path, command):
     data_set[0].write_text('[{"id": "x", "conversations": []}]')
     with pytest.raises(LlavaError, match=r"data.json: record 0 \(id 'x'\)"):
         command(show_record, *arguments, "--index", 0, "--tokenizer", tokenizer_folder)
+
+
+def test_independent_turns(data_set, tokenizers):
+    """Of each question the text has what it adds; the marks are at the answers."""
+    spec = ImageSpec(28)
+    row_format = RowFormat(get_template("v1"), spec, 3, 99, 2, turns="independent")
+    records = open_records(*data_set)
+    shown = show(records, 6, row_format, tokenizers["smollm"])
+    questions = [turn.text for turn in records[6].turns[::2]]
+    assert len(questions) == 2 and shown["text"].count("<image>") == 1
+    text = shown["text"]
+    answers = [text[start:end].strip() for start, end in shown["supervised_spans"]]
+    assert answers == ["blue blue </s>", "yes</s>"]
+    assert text.count("USER: ") == 1 and "What?" in text and "and 你好?" in text
+    ids, turn_ids = np.array(shown["input_ids"]), np.array(shown["turn_ids"])
+    assert set(turn_ids) == {0, 1, 2} and shown["position_ids"][-1] < len(ids) - 1
+    decoded = tokenizers["smollm"].decode(ids[turn_ids == 2])
+    assert text.endswith(decoded)

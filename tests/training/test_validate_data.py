@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from llava_jax import cli
+from llava_jax.errors import LlavaError
 from llava_jax.training import validate_data
+from tests import tiny_run
 
 
 def test_a_sound_set(data_set, command, capsys):
@@ -65,3 +68,103 @@ def test_max_pixels(data_set, command, capsys):
         command(validate_data, data_set[0], "--image_root", data_set[1], "--max_pixels", 900) == 1
     )
     assert "image too large" in capsys.readouterr().out
+
+
+@pytest.fixture
+def recipe_file(world, tmp_path):
+    """recipe_file(**changes by dotted key): a config file of a stage 1 in ChatML."""
+
+    def write(changes=None):
+        held_out = str(world / "data/held_out.json")
+        changes = {"model.template": "chatml", "data.validation": held_out, **(changes or {})}
+        values = tiny_run.align(world, tmp_path / "run", {"data.max_length": 320, **changes})
+        path = tmp_path / "recipe.py"
+        path.write_text(
+            "from tests import tiny_run\n\n\n"
+            f"def get_config():\n    return tiny_run.recipe({{}}, {values!r})\n"
+        )
+        return path
+
+    return write
+
+
+def test_a_recipe_says_everything(recipe_file, world, capsys):
+    assert cli.main(["validate", "--config", str(recipe_file())]) == 0
+    out = capsys.readouterr().out
+    for name, count in (("align", 24), ("held_out", 5)):
+        assert f"{world / 'data' / name}.json: {count} records" in out
+    assert "tokens a record" in out and not (world / "run").exists()
+    changed = ["--config.data.max_length=80", "--config.data.images_per_row=1"]
+    assert cli.main(["validate", f"--config={recipe_file()}", *changed]) == 0
+    out = capsys.readouterr().out
+    assert "left out when training: more images than images_per_row=1" in out
+    assert "at max_length=80" in out
+
+
+def test_a_recipe_for_other_data(recipe_file, world, capsys):
+    other = world / "data/instruct.json"
+    assert cli.main(["validate", str(other), f"--config={recipe_file()}"]) == 0
+    out = capsys.readouterr().out
+    assert f"{other}: 24 records" in out and "held_out" not in out
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"data.turns": "independent"}, "no faults"),
+    ({"model.template": "plain"}, "not a caption"),
+    ({"batch_size": 999}, "of the data as a whole"),
+    ({"data.train": "TEXT", "data.validation": ""}, "would learn nothing"),
+    ({"data.train": "MISSING"}, "missing image"),
+    ({"data.train": "MISSING", "data.bad_image": "skip"}, "more than bad_image_ceiling=0"),
+    ({"data.train": "MISSING", "data.bad_image": "skip", "data.bad_image_ceiling": 1},
+     "left out when training: bad image"),
+])  # fmt: skip
+def test_a_recipe_decides_what_is_a_fault(
+    recipe_file, world, run, tmp_path, capsys, changes, words
+):
+    items = [tiny_run.conversation(i) for i in range(6)]
+    texts = [item for item in items if "image" not in item] * 3
+    for item in texts:
+        item["conversations"][0]["value"] = "What?"
+    (tmp_path / "text.json").write_text(json.dumps(texts))
+    items[0]["image"] = "missing.png"
+    (tmp_path / "missing.json").write_text(json.dumps(items))
+    files = {"TEXT": str(tmp_path / "text.json"), "MISSING": str(tmp_path / "missing.json")}
+    changes = {key: files.get(value, value) for key, value in changes.items()}
+    code = cli.main(["validate", f"--config={recipe_file(changes)}"])
+    assert words in capsys.readouterr().out
+    values = {"model.template": "chatml", "data.validation": str(world / "data/held_out.json")}
+    values |= {"data.max_length": 320, "steps": 1} | changes
+    try:
+        run(tiny_run.align(world, tmp_path / "trained", values))
+    except LlavaError:
+        assert code == 1
+    else:
+        assert code == 0
+
+
+def test_a_recipe_and_flags_that_contradict_it(recipe_file, capsys):
+    file = f"--config={recipe_file()}"
+    assert cli.main(["validate", file, "--template", "v1"]) == 1
+    assert "the recipe decides template: leave out --template" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="unknown config key: data.max_lenght.*data.max_length"):
+        cli.main(["validate", file, "--config.data.max_lenght=3"])
+    with pytest.raises(SystemExit, match="no config file no.py"):
+        cli.main(["validate", "--config=no.py"])
+    assert cli.main(["validate", file, "--config.data.turns=each"]) == 1
+    assert "data.turns is 'each'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "data.json", "--config.data.turns=each"])
+    assert "unrecognized arguments: --config.data.turns=each" in capsys.readouterr().err
+    assert cli.main(["validate"]) == 1
+    assert "name a data file, or a recipe" in capsys.readouterr().err
+
+
+def test_show_takes_a_recipe(recipe_file, capsys):
+    assert cli.main(["show", f"--config={recipe_file()}", "--index", "2", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["template"] == "chatml" and shown["training"] == "used whole"
+    (slot,) = shown["image_slots"]
+    assert slot["image"] == "2.png" and slot["size"] == [12, 11] and slot["tiles"] == 1
+    cut = ["--config.data.max_length=60"]
+    assert cli.main(["show", f"--config={recipe_file()}", "--index", "2", *cut]) == 0
+    assert "in training: left out: " in capsys.readouterr().out
