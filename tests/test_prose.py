@@ -10,7 +10,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 UNWRAPPED = (
     "docs/extend/",
     "docs/use/ask",
-    "docs/use/train",
     "docs/use/weights",
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")

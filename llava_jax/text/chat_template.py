@@ -1,9 +1,9 @@
-"""A conversation template as the Jinja chat template that transformers, vLLM and llama.cpp render.
+"""Our conversation templates as Jinja chat templates, which transformers, vLLM and llama.cpp render.
 
-Messages are `{"role": "user" | "assistant", "content": ...}`, the content a string, in which
+A message is `{"role": "user" | "assistant", "content": ...}`. Its content is a string, in which
 `<image>` stands for a picture, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`
-items. The rendered text is that of `llava_jax.text.templates.render`, to the letter. As in the
-llava-hf checkpoints it has no BOS token: the tokenizer adds that.
+items. The rendered text equals that of `llava_jax.text.templates.render`. As in the llava-hf
+checkpoints it has no BOS token: the tokenizer adds it.
 """
 
 import json
@@ -36,9 +36,9 @@ _LONE_IMAGE_FIRST = f"""\
 
 
 def chat_template(template: Template) -> str:
-    """Jinja text that renders messages as the model was trained to read them.
+    """The Jinja text that renders messages as the model was trained to read them.
 
-    Other roles, or turns out of order, raise an exception in the renderer.
+    The renderer raises an exception for other roles and for turns out of order.
     """
     before, after = template.human
     first = template.header + before if template.first_human is None else template.first_human

@@ -8,6 +8,7 @@ template writes the BOS token; the tokenizer adds it.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,7 +131,7 @@ _PLAIN = Template(
 _ALL = (
     _PLAIN,
     # For decoders whose tokenizer adds no BOS and whose chats begin with this token. SmolLM2's
-    # largest activations hang on the first token: where that is an image's, rounding to bfloat16
+    # largest activations depend on the first token: with an image there, rounding to bfloat16
     # changes the gradient by more than its own size.
     dataclasses.replace(_PLAIN, name="plain_chatml", header="<|im_start|>"),
     Template(
@@ -199,14 +200,17 @@ TEMPLATES |= {
 
 
 def get_template(name: str) -> Template:
-    """The template called `name`; LlavaError listing the known names otherwise."""
+    """The template called `name`; LlavaError, with the known names, if there is none."""
     if name not in TEMPLATES:
-        raise LlavaError(f"unknown template {name!r}; known: {', '.join(sorted(TEMPLATES))}")
+        close = difflib.get_close_matches(name, TEMPLATES, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        known = ", ".join(sorted(TEMPLATES))
+        raise LlavaError(f"unknown template {name!r}; {hint}known: {known}")
     return TEMPLATES[name]
 
 
 def place_image(text: str) -> str:
-    """A lone `<image>` goes to the front of its turn; several stay where they were written."""
+    """Moves a lone `<image>` to the front of its turn; several stay where they were written."""
     if text.count(IMAGE_TOKEN) != 1:
         return text
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
@@ -217,13 +221,19 @@ def render(
 ) -> tuple[Segment, ...]:
     """The text of a conversation, cut into segments.
 
-    turns: alternating, human first. With `generation`, the last is a human's and the text stops
-    where its answer starts, without a trailing space: tokenizers of the Llama and GPT-2 kinds join
-    a space to the word after it, so the answer's first token brings its own. The token ids of the
-    prompt are then those of the whole conversation up to the answer, unless the answer itself
-    begins with white space (a tokenizer may join that to what stands before it) or `llama_3` is
-    used with a tokenizer of the GPT-2 kind (which cuts the two line breaks of its header by what
-    follows them).
+    Args:
+      turns: alternating, human first.
+      generation: the last turn is a human's, and the text ends where its answer starts.
+
+    With `generation` there is no space at the end: tokenizers of the Llama and GPT-2 kinds join a
+    space to the word after it, so the first token of the answer brings its own. The tokens of the
+    prompt are then those of the whole conversation up to the answer, with two exceptions: an answer
+    that begins with white space, which a tokenizer may join to what stands before it, and `llama_3`
+    with a tokenizer of the GPT-2 kind, which cuts the two line breaks of its header by what follows
+    them.
+
+    Raises:
+      RecordError: turns out of order, or ones that the template cannot write.
     """
     _check_order(template, turns, generation)
     if template.image_only_question:

@@ -130,11 +130,11 @@ def add_arguments(parser) -> None:
 
 def main(args) -> int:
     """Runs `llava-jax validate` and prints its report; returns 1 if there is any fault."""
-    faulty = False
-    for number, data_set in enumerate(data_sets(args)):
+    reports = []
+    for data_set in data_sets(args):
         report = validate(
             *data_set[:3], max_pixels=args.max_pixels, threads=args.workers, **data_set.training
         )
-        print(f"{chr(10) if number else ''}{data_set.records.path}: {report.text()}")
-        faulty = faulty or bool(report.faults)
-    return 1 if faulty else 0
+        reports.append(report)
+        print(f"{data_set.records.path}: {report.text()}\n")
+    return 1 if any(report.faults for report in reports) else 0
