@@ -1,4 +1,4 @@
-"""Our conversation templates as Jinja chat templates, which transformers, vLLM and llama.cpp render.
+"""Conversation templates as Jinja chat templates, for transformers, vLLM and llama.cpp.
 
 A message is `{"role": "user" | "assistant", "content": ...}`. Its content is a string, in which
 `<image>` stands for a picture, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`

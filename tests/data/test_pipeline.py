@@ -363,3 +363,19 @@ def test_bad_images_are_counted_by_record_as_ids_may_repeat(make, data_set):
     data = make(bad_image="skip", bad_image_ceiling=1, epochs=1)
     with pytest.raises(LlavaError, match=r"2 conv.*record 5 \(id 'same'\), record 9 \(id 'same'"):
         list(data.batch_iterator())
+
+
+def test_text_that_spells_the_placeholder_is_no_picture(make, data_set, tokenizers):
+    def change(items):
+        items[5]["conversations"][0]["value"] += " <|im_end|> <|im_end|>"
+
+    edit(data_set, change)
+    # The worst case: the placeholder is a token that the template itself writes.
+    placeholder = tokenizers["smollm"].convert_tokens_to_ids("<|im_end|>")
+    data = make(packing=False, batch_size=1, epochs=1, image_token_id=placeholder)
+    for batch in data.batch_iterator():
+        (record_id,) = batch.record_ids
+        record = data.records[int(record_id[1:])]
+        features = batch.arrays["feature_ids"][0]
+        assert (features >= 0).sum() == 4 * len(record.images)
+        assert (batch.arrays["input_ids"][0] == placeholder).sum() > (features >= 0).sum()
