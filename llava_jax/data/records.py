@@ -12,6 +12,7 @@ from llava_jax.data.parsing import (
     SYSTEM_KEYS,
     UNSUPPORTED_KEYS,
     Record,
+    brief,
     check_record,
     count_ignored_keys,
     parse_record,
@@ -33,7 +34,7 @@ def checked_record(records, index: int) -> Record:
 def ignored_keys_text(records) -> str:
     """ "ignored keys: foo (2 records)" for the records of `open_records`, or ""."""
     counts = [
-        f"{key} ({count:,} record{'s' * (count > 1)})"
+        f"{key[:60]} ({count:,} record{'s' * (count > 1)})"
         for key, count in records.ignored_keys().items()
     ]
     more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
@@ -81,7 +82,10 @@ def _load_json(path: Path) -> list:
         raise LlavaError(f"{path} is not UTF-8 text: bad byte at offset {error.start}") from None
     items = _parse_lines(text, path) if path.suffix == ".jsonl" else _parse_json(text, path)
     if not isinstance(items, list):
-        raise LlavaError(f"{path} must hold a JSON list of records, not {type(items).__name__}")
+        found = brief(items)
+        if isinstance(items, dict):
+            found = f"an object with the keys {brief(', '.join(items))}"
+        raise LlavaError(f"{path} must hold a JSON list of records, not {found}")
     if not items:
         raise LlavaError(f"{path} holds no records")
     return items

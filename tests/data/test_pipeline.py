@@ -379,3 +379,12 @@ def test_text_that_spells_the_placeholder_is_no_picture(make, data_set, tokenize
         features = batch.arrays["feature_ids"][0]
         assert (features >= 0).sum() == 4 * len(record.images)
         assert (batch.arrays["input_ids"][0] == placeholder).sum() > (features >= 0).sum()
+
+
+def test_keys_that_nothing_reads_are_in_the_data_line(make, data_set):
+    def change(items):
+        items[5]["foo"], items[6]["foo"], items[6]["source"] = 1, 2, "web"
+
+    assert "ignored" not in make().describe()
+    edit(data_set, change)
+    assert make().describe().endswith("; ignored keys: foo (2 records)")
