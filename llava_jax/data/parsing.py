@@ -115,8 +115,8 @@ def parse_record(item, index: int, image_root: str | None) -> Record:
         if item.get(key):
             raise RecordError(
                 f"{key} field",
-                f"{where} has {key!r} {brief(item[key])}: only images are supported; give frames "
-                "as images or leave the record out",
+                f"{where} has {key!r} {brief(item[key])}: only images are supported; leave the "
+                "record out" + (", or give frames as images" if key.startswith("video") else ""),
             )
     system, turns = _parse_turns(item, where)
     images = [_parse_image(source, image_root, where) for source in _image_sources(item, where)]
@@ -141,7 +141,10 @@ def _parse_turns(item: dict, where: str) -> tuple[str | None, tuple[Turn, ...]]:
         )
     conversations = item["conversations"]
     if not isinstance(conversations, list) or not conversations:
-        raise RecordError("no conversations", f"{where}: 'conversations' must be a non-empty list")
+        raise RecordError(
+            "no conversations",
+            f"{where}: 'conversations' must be a list of turns, not {brief(conversations)}",
+        )
     system, turns = None, []
     for position, message in enumerate(conversations):
         if not isinstance(message, dict) or not _TURN_KEYS <= message.keys():
@@ -152,9 +155,9 @@ def _parse_turns(item: dict, where: str) -> tuple[str | None, tuple[Turn, ...]]:
             )
         role, text = message["from"], message["value"]
         if role == "system" and position == 0:
-            system = _sound_text(text, f"{where}, turn 0")
+            system = _sound_text(text, "value", f"{where}, turn 0")
         elif role in ROLES:
-            turns.append(Turn(role, _sound_text(text, f"{where}, turn {position}")))
+            turns.append(Turn(role, _sound_text(text, "value", f"{where}, turn {position}")))
         else:
             raise RecordError("unknown role", f"{where}, turn {position}: {_role_fault(role)}")
     return system, tuple(turns)
@@ -168,11 +171,11 @@ def _role_fault(role) -> str:
     return f"unknown role {brief(role)}; {meant}"
 
 
-def _sound_text(text, where: str) -> str:
+def _sound_text(text, key: str, where: str) -> str:
     if not isinstance(text, str):
-        raise RecordError("bad turn", f"{where}: 'value' must be a string, not {brief(text)}")
+        raise RecordError("bad text", f"{where}: {key!r} must be a string, not {brief(text)}")
     if not text.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in text):
-        raise RecordError("bad text", f"{where}: the text holds half a surrogate pair")
+        raise RecordError("bad text", f"{where}: {key!r} holds half a surrogate pair")
     return text
 
 
@@ -181,7 +184,7 @@ def _parse_system(item: dict, first_turn: str | None, where: str) -> str | None:
     texts = {"conversations": first_turn} if first_turn else {}
     for key in SYSTEM_KEYS:
         if item.get(key):
-            texts[key] = _sound_text(item[key], f"{where}, {key!r}")
+            texts[key] = _sound_text(item[key], key, where)
     if len(set(texts.values())) > 1:
         raise RecordError(
             "several system prompts",
@@ -243,7 +246,11 @@ def _parse_image(source: str | bytes, image_root: str | None, where: str):
 
 def _join_root(image_root: str | None, name: str, where: str) -> str:
     parts = name.replace("\\", "/").split("/")
-    if not name or "\0" in name or os.path.isabs(name) or ".." in parts:
+    if not name:
+        raise RecordError(
+            "bad image field", f"{where}: an image path is empty; a text-only record has no 'image'"
+        )
+    if "\0" in name or os.path.isabs(name) or ".." in parts:
         raise RecordError(
             "image outside the root",
             f"{where}: image path {brief(name)} must be relative to the image root and stay "

@@ -244,11 +244,13 @@ def _as_json(key: str, value):
     """A feature's value as a JSON record has it; images stay bytes."""
     if key in IMAGE_KEYS:
         return value if isinstance(value, bytes) else [bytes(image) for image in value]
-    if isinstance(value, dict):  # a sequence of turns: a list for each of its keys
-        columns = {name: [text.decode() for text in column] for name, column in value.items()}
-        return [
-            dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)
-        ]
+    if key == "conversations" and not isinstance(value, bytes):
+        if isinstance(value, dict):  # of a Sequence: a list for each key; a Dataset gives turns
+            value = [
+                {"from": role, "value": text}
+                for role, text in zip(value["from"], value["value"], strict=True)
+            ]
+        return [{name: turn[name].decode() for name in ("from", "value")} for turn in value]
     if isinstance(value, bytes):
         value = value.decode()
         return json.loads(value) if key == "conversations" else value

@@ -4,7 +4,7 @@ import numpy as np
 
 from llava_jax.data.measuring import render_record
 from llava_jax.data.media import MAX_PIXELS, ImageError, check_shape, inspect_image
-from llava_jax.data.parsing import Record
+from llava_jax.data.parsing import Record, brief
 from llava_jax.data.records import checked_record
 from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError, RecordError
@@ -24,7 +24,7 @@ def show(
       id, index, template, text; input_ids, labels, position_ids, segment_ids; image_slots:
       [{"image", "size", "tiles", "start", "end"}], the half-open range of tokens of each image,
       whose size is None if it cannot be read; lengths; training: what becomes of the record;
-      supervised_spans: the [start, end) characters of the text that are learnt. If turns are
+      ignored_keys; supervised_spans: the [start, end) characters of the text that are learnt. If turns are
       independent also turn_ids, and the text has what each question adds to the part they share.
     Raises:
       LlavaError: there is no such record, or training would refuse its text.
@@ -64,6 +64,7 @@ def show(
             "supervised_tokens": int((row.labels != IGNORE_INDEX).sum()),
         },
         "training": faults[0] if faults else _fate(row, layouts, f),
+        "ignored_keys": list(record.ignored_keys),
         "supervised_spans": _spans(offsets[row.labels != IGNORE_INDEX]),
     }
     if row.turn_ids is not None:
@@ -146,4 +147,6 @@ def as_text(shown: dict, colour: bool) -> str:
     )
     if "turn_ids" in shown:
         lines.append("independent turns: each question sees the images and itself alone")
+    if shown["ignored_keys"]:
+        lines.append(f"ignored keys: {', '.join(map(brief, shown['ignored_keys']))}")
     return "\n".join([*lines, f"in training: {shown['training']}"])

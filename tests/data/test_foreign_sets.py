@@ -58,6 +58,8 @@ def make(folder, features, examples):
          {"image": png(1), "conversations": TALK}, [png(1)], []),
         ({"images": Sequence(Picture()), "conversations": Sequence(NESTED), "id": np.int64},
          {"images": [png(1)], "conversations": TALK, "id": 7}, [png(1)], []),
+        ({"image": Picture(), "conversations": tfds.features.Dataset(NESTED)},
+         {"image": png(1), "conversations": TALK}, [png(1)], []),
         ({"image": Text(), "conversations": Text(), "score": np.float32, "source": Text()},
          {"image": png(2), "conversations": json.dumps(TALK), "score": 1.0, "source": "web"},
          [png(2)], ["score"]),
@@ -114,7 +116,7 @@ def test_a_path_in_place_of_an_image_is_named(tmp_path):
     "example, words",
     [
         ({"image": png(1), "conversations": "not JSON"}, "record 0"),
-        ({"image": png(1), "conversations": "{}"}, "non-empty list"),
+        ({"image": png(1), "conversations": "{}"}, "must be a list of turns"),
     ],
 )
 def test_faulty_examples(tmp_path, example, words):

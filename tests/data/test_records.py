@@ -50,7 +50,7 @@ def test_line_separators_inside_json_lines_are_text(tmp_path):
 
 FAULTY = [
     ({"id": "x"}, "no conversations", "no 'conversations'"),
-    ({"conversations": []}, "no conversations", "non-empty list"),
+    ({"conversations": []}, "no conversations", "must be a list of turns, not []"),
     ([1], "not an object", "JSON object"),
     ({"conversations": [{"from": "system", "value": "s"}]}, "no conversations", "record 1"),
     ({"conversations": [HUMAN, {"from": "system", "value": "s"}]}, "unknown role", "first turn"),
@@ -73,7 +73,7 @@ FAULTY = [
         {"image_path": "a.png", "image_file": "b.png", "conversations": [PICTURE, GPT]},
         "bad image field", "different images in 'image_path' and 'image_file'",
     ),
-    ({"system": 3, "conversations": [HUMAN, GPT]}, "bad turn", "'system'"),
+    ({"system": 3, "conversations": [HUMAN, GPT]}, "bad text", "'system' must be a string"),
     (
         {"system": "a", "conversations": [{"from": "system", "value": "b"}, HUMAN, GPT]},
         "several system prompts", "'conversations' and 'system'",
@@ -88,7 +88,7 @@ FAULTY = [
     ({"image": "a" * 9999 + ".png", "conversations": [PICTURE, GPT]}, "missing image", "aaa.png"),
     ({"conversations": [{"from": ["human"], "value": "s"}]}, "unknown role", "unknown role"),
     ({"conversations": [{"from": "human"}]}, "bad turn", "turn 0"),
-    ({"conversations": [{"from": "human", "value": 3}]}, "bad turn", "string"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "bad text", "'value' must be a string"),
     ({"conversations": [{"from": "human", "value": "\ud800"}, GPT]}, "bad text", "surrogate"),
     ({"conversations": [GPT, HUMAN]}, "turns do not alternate", "turn 0"),
     ({"conversations": [HUMAN, HUMAN]}, "turns do not alternate", "turn 1"),
@@ -103,7 +103,7 @@ FAULTY = [
     ({"image": [5], "conversations": [PICTURE, GPT]}, "bad image field", "5"),
     ({"image": "no.png", "conversations": [PICTURE, GPT]}, "missing image", "no.png"),
     ({"image": ".", "conversations": [PICTURE, GPT]}, "missing image", "not a file"),
-    ({"image": "", "conversations": [PICTURE, GPT]}, "image outside the root", "''"),
+    ({"image": "", "conversations": [PICTURE, GPT]}, "bad image field", "path is empty"),
     ({"image": "../a.png", "conversations": [PICTURE, GPT]}, "image outside the root", "../a.png"),
     ({"image": "/etc/passwd", "conversations": [PICTURE, GPT]}, "image outside the root", "/etc"),
     ({"image": "a\0.png", "conversations": [PICTURE, GPT]}, "image outside the root", "record 1"),

@@ -55,6 +55,16 @@ def test_a_missing_image_does_not_hide_the_text(data_set, tokenizer_folder, comm
     assert "a/5.png, size unknown" in out and "in training: refused: no image file" in out
 
 
+def test_a_system_prompt_and_ignored_keys(data_set, tokenizer_folder, command, capsys):
+    items = json.loads(data_set[0].read_text())
+    items[3] |= {"system": "Be brief.", "foo": 1}
+    data_set[0].write_text(json.dumps(items))
+    arguments = (data_set[0], "--index", 3, "--image_root", data_set[1])
+    command(show_record, *arguments, "--tokenizer", tokenizer_folder, "--template", "chatml")
+    out = capsys.readouterr().out
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in out and "ignored keys: 'foo'" in out
+
+
 def test_errors(data_set, tokenizer_folder, tmp_path, command):
     arguments = (data_set[0], "--image_root", data_set[1])
     with pytest.raises(LlavaError, match="data.json has no record 24: its records are 0 to 23"):
