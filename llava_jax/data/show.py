@@ -24,8 +24,9 @@ def show(
       id, index, template, text; input_ids, labels, position_ids, segment_ids; image_slots:
       [{"image", "size", "tiles", "start", "end"}], the half-open range of tokens of each image,
       whose size is None if it cannot be read; lengths; training: what becomes of the record;
-      ignored_keys; supervised_spans: the [start, end) characters of the text that are learnt. If turns are
-      independent also turn_ids, and the text has what each question adds to the part they share.
+      ignored_keys; supervised_spans: the [start, end) characters of the text that are learnt.
+      If turns are independent also turn_ids, and the text has what each question adds to the part
+      that they share.
     Raises:
       LlavaError: there is no such record, or training would refuse its text.
     """
@@ -82,7 +83,7 @@ def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
             size = inspect_image(source, name, max_pixels)
             check_shape(size, row_format.image, name, max_pixels)
         except ImageError as error:
-            faults.append(f"refused: {error}")
+            faults.append(f"not used: {error}")
         slots.append({"image": name, "size": size})
     return slots, faults
 

@@ -52,7 +52,7 @@ def test_a_missing_image_does_not_hide_the_text(data_set, tokenizer_folder, comm
     arguments = (data_set[0], "--image_root", data_set[1], "--tokenizer", tokenizer_folder)
     assert command(show_record, *arguments, "--index", 5) == 0
     out = capsys.readouterr().out
-    assert "a/5.png, size unknown" in out and "in training: refused: no image file" in out
+    assert "a/5.png, size unknown" in out and "in training: not used: no image file" in out
 
 
 def test_a_system_prompt_and_ignored_keys(data_set, tokenizer_folder, command, capsys):
