@@ -43,15 +43,15 @@ class Question(NamedTuple):
 
 
 def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) -> Path:
-    """Writes the data set under `out_dir`, or keeps the one there if it is whole and unchanged.
+    """Writes the data set to `out_dir`, unless it is there, complete and unchanged.
 
     Files, all with image paths relative to `images/`:
       align.json: picture and caption, for stage 1.
       instruct.json: picture and all its questions as one conversation, for stage 2.
-      val_align.json, val_instruct.json: the same for 40 training pictures that they lack.
+      val_align.json, val_instruct.json: the same for 40 pictures that are in neither of them.
       test.json: every test question as a record of its own, with keys question, answer and kind.
-      test_1000.json: a fixed 1,000 of them, each kind in its share.
-      blind.json: the score of answering both without the picture.
+      test_1000.json: a fixed 1,000 of them, with the same share of each kind.
+      blind.json: the scores on both of a baseline that never sees the picture.
       tfds/easy_vqa_align, tfds/easy_vqa_instruct: the training records as TFDS ArrayRecord sets.
 
     Raises:
@@ -96,17 +96,17 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
 
 
 def read_questions(split: str) -> list[Question]:
-    """The package's questions of `train` or `test`, in its order."""
+    """All questions of `train` or `test`, in the package's order."""
     path = package_file("easy_vqa", "easy-vqa", f"data/{split}/questions.json")
     questions = [Question(*entry) for entry in json.loads(path.read_text())]
     known = {*COLORS, *SHAPES, "yes", "no"}
     if not questions or any(q.answer not in known for q in questions):
-        raise LlavaError(f"{path} holds answers this recipe does not know: install easy-vqa 1.0.")
+        raise LlavaError(f"{path} has answers that this recipe does not know: install easy-vqa 1.0")
     return questions
 
 
 def training_records(questions: list[Question]) -> dict[str, list[dict]]:
-    """The records of both stages; those called `val_` are of pictures the others do not have."""
+    """The records of both stages; those named `val_` have pictures that the others do not have."""
     by_image = collections.defaultdict(list)
     for question in questions:
         by_image[question.image].append(question)
@@ -130,9 +130,9 @@ def order_questions(questions: list[Question], seed: str) -> list[Question]:
     """The questions of one picture in a fixed random order that teaches to look.
 
     Early answers give later ones away ("is there a blue shape? yes"), so the first turns matter
-    most. Drawn evenly, three of four would be yes/no, and four of five of those would ask for what
-    is not there: answering them needs no picture. So the next question is as often about something
-    present as about something absent, and as often names a shape or colour as either.
+    most. Drawn evenly, three of four would be yes/no, and four of five of those would ask for
+    something absent: a constant answer would be right. So the next question is equally likely to
+    be about something present, to be about something absent, and to ask for a shape or colour.
     """
     rng = random.Random(seed)
     groups = {}
@@ -147,7 +147,10 @@ def order_questions(questions: list[Question], seed: str) -> list[Question]:
 
 
 def _group(question: Question) -> str:
-    """What a question asks: "present" or "absent" things, or to "name" a shape or colour."""
+    """The group of a question: about a "present" or "absent" thing, or a shape or colour to "name".
+
+    "is there not a red shape?" with the answer "no" is about something present.
+    """
     if question.kind != "yes/no":
         return "name"
     negated = re.search(r"\b(not|no)\b", question.text) is not None
@@ -155,13 +158,13 @@ def _group(question: Question) -> str:
 
 
 def caption(questions: list[Question]) -> str | None:
-    """ "a blue rectangle." when the answers about a picture settle both, else None."""
+    """The answers as a caption such as "a blue rectangle."; None if they leave a word open."""
     words = [_settled(questions, choices) for choices in (COLORS, SHAPES)]
     return f"a {words[0]} {words[1]}." if all(words) else None
 
 
 def _settled(questions: list[Question], choices: tuple[str, ...]) -> str | None:
-    """The one of `choices` that the answers state, or leave over."""
+    """The one of `choices` that the answers state, or the only one that they do not exclude."""
     stated, excluded = set(), set()
     for question in questions:
         words = re.findall("[a-z]+", question.text)
@@ -177,7 +180,7 @@ def _settled(questions: list[Question], choices: tuple[str, ...]) -> str | None:
 
 
 def test_records(questions: list[Question]) -> list[dict]:
-    """One record for each question, with what a scorer needs beside the conversation."""
+    """One record for each question, with the keys that a scorer needs besides the conversation."""
     return [
         {
             "id": f"test-{index}",
@@ -195,7 +198,7 @@ test_records.__test__ = False  # not a test, whatever pytest makes of the name
 
 
 def fixed_part(records: list[dict]) -> list[dict]:
-    """1,000 records in their order, picked by a hash of their ids, each kind in its share."""
+    """1,000 records in their order, chosen by a hash of their ids; shares of kinds are kept."""
     groups = [[r for r in records if r["kind"] == kind] for kind in KINDS]
     shares = [round(FIXED_QUESTIONS * len(group) / len(records)) for group in groups]
     shares[0] += FIXED_QUESTIONS - sum(shares)
@@ -207,7 +210,7 @@ def fixed_part(records: list[dict]) -> list[dict]:
 
 
 def blind_scores(train: list[Question], records: list[dict]) -> dict[str, dict]:
-    """Score by kind of the commonest training answer to the same words, without any picture."""
+    """Scores by kind of the most common training answer to the same words, without any picture."""
     answers = collections.defaultdict(collections.Counter)
     for question in train:
         answers[question.text][question.answer] += 1

