@@ -7,6 +7,7 @@ benchmarks. If it is interrupted, the same command continues. --shard=i/n answer
 on as many machines as you like; the command without --shard then collects the answers and scores.
 """
 
+import math
 from pathlib import Path
 
 from absl import flags, logging
@@ -22,6 +23,18 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a run of train.py, one step of it, a Hugging Face folder or a hub name"
+)
+TEMPLATE = flags.DEFINE_string(
+    "template", None, "conversation template around each question (default: the checkpoint's own)"
+)
+QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, ["int8"], "eight bits for each weight of the language model (default: off)"
+)
+KV_CACHE = flags.DEFINE_enum(
+    "kv_cache", None, ["int8"], "eight bits for each key and value (default: off)"
+)
+REPLICAS = flags.DEFINE_integer(
+    "replicas", None, "copies of the model that share the questions (default: all devices)"
 )
 OUTPUT = flags.DEFINE_string(
     "output", None, "the folder of all results (default: eval in the checkpoint's folder)"
@@ -54,13 +67,27 @@ def main() -> None:
 
 
 def load_model(config: ConfigDict):
-    """The model on all devices, as `config` says."""
+    """The model on the devices of `config.mesh`, or in --replicas copies."""
+    import jax
+
     from llava_jax.inference.model import Llava
-    from llava_jax.serving.command_line import keep_compilations, mesh_of_all
+    from llava_jax.parallel.mesh import make_mesh
+    from llava_jax.serving.command_line import keep_compilations
 
     keep_compilations()
-    mesh = mesh_of_all(**config.mesh)
-    return Llava.from_pretrained(CHECKPOINT.value, dtype=config.dtype, mesh=mesh)
+    shape, devices = config.mesh.to_dict(), jax.devices()
+    if REPLICAS.value is not None:
+        shape["data"] = REPLICAS.value
+        devices = devices[: max(1, math.prod(shape.values()))]
+    mesh = make_mesh(**shape, devices=devices)
+    return Llava.from_pretrained(
+        CHECKPOINT.value,
+        dtype=config.dtype,
+        template=TEMPLATE.value,
+        quantize=QUANTIZE.value,
+        kv_cache=KV_CACHE.value,
+        mesh=mesh if mesh.size > 1 else None,
+    )
 
 
 def run(model, config: ConfigDict, benchmark: Benchmark, root: Path, shard: Shard | None) -> None:
@@ -69,7 +96,14 @@ def run(model, config: ConfigDict, benchmark: Benchmark, root: Path, shard: Shar
 
     output = root / benchmark.name
     scores = evaluate(
-        model, benchmark, output, config.max_new_tokens, config.batch_size, OVERWRITE.value, shard
+        model,
+        benchmark,
+        output,
+        config.max_new_tokens,
+        config.batch_size,
+        overwrite=OVERWRITE.value,
+        shard=shard,
+        settings={"kv_cache": KV_CACHE.value, "template_given": TEMPLATE.value},
     )
     if shard:
         print(f"answers: {output / shard.folder}; run without --shard to collect all parts")

@@ -7,7 +7,7 @@ the benchmark's server and `failures.html`. The shards of a run have folders of 
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,12 +31,16 @@ def evaluate(
     batch_size: int,
     overwrite: bool = False,
     shard: Shard | None = None,
+    settings: Mapping[str, str | None] | None = None,
 ) -> list[Score]:
     """Answers every question of `benchmark` greedily, writes below `output`, returns the scores.
 
     An interrupted run continues and takes over the answers of its shards. With `shard` only that
-    part is answered and nothing is scored. LlavaError if `output` holds answers of another model
-    or to other questions, unless `overwrite`.
+    part is answered and nothing is scored. LlavaError if `output` holds answers of another model,
+    to other questions or with other settings, unless `overwrite`.
+
+    Args:
+      settings: what else the answers depend on, None for a default.
     """
     if batch_size < 1:
         raise LlavaError(f"batch_size must be at least 1, not {batch_size}")
@@ -48,7 +52,7 @@ def evaluate(
         "template": model.template.name,
         "dtype": model.dtype,
         "max_new_tokens": max_new_tokens,
-    }
+    } | dict(settings or {})
     questions = shard.of(benchmark.questions) if shard else benchmark.questions
     output = Path(output) / shard.folder if shard else Path(output)
     output.mkdir(parents=True, exist_ok=True)

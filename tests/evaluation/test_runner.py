@@ -214,6 +214,8 @@ def test_answers_of_another_run_are_refused(llava, data, tmp_path, monkeypatch):
     run(llava, data, out)
     with pytest.raises(LlavaError, match=r"another run \(different: max_new_tokens\)"):
         run(llava, data, out, max_new_tokens=5)
+    with pytest.raises(LlavaError, match=r"another run \(different: kv_cache\)"):
+        run(llava, data, out, settings={"kv_cache": "int8", "template_given": None})
     other = tiny_llava(seed=1)
     with pytest.raises(LlavaError, match=r"another run \(different: weights\)"):
         run(other, data, out)
@@ -335,9 +337,10 @@ def test_eval_answers_scores_and_reports(data, tmp_path, aligned):
         (2, [], "easy_vqa/test: overall accuracy 0.0 ±0.0 (none published)"),
         (
             4,
-            ["--limit=3", "--config.mesh.tensor=2"],
+            ["--limit=3", "--config.mesh.tensor=2", "--replicas=1"],
             "easy_vqa/test-first-3: overall accuracy 0.0 ±0.0 (none published)",
         ),
+        (1, ["--limit=2", "--template=v1", "--kv_cache=int8"], "easy_vqa/test-first-2: overall"),
     ]:
         flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
         done = subprocess.run(
@@ -349,10 +352,14 @@ def test_eval_answers_scores_and_reports(data, tmp_path, aligned):
     whole = predictions(out / "test")
     assert len(whole) == 11 and predictions(out / "test-first-3") == whole[:3]
     assert whole == predictions_on_one_device(aligned, data, tmp_path)
+    marks = [json.loads((out / f"test{name}/run.json").read_text()) for name in ("", "-first-2")]
+    assert [mark["template"] for mark in marks] == ["plain", "v1"]
+    assert [mark["kv_cache"] for mark in marks] == [None, "int8"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| easy_vqa/test | 11 | accuracy, overall | 0.0 ±0.0 |  |  |" in report
     assert set(json.loads((tmp_path / "out" / "report.json").read_text())) == {
         "easy_vqa/test",
+        "easy_vqa/test-first-2",
         "easy_vqa/test-first-3",
     }
     assert "11 of 11 answers" in (tmp_path / "out/easy_vqa/test/failures.html").read_text()
