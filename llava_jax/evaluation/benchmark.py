@@ -174,7 +174,7 @@ def ask(
     else:
         text = text.replace(IMAGE_TOKEN, "")  # otherwise it would ask for a picture
         prompt = f"{' '.join([IMAGE_TOKEN] * len(images))}\n{text}" if images else text
-    name = image_name or ", ".join(map(_name, images))
+    name = image_name or ", ".join(dict.fromkeys(map(_name, images)))
     return Question(str(id), text, prompt, reference, images, name, kind, label, group)
 
 

@@ -40,8 +40,8 @@ class StoredPicture:
 
     @property
     def name(self) -> str:
-        number = "" if self.item is None else f"[{self.item}]"
-        return f"{self.path.name}, group {self.group}, row {self.row}, {self.column}{number}"
+        """Where it is stored; pictures of one cell have the same name."""
+        return f"{self.path.name}, group {self.group}, row {self.row}, {self.column}"
 
 
 @dataclass(frozen=True)

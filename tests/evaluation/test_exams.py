@@ -140,6 +140,7 @@ def test_muirbench_has_its_pictures_inside_the_text(tmp_path):
         f"Which of <image> and <image> is it?\nA. <image>\nB. none\n{DIRECTLY}."
     )
     assert first.read_images() == (png(0), png(1), png(2)) and second.read_images() == (png(9),)
+    assert first.image_name == "test-00000-of-00001.parquet, group 0, row 0, image_list"
     assert "\nF. z\n" in second.prompt
     assert [benchmark.grade(first, t) for t in ("B", "b", "B. none", "B none")] == [1, 1, 1, 0]
     assert list(lines(benchmark.score(benchmark.questions, ["B", "A"]))) == [
