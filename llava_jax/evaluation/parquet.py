@@ -92,17 +92,25 @@ def rows(paths: Sequence[Path], columns: Iterable[str]) -> Iterator[ParquetRow]:
             raise LlavaError(f"cannot read {path}: {error}") from None
 
 
-@functools.lru_cache(maxsize=4)  # questions are asked in the order of the file
 def _column(path: Path, group: int, column: str):
     """One column of one row group; `column` may be the path of a leaf, a.list.element.b."""
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        return file.read_row_group(group, columns=[column]).column(0)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise LlavaError(f"cannot read {path}: {error}") from None
+    columns = _read_columns(path, group)
+    if column not in columns:
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+            columns[column] = file.read_row_group(group, columns=[column]).column(0)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise LlavaError(f"cannot read {path}: {error}") from None
+    return columns[column]
+
+
+@functools.lru_cache(maxsize=2)  # questions are asked in the order of the file
+def _read_columns(path: Path, group: int) -> dict:
+    """The columns of a row group that were read, to be filled."""
+    return {}
 
 
 @functools.lru_cache(maxsize=256)
