@@ -42,18 +42,19 @@ class Segment:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written.
+    r"""How a conversation is written.
 
-    Two rounds in the template `v1`; what is supervised stands between the lines of ^:
+    Two rounds in the template `v1`, and below each character what it belongs to: h header, 0 and 1
+    the two parts of `human`, g the first part of `gpt`, ^ an answer and the second part of `gpt`,
+    which are supervised.
 
         A chat ... USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where? ASSISTANT: On a sofa.</s>
-        -------- ------                 -----------^^^^^^----
-        header   human[0]       human[1] + gpt[0]  answer gpt[1]
+        hhhhhhhhhhh000000              1ggggggggggg^^^^^^^^^^000000      1ggggggggggg^^^^^^^^^^^^^^
 
     Attributes:
       header: the text before the first turn, with the default system prompt if there is one.
       human: (before, after) a question.
-      gpt: (before, end, after) an answer. The answer and `end` are supervised.
+      gpt: (before, end, after) an answer.
       stop: texts that end a generated answer.
       first_human: replaces header and the text before the first question.
       footer: the text after the last turn.
