@@ -1,13 +1,14 @@
 """What must be known of all records before the first batch: their faults and their lengths.
 
-Every record is checked and rendered, every image file's first and last bytes are looked at, every
+Every record is checked and rendered, the first and last bytes of every image file are read, every
 conversation is tokenized. What cannot change between runs is kept in a cache folder.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -16,28 +17,29 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.data.media import ImageError, check_shape, inspect_image
-from llava_jax.data.records import Record, checked_record
+from llava_jax.data.parsing import Record, check_record
 from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
-from llava_jax.text.templates import Segment, Template
+from llava_jax.text.templates import Segment
 from llava_jax.text.tokenization import SegmentTokenizer, truncate
 from llava_jax.text.turns import render_turns, token_row
 
 _CHUNK = 1024  # records tokenized at a time
 _CACHE_VERSION = 4  # raise it when the meaning of a cached value changes
+_NO_FILE = ("missing image", "image outside the root")  # kinds of fault
 
 
 class Measured(NamedTuple):
-    """What `measure` learnt of N records.
+    """All that is known of N records before the first batch.
 
-    lengths: int64 [N], tokens after cutting at max_length. image_counts: int64 [N]. refused:
-    reason -> numbers of the records that cannot be used. bad_images: what is wrong with each
-    record that is refused for a bad image. cut: how many lost their end at max_length.
+    lengths: int64 [N], tokens after cutting at max_length. tiles: int64 [N]. refused: reason ->
+    numbers of the records that cannot be used. bad_images: the fault of each record that is refused
+    for a bad image. cut: how many lost their end at max_length.
     """
 
     lengths: np.ndarray
-    image_counts: np.ndarray
+    tiles: np.ndarray
     refused: dict[str, list[int]]
     bad_images: list[str]
     cut: int
@@ -70,12 +72,11 @@ class ImagePolicy(NamedTuple):
     look: Callable | None = None
 
 
-def render_record(
-    template: Template, records, record: Record, turns: str
-) -> list[tuple[Segment, ...]]:
-    """`render_turns` for training; its errors name data and record."""
+def render_record(row_format: RowFormat, records, record: Record) -> list[tuple[Segment, ...]]:
+    """`render_turns` of a record, for training; its errors name data and record."""
+    template = row_format.template.with_system(record.system)
     try:
-        return render_turns(template.with_system(record.system), record.turns, turns)
+        return render_turns(template, record.turns, row_format.turns)
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
 
@@ -90,32 +91,33 @@ def measure(
     progress: bool = True,
     findings: Findings | None = None,
 ) -> Measured:
-    """Checks and measures all `records`; raises LlavaError at the first fault.
-
-    tokenizer: without one all lengths are 0. findings: what to do about a fault instead.
+    """Checks and measures all `records`.
 
     Records that are sound but too long (nothing supervised left, an image cut) or have more than
-    `row_format.tiles` images are refused with the reason; so are those with bad images, if
+    `row_format.tiles` tiles are refused with the reason; so are those with bad images, if
     `policy.skip`.
+
+    Args:
+      tokenizer: without one all lengths are 0.
+      findings: what to do about a fault, by default to raise it.
     """
     findings = findings or Findings()
     cache = _Cache(cache_dir, records, tokenizer, row_format)
     demands = f"{policy.max_pixels} {row_format.image.size} {row_format.image.mode}"
+    look = functools.partial(_look_at_all, records, row_format, policy, findings, threads, progress)
     faults: dict[int, RecordError] = {}
     # Nothing can change in a data set that holds its images and was found good before.
     if cache.lengths is None or cache.images_seen != f"within the data set {demands}":
-        scan = _Scan(records, tokenizer, row_format, policy.skip, findings)
-        scan.run(tokenize=cache.lengths is None, progress=progress)
-        if cache.lengths is None:
-            cache.lengths, cache.image_counts, cache.refused, cache.cut = scan.results()
-            cache.write()
-        where = "within the data set" if records.image_root is None else scan.files_state()
-        if cache.images_seen != f"{where} {demands}" or scan.missing:
-            faults = scan.missing | _image_faults(
-                records, {*scan.missing, *scan.unusable}, row_format, policy, threads, progress,
-                findings,
-            )  # fmt: skip
-            cache.images_seen = "" if faults else f"{where} {demands}"
+        looks, files = look(inspect=cache.lengths is None)
+        seen = f"{'within the data set' if records.image_root is None else files} {demands}"
+        changed = cache.images_seen != seen
+        if cache.lengths is not None and changed:
+            looks, _ = look(inspect=True)
+        faults = _judge(records, looks, policy, findings)
+        if cache.lengths is None or changed and row_format.image.by_size:
+            _tokenize(cache, records, tokenizer, row_format, looks, progress, findings)
+        if changed or faults:
+            cache.images_seen = "" if faults else seen
             cache.write()
     messages = [str(faults[index]) for index in sorted(faults)]
     if len(faults) > policy.ceiling:
@@ -125,9 +127,9 @@ def measure(
         )
         findings.fault(None, error)
     refused = _add(cache.refused, "bad image", sorted(faults))
-    crowded = np.flatnonzero(cache.image_counts > row_format.tiles).tolist()
+    crowded = np.flatnonzero(cache.tiles > row_format.tiles).tolist()
     refused = _add(refused, f"more images than images_per_row={row_format.tiles}", crowded)
-    return Measured(cache.lengths, cache.image_counts, refused, messages, cache.cut)
+    return Measured(cache.lengths, cache.tiles, refused, messages, cache.cut)
 
 
 def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
@@ -137,134 +139,143 @@ def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
     return {**refused, reason: rest} if rest else dict(refused)
 
 
-class _Scan:
-    """One pass over the records: checks, token counts, and the state of the image files."""
+class _Look(NamedTuple):
+    """What was seen of one record.
 
-    def __init__(self, records, tokenizer, row_format, skip_missing_images, findings):
-        self._records, self._tokenizer, self._format = records, tokenizer, row_format
-        self._skip_missing, self._findings = skip_missing_images, findings
-        self._lengths = np.zeros(len(records), np.int64)
-        self._image_counts = np.zeros(len(records), np.int64)
-        self._refused: dict[str, list[int]] = {}
-        self._cut = 0
-        self._waiting: list[tuple[int, list[tuple[Segment, ...]], list[int]]] = []
-        self._files_state = hashlib.sha256()
-        self.missing: dict[int, RecordError] = {}
-        self.unusable: set[int] = set()  # faulty, where that does not end the scan
+    record: None if it has not the right form. errors: its faults. is_image: whether they are of
+    its images. files: path, size and time of modification of its image files. layouts: (tiles,
+    tokens) of each image, nominal for one that is faulty or was not inspected.
+    """
 
-    def results(self):
-        return self._lengths, self._image_counts, self._refused, self._cut
-
-    def files_state(self) -> str:
-        """Changes when a path, size or time of modification of an image file does."""
-        return self._files_state.hexdigest()
-
-    def run(self, tokenize: bool, progress: bool) -> None:
-        records = self._records
-        for index in tqdm(
-            range(len(records)), "checking records", unit=" records", disable=not progress
-        ):
-            record = self._check(index)
-            if record is None:
-                continue
-            self._findings.record(record)
-            self._image_counts[index] = len(record.images)
-            if index not in self.missing:
-                self._note_files(record)
-            if tokenize:
-                self._render(index, record)
-        self._tokenize()
-
-    def _render(self, index: int, record: Record) -> None:
-        try:
-            texts = render_record(self._format.template, self._records, record, self._format.turns)
-        except RecordError as error:
-            self._fault(index, error)
-            return
-        if self._tokenizer is not None:
-            images = [self._format.tokens_per_tile] * len(record.images)
-            self._waiting.append((index, texts, images))
-            if len(self._waiting) == _CHUNK:
-                self._tokenize()
-
-    def _fault(self, index: int, error: RecordError) -> None:
-        self._findings.fault(index, error)
-        self.unusable.add(index)
-
-    def _check(self, index: int) -> Record | None:
-        try:
-            return checked_record(self._records, index)
-        except RecordError as error:
-            if self._skip_missing and error.kind == "missing image":
-                self.missing[index] = error
-                return self._records[index]
-            self._fault(index, error)
-
-    def _note_files(self, record: Record) -> None:
-        for path in record.images:
-            if isinstance(path, str):
-                status = os.stat(path)
-                state = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"
-                self._files_state.update(state.encode(errors="surrogateescape"))
-
-    def _tokenize(self) -> None:
-        if not self._waiting:
-            return
-        max_length = self._format.max_length
-        if self._format.turns == "conversation":
-            texts, images = [w[1][0] for w in self._waiting], [w[2] for w in self._waiting]
-            measured = self._tokenizer.lengths(texts, images)
-        else:
-            rows = (token_row(self._tokenizer, *texts) for _, *texts in self._waiting)
-            measured = [len(row) for row in rows]
-        for (index, *texts), length in zip(self._waiting, measured, strict=True):
-            full, reason = int(length), None
-            if length > max_length:
-                row, reason = truncate(token_row(self._tokenizer, *texts), max_length)
-                length = 0 if row is None else len(row)
-                self._cut += row is not None
-                if row is None:
-                    reason = f"{reason} at max_length={max_length}"
-                    self._refused.setdefault(reason, []).append(index)
-            self._findings.tokens(index, full, reason)
-            self._lengths[index] = length
-        self._waiting = []
+    record: Record | None
+    errors: list[RecordError]
+    is_image: bool
+    files: bytes
+    layouts: list[tuple[int, int]]
 
 
-def _image_faults(
-    records,
-    known: set[int],
-    row_format: RowFormat,
-    policy: ImagePolicy,
-    threads: int,
-    progress: bool,
-    findings: Findings,
-):
-    """record number -> error, of records with bad images; a fault unless `policy.skip`."""
-
-    look = policy.look or inspect_image
-
-    def inspect(index: int) -> RecordError | None:
-        record = records[index]
-        try:
-            for source, name in zip(record.images, record.image_names, strict=True):
-                size = look(source, name, policy.max_pixels)
-                check_shape(size, row_format.image, name, policy.max_pixels)
-        except ImageError as error:
-            return RecordError(error.kind, f"{records.path}: {record.name}: {error}")
-
-    indices = [index for index in range(len(records)) if index not in known]
-    faults = {}
+def _look_at_all(
+    records, row_format, policy, findings: Findings, threads: int, progress: bool, inspect: bool
+) -> tuple[list[_Look], str]:
+    """The looks at all records, and a digest of the state of their image files."""
+    looks, state = [], hashlib.sha256()
+    look_at = functools.partial(_look, records, row_format, policy, inspect)
     with ThreadPool(threads) as pool:
-        results = pool.imap(inspect, indices, chunksize=16)
-        bar = tqdm(results, "checking images", len(indices), unit=" records", disable=not progress)
-        for index, error in zip(indices, bar, strict=True):
-            if error is not None:
-                if policy.skip:
-                    faults[index] = error
-                else:
-                    findings.fault(index, error)
+        found = pool.imap(look_at, range(len(records)), chunksize=16)
+        bar = tqdm(found, "checking records", len(records), unit=" records", disable=not progress)
+        for look in bar:
+            state.update(look.files)
+            if look.record is not None:
+                findings.record(look.record)
+            looks.append(look._replace(record=None, files=b""))  # images within it may be large
+    return looks, state.hexdigest()
+
+
+def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -> _Look:
+    """Checks a record, and with `inspect` its images."""
+    nominal = row_format.layout((row_format.image.size, row_format.image.size))
+    record, errors, files, layouts = None, [], b"", []
+    try:
+        record = records[index]
+        layouts = [(nominal.tiles, len(nominal))] * len(record.images)
+        check_record(record, records.image_root)
+        files = b"".join(map(_file_state, record.images))
+    except RecordError as error:
+        is_image = error.kind == "missing image"
+        if record is None or error.kind in _NO_FILE:
+            return _Look(record if is_image else None, [error], is_image, b"", layouts)
+        errors.append(error)
+    is_image, look = not errors, policy.look or inspect_image
+    images = zip(record.images, record.image_names, strict=True) if inspect else ()
+    for i, (source, name) in enumerate(images):
+        try:
+            size = look(source, name, policy.max_pixels)
+            check_shape(size, row_format.image, name, policy.max_pixels)
+            layout = row_format.layout(size)
+            layouts[i] = layout.tiles, len(layout)
+        except ImageError as error:
+            errors.append(RecordError(error.kind, f"{record.name}: {error}"))
+    return _Look(record if is_image else None, errors, is_image, files, layouts)
+
+
+def _file_state(source: str | bytes) -> bytes:
+    """Changes when the path, size or time of modification of an image file does."""
+    if not isinstance(source, str):
+        return b""
+    status = os.stat(source)
+    state = f"{source}\0{status.st_size}\0{status.st_mtime_ns}\0"
+    return state.encode(errors="surrogateescape")
+
+
+def _judge(
+    records, looks: list[_Look], policy: ImagePolicy, findings: Findings
+) -> dict[int, RecordError]:
+    """Number -> error of the records that are left out for their images; reports other faults."""
+    faults = {}
+    for index, look in enumerate(looks):
+        for error in look.errors:
+            error = RecordError(error.kind, f"{records.path}: {error}")
+            if look.is_image and policy.skip:
+                faults.setdefault(index, error)
+            else:
+                findings.fault(index, error)
     return faults
+
+
+def _tokenize(
+    cache, records, tokenizer, row_format, looks, progress: bool, findings: Findings
+) -> None:
+    """Tiles of all records and lengths of those that can be used, into the cache."""
+    cache.lengths, cache.refused, cache.cut = np.zeros(len(records), np.int64), {}, 0
+    cache.tiles = np.array([sum(tiles for tiles, _ in look.layouts) for look in looks], np.int64)
+    bar = tqdm(total=len(records), desc="measuring", unit=" records", disable=not progress)
+    for chunk in _chunks(_rendered(records, row_format, looks, findings)):
+        lengths = () if tokenizer is None else _lengths(tokenizer, row_format, chunk)
+        for (index, *texts), length in zip(chunk, lengths, strict=tokenizer is not None):
+            full, reason = int(length), None
+            if full > row_format.max_length:
+                row, reason = truncate(token_row(tokenizer, *texts), row_format.max_length)
+                length = 0 if row is None else len(row)
+                cache.cut += row is not None
+                if row is None:
+                    reason = f"{reason} at max_length={row_format.max_length}"
+                    cache.refused.setdefault(reason, []).append(index)
+            findings.tokens(index, full, reason)
+            cache.lengths[index] = length
+        bar.update(len(chunk))
+    bar.close()
+
+
+def _rendered(
+    records, row_format, looks, findings: Findings
+) -> Iterator[tuple[int, list[tuple[Segment, ...]], list[int]]]:
+    """(number, texts, tokens of each image) of the records that can be used."""
+    for index, look in enumerate(looks):
+        if look.errors and not look.is_image:
+            continue
+        try:
+            texts = render_record(row_format, records, records[index])
+        except RecordError as error:
+            findings.fault(index, error)
+            continue
+        yield index, texts, [tokens for _, tokens in look.layouts]
+
+
+def _chunks(items: Iterable) -> Iterator[list]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
+def _lengths(tokenizer, row_format, chunk) -> Iterable[int]:
+    """Tokens of some rendered records, uncut."""
+    if row_format.turns == "conversation":
+        return tokenizer.lengths([texts[0] for _, texts, _ in chunk], [entry[2] for entry in chunk])
+    return [len(token_row(tokenizer, texts, images)) for _, texts, images in chunk]
 
 
 class _Cache:
@@ -274,7 +285,7 @@ class _Cache:
     """
 
     def __init__(self, folder, records, tokenizer, row_format):
-        self.lengths = self.image_counts = None
+        self.lengths = self.tiles = None
         self.refused: dict[str, list[int]] = {}
         self.cut = 0
         self.images_seen = ""
@@ -284,7 +295,7 @@ class _Cache:
         key = hashlib.sha256()
         for part in (
             _CACHE_VERSION, records.fingerprint(),
-            tokenizer.fingerprint(row_format.tokens_per_tile), row_format.template,
+            tokenizer.fingerprint(row_format.image_key()), row_format.template,
             row_format.max_length, row_format.turns,
         ):  # fmt: skip
             key.update(f"{part}\0".encode())
@@ -294,7 +305,7 @@ class _Cache:
                 self.refused = json.loads(str(data["refused"]))
                 self.images_seen = str(data["images_seen"])
                 self.cut = int(data["cut"])
-                self.lengths, self.image_counts = data["lengths"], data["image_counts"]
+                self.lengths, self.tiles = data["lengths"], data["image_counts"]
         except Exception:  # absent or broken: measure anew
             pass
 
@@ -306,7 +317,7 @@ class _Cache:
             np.savez(
                 file,
                 lengths=self.lengths,
-                image_counts=self.image_counts,
+                image_counts=self.tiles,
                 refused=json.dumps(self.refused),
                 images_seen=self.images_seen,
                 cut=self.cut,

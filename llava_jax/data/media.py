@@ -9,7 +9,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from llava_jax.errors import RecordError
 from llava_jax.models.images import ImageSpec, View, views
@@ -54,7 +54,7 @@ def load_image(
 def inspect_image(
     source: str | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Size (width, height) of an image file, from its first and last bytes where they suffice.
+    """Upright size (width, height) of an image file, from its first and last bytes if they suffice.
 
     Raises what `load_image` would for a missing, truncated or non-image file or too many pixels;
     damage in the middle of a file stays unseen. Decodes only where the end looks wrong.
@@ -63,7 +63,7 @@ def inspect_image(
     with _open(source, name, max_pixels) as image:
         if not _ends_well(image):
             _decode(image, name)
-        return image.size
+        return _upright_size(image)
 
 
 def _open(source: str | bytes, name: str, max_pixels: int) -> Image.Image:
@@ -121,6 +121,17 @@ def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
         )
     if width * height == 0:
         raise ImageError("unreadable image", f"image {name!r} has no pixels ({width}x{height})")
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """The size after `_upright_rgb`, without decoding pixels."""
+    try:
+        # Of a PNG, Pillow would decode the pixels to look for EXIF data behind them.
+        known = image.format != "PNG" or "exif" in image.info
+        turned = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # as in `_upright_rgb`
+        turned = False
+    return image.size[::-1] if turned else image.size
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

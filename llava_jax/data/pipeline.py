@@ -109,12 +109,10 @@ class TrainingData:
         if not len(usable):
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
         self._row_builder = _RowBuilder(records, usable, segment_tokenizer, f, policy)
-        self._rows = _RowStream(
-            measured.lengths[usable], measured.image_counts[usable], row_format, seed
-        )
+        self._rows = _RowStream(measured.lengths[usable], measured.tiles[usable], row_format, seed)
         self.rows_per_epoch = self._rows.rows_before(1)
         self.tokens_per_epoch = int(measured.lengths[usable].sum())
-        self.images_per_epoch = int(measured.image_counts[usable].sum())
+        self.images_per_epoch = int(measured.tiles[usable].sum())
         self.fill = self.tokens_per_epoch / (self.rows_per_epoch * f.max_length)
         if self.rows_per_epoch < batch_size and not pad_final_batch:
             raise LlavaError(
@@ -258,7 +256,7 @@ class _RowBuilder:
         return pack(conversations, pictures, self._format), ids, skipped
 
     def _token_row(self, record: Record, image_lengths: list[int]) -> TokenRow:
-        texts = render_record(self._format.template, self._records, record, self._format.turns)
+        texts = render_record(self._format, self._records, record)
         row = token_row(self._tokenizer, texts, image_lengths)
         row, reason = truncate(row, self._format.max_length)
         if row is None:

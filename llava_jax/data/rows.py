@@ -70,6 +70,12 @@ class RowFormat:
         """The tiles and tokens of a picture of (width, height)."""
         return layout(self.image, self.tokens_per_tile, size)
 
+    def image_key(self):
+        """All that decides the tokens of a picture besides its size, for the keys of caches."""
+        if not self.image.by_size:
+            return self.tokens_per_tile
+        return [self.tokens_per_tile, dataclasses.asdict(self.image)]
+
     def row_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Name -> (shape, dtype) of each array of a row.
 

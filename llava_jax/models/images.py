@@ -43,6 +43,11 @@ class ImageSpec:
             known = ", ".join(MODES)
             raise LlavaError(f"image_mode is {self.mode!r}: choose one of {known}")
 
+    @property
+    def by_size(self) -> bool:
+        """Whether tiles and tokens depend on the size of a picture."""
+        return MODES[self.mode].by_size
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -85,10 +90,12 @@ class Mode:
     Attributes:
       views: (spec, size of the picture) -> its views; their tiles follow each other.
       features: (spec, P, size of the picture) -> `Layout.features`.
+      by_size: whether the number of tiles or tokens depends on the size.
     """
 
     views: Callable[[ImageSpec, Size], tuple[View, ...]]
     features: Callable[[ImageSpec, int, Size], np.ndarray]
+    by_size: bool = False
 
 
 def _square(spec: ImageSpec, size: Size) -> tuple[View, ...]:

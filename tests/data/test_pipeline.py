@@ -150,8 +150,8 @@ def test_a_built_data_set_gives_the_same_batches(make, data_set, tmp_path):
         equal(a, b)
 
 
-def refuse(scan):
-    assert not scan._waiting, "tokenizes again"
+def refuse(*_, **__):
+    raise AssertionError("measured again")
 
 
 def test_lengths_are_cached(make, data_set, tmp_path, monkeypatch, tokenizers):
@@ -159,7 +159,7 @@ def test_lengths_are_cached(make, data_set, tmp_path, monkeypatch, tokenizers):
     first = make(cache_dir=cache)
     assert len(list(cache.glob("*.npz"))) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("llava_jax.data.measuring._Scan._tokenize", refuse)
+        patch.setattr("llava_jax.data.measuring._tokenize", refuse)
         second = make(cache_dir=cache)
         for changed in (
             {"max_length": 100},
@@ -265,14 +265,14 @@ def test_good_images_are_inspected_once(make, data_set, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     make(cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr("llava_jax.data.measuring.inspect_image", None)  # would be called
+        patch.setattr("llava_jax.data.media._open", None)  # would be called
         make(cache_dir=cache)
         with pytest.raises(TypeError):
             make(cache_dir=cache, max_pixels=10_000)
     built = build_data_set(*data_set, tmp_path / "sets", "shapes", progress=False)
     make(open_records(built), cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr("llava_jax.data.measuring._Scan", None)
+        patch.setattr("llava_jax.data.measuring._look", refuse)
         make(open_records(built), cache_dir=cache)
     (data_set[1] / "a/5.png").write_bytes(b"changed")
     with pytest.raises(LlavaError, match="5.png"):
