@@ -162,8 +162,8 @@ def _look_at_all(
     look_at = functools.partial(_look, records, row_format, policy, inspect)
     with ThreadPool(threads) as pool:
         found = pool.imap(look_at, range(len(records)), chunksize=16)
-        bar = tqdm(found, "checking records", len(records), unit=" records", disable=not progress)
-        for look in bar:
+        title = "checking images" if inspect else "checking records"
+        for look in tqdm(found, title, len(records), unit=" records", disable=not progress):
             state.update(look.files)
             if look.record is not None:
                 findings.record(look.record)
@@ -228,8 +228,8 @@ def _tokenize(
     """Tiles of all records and lengths of those that can be used, into the cache."""
     cache.lengths, cache.refused, cache.cut = np.zeros(len(records), np.int64), {}, 0
     cache.tiles = np.array([sum(tiles for tiles, _ in look.layouts) for look in looks], np.int64)
-    bar = tqdm(total=len(records), desc="measuring", unit=" records", disable=not progress)
-    for chunk in _chunks(_rendered(records, row_format, looks, findings)):
+    bar = tqdm(looks, "measuring", unit=" records", disable=not progress)
+    for chunk in _chunks(_rendered(records, row_format, bar, findings)):
         lengths = () if tokenizer is None else _lengths(tokenizer, row_format, chunk)
         for (index, *texts), length in zip(chunk, lengths, strict=tokenizer is not None):
             full, reason = int(length), None
@@ -242,8 +242,6 @@ def _tokenize(
                     cache.refused.setdefault(reason, []).append(index)
             findings.tokens(index, full, reason)
             cache.lengths[index] = length
-        bar.update(len(chunk))
-    bar.close()
 
 
 def _rendered(
