@@ -25,6 +25,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from absl import flags
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from llava_jax import command
 from llava_jax.files import write_json
@@ -76,6 +78,9 @@ def make_source(folder: Path, config: LlavaConfig) -> None:
         images = hf_form.preprocessor_config_json(config)
         write_json(partial_folder / "preprocessor_config.json", images)
         write_checkpoint_files(partial_folder, tensors(config))
+        core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(config.image_token_id)}, "t0"))
+        core.add_special_tokens(["<image>"])
+        PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(partial_folder)
     (folder / "checksums.json").unlink()  # as a checkpoint of others comes
 
 

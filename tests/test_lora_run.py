@@ -9,7 +9,8 @@ from flax.traverse_util import flatten_dict
 
 from llava_jax import Llava
 from llava_jax.errors import LlavaError
-from llava_jax.weights.run_directory import checkpoint_of, load_run, saved_params
+from llava_jax.weights.load import load_run
+from llava_jax.weights.run_directory import checkpoint_of, saved_params
 from tests.tiny_run import instruct
 
 STAGE = {

@@ -13,7 +13,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.run_directory import checkpoint_of, latest_step, load_run
+from llava_jax.weights.load import load_run
+from llava_jax.weights.run_directory import checkpoint_of, latest_step
 from tests.tiny_run import align, instruct, start_script
 
 

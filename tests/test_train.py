@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax import Llava
 from llava_jax.errors import LlavaError
-from llava_jax.weights import run_directory
+from llava_jax.weights.load import load_run
 from llava_jax.weights.read.llava_folder import load_decoder, load_vision
-from llava_jax.weights.run_directory import checkpoint_of, latest_step, load_run
+from llava_jax.weights.run_directory import checkpoint_of, latest_step
 from tests import tiny_run
 from tests.tiny_model import random_image
 from tests.tiny_run import align, instruct, run_script, start_script
@@ -347,7 +347,7 @@ def rewrite_params(step_folder: Path, change) -> None:
         tree = flatten_dict(checkpointer.restore(step_folder / "params"), sep="/")
         change(tree)
         shutil.rmtree(step_folder / "params")
-        nested = run_directory.unflatten_dict({tuple(k.split("/")): v for k, v in tree.items()})
+        nested = unflatten_dict({tuple(k.split("/")): v for k, v in tree.items()})
         checkpointer.save(step_folder / "params", nested)
 
 

@@ -118,7 +118,7 @@ class Llava:
           template: name of a conversation template to use instead of the folder's own words.
           options: of `open_llava`, for a folder that train.py did not write.
         """
-        from llava_jax.weights.run_directory import load_model
+        from llava_jax.weights.load import load_model
 
         if template is not None:
             get_template(template)  # an unknown name is reported before the weights are read

@@ -1,8 +1,8 @@
 """Prompts as a checkpoint's own Hugging Face processor makes them: its chat template, its ids.
 
 Follows LlavaProcessor of transformers: the chat template renders messages whose content is a list
-of images and texts, `<image>` in what comes out grows to an image's number of tokens, and the text
-is tokenized whole. Our own templates are tokenized between images instead, as the original does.
+of images and texts, the image token in the result grows to an image's number of tokens, and the
+text is tokenized whole. Our own templates are tokenized between images, as the original does.
 """
 
 from collections.abc import Sequence
@@ -11,52 +11,72 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
+from llava_jax.text.tokenization import check_plain_text, other_models, placeholder
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def check_image_token(tokenizer, image_token_id: int) -> None:
-    """Raises LlavaError where the tokenizer's id for `<image>` is not the model's."""
-    found = tokenizer.get_vocab().get(IMAGE_TOKEN)
-    if found != image_token_id:
-        raise LlavaError(
-            f"the tokenizer in {tokenizer.name_or_path} has {IMAGE_TOKEN} as {found} and "
-            f"config.json has image_token_index={image_token_id}: they belong to different "
-            "models."
-        )
+def processor_placeholder(tokenizer, chat_template: str, image_token_id: int) -> str | None:
+    """`placeholder`, after checking that it is what the chat template writes for an image.
+
+    Raises:
+      LlavaError: also if `<image>` is another token, and the chat template does not write the
+        model's.
+    """
+    token = placeholder(tokenizer, image_token_id)
+    named = tokenizer.get_vocab().get(IMAGE_TOKEN, image_token_id)
+    if 0 <= image_token_id != named and (token is None or token not in chat_template):
+        raise other_models(tokenizer, image_token_id)
+    return token
 
 
 class ProcessorPrompt:
     """Turns -> token ids that wait for an answer.
 
+    If the placeholder is no token of the tokenizer (in the original LLaVA's form), the text is
+    tokenized between images.
+
     Args:
       tokenizer: a Hugging Face tokenizer.
       chat_template: Jinja text.
-      image_token_id: the placeholder id, which must be the tokenizer's for `<image>`.
+      image_token_id: the placeholder id.
     """
 
     def __init__(self, tokenizer, chat_template: str, image_token_id: int):
-        check_image_token(tokenizer, image_token_id)
+        self.placeholder = processor_placeholder(tokenizer, chat_template, image_token_id)
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.image_token_id = image_token_id
         self.takes_lists = self._takes_lists()
 
     def __call__(self, turns: Sequence[Turn], image_lengths: Sequence[int] = ()) -> np.ndarray:
         """int32 [T]; `image_lengths`: tokens of each image, in the order of their `<image>`."""
+        for turn in turns:
+            check_plain_text(turn.text, self.placeholder)
         content = _content if self.takes_lists else lambda text: text
         messages = [{"role": _ROLES[turn.role], "content": content(turn.text)} for turn in turns]
-        text = self._render(messages)
-        images, found = sum(turn.text.count(IMAGE_TOKEN) for turn in turns), text.count(IMAGE_TOKEN)
-        if found != images:
+        chunks = self._render(messages).split(IMAGE_TOKEN)
+        images = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+        if len(chunks) - 1 != images:
             raise LlavaError(
-                f"the chat template of {self.tokenizer.name_or_path} makes {found} {IMAGE_TOKEN} "
-                f"of {images} image(s): it is not of a LLaVA."
+                f"the chat template of {self.tokenizer.name_or_path} makes {len(chunks) - 1} "
+                f"{IMAGE_TOKEN} of {images} image(s): it is not of a LLaVA"
             )
-        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        ids = np.array(self.tokenizer(text, add_special_tokens=not begun)["input_ids"], np.int32)
+        bos = self.tokenizer.bos_token
+        begun = bos is not None and chunks[0].startswith(bos)
+        if self.placeholder is None:
+            rows = [self._ids(text, not (i or begun)) for i, text in enumerate(chunks)]
+            for i, length in enumerate(image_lengths):
+                image = np.full(length, self.image_token_id, np.int32)
+                rows[i + 1] = np.concatenate([image, rows[i + 1]])
+            return np.concatenate(rows)
+        ids = self._ids(self.placeholder.join(chunks), not begun)
         repeats = np.ones(len(ids), int)
         repeats[ids == self.image_token_id] = image_lengths
         return np.repeat(ids, repeats)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> np.ndarray:
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return np.array(ids, np.int32)
 
     def _takes_lists(self) -> bool:
         """False for a template written for texts alone."""
@@ -67,8 +87,9 @@ class ProcessorPrompt:
             return False
 
     def _render(self, messages: list[dict]) -> str:
+        """The text, with `<image>` for an image whatever the template writes."""
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.chat_template,
                 tokenize=False,
@@ -79,6 +100,7 @@ class ProcessorPrompt:
                 f"the chat template of {self.tokenizer.name_or_path} cannot render this "
                 f"conversation: {str(error).splitlines()[0]}"
             ) from error
+        return text.replace(self.placeholder or IMAGE_TOKEN, IMAGE_TOKEN)
 
 
 def _content(text: str) -> list[dict]:

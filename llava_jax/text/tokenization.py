@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from llava_jax.errors import LlavaError
+from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.text.conversation import IMAGE_TOKEN
 from llava_jax.text.templates import Segment
@@ -69,6 +69,49 @@ def _keep_spaces(processor) -> None:
             _keep_spaces(inner)
 
 
+def placeholder(tokenizer, image_token_id: int) -> str | None:
+    """The text of the token that stands for an image's features; None if it is no token.
+
+    Most LLaVAs call it `<image>`; some take another special token.
+
+    Raises:
+      LlavaError: it is an ordinary token of text.
+    """
+    core = tokenizer.backend_tokenizer
+    token = core.id_to_token(image_token_id) if image_token_id >= 0 else None
+    if token is not None and image_token_id not in core.get_added_tokens_decoder():
+        if core.token_to_id(IMAGE_TOKEN) is not None:
+            raise other_models(tokenizer, image_token_id)
+        raise LlavaError(
+            f"the tokenizer in {tokenizer.name_or_path} has {image_token_id}, which config.json "
+            f"gives as image_token_index, for the text {token!r}: an image needs a token of its "
+            f"own, such as a special token {IMAGE_TOKEN}"
+        )
+    return token
+
+
+def other_models(tokenizer, image_token_id: int) -> LlavaError:
+    """The error of a tokenizer whose `<image>` is not the model's placeholder."""
+    return LlavaError(
+        f"the tokenizer in {tokenizer.name_or_path} has {IMAGE_TOKEN} as "
+        f"{tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)} and config.json has "
+        f"image_token_index={image_token_id}: they belong to different models"
+    )
+
+
+def check_plain_text(text: str, placeholder: str | None) -> None:
+    """Raises RecordError if a text holds the model's placeholder, spelled otherwise than `<image>`.
+
+    It would be read as an image that is not there.
+    """
+    if placeholder not in (None, IMAGE_TOKEN) and placeholder in text:
+        raise RecordError(
+            "placeholder in a text",
+            f"the text holds {placeholder}, which stands for an image in this model: write "
+            f"{IMAGE_TOKEN} for an image, and leave {placeholder} out",
+        )
+
+
 class SegmentTokenizer:
     """Tokenizes rendered conversations for one model; picklable.
 
@@ -85,6 +128,7 @@ class SegmentTokenizer:
         self.image_token_id = int(image_token_id)
         self.use_im_start_end = use_im_start_end
         self._core = fast_core(tokenizer)
+        self._placeholder = placeholder(tokenizer, self.image_token_id)
         if use_im_start_end:
             for token in (IM_START_TOKEN, IM_END_TOKEN):
                 if self._core.token_to_id(token) is None:
@@ -146,6 +190,7 @@ class SegmentTokenizer:
             spans.append((position, end, segment))
             position = end
         text = self.text(segments)
+        check_plain_text(text, self._placeholder)
         chunks, start = [], 0
         for match in re.finditer(re.escape(IMAGE_TOKEN), text):
             chunks.append((start, text[start : match.start()]))

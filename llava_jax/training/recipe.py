@@ -21,16 +21,10 @@ from llava_jax.models.presets import preset
 from llava_jax.models.projector import ProjectorSpec
 from llava_jax.text.templates import get_template
 from llava_jax.training.step import PARITY_DEVICES
+from llava_jax.weights.load import open_components, source_config
 from llava_jax.weights.read.huggingface import composed_config
-from llava_jax.weights.run_directory import (
-    COMPONENTS,
-    Source,
-    checkpoint_of,
-    is_llava_folder,
-    open_components,
-    source_config,
-    weights_checksum,
-)
+from llava_jax.weights.read.llava_folder import is_llava_folder
+from llava_jax.weights.run_directory import COMPONENTS, Source, checkpoint_of, weights_checksum
 
 MODEL_OVERRIDES = ("projector", "feature_layer", "image_size", "image_mode")
 # What may differ when a run is resumed: it changes speed, logs or place, never the result.

@@ -13,20 +13,16 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
-from llava_jax.files import write_json
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.text.chat_template import chat_template
-from llava_jax.text.conversation import IMAGE_TOKEN
-from llava_jax.text.processor_prompt import check_image_token
 from llava_jax.text.templates import get_template
-from llava_jax.text.tokenizer import load_tokenizer
-from llava_jax.weights.checksums import CHECKSUMS_FILE
 from llava_jax.weights.families import Families, families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files
 from llava_jax.weights.lazy import PARAMETER_DTYPES
-from llava_jax.weights.read.fields import read_json
+from llava_jax.weights.load import open_run
 from llava_jax.weights.read.llava_folder import LlavaFolder, components, is_llava_folder, open_llava
-from llava_jax.weights.run_directory import checkpoint_of, open_run
+from llava_jax.weights.read.prompt_words import PromptWords, run_words
+from llava_jax.weights.run_directory import checkpoint_of
 from llava_jax.weights.write import huggingface as hf_form
 from llava_jax.weights.write import original as original_form
 from llava_jax.weights.write.peft import write_adapter
@@ -57,17 +53,17 @@ class FolderToWrite:
     Attributes:
       config: what must be read back.
       write_side_files: writes all but the weights and their checksums into a folder.
+      loaded_by: programs that load it.
     """
 
     config: LlavaConfig
     tensors: list[TensorToWrite]
     write_side_files: Callable[[Path], None]
+    loaded_by: tuple[str, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="run directory, step of one, or LLaVA folder"
-    )
+    add_checkpoint_argument(parser, "a run of train.py, one of its checkpoints/STEP, or a LLaVA")
     parser.add_argument(
         "--format",
         required=True,
@@ -77,7 +73,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
+def add_checkpoint_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """--checkpoint DIR; the older positional form is read by `checkpoint_of_arguments` too."""
+    parser.add_argument("--checkpoint", metavar="DIR", help=f"{text} (required)")
+    parser.add_argument("positional", nargs="?", help=argparse.SUPPRESS)
+
+
+def checkpoint_of_arguments(args: argparse.Namespace) -> str:
+    given = [path for path in (args.checkpoint, args.positional) if path]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise LlavaError(f"name one model with --checkpoint DIR, not {found}")
+    return given[0]
+
+
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="the words in which the model is asked; default: those that its folder or run names",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--dtype", choices=PARAMETER_DTYPES, help="of the weights; default: as they are"
@@ -86,11 +101,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
+    path = checkpoint_of_arguments(args)
     if args.format == "peft":
-        write_adapter(args.checkpoint, Path(args.out), args.dtype)
+        write_adapter(path, Path(args.out), args.dtype)
         return 0
-    checkpoint = open_checkpoint(args.checkpoint)
-    write_folder(FORMATS[args.format](checkpoint, args.dtype), Path(args.out))
+    write_folder(FORMATS[args.format](open_checkpoint(path), args.dtype, args.template), args.out)
     return 0
 
 
@@ -107,11 +122,18 @@ def open_checkpoint(path: str | Path) -> LlavaFolder:
         for name, parameter in array_params(branch).items()
     }
     tokenizer = step_folder.parent.parent / "tokenizer"
-    families = families_of(run.config)
-    return LlavaFolder(step_folder, run.config, families, params, {}, run.template, tokenizer)
+    return LlavaFolder(
+        folder=step_folder,
+        config=run.config,
+        families=families_of(run.config),
+        params=params,
+        idle={},
+        words=partial(run_words, tokenizer, run.template),
+        tokenizer_dir=tokenizer,
+    )
 
 
-def write_folder(folder: FolderToWrite, out: Path) -> None:
+def write_folder(folder: FolderToWrite, out: str | Path) -> None:
     """Writes a folder whole or not at all, its weights one tensor at a time.
 
     Raises:
@@ -119,6 +141,7 @@ def write_folder(folder: FolderToWrite, out: Path) -> None:
         result would be read back as another model.
     """
     refuse_existing(out)
+    out = Path(out)
     total = sum(tensor.bytes for tensor in folder.tensors)
     check_space(out, total)
     digests = {}
@@ -129,7 +152,9 @@ def write_folder(folder: FolderToWrite, out: Path) -> None:
         found = open_llava(partial_folder).config
         if found != folder.config:
             raise LlavaError(f"{out} would be read back as {found} and not {folder.config}")
-    print(f"{out}: {total / 1e9:.2f} GB of weights, with checksums", file=sys.stderr)
+    *most, last = folder.loaded_by
+    programs = f"{', '.join(most)} and {last}" if most else f"{last} alone"
+    _tell(f"{out}: {total / 1e9:.2f} GB of weights, with checksums; loads in {programs}")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -143,19 +168,27 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def hugging_face(checkpoint: LlavaFolder, dtype: str | None) -> FolderToWrite:
+def hugging_face(
+    checkpoint: LlavaFolder, dtype: str | None, template: str | None = None
+) -> FolderToWrite:
     """The folder that transformers' LlavaForConditionalGeneration loads.
 
-    A folder in this form keeps its config, processor and tokenizer; only the names of tensors
-    become those of the llava-hf checkpoints. For any other, the tokenizer gets a token for
-    `<image>`, and the embedding table and the head get rows for it if they have none to spare.
+    A folder in this form keeps its config and tokenizer and gets what its processor lacks; only the
+    names of tensors become those of the llava-hf checkpoints. For any other, the tokenizer gets a
+    token for `<image>`, and the embedding table and the head get rows for it if they have none to
+    spare.
     """
+    words = _words(checkpoint, template)
     if hf_form.is_hf_folder(checkpoint.folder):
-        return _same_form(checkpoint, dtype)
-    hf_form.check_expressible(checkpoint.config)
-    tokenizer, template = _tokenizer(checkpoint), get_template(checkpoint.template)
-    if checkpoint.chat_template is None:
-        hf_form.warn_of_other_tokens(tokenizer, template, _tell)
+        parts = _component_tensors(checkpoint, dtype, checkpoint.families)
+        tensors = _with_roots(parts, HF_ROOTS)
+        dtype = _main_dtype(tensors)
+        write = hf_form.copied_side_files(checkpoint, words, bool(template), dtype, _tell)
+        return FolderToWrite(checkpoint.config, tensors, write, _loaded_by(checkpoint))
+    _check_form("hf", checkpoint.config)
+    tokenizer = _tokenizer(checkpoint, words)
+    if words.chat_template is None:
+        hf_form.warn_of_other_tokens(tokenizer, get_template(words.template), _tell)
     config = hf_form.with_image_token(checkpoint.config, tokenizer.image_id)
     parts = _component_tensors(checkpoint, dtype, families_of(config))
     parts["decoder"] = [_grown(t, config.decoder.vocab_size) for t in parts["decoder"]]
@@ -165,57 +198,78 @@ def hugging_face(checkpoint: LlavaFolder, dtype: str | None) -> FolderToWrite:
         hf_form.write_side_files,
         config=config,
         tokenizer=tokenizer,
-        template=template,
+        words=words,
         dtype=_main_dtype(tensors),
         vision_use_head=has_head,
     )
-    return FolderToWrite(config, tensors, write)
+    return FolderToWrite(config, tensors, write, _loaded_by(checkpoint))
 
 
-def _same_form(checkpoint: LlavaFolder, dtype: str | None) -> FolderToWrite:
-    values = read_json(checkpoint.folder / "config.json")
-    families = checkpoint.families
-    if checkpoint.tokenizer_dir is not None:  # copied, so that nothing else would notice
-        rows = checkpoint.config.decoder.vocab_size
-        tokenizer = load_tokenizer(checkpoint.tokenizer_dir, rows)
-        if IMAGE_TOKEN in tokenizer.get_vocab():
-            check_image_token(tokenizer, checkpoint.config.image_token_id)
-    tensors = _with_roots(_component_tensors(checkpoint, dtype, families), HF_ROOTS)
-    write = partial(_copy_side_files, checkpoint.folder, values, _main_dtype(tensors))
-    return FolderToWrite(checkpoint.config, tensors, write)
+def _loaded_by(checkpoint: LlavaFolder) -> tuple[str, ...]:
+    """Programs that load a folder in Hugging Face form; see docs/use/weights.md for what was run.
+
+    Of the features of several layers only transformers makes one.
+    """
+    one_layer = isinstance(checkpoint.config.feature_layer, int)
+    return checkpoint.families.vision.loaded_by if one_layer else ("transformers",)
 
 
-def original(checkpoint: LlavaFolder, dtype: str | None) -> FolderToWrite:
+def original(
+    checkpoint: LlavaFolder, dtype: str | None, template: str | None = None
+) -> FolderToWrite:
     """The folder that the original LLaVA code loads, vision encoder included."""
-    original_form.check_expressible(checkpoint.config)
+    _check_form("llava", checkpoint.config)
+    words = _words(checkpoint, template)
     config = dataclasses.replace(checkpoint.config, image_token_id=IMAGE_TOKEN_ID)
     parts = _component_tensors(checkpoint, dtype, families_of(config), original=True)
     tensors = _with_roots(parts, ORIGINAL_ROOTS)
     write = partial(
         original_form.write_side_files,
         config=config,
-        tokenizer=_tokenizer(checkpoint),
+        tokenizer=_tokenizer(checkpoint, words),
+        words=words,
         dtype=_main_dtype(tensors),
     )
-    return FolderToWrite(config, tensors, write)
+    return FolderToWrite(config, tensors, write, ("the original LLaVA code",))
 
 
 FORMATS = {"hf": hugging_face, "llava": original}
+_FAULTS = {"hf": hf_form.fault, "llava": original_form.fault}
+
+
+def writable(form: str, config: LlavaConfig) -> bool:
+    """Whether a form can express a model."""
+    return _FAULTS[form](config) is None
+
+
+def _check_form(form: str, config: LlavaConfig) -> None:
+    """Raises LlavaError, with the form that can, if one cannot express a model."""
+    fault = _FAULTS[form](config)
+    if fault is None:
+        return
+    other = next((f"use --format {f}" for f in FORMATS if writable(f, config)), "")
+    raise LlavaError(
+        f"this model cannot be written in the form {form}: {fault}; "
+        f"{other or 'use the run directory itself'}"
+    )
+
+
+def _words(checkpoint: LlavaFolder, template: str | None) -> PromptWords:
+    """How the model is asked; a guess is reported."""
+    words = checkpoint.words(template)
+    if words.warning:
+        _tell(words.warning)
+    return words
 
 
 def _tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _tokenizer(checkpoint: LlavaFolder) -> hf_form.HFTokenizer:
-    if checkpoint.tokenizer_dir is None:
-        raise LlavaError(
-            f"{checkpoint.folder} has no tokenizer: put its tokenizer.json, or tokenizer.model, "
-            "and tokenizer_config.json there"
-        )
+def _tokenizer(checkpoint: LlavaFolder, words: PromptWords) -> hf_form.HFTokenizer:
     return hf_form.prepare_tokenizer(
-        checkpoint.tokenizer_dir,
-        checkpoint.chat_template or chat_template(get_template(checkpoint.template)),
+        checkpoint.needed_tokenizer(),
+        words.chat_template or chat_template(get_template(words.template)),
         checkpoint.config.decoder.vocab_size,
         checkpoint.added_tokens,
     )
@@ -271,12 +325,3 @@ def _grown(tensor: TensorToWrite, rows: int) -> TensorToWrite:
         return np.concatenate([table, np.broadcast_to(mean, (rows - old, *width))])
 
     return dataclasses.replace(tensor, shape=(rows, *width), values=values)
-
-
-def _copy_side_files(source: Path, values: dict, dtype: str, folder: Path) -> None:
-    """Everything beside the weights, config.json told of their dtype."""
-    for path in source.iterdir():
-        of_weights = path.name == CHECKSUMS_FILE or path.name.endswith(".index.json")
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and not of_weights:
-            shutil.copyfile(path, folder / path.name)
-    write_json(folder / "config.json", values | hf_form.dtype_keys(dtype))

@@ -13,13 +13,11 @@ from types import MappingProxyType
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
-from llava_jax.models.images import CLIP_MEAN, CLIP_STD
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights import decoder_configs, encoder_configs
 from llava_jax.weights.name_tables import CLIP, DINOV2, LLAMA, SIGLIP, NameTable
-
-HALF = (0.5, 0.5, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,8 @@ class EncoderFamily:
       class_name: of transformers.
       read, names: as in DecoderFamily.
       more_keys: of `config.json` besides those of every family, for a config.
-      image_mode, image_mean, image_std: how its pictures are prepared if no file says so.
+      loaded_by: programs that load a LLaVA around it in Hugging Face form.
+      images: how its pictures are prepared if no file says so, at the size of the encoder's.
     """
 
     model_types: tuple[str, ...]
@@ -74,13 +73,16 @@ class EncoderFamily:
     read: Callable[[dict, str], ViTConfig]
     names: NameTable
     more_keys: Callable[[ViTConfig], dict]
-    image_mode: str = "square"
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
+    loaded_by: tuple[str, ...]
+    images: ImageSpec = ImageSpec(mode="square")
 
     @property
     def model_type(self) -> str:
         return self.model_types[0]
+
+    def default_images(self, config: ViTConfig) -> ImageSpec:
+        """How pictures are prepared for an encoder if no file says so."""
+        return dataclasses.replace(self.images, size=config.image_size)
 
     def write(self, config: ViTConfig) -> dict:
         """`config.json` of an encoder alone."""
@@ -143,6 +145,7 @@ _ENCODERS = (
         read=encoder_configs.clip,
         names=CLIP,
         more_keys=encoder_configs.clip_keys,
+        loaded_by=("transformers", "vLLM", "llama.cpp"),
     ),
     EncoderFamily(
         model_types=("siglip_vision_model", "siglip"),
@@ -150,9 +153,8 @@ _ENCODERS = (
         read=encoder_configs.siglip,
         names=SIGLIP,
         more_keys=encoder_configs.siglip_keys,
-        image_mode="resize",
-        image_mean=HALF,
-        image_std=HALF,
+        loaded_by=("transformers", "vLLM"),
+        images=ImageSpec(mode="resize", mean=(0.5,) * 3, std=(0.5,) * 3),
     ),
     EncoderFamily(
         model_types=("dinov2",),
@@ -160,6 +162,7 @@ _ENCODERS = (
         read=encoder_configs.dinov2,
         names=DINOV2,
         more_keys=encoder_configs.dinov2_keys,
+        loaded_by=("transformers",),
     ),
 )
 

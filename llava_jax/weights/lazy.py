@@ -7,7 +7,7 @@ time.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -166,6 +166,22 @@ def standard_names(
             raise twice(by_key[key], tensor)
         by_key[key] = tensor
     return by_key
+
+
+def canonical_names(table: NameTable, config: object) -> Callable[[str], str]:
+    """A name in any spelling of the table -> the spelling that is written."""
+    spellings = {
+        key.format(layer=layer): parameter.keys[0].format(layer=layer)
+        for parameter in table.parameters
+        for key in parameter.keys[1:]
+        for layer in range(config.num_layers if parameter.path.startswith(STACKED) else 1)
+    }
+
+    def canonical(name: str) -> str:
+        name = _standard_name(table, name)
+        return spellings.get(name, name)
+
+    return canonical
 
 
 def _standard_name(table: NameTable, name: str) -> str:

@@ -12,33 +12,23 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.models.decoder import DecoderConfig, RopeScaling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig, abstract_params
-from llava_jax.models.lora import LoraConfig, abstract_lora, merge_lora
-from llava_jax.models.vit import ViTConfig, num_blocks
+from llava_jax.models.lora import LoraConfig, abstract_lora
+from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.checksums import CHECKSUMS_FILE, read_checksums, sha256
-from llava_jax.weights.hub import local_folder
-from llava_jax.weights.lazy import LazyParameter, read_tree
 from llava_jax.weights.read.fields import read_json
-from llava_jax.weights.read.llava_folder import (
-    is_llava_folder,
-    open_decoder,
-    open_llava,
-    open_vision,
-)
 
 COMPONENTS = ("vision", "projector", "decoder")
 
@@ -64,18 +54,6 @@ class RunModel:
     template: str
     sources: dict[str, Source]  # component -> source, for components with frozen parameters
     lora: LoraConfig | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model ready for use: parameters as a nested dict, on the device or devices asked for."""
-
-    config: LlavaConfig
-    params: dict
-    tokenizer_dir: Path
-    template: str
-    added_tokens: tuple[str, ...] = ()  # see LlavaFolder
-    chat_template: str | None = None
 
 
 def config_from_dict(values: dict) -> LlavaConfig:
@@ -142,13 +120,16 @@ def _find_source(workdir: Path, component: str, values: dict) -> Source:
 
 
 def latest_step(workdir: Path) -> int | None:
-    """The newest complete checkpoint of a run, or None.
+    """The newest complete checkpoint of a run, or None: as Orbax counts, which skips `0009`."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return None
+    return max((int(p.name) for p in folder.iterdir() if _is_step(p)), default=None)
 
-    As Orbax does, it counts folders named by a plain number, not a file `9` or a folder `0009`.
-    """
-    folders = (path for path in (workdir / "checkpoints").glob("*") if path.is_dir())
-    steps = (path.name for path in folders if re.fullmatch("0|[1-9][0-9]*", path.name))
-    return max(map(int, steps), default=None)
+
+def _is_step(path: Path) -> bool:
+    """Whether Orbax takes a path below checkpoints/ for a step: a folder named by a number."""
+    return path.name.isdecimal() and str(int(path.name)) == path.name and path.is_dir()
 
 
 def checkpoint_of(path: str | Path) -> Path:
@@ -158,7 +139,7 @@ def checkpoint_of(path: str | Path) -> Path:
       LlavaError: the path is neither, or the run has no complete checkpoint yet.
     """
     path = Path(path)
-    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
+    if path.parent.name == "checkpoints" and _is_step(path):
         return path
     if not (path / "model.json").is_file():
         raise LlavaError(
@@ -189,102 +170,7 @@ def weights_checksum(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def source_config(path: Path) -> LlavaConfig:
-    """The model config of a run, a step folder, or a LLaVA folder of others."""
-    if is_llava_folder(path):
-        return open_llava(path).config
-    return read_run_model(checkpoint_of(path).parent.parent).config
-
-
-def open_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
-    """Parameters of some components, from any kind of source, checked to fit but not yet read.
-
-    Args:
-      path: a LLaVA folder, one of an encoder or of a language model alone, a run, or a step of one.
-      config: the model wanted.
-    Returns:
-      A nested dict of LazyParameter; what a run trained is read, as float32 arrays.
-    """
-    if is_llava_folder(path):
-        found = open_llava(path).params
-    elif not (path / "config.json").is_file() or (path / "model.json").is_file():
-        found = flatten_dict(open_run(checkpoint_of(path), components)[1], sep="/")
-    elif components == ["vision"]:
-        blocks = num_blocks(config.vision, config.feature_layer)
-        found = _below("vision", open_vision(path, blocks, config.vision)[1])
-    elif components == ["decoder"]:
-        found = _below("decoder", open_decoder(path, config.decoder)[1])
-    else:
-        raise LlavaError(f"{path} is not a whole LLaVA: it cannot give the {components[-1]}")
-    found = {tuple(name.split("/")): leaf for name, leaf in found.items()}
-    found = {name: leaf for name, leaf in found.items() if name[0] in components}
-    expected = _expected(config)
-    check_params(str(path), found, expected)
-    check_complete(str(path), found, expected, components)
-    return {component: {} for component in components} | unflatten_dict(found)
-
-
-def _below(component: str, params: dict) -> dict:
-    return {f"{component}/{name}": leaf for name, leaf in params.items()}
-
-
-def load_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
-    """What `open_components` finds, read: float32 arrays."""
-    found = open_components(path, components, config)
-    return {component: {} for component in components} | _read_lazy(found, path.name)
-
-
-def _read_lazy(params: dict, name: str) -> dict:
-    """A tree with every LazyParameter in it read, in float32."""
-    flat = flatten_dict(params, sep="/")
-    lazy = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LazyParameter)}
-    read = flatten_dict(read_tree(lazy, "float32", name), sep="/")
-    return unflatten_dict(flat | read, sep="/")
-
-
-def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
-    """What `open_run` finds, read: float32 arrays."""
-    run, params = open_run(step_folder, components)
-    return run, _read_lazy(params, step_folder.parent.parent.name)
-
-
-def open_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
-    """The model of a checkpoint, or some of its components: base and trained tree laid over it.
-
-    What it was trained on is LazyParameter, not yet read; the trained tree is read. LoRA is added
-    to the kernels it belongs to, which are read for that.
-
-    Raises:
-      LlavaError: the base is gone or changed since the run, or the checkpoint does not fit it.
-    """
-    run = read_run_model(step_folder.parent.parent)
-    params = {}
-    for component in set(run.sources) & set(components):
-        source = run.sources[component]
-        if weights_checksum(source.path) != source.checksum:
-            raise LlavaError(
-                f"the weights in {source.path} changed since {step_folder.parent.parent} was "
-                f"trained on them: its {component} would not be the model that was trained"
-            )
-        params |= open_components(source.path, [component], run.config)
-    trained = flatten_dict(read_trained(step_folder, run))
-    here = lambda path: path[1 if path[0] == "lora" else 0] in components
-    merged = {**flatten_dict(params), **{p: leaf for p, leaf in trained.items() if here(p)}}
-    check_complete(str(step_folder), merged, _expected(run.config, run.lora), components)
-    if any(path[0] == "lora" for path in merged):
-        merged = _with_lora(merged, run.lora, step_folder.parent.parent.name)
-    return run, unflatten_dict(merged)
-
-
-def _with_lora(flat: dict, lora: LoraConfig, name: str) -> dict:
-    """Paths -> parameters with the update added; of the lazy ones its kernels alone are read."""
-    adapted = {(*path[1:-1], "kernel") for path in flat if path[0] == "lora"}
-    chosen = {p: leaf for p, leaf in flat.items() if p[0] == "lora" or p in adapted}
-    merged = flatten_dict(merge_lora(_read_lazy(unflatten_dict(chosen), name), lora))
-    return {p: leaf for p, leaf in flat.items() if p not in chosen} | merged
-
-
-def _expected(
+def expected_shapes(
     config: LlavaConfig, lora: LoraConfig | None = None
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of the model."""
@@ -319,7 +205,7 @@ def read_trained(step_folder: Path, run: RunModel) -> dict:
     import orbax.checkpoint as ocp  # late, as above
 
     saved = saved_params(step_folder)
-    check_params(str(step_folder), flatten_dict(saved), _expected(run.config, run.lora))
+    check_params(str(step_folder), flatten_dict(saved), expected_shapes(run.config, run.lora))
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
     with _orbax_warnings_off(), ocp.PyTreeCheckpointer() as reader:
         try:
@@ -387,51 +273,3 @@ def check_complete(where: str, found: dict, expected: dict, components) -> None:
 def _names(paths: list[tuple[str, ...]]) -> str:
     shown = ", ".join("/".join(path) for path in paths[:5])
     return shown + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-
-
-def _all_components(params: dict[str, LazyParameter]) -> dict:
-    """As a nested dict; a projector without parameters is there too."""
-    return {component: {} for component in COMPONENTS} | unflatten_dict(params, sep="/")
-
-
-def load_model(
-    path: str | Path,
-    dtype: str = "float32",
-    place: Callable[[LlavaConfig, dict], dict] | None = None,
-    **options,
-) -> LoadedModel:
-    """A model from a run directory, one of its step folders, or a LLaVA folder of others.
-
-    Args:
-      dtype: of the parameters: float32 or bfloat16.
-      place: given the config and a tree of what has a shape and gives arrays for slices
-        (LazyParameter), returns the parameters on their devices. None: on the default device.
-      options: of `weights.load.open_llava`, for a folder of others.
-    """
-    path = local_folder(path, options.get("allow_pickle", False))
-    if is_llava_folder(path) or options.get("vision_tower"):
-        checkpoint = open_llava(path, **options)
-        if checkpoint.tokenizer_dir is None:
-            raise LlavaError(
-                f"{path} has no tokenizer: copy tokenizer.json or tokenizer.model there"
-            )
-        return LoadedModel(
-            checkpoint.config,
-            place(checkpoint.config, _all_components(checkpoint.params))
-            if place
-            else jax.device_put(checkpoint.read(dtype)),
-            checkpoint.tokenizer_dir,
-            checkpoint.template,
-            checkpoint.added_tokens,
-            checkpoint.chat_template,
-        )
-    step_folder = checkpoint_of(path)
-    if any(options.values()):
-        raise LlavaError(f"{path} is a run of train.py: leave out {', '.join(options)}")
-    if place:
-        run, params = open_run(step_folder)
-        params = place(run.config, params)
-    else:
-        run, params = load_run(step_folder)
-        params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
-    return LoadedModel(run.config, params, step_folder.parent.parent / "tokenizer", run.template)

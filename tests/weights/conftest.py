@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.tiny_model import byte_tokenizer
+
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -51,6 +53,13 @@ def rename(folder: Path, out: Path, new_name) -> Path:
 def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_tokenizer(folder, rows: int):
+    """Gives the folder a tokenizer of `rows` tokens, `<image>` last."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(rows - len(tokenizer) - 1)] + ["<image>"])
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

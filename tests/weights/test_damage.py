@@ -21,6 +21,7 @@ from llava_jax.weights.read.llava_folder import components, open_llava
 from llava_jax.weights.write import huggingface as hf_form
 from llava_jax.weights.write.save import array_params, stored_tensors
 from tests.tiny_model import CONFIG, random_params
+from tests.weights.conftest import with_tokenizer
 
 CHANGES = 250  # of each kind of file
 
@@ -39,6 +40,7 @@ def sharded(tmp_path) -> Path:
             name = HF_ROOTS[part] + tensor.name
             tensors.append(TensorToWrite(name, tensor.shape, tensor.dtype, tensor.values))
     write_checkpoint_files(folder, tensors, shard_bytes=60_000)
+    with_tokenizer(folder, 300)
     assert len(shards(folder)) >= 3
     return folder
 

@@ -1,6 +1,7 @@
 """What is written loads in transformers strictly, says the same, and is read back bit for bit."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 from llava_jax import cli
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora
 from llava_jax.models.vit import ViTConfig
@@ -29,6 +31,7 @@ from llava_jax.weights.export import hugging_face, original, write_folder
 from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import SINGLE_FILE
 from llava_jax.weights.read.llava_folder import LlavaFolder, open_llava
+from llava_jax.weights.read.prompt_words import run_words
 from llava_jax.weights.run_directory import (
     RunModel,
     Source,
@@ -56,7 +59,7 @@ MODELS: dict[str, tuple[LlavaConfig, str]] = {
             config_with(qk_norm=True, vocab_size=FULL),
             vision=SIGLIP,
             feature_layer=-1,
-            image_mode="resize",
+            image=ImageSpec(8, "resize"),
             projector_bias=False,
         ),
         "llama_3",
@@ -75,7 +78,8 @@ def in_memory(folder: Path, config: LlavaConfig, template: str) -> tuple[LlavaFo
         for path, array in array_params(branch).items()
     }
     families = families_of(config)
-    return LlavaFolder(folder / "step", config, families, params, {}, template, folder), tree
+    words = functools.partial(run_words, folder, template)
+    return LlavaFolder(folder / "step", config, families, params, {}, words, folder), tree
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -119,7 +123,7 @@ def test_transformers_says_the_same(exported):
 def test_read_back_bit_for_bit(exported, tmp_path):
     folder, ours = exported
     opened = open_llava(folder)
-    assert opened.template == ours.template.name
+    assert opened.words().template == ours.template.name
     same = dataclasses.replace(
         opened.config, image_token_id=ours.config.image_token_id, decoder=ours.config.decoder
     )
@@ -171,7 +175,7 @@ def test_original_form(projector, tmp_path):
     assert {"model.embed_tokens.weight", "lm_head.weight", f"model.mm_projector.{last}"} < names
     assert "model.vision_tower.vision_tower.vision_model.post_layernorm.weight" in names
     opened = open_llava(out)
-    assert opened.config == config and opened.template == "chatml"
+    assert opened.config == config and opened.words().template == "chatml"
     jax.tree.map(np.testing.assert_array_equal, opened.read(), jax.tree.map(np.asarray, tree))
     with pytest.raises(LlavaError, match=f"{projector}.*--format llava"):
         hugging_face(checkpoint, None)

@@ -67,7 +67,8 @@ def write(folder, config=None, pixels=None, name="preprocessor_config.json"):
 
 
 def test_llava_15_of_the_hub(tmp_path):
-    config = llava_config(write(tmp_path, LLAVA_15, CLIP_PIXELS))
+    config, families = llava_config(write(tmp_path, LLAVA_15, CLIP_PIXELS))
+    assert (families.vision.class_name, families.decoder.class_name) == ("CLIPVisionModel", "Llama")
     assert config.vision == clip_large(336)
     assert config.decoder == DecoderConfig(32064, 4096, 11008, 32, 32, 32, 128)
     assert (config.image_token_id, config.image.mode, config.image.size) == (32000, "square", 336)
@@ -76,7 +77,7 @@ def test_llava_15_of_the_hub(tmp_path):
 
 def test_no_vision_config_means_clip_large(tmp_path):
     values = {k: v for k, v in LLAVA_15.items() if k != "vision_config"}
-    assert llava_config(write(tmp_path, values)).vision == clip_large(336)
+    assert llava_config(write(tmp_path, values))[0].vision == clip_large(336)
 
 
 @pytest.mark.parametrize(

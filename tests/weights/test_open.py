@@ -24,7 +24,7 @@ from llava_jax.weights.read.llava_folder import (  # noqa: E402
     open_llava,
 )
 from tests.tiny_model import byte_tokenizer  # noqa: E402
-from tests.weights.conftest import VISION, edit_config, randomize  # noqa: E402
+from tests.weights.conftest import VISION, edit_config, randomize, with_tokenizer  # noqa: E402
 from tests.weights.test_original import Parts  # noqa: E402
 from tests.weights.test_parity import tiny_llava  # noqa: E402
 
@@ -144,25 +144,23 @@ USER_ONLY = (
 
 
 def test_template_and_tokenizer(copy):
-    assert (open_llava(copy).template, open_llava(copy).tokenizer_dir) == ("v1", None)
+    words = open_llava(copy).words()
+    assert (words.template, words.guessed) == ("v1", True) and str(copy) in words.warning
+    assert open_llava(copy).tokenizer_dir is None
     (copy / "chat_template.jinja").write_text(chat_template(get_template("chatml")))
     byte_tokenizer().save_pretrained(copy / "elsewhere")
     (copy / "elsewhere/tokenizer.json").rename(copy / "tokenizer.json")
     found = open_llava(copy)
-    assert (found.template, found.chat_template, found.tokenizer_dir) == ("chatml", None, copy)
+    words = found.words()
+    assert (words.template, words.chat_template, found.tokenizer_dir) == ("chatml", None, copy)
+    assert not words.guessed and words.warning is None
     (copy / "chat_template.jinja").write_text(USER_ONLY)
     found = open_llava(copy)
-    assert (found.template, found.chat_template) == ("v1", USER_ONLY)
+    words = found.words()
+    assert (words.template, words.chat_template) == ("v1", USER_ONLY)
     (copy / "chat_template.jinja").unlink()
     (copy / "chat_template.json").write_text(json.dumps({"chat_template": USER_ONLY}))
-    assert open_llava(copy).chat_template == USER_ONLY
-
-
-def with_tokenizer(folder, rows: int):
-    """Gives the folder a tokenizer of `rows` tokens, `<image>` last."""
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"<{i}>" for i in range(rows - len(tokenizer) - 1)] + ["<image>"])
-    tokenizer.save_pretrained(folder)
+    assert open_llava(copy).words().chat_template == USER_ONLY
 
 
 def test_from_pretrained_asks_as_the_processor(tmp_path):
@@ -189,7 +187,7 @@ def test_convert_refuses_a_tokenizer_that_does_not_fit(tmp_path, capsys):
         assert word in message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     with_tokenizer(source, 300)
-    edit_config(source, image_token_index=5)
+    edit_config(source, image_token_index=5)  # an ordinary token
     assert cli.main(["convert", str(source), "--out", str(out)]) == 1
     message = capsys.readouterr().err
     assert f"{source} has <image> as 299" in message and "image_token_index=5" in message

@@ -172,7 +172,7 @@ def test_config_and_pictures(whole, tower):
     checkpoint = open_llava(whole[0], allow_pickle=True)
     config = checkpoint.config
     assert (config.image.mode, config.image.size, config.projector) == ("pad", 28, "mlp2x_gelu")
-    assert (checkpoint.template, checkpoint.tokenizer_dir) == ("v1", None)
+    assert (checkpoint.words().template, checkpoint.tokenizer_dir) == ("v1", None)
     edit_config(whole[0], image_aspect_ratio=None)
     assert open_llava(whole[0], allow_pickle=True).config.image.mode == "square"
 
@@ -298,7 +298,7 @@ def test_v0_delta(parts, whole, base, tower, tmp_path):
     refused(folder, "a whole model", "delta_base", vision_tower=tower, base=base)
     options = {"delta_base": base, "vision_tower": tower, "allow_pickle": True}
     checkpoint = open_llava(folder, **options)
-    assert checkpoint.template == "v0" and checkpoint.config.use_im_start_end
+    assert checkpoint.words().template == "v0" and checkpoint.config.use_im_start_end
     assert checkpoint.added_tokens == ("<im_start>", "<im_end>")
     decoder = checkpoint.read()["decoder"]
     head = decoder["lm_head"]["kernel"].T

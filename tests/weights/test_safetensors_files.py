@@ -6,6 +6,7 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file, save_file
 
 from llava_jax.errors import LlavaError
@@ -169,6 +170,46 @@ def test_other_dtypes_are_named_when_read(tmp_path):
     tensor = open_folder(tmp_path)["ids"]
     with pytest.raises(LlavaError, match="'ids'.*I64"):
         tensor.read()
+
+
+def add_to_header(path, **entries) -> None:
+    """Puts tensors of any dtype behind those of a file: name -> (header entry, bytes)."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, values = json.loads(data[8 : 8 + size]), data[8 + size :]
+    for name, (entry, count) in entries.items():
+        header[name] = entry | {"data_offsets": [len(values), len(values) + count]}
+        values += bytes(count)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values)
+
+
+@pytest.mark.parametrize(
+    "dtype, count",
+    [("F4", 8), ("F6_E2M3", 12), ("F6_E3M2", 12), ("F8_E4M3FNUZ", 16), ("F8_E5M2FNUZ", 16)],
+)
+def test_dtypes_of_safetensors_0_8(dtype, count, folder):
+    """16 items of each: legal where they are not needed, named where they are."""
+    known = open_folder(folder)
+    add_to_header(folder / SINGLE_FILE, x=({"dtype": dtype, "shape": [2, 8]}, count))
+    opened = open_folder(folder)
+    assert opened.keys() == known.keys() | {"x"}
+    with pytest.raises(LlavaError, match=f"'x'.*is stored as {dtype}: only F32"):
+        opened["x"].read()
+    with safetensors.safe_open(folder / SINGLE_FILE, "np") as theirs:  # legal for the package too
+        assert set(theirs.keys()) == opened.keys()
+
+
+def test_a_dtype_of_a_later_version_is_no_damage(folder):
+    add_to_header(folder / SINGLE_FILE, x=({"dtype": "F3_NEW", "shape": [5]}, 2))
+    with pytest.raises(LlavaError, match="'x'.*is stored as F3_NEW"):
+        open_folder(folder)["x"].read()
+
+
+def test_other_fields_of_an_entry_are_passed_over(folder):
+    entry = {"dtype": "F32", "shape": [2], "comment": "from elsewhere"}
+    add_to_header(folder / SINGLE_FILE, x=(entry, 8))
+    np.testing.assert_array_equal(open_folder(folder)["x"].read(), [0, 0])
 
 
 def test_checksums(folder):

@@ -24,9 +24,9 @@ from llava_jax.weights.formats.safetensors_files import (
     write_file,
 )
 from llava_jax.weights.lazy import LazyParameter, stored_bytes
+from llava_jax.weights.load import load_components, open_components
 from llava_jax.weights.name_tables import Parameter
 from llava_jax.weights.read.llava_folder import open_llava
-from llava_jax.weights.run_directory import load_components, open_components
 from llava_jax.weights.write.save import save_decoder, save_vision
 from tests.tiny_model import CONFIG, byte_tokenizer, random_params
 

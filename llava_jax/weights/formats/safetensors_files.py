@@ -32,12 +32,16 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Legal in a file and never a parameter: they are sized, and refused only when one must be read.
-_OTHER_ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16"), 2),
-    **dict.fromkeys(("U32", "I32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+# Bits of an item. All but `DTYPES` are legal in a file and never a parameter: they are refused only
+# when one must be read, as is a dtype of a later version, whose size is not known here.
+_ITEM_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 
@@ -155,17 +159,15 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[int, int]:
         return type(value) is int and value >= 0
 
     fault = f"{path} is damaged: the header entry of tensor {name!r} makes no sense."
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise LlavaError(fault)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
         raise LlavaError(fault)
     if not all(map(is_size, shape)) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise LlavaError(fault)
-    item_bytes = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_ITEM_BYTES.get(dtype)
-    if item_bytes is None:
-        raise LlavaError(f"{path} is damaged: tensor {name!r} has the unknown dtype {dtype!r}")
-    if offsets[1] - offsets[0] != math.prod(shape) * item_bytes:
+    size, bits = offsets[1] - offsets[0], _ITEM_BITS.get(dtype)
+    if size < 0 or (bits is not None and 8 * size != math.prod(shape) * bits):
         raise LlavaError(
             f"{path} is damaged: tensor {name!r} of shape {shape} and dtype {dtype} does not fill "
             f"its bytes {offsets[0]} to {offsets[1]}"

@@ -26,6 +26,11 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def convert_command(folder: Path, *options: str) -> str:
+    """The command that makes one whole LLaVA of a folder and what it lacks."""
+    return f"`llava-jax convert --checkpoint {folder} {' '.join(options)} --out DIR`"
+
+
 def is_positive(value: object) -> bool:
     """True for a finite number above 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""A Hugging Face LLaVA's `config.json` -> LlavaConfig; the way back: `write/huggingface.py`."""
+"""A Hugging Face LLaVA's `config.json` -> LlavaConfig; `write/huggingface.py` is the way back."""
 
 from pathlib import Path
 
@@ -6,9 +6,16 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.models.vit import ViTConfig, feature_states
-from llava_jax.weights.families import DECODERS, ENCODERS, decoder_config, encoder_config
+from llava_jax.weights.families import (
+    DECODERS,
+    ENCODERS,
+    Families,
+    decoder_config,
+    decoder_family,
+    encoder_family,
+)
 from llava_jax.weights.read.fields import Fields, read_json
-from llava_jax.weights.read.image_settings import default_images, image_settings
+from llava_jax.weights.read.image_settings import image_settings
 
 _STRATEGY = "vision_feature_select_strategy"
 # Models that read pictures in other ways than LLaVA-1.5, by model_type or how it begins.
@@ -71,10 +78,14 @@ def _refuse_family(values: dict, source: str) -> None:
     )
 
 
-def llava_config(folder: Path) -> LlavaConfig:
-    """The LlavaConfig of a folder with a `LlavaForConditionalGeneration` of transformers."""
+def llava_config(folder: Path, values: dict | None = None) -> tuple[LlavaConfig, Families]:
+    """The model in a folder that `LlavaForConditionalGeneration` of transformers loads.
+
+    Args:
+      values: the folder's `config.json`, if it is read already.
+    """
     source = str(folder / "config.json")
-    values = read_json(folder / "config.json")
+    values = read_json(folder / "config.json") if values is None else values
     _refuse_family(values, source)
     f = Fields(
         values,
@@ -87,17 +98,21 @@ def llava_config(folder: Path) -> LlavaConfig:
         },
         source,
     )
-    vision = encoder_config(_vision_values(values), f"{source} (vision_config)")
-    decoder = decoder_config(values["text_config"] or {}, f"{source} (text_config)")
+    families = Families(
+        encoder_family(_vision_values(values), f"{source} (vision_config)"),
+        decoder_family(values["text_config"] or {}, f"{source} (text_config)"),
+    )
+    vision = families.vision.read(_vision_values(values), f"{source} (vision_config)")
+    decoder = families.decoder.read(values["text_config"] or {}, f"{source} (text_config)")
     _check_llava(f, vision)
-    image = image_settings(folder) or default_images(vision)
+    image = image_settings(folder) or families.vision.default_images(vision)
     if image.size != vision.image_size and not vision.layer_scale:
         raise LlavaError(
             f"{source} has an encoder for pictures of {vision.image_size} pixels, and the folder's "
             f"preprocessor makes {image.size}: only DINOv2 takes another size"
         )
     layers, drops_first = f["vision_feature_layer"], f[_STRATEGY] == "default"
-    return LlavaConfig(
+    config = LlavaConfig(
         vision=vision,
         decoder=decoder,
         projector="mlp2x_gelu",
@@ -108,6 +123,7 @@ def llava_config(folder: Path) -> LlavaConfig:
         image=image,
         image_token_id=_image_token(f, decoder),
     )
+    return config, families
 
 
 def _image_token(f: Fields, decoder: DecoderConfig) -> int:
@@ -157,11 +173,14 @@ def composed_config(vision_folder: Path, decoder_folder: Path, **fields) -> Llav
     Pictures are prepared as the encoder's folder says; `fields` set or override LlavaConfig fields.
     """
     vision_source, decoder_source = vision_folder / "config.json", decoder_folder / "config.json"
-    vision = encoder_config(read_json(vision_source), str(vision_source))
+    values = read_json(vision_source)
+    family = encoder_family(values, str(vision_source))
+    vision = family.read(values, str(vision_source))
+    image = image_settings(vision_folder, trained=False) or family.default_images(vision)
     values = {
         "vision": vision,
         "decoder": decoder_config(read_json(decoder_source), str(decoder_source)),
         "image_token_id": IMAGE_TOKEN_ID,
-        "image": image_settings(vision_folder, trained=False) or default_images(vision),
+        "image": image,
     }
     return LlavaConfig(**(values | fields))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import CLIP_MEAN, CLIP_STD, ImageSpec
-from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.read.fields import Fields, is_positive, read_json
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
@@ -96,9 +95,3 @@ def _side(size: object) -> int | None:
         first, *others = size.values()
         size = first if all(side == first for side in others) else None
     return size if type(size) is int and size > 0 else None
-
-
-def default_images(vision: ViTConfig) -> ImageSpec:
-    if vision.class_token:
-        return ImageSpec(vision.image_size, "square")
-    return ImageSpec(vision.image_size, "resize", (0.5,) * 3, (0.5,) * 3)

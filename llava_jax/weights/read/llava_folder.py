@@ -3,14 +3,14 @@
 The one way in for whoever reads a LLaVA (training, inference, convert):
 
     checkpoint = open_llava(folder)   # reads configs and headers, tells every fault, no values
-    checkpoint.config, checkpoint.template, checkpoint.tokenizer_dir
+    checkpoint.config, checkpoint.words(), checkpoint.tokenizer_dir
     checkpoint.params["decoder/layers/self_attn/q_proj/kernel"]   # LazyParameter
     checkpoint.params[path].shape, .read(block), [slices]         # one tensor at a time, or a part
     params = checkpoint.read("bfloat16")                          # the tree that LlavaModel takes
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig, num_blocks
-from llava_jax.text.chat_template import template_of
 from llava_jax.weights.families import (
     DECODERS,
     Families,
@@ -33,19 +32,28 @@ from llava_jax.weights.formats.folders import open_weights
 from llava_jax.weights.formats.safetensors_files import StoredTensor
 from llava_jax.weights.lazy import (
     LazyParameter,
+    canonical_names,
     check_dtype,
     idle_tensors,
     match,
     read_tree,
-    standard_names,
     twice,
 )
 from llava_jax.weights.name_tables import LLAVA_HEAD, LLAVA_ROOTS, NameTable, projector_table
-from llava_jax.weights.read.fields import read_json
+from llava_jax.weights.read.fields import convert_command, read_json
 from llava_jax.weights.read.huggingface import composed_config, llava_config
 from llava_jax.weights.read.merging import ComputedTensor
-from llava_jax.weights.read.original import has_tokenizer, is_original, open_original
-from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_lora, open_adapter
+from llava_jax.weights.read.original import (
+    EMBEDDING,
+    HEAD,
+    PROJECTOR_FILE,
+    is_original,
+    open_original,
+)
+from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_adapter, open_adapter, unties
+from llava_jax.weights.read.prompt_words import PromptWords, prompt_words
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +67,10 @@ class LlavaFolder:
       params: our path ("decoder/norm/scale") -> where its values lie; complete and checked.
       idle: tensors of the encoder that our model never computes with and its class in transformers
         has, by their names there.
-      template: name of the conversation template it was tuned with.
-      tokenizer_dir: the folder with its tokenizer, None where there is none.
+      words: (name of a template, or None for the folder's own words) -> how the model is asked;
+        see `prompt_words`.
+      tokenizer_dir: the folder with its tokenizer, None if there is none.
       added_tokens: what that tokenizer must learn first, in this order.
-      chat_template: the folder's own Jinja chat template, where it is none of our templates.
     """
 
     folder: Path
@@ -70,10 +78,18 @@ class LlavaFolder:
     families: Families
     params: dict[str, LazyParameter]
     idle: dict[str, StoredTensor]
-    template: str
+    words: Callable[[str | None], PromptWords]
     tokenizer_dir: Path | None
     added_tokens: tuple[str, ...] = ()
-    chat_template: str | None = None
+
+    def needed_tokenizer(self) -> Path:
+        """The folder with its tokenizer; LlavaError if there is none."""
+        if self.tokenizer_dir is None:
+            raise LlavaError(
+                f"{self.folder} has no tokenizer: copy tokenizer.json (or tokenizer.model) and "
+                "tokenizer_config.json there"
+            )
+        return self.tokenizer_dir
 
     def read(self, dtype: str = "float32") -> dict:
         """The tree that LlavaModel takes, as numpy arrays of float32, bfloat16 or float16."""
@@ -109,93 +125,111 @@ def open_llava(
         if not path.is_dir():
             raise LlavaError(f"{name} is {path}, which is not a folder")
     adapter = (folder / ADAPTER_CONFIG).exists()
-    values = {}
-    if not adapter or (folder / "config.json").exists():
-        values = read_json(folder / "config.json")
+    values = _config_values(folder, paths.get("base"), adapter)
     if is_original(values):
         return _original(folder, paths, allow_pickle)
     if adapter:
         return _adapted(folder, paths, allow_pickle)
     if set(paths) == {"vision_tower"} and values.get("model_type") in DECODERS:
-        return _composed(folder, paths["vision_tower"], allow_pickle)
+        return _composed(folder, values, paths["vision_tower"], allow_pickle)
     config, families, parts = _huggingface(folder, values, allow_pickle)
     if paths:
         raise LlavaError(f"{folder} is a whole LLaVA: leave out {' and '.join(paths)}")
-    return _checkpoint(folder, config, families, parts)
+    return _opened([folder], values, config, families, parts)
 
 
 def _original(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> LlavaFolder:
     found = open_original(folder, allow_pickle=allow_pickle, **paths)
-    checkpoint = _checkpoint(folder, found.config, found.families, found.parts, original=True)
-    jinja = _chat_template(folder)
-    return dataclasses.replace(
-        checkpoint,
-        template=(jinja and template_of(jinja)) or found.template,
-        tokenizer_dir=found.tokenizer_dir,
-        added_tokens=found.added_tokens,
-        chat_template=None,
-    )
+    places = [folder, *(paths[name] for name in ("base", "delta_base") if name in paths)]
+    opened = _opened(places, found.values, found.config, found.families, found.parts, True)
+    return dataclasses.replace(opened, added_tokens=found.added_tokens)
 
 
 def _huggingface(
     folder: Path, values: dict, allow_pickle: bool
 ) -> tuple[LlavaConfig, Families, dict[str, dict[str, StoredTensor]]]:
     """Config, model types and tensors by component of a Hugging Face LLaVA."""
-    config = llava_config(folder)
+    config, families = llava_config(folder, values)
     parts = _split_llava(folder, open_weights(folder, allow_pickle))
     config = _settle_tying(config, values, parts["decoder"])
-    families = Families(
-        encoder_family(values.get("vision_config") or {}),
-        decoder_family(values["text_config"] or {}),
-    )
     return config, families, parts
+
+
+def _config_values(folder: Path, base: Path | None, adapter: bool) -> dict:
+    """The model's `config.json`: an adapter may have left it to its base."""
+    if (folder / "config.json").exists():
+        return read_json(folder / "config.json")
+    if adapter and base is None:
+        raise _no_base(folder)
+    if (folder / PROJECTOR_FILE).exists():
+        raise LlavaError(
+            f"{folder} holds {PROJECTOR_FILE} without the config.json that was saved with it: put "
+            "that there too"
+        )
+    return read_json((base if adapter else folder) / "config.json")
+
+
+def _no_base(folder: Path) -> LlavaError:
+    command = convert_command(folder, "--base LLAVA")
+    return LlavaError(
+        f"{folder} holds a LoRA adapter and no model: {command}, and no other folder, adds the "
+        "LLaVA that it was trained on (in Python, base=)"
+    )
 
 
 def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> LlavaFolder:
     """A LoRA adapter that PEFT trained on a Hugging Face LLaVA."""
     if set(paths) != {"base"}:
-        raise LlavaError(
-            f"{folder} holds a LoRA adapter: give the folder of the LLaVA it was trained on, and "
-            "nothing else (--base DIR, or base=)"
-        )
+        raise _no_base(folder)
     values = read_json(paths["base"] / "config.json")
     config, families, parts = _huggingface(paths["base"], values, allow_pickle)
-    adapter = _split_llava(folder, open_adapter(folder, allow_pickle), whole=False)
-    for name, (table, _, _) in components(config, families).items():
-        held, added = standard_names(table, parts[name]), standard_names(table, adapter[name])
-        idle = {key: tensor for key, tensor in parts[name].items() if tensor not in held.values()}
-        parts[name] = idle | merge_lora(folder, held, added)
-    tokenizer = folder if has_tokenizer(folder) else paths["base"]
-    return dataclasses.replace(
-        _checkpoint(paths["base"], config, families, parts), folder=folder, tokenizer_dir=tokenizer
-    )
+    tables = components(config, families)
+    named = {part: canonical_names(table, sub) for part, (table, sub, _) in tables.items()}
+    adapters = {part: [] for part in parts}
+    for trained in open_adapter(folder, allow_pickle):
+        part, name = _component(trained.name, trained.tensor)
+        adapters[part].append(dataclasses.replace(trained, name=named[part](name)))
+    for part, held in parts.items():
+        parts[part] = renamed = {named[part](name): tensor for name, tensor in held.items()}
+        if part == "decoder" and config.decoder.tie_word_embeddings and unties(adapters[part]):
+            renamed[HEAD] = renamed[EMBEDDING]
+            decoder = dataclasses.replace(config.decoder, tie_word_embeddings=False)
+            config = dataclasses.replace(config, decoder=decoder)
+        parts[part] = merge_adapter(folder, renamed, adapters[part])
+    return _opened([folder, paths["base"]], values, config, families, parts)
 
 
-def _composed(folder: Path, vision_tower: Path, allow_pickle: bool) -> LlavaFolder:
+def _composed(folder: Path, values: dict, vision_tower: Path, allow_pickle: bool) -> LlavaFolder:
     """A fresh LLaVA of a language model and a vision encoder, its projector drawn at random."""
     config = composed_config(vision_tower, folder)
-    types = {"vision": vision_tower, "decoder": folder}
     families = Families(
-        encoder_family(read_json(vision_tower / "config.json")),
-        decoder_family(read_json(folder / "config.json")),
+        encoder_family(read_json(vision_tower / "config.json")), decoder_family(values)
     )
+    parts = {
+        "vision": open_weights(vision_tower, allow_pickle),
+        "projector": _drawn_projector(folder, config, families),
+        "decoder": open_weights(folder, allow_pickle),
+    }
+    return _opened([folder], values, config, families, parts)
+
+
+def _drawn_projector(
+    folder: Path, config: LlavaConfig, families: Families
+) -> dict[str, StoredTensor]:
+    """Random tensors as PyTorch draws them, U(-1/sqrt(inputs), 1/sqrt(inputs)), always the same."""
     table, _, _ = components(config, families)["projector"]
+    layers = ProjectorSpec.parse(config.projector).layer_sizes(
+        config.feature_size, config.decoder.hidden_size
+    )
+    bounds = {f"linear_{i}": inputs**-0.5 for i, (inputs, _) in enumerate(layers)}
     sizes, rng = table.sizes(config), np.random.default_rng(0)
-    spec = ProjectorSpec.parse(config.projector)
-    layers = spec.layer_sizes(config.feature_size, config.decoder.hidden_size)
-    fan_in = {f"linear_{i}": inputs for i, (inputs, _) in enumerate(layers)}
-    projector = {}
+    tensors = {}
     for parameter in table.parameters:
+        name, bound = parameter.keys[0], bounds[parameter.path.partition("/")[0]]
         shape = tuple(sizes[letter] for letter in parameter.stored_shape.split())
-        bound = fan_in[parameter.path.split("/")[0]] ** -0.5
-        draw = functools.partial(rng.uniform, -bound, bound, shape)
-        values = draw().astype(np.float32)  # drawn now: the same whatever is read first
-        name = parameter.keys[0]
-        projector[name] = ComputedTensor(
-            name, folder, "F32", shape, 0, lambda values=values: values
-        )
-    parts = {part: open_weights(f, allow_pickle) for part, f in types.items()}
-    return _checkpoint(folder, config, families, parts | {"projector": projector})
+        drawn = rng.uniform(-bound, bound, shape).astype(np.float32)  # now: in the table's order
+        tensors[name] = ComputedTensor(name, folder, "F32", shape, 0, lambda drawn=drawn: drawn)
+    return tensors
 
 
 def load_llava(folder: str | Path, dtype: str = "float32", **options) -> tuple[LlavaConfig, dict]:
@@ -303,49 +337,43 @@ def components(
     }
 
 
-def _checkpoint(
-    folder: Path,
+def _opened(
+    places: list[Path],
+    values: dict,
     config: LlavaConfig,
     families: Families,
     parts: dict[str, dict[str, StoredTensor]],
     original: bool = False,
 ) -> LlavaFolder:
-    """Matches the tensors of each component with its parameters."""
+    """Matches the tensors of each component with its parameters.
+
+    Args:
+      places: the folder opened, and those it builds on: tokenizer and prompt words may be there.
+      values: the model's `config.json`.
+    """
     tables = components(config, families, original)
     params = {
         f"{part}/{path}": lazy
         for part, (table, sub_config, count) in tables.items()
-        for path, lazy in match(table, sub_config, count, parts[part], folder).items()
+        for path, lazy in match(table, sub_config, count, parts[part], places[0]).items()
     }
-    idle = idle_tensors(*tables["vision"], parts["vision"])
-    jinja = _chat_template(folder)
-    ours = template_of(jinja) if jinja else None
+
+    def words(template: str | None = None) -> PromptWords:
+        return prompt_words(places, values, families.decoder, template, config.use_im_start_end)
+
     return LlavaFolder(
-        folder,
-        config,
-        families,
-        params,
-        idle,
-        template=ours or families.decoder.template,
-        tokenizer_dir=folder if has_tokenizer(folder) else None,
-        chat_template=None if ours else jinja,
+        folder=places[0],
+        config=config,
+        families=families,
+        params=params,
+        idle=idle_tensors(*tables["vision"], parts["vision"]),
+        words=words,
+        tokenizer_dir=next((place for place in places if _has_tokenizer(place)), None),
     )
 
 
-def _chat_template(folder: Path) -> str | None:
-    """The Jinja text that transformers' processor would take from a folder."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise LlavaError(f"{path} is no UTF-8 text: {error}") from error
-    for name in ("chat_template.json", "processor_config.json"):
-        if (folder / name).is_file():
-            found = read_json(folder / name).get("chat_template")
-            if isinstance(found, str):
-                return found
-    return None
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
 def is_llava_folder(folder: Path) -> bool:
@@ -360,31 +388,29 @@ def is_llava_folder(folder: Path) -> bool:
 
 
 def _split_llava(
-    folder: Path, tensors: dict[str, StoredTensor], whole: bool = True
+    folder: Path, tensors: dict[str, StoredTensor]
 ) -> dict[str, dict[str, StoredTensor]]:
-    """Tensors by component, under the names that a folder of the component alone would have.
-
-    `whole`: each component must have some.
-    """
+    """Tensors by component, under the names that a folder of the component alone would have."""
     parts = {"vision": {}, "projector": {}, "decoder": {}}
     for name, tensor in tensors.items():
-        root, part = next(
-            ((root, part) for root, part in LLAVA_ROOTS if name.startswith(root)), ("", None)
-        )
-        if part is None:
-            if not name.startswith(LLAVA_HEAD):
-                raise LlavaError(
-                    f"{tensor.path} holds the tensor {name!r}, which is no part of a LLaVA model"
-                )
-            part = "decoder"
-        short = name.removeprefix(root)
+        part, short = _component(name, tensor)
         if short in parts[part]:
             raise twice(parts[part][short], tensor)
         parts[part][short] = tensor
     empty = [part for part, held in parts.items() if not held]
-    if empty and whole:
+    if empty:
         raise LlavaError(f"{folder} holds no tensor of the {' and the '.join(empty)}")
     return parts
+
+
+def _component(name: str, tensor: StoredTensor) -> tuple[str, str]:
+    """The component that a tensor is of, and the name that a folder of it alone would have."""
+    for root, part in LLAVA_ROOTS:
+        if name.startswith(root):
+            return part, name.removeprefix(root)
+    if name.startswith(LLAVA_HEAD):
+        return "decoder", name
+    raise LlavaError(f"{tensor.path} holds the tensor {name!r}, which is no part of a LLaVA model")
 
 
 def _settle_tying(

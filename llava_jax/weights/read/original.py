@@ -23,16 +23,15 @@ from llava_jax.weights.families import (
     DecoderFamily,
     EncoderFamily,
     Families,
-    encoder_config,
     encoder_family,
 )
 from llava_jax.weights.formats.folders import open_weights
 from llava_jax.weights.formats.pickle_files import open_pickle
 from llava_jax.weights.formats.safetensors_files import StoredTensor
-from llava_jax.weights.read.fields import read_json
-from llava_jax.weights.read.image_settings import default_images, image_settings
+from llava_jax.weights.read.fields import convert_command, read_json
+from llava_jax.weights.read.image_settings import image_settings
 from llava_jax.weights.read.merging import add_delta, grow_rows
-from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_lora, open_adapter
+from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_adapter, open_adapter
 
 PROJECTOR_FILE, TRAINABLES_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -47,7 +46,6 @@ _KNOWN_TOWERS = {
     "clip-vit-large-patch14": clip_large(224),
     "clip-vit-large-patch14-336": clip_large(336),
 }
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +54,14 @@ class Original:
 
     Attributes:
       parts: component -> tensors by the names that a checkpoint of it alone would have.
+      values: the folder's `config.json`.
       added_tokens: what the tokenizer of a base model must learn, in this order.
     """
 
     config: LlavaConfig
     families: Families
     parts: dict[str, dict[str, StoredTensor]]
-    template: str
-    tokenizer_dir: Path | None
+    values: dict
     added_tokens: tuple[str, ...]
 
 
@@ -79,9 +77,14 @@ def open_original(
     vision_tower: Path | None = None,
     allow_pickle: bool = False,
 ) -> Original:
-    """Opens any of the forms above; arguments and errors as in `load.open_llava`."""
-    source = str(folder / "config.json")
-    values = read_json(folder / "config.json")
+    """Opens any of the forms above; arguments and errors as in `open_llava`.
+
+    An adapter without a config.json is of the model that its base's config.json describes.
+    """
+    path = folder / "config.json"
+    if base is not None and not path.exists():
+        path = base / "config.json"
+    source, values = str(path), read_json(path)
     _refuse_later(values, source)
     family = str(values.get("model_type"))
     if family not in ORIGINALS:
@@ -94,23 +97,26 @@ def open_original(
     rows = decoder.read(values, source).vocab_size
     tensors = _layers(folder, base, delta_base, allow_pickle, rows, bool(added))
     parts = _split(folder, tensors)
-    tower = _tower_folder(values, folder, vision_tower)
-    vision, vision_family, image = _vision(values, source, tower, bool(parts["vision"]))
+    tower = _tower_folder(values, path.parent, vision_tower)
+    vision, vision_family, image = _vision(values, path, tower, bool(parts["vision"]))
     if not parts["vision"]:
         parts["vision"] = open_weights(tower, allow_pickle)
     config = _config(values, source, vision, image, decoder)
+    if not parts["projector"] and ProjectorSpec.parse(config.projector).depth:
+        adapter = (folder / ADAPTER_CONFIG).exists()
+        what = (
+            f"add the {TRAINABLES_FILE} that was saved with the adapter"
+            if adapter
+            else (f"add its {PROJECTOR_FILE}")
+        )
+        raise LlavaError(f"{folder} holds no projector (no tensor model.mm_projector.…): {what}")
     return Original(
         config=config,
         families=Families(vision_family, decoder),
         parts=parts,
-        template=_template(values, decoder),
-        tokenizer_dir=next((f for f in (folder, base) if f and has_tokenizer(f)), None),
+        values=values,
         added_tokens=added,
     )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
 # --- config ---------------------------------------------------------------------------------------
@@ -151,11 +157,13 @@ def _config(
     except ValueError as error:
         raise LlavaError(f"{source}: {error}") from error
     decoder = family.read(values, source)
-    if values.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
+    width = values.get("mm_hidden_size") or vision.hidden_size
+    if width != vision.hidden_size:
+        name = values.get("mm_vision_tower") or values.get("vision_tower") or "its vision encoder"
         raise LlavaError(
-            f"{source} has mm_hidden_size={values['mm_hidden_size']}, but the features of "
-            f"{values.get('mm_vision_tower')!r} are {vision.hidden_size} wide: give the folder of "
-            "the encoder it was trained with (--vision_tower DIR, or vision_tower=)"
+            f"{source} has mm_hidden_size={width}, but the features of {name} are "
+            f"{vision.hidden_size} wide: give the folder of the encoder that it was trained with "
+            "(--vision_tower DIR of llava-jax convert; in Python, vision_tower=)"
         )
     try:
         spec.check(vision.hidden_size, decoder.hidden_size)
@@ -182,11 +190,6 @@ def _added_tokens(values: dict) -> tuple[str, ...]:
     return patch + (("<im_start>", "<im_end>") if values.get("mm_use_im_start_end") else ())
 
 
-def _template(values: dict, family: DecoderFamily) -> str:
-    """The folder does not say: <im_start> is of v0, whose template is; later Llamas have v1."""
-    return "v0" if values.get("mm_use_im_start_end") else family.template
-
-
 # --- the vision encoder ---------------------------------------------------------------------------
 
 
@@ -201,22 +204,24 @@ def _tower_folder(values: dict, folder: Path, given: Path | None) -> Path | None
 
 
 def _vision(
-    values: dict, source: str, tower: Path | None, has_weights: bool
+    values: dict, source: Path, tower: Path | None, has_weights: bool
 ) -> tuple[ViTConfig, EncoderFamily, ImageSpec]:
     """The encoder's config, its family, and how it takes pictures."""
     name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if tower is not None:
         found = read_json(tower / "config.json")
-        vision = encoder_config(found, str(tower / "config.json"))
-        return vision, encoder_family(found), image_settings(tower) or default_images(vision)
+        family = encoder_family(found, str(tower / "config.json"))
+        vision = family.read(found, str(tower / "config.json"))
+        return vision, family, image_settings(tower) or family.default_images(vision)
     vision = _KNOWN_TOWERS.get(Path(name).name)
     if vision is None or not has_weights:
-        lacking = "shape" if has_weights else "weights"
+        lacking = "config.json is" if has_weights else "weights are"
+        command = convert_command(source.parent, "--vision_tower ENCODER")
         raise LlavaError(
-            f"{source} names the vision encoder {name!r}, whose {lacking} are not here: give its "
-            "folder (--vision_tower DIR, or vision_tower=)"
+            f"{source} names the vision encoder {name!r}, whose {lacking} not in the folder: "
+            f"{command} takes it from the encoder's folder (in Python, vision_tower=)"
         )
-    return vision, ENCODERS["clip"], default_images(vision)
+    return vision, ENCODERS["clip"], ENCODERS["clip"].default_images(vision)
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -244,8 +249,9 @@ def _layers(
     if base is None:
         what = "a LoRA adapter" if adapter else "a projector"
         raise LlavaError(
-            f"{folder} holds {what} and no language model: give the folder of the model it was "
-            "trained on (--base DIR, or base=)"
+            f"{folder} holds {what} and no language model: "
+            f"{convert_command(folder, '--base MODEL')} adds the model that it was trained on (in "
+            "Python, base=)"
         )
     tensors = open_weights(base, allow_pickle)
     added = folder / (TRAINABLES_FILE if adapter else PROJECTOR_FILE)
@@ -255,7 +261,7 @@ def _layers(
     if grows or last is not None:
         _grow(tensors, vocabulary, last, folder)
     if adapter:
-        tensors = merge_lora(folder, tensors, open_adapter(folder, allow_pickle))
+        tensors = merge_adapter(folder, tensors, open_adapter(folder, allow_pickle))
     return tensors
 
 
@@ -291,8 +297,9 @@ def _whole(
         return add_delta(open_weights(delta_base, allow_pickle), tensors)
     if "-delta-" in folder.name:
         raise LlavaError(
-            f"{folder} is named as delta weights, which are no model by themselves: give the LLaMA "
-            "they were taken from (--delta_base DIR, or delta_base=), or rename the folder"
+            f"{folder} is named as delta weights, which are no model by themselves: "
+            f"{convert_command(folder, '--delta_base LLAMA')} adds the LLaMA that they were taken "
+            "from (in Python, delta_base=); or rename the folder"
         )
     return tensors
 

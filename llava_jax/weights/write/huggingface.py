@@ -10,16 +10,20 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig
+from llava_jax.text.chat_template import chat_template
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
-from llava_jax.text.templates import Template, render
+from llava_jax.text.processor_prompt import processor_placeholder
+from llava_jax.text.templates import Template, get_template, render
 from llava_jax.text.tokenization import SegmentTokenizer
 from llava_jax.text.tokenizer import load_tokenizer
+from llava_jax.weights.checksums import CHECKSUMS_FILE
 from llava_jax.weights.families import decoder_to_hf, encoder_to_hf
 from llava_jax.weights.read.fields import read_json
 from llava_jax.weights.read.image_settings import BICUBIC
+from llava_jax.weights.read.llava_folder import LlavaFolder
+from llava_jax.weights.read.prompt_words import PromptWords
 
 PADDED_TO = 64  # rows of a grown vocabulary, as in the llava-hf checkpoints
 COPIED_FILES = (  # of a tokenizer, whichever are there
@@ -109,17 +113,13 @@ def with_image_token(config: LlavaConfig, image_id: int) -> LlavaConfig:
     return dataclasses.replace(config, decoder=decoder, image_token_id=image_id)
 
 
-def check_expressible(config: LlavaConfig) -> None:
-    """Raises LlavaError for what transformers' LlavaForConditionalGeneration cannot be."""
-    fault = None
+def fault(config: LlavaConfig) -> str | None:
+    """Why transformers' LlavaForConditionalGeneration cannot express a model, or None."""
     if config.projector != "mlp2x_gelu":
-        fault = f"its projector is {config.projector}, and transformers has mlp2x_gelu only"
-    elif config.use_im_start_end:
-        fault = "it marks images with <im_start> and <im_end>, which transformers does not"
-    if fault:
-        raise LlavaError(
-            f"this model cannot be written in Hugging Face form: {fault}; use --format llava"
-        )
+        return f"its projector is {config.projector}, and transformers has mlp2x_gelu only"
+    if config.use_im_start_end:
+        return "it marks images with <im_start> and <im_end>, which transformers does not"
+    return None
 
 
 def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
@@ -129,7 +129,6 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
       ids: bos_token_id, eos_token_id, pad_token_id.
       dtype: of the tensors.
     """
-    check_expressible(config)
     layer = config.feature_layer
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -187,21 +186,23 @@ def preprocessor_config_json(config: LlavaConfig) -> dict:
     }
 
 
-def processor_config_json(config: LlavaConfig) -> dict:
+def processor_config_json(config: LlavaConfig, image_token: str = IMAGE_TOKEN) -> dict:
     """processor_config.json: what it takes to count the tokens of an image."""
     return {
         "processor_class": "LlavaProcessor",
-        "image_token": IMAGE_TOKEN,
+        "image_token": image_token,
         "patch_size": config.vision.patch_size,
         "num_additional_image_tokens": int(config.vision.class_token),
         "vision_feature_select_strategy": _strategy(config),
     }
 
 
-def generation_config_json(tokenizer: HFTokenizer, template: Template) -> dict:
-    """generation_config.json: an answer ends at the end-of-text token or the template's own end."""
-    stops = {tokenizer.core.token_to_id(stop) for stop in template.stop}
-    stops = sorted((stops | {tokenizer.ids.get("eos_token_id")}) - {None})
+def generation_config_json(tokenizer: HFTokenizer, words: PromptWords) -> dict:
+    """generation_config.json: an answer ends at the end-of-text token, the template's own end, or
+    another that the model's folder named."""
+    stops = {tokenizer.core.token_to_id(stop) for stop in get_template(words.template).stop}
+    stops |= {*words.stop_token_ids, tokenizer.ids.get("eos_token_id")}
+    stops = sorted(stops - {None})
     return tokenizer.ids | {"eos_token_id": stops, "do_sample": False}
 
 
@@ -223,11 +224,66 @@ def warn_of_other_tokens(
         )
 
 
+def copied_side_files(
+    checkpoint: LlavaFolder,
+    words: PromptWords,
+    reworded: bool,
+    dtype: str,
+    log: Callable[[str], None],
+) -> Callable[[Path], None]:
+    """What writes the files of a folder in this form besides its weights: copies, completed.
+
+    transformers 4.36 to 4.45 saved processors without what later versions need to count the tokens
+    of an image; that follows from the model, so it is written anew.
+
+    Args:
+      reworded: whether `words` are not the folder's own, but were asked for.
+      log: is given a warning.
+    Raises:
+      LlavaError: there is no tokenizer, or it belongs to another model.
+    """
+    source, config = checkpoint.folder, checkpoint.config
+    tokenizer = load_tokenizer(checkpoint.needed_tokenizer(), config.decoder.vocab_size)
+    image_token = processor_placeholder(tokenizer, words.chat_template or "", config.image_token_id)
+    if image_token is None:
+        log(
+            f"warning: the tokenizer in {source} has no token {config.image_token_id}, which "
+            "config.json gives as image_token_index: transformers cannot put an image into a prompt"
+        )
+    jinja = words.chat_template or chat_template(get_template(words.template))
+
+    def write(folder: Path) -> None:
+        for path in source.iterdir():
+            of_weights = path.name == CHECKSUMS_FILE or path.name.endswith(".index.json")
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and not of_weights:
+                shutil.copyfile(path, folder / path.name)
+        if (source / "chat_templates").is_dir():
+            shutil.copytree(source / "chat_templates", folder / "chat_templates")
+        values = read_json(source / "config.json")
+        write_json(folder / "config.json", values | dtype_keys(dtype))
+        processor = folder / "processor_config.json"
+        values = read_json(processor) if processor.exists() else {}
+        if reworded or not words.guessed:  # in the one file that transformers reads for all
+            values.pop("chat_template", None)
+            (folder / "chat_template.json").unlink(missing_ok=True)
+            (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+        write_json(processor, values | processor_config_json(config, image_token or IMAGE_TOKEN))
+        pictures = folder / "preprocessor_config.json"
+        values = read_json(pictures) if pictures.exists() else {}
+        if not values.keys() & {"image_processor_type", "feature_extractor_type"}:
+            write_json(pictures, preprocessor_config_json(config))
+        generation = folder / "generation_config.json"
+        if words.stop_token_ids and not generation.exists():
+            write_json(generation, {"eos_token_id": list(words.stop_token_ids)})
+
+    return write
+
+
 def write_side_files(
     folder: Path,
     config: LlavaConfig,
     tokenizer: HFTokenizer,
-    template: Template,
+    words: PromptWords,
     dtype: str,
     vision_use_head: bool,
 ) -> None:
@@ -241,5 +297,5 @@ def write_side_files(
     write_json(folder / "config.json", values)
     write_json(folder / "preprocessor_config.json", preprocessor_config_json(config))
     write_json(folder / "processor_config.json", processor_config_json(config))
-    write_json(folder / "generation_config.json", generation_config_json(tokenizer, template))
+    write_json(folder / "generation_config.json", generation_config_json(tokenizer, words))
     tokenizer.write(folder)

@@ -6,12 +6,18 @@ encoder's own config and preprocessing lie in a sub-folder, named as `mm_vision_
 
 from pathlib import Path
 
-from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.presets import clip_large
+from llava_jax.models.projector import ProjectorSpec
 from llava_jax.weights.families import encoder_to_hf, families_of
-from llava_jax.weights.write.huggingface import HFTokenizer, dtype_keys, preprocessor_config_json
+from llava_jax.weights.read.prompt_words import PromptWords
+from llava_jax.weights.write.huggingface import (
+    HFTokenizer,
+    dtype_keys,
+    generation_config_json,
+    preprocessor_config_json,
+)
 
 # Encoders that the original code fetches by name; any other must lie in a folder.
 PUBLIC_TOWERS = {
@@ -20,22 +26,18 @@ PUBLIC_TOWERS = {
 }
 
 
-def check_expressible(config: LlavaConfig) -> None:
-    """Raises LlavaError for what the original code cannot be."""
+def fault(config: LlavaConfig) -> str | None:
+    """Why the original code cannot express a model, or None."""
     family = families_of(config).decoder
-    fault = None
     if not family.original_class:
-        fault = (
-            f"its language model is a {family.model_type}, which the original code does not have"
-        )
-    elif not config.projector_bias:
-        fault = "its projector has no bias"
-    elif not isinstance(config.feature_layer, int) or config.drop_first_patch:
-        fault = "its image features are taken as only transformers does"
-    if fault:
-        raise LlavaError(
-            f"this model cannot be written in the original LLaVA form: {fault}; use --format hf"
-        )
+        return f"the original code does not have the language model {family.model_type}"
+    if ProjectorSpec.parse(config.projector).fold > 1:
+        return f"the original code does not have the projector {config.projector}"
+    if not config.projector_bias:
+        return "its projector has no bias"
+    if not isinstance(config.feature_layer, int) or config.drop_first_patch:
+        return "its image features are taken as only transformers does"
+    return None
 
 
 def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
@@ -45,7 +47,6 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
       ids: bos_token_id, eos_token_id, pad_token_id.
       dtype: of the tensors.
     """
-    check_expressible(config)
     family = families_of(config).decoder
     aspect = {} if config.image.mode == "resize" else {"image_aspect_ratio": config.image.mode}
     return {
@@ -76,11 +77,14 @@ def tower_name(config: LlavaConfig) -> str:
     return PUBLIC_TOWERS.get(config.vision, "vision_tower")
 
 
-def write_side_files(folder: Path, config: LlavaConfig, tokenizer: HFTokenizer, dtype: str) -> None:
+def write_side_files(
+    folder: Path, config: LlavaConfig, tokenizer: HFTokenizer, words: PromptWords, dtype: str
+) -> None:
     """Writes every file of the folder but the weights and their checksums."""
     write_json(folder / "config.json", config_json(config, tokenizer.ids, dtype))
     tower = folder / Path(tower_name(config)).name
     tower.mkdir()
     write_json(tower / "config.json", encoder_to_hf(config.vision) | dtype_keys(dtype))
     write_json(tower / "preprocessor_config.json", preprocessor_config_json(config))
+    write_json(folder / "generation_config.json", generation_config_json(tokenizer, words))
     tokenizer.write(folder)
