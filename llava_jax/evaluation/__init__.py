@@ -88,9 +88,16 @@ def load_configured(
     """
     if not config.suite:
         return [(config, _load(config, limit, shard))]
+    default = _config("base")
+    for key in ("benchmark", "max_new_tokens", "options"):
+        if config[key] != default[key]:
+            raise LlavaError(
+                f"config.{key} is not used by a suite, whose members have their own: run "
+                "configs/eval/NAME.py to change it"
+            )
     loaded, missing = [], []
     for name in config.suite:
-        member = importlib.import_module(f"configs.eval.{name}").get_config()
+        member = _config(name)
         member.data_root = str(Path(config.data_root, name))
         member.update(batch_size=config.batch_size, dtype=config.dtype, mesh=config.mesh)
         try:
@@ -104,6 +111,15 @@ def load_configured(
         )
     print("\n".join(missing), end="\n" if missing else "")
     return loaded
+
+
+def _config(name: str) -> ConfigDict:
+    """configs/eval/NAME.py."""
+    try:
+        return importlib.import_module(f"configs.eval.{name}").get_config()
+    except ModuleNotFoundError:
+        known = ", ".join(BENCHMARKS)
+        raise LlavaError(f"unknown member {name!r} of config.suite: choose of {known}") from None
 
 
 def _load(config: ConfigDict, limit: int | None, shard: Shard | None) -> Benchmark:

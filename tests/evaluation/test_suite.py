@@ -39,6 +39,21 @@ def test_the_suite_runs_those_whose_files_are_there(tmp_path, capsys):
         load_configured(config)
 
 
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("max_new_tokens", 64, "config.max_new_tokens is not used by a suite, whose members have"),
+        ("benchmark", "pope", "config.benchmark is not used by a suite"),
+        ("suite", ("pop",), "unknown member 'pop' of config.suite: choose of easy_vqa"),
+    ],
+)
+def test_a_value_that_a_suite_would_ignore_is_refused(tmp_path, key, value, message):
+    config = hallucination(tmp_path)
+    config[key] = value
+    with pytest.raises(LlavaError, match=message):
+        load_configured(config)
+
+
 def test_every_member_is_a_hallucination_benchmark_with_a_config_of_its_own(tmp_path):
     config = hallucination(tmp_path)
     assert set(config.suite) == set(HALLUCINATION)
