@@ -13,13 +13,13 @@ import jax
 from llava_jax.errors import LlavaError
 
 CHECKSUMS_FILE = "checksums.json"
-_SETTLED = 2_000_000_000  # nanoseconds; file times are coarser than two writes can be
+_SETTLED = 2_000_000_000  # nanoseconds; two writes can be closer than the resolution of file times
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Writes the SHA-256 of every file under `folder` to its `checksums.json`.
 
-    `known` gives those of files that need not be read again, by their name in the folder.
+    `known` gives digests, by name in the folder, of files that need not be read again.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS_FILE)
     names = [p.relative_to(folder).as_posix() for p in files]
@@ -30,10 +30,10 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
 def verify_checksums(folder: Path) -> frozenset[str] | None:
     """Compares every file named in `checksums.json` with its bytes.
 
-    Of several processes of one program, each reads its part of the files.
+    With several processes, each verifies its share of the files.
 
     Returns:
-      The names of the files covered, or None when the folder carries no checksums.
+      The names of the files covered, or None if the folder has no checksums.
     Raises:
       LlavaError: a file is missing or its bytes changed, or the list itself is damaged.
     """
@@ -62,7 +62,7 @@ def _part_of_this_process(names: list[str]) -> list[str]:
 
 
 def is_whole(folder: Path, log: Callable[[str], None] = print) -> bool:
-    """True for a folder with checksums that all hold; `log` is told which file changed."""
+    """True for a folder with checksums that all match; `log` receives the first that does not."""
     if not (folder / CHECKSUMS_FILE).exists():
         return False
     try:
@@ -74,7 +74,7 @@ def is_whole(folder: Path, log: Callable[[str], None] = print) -> bool:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """File -> SHA-256 as `checksums.json` has it, the files unread; LlavaError if it is damaged."""
+    """File -> SHA-256 from `checksums.json`, without reading the files; LlavaError if damaged."""
     listing = folder / CHECKSUMS_FILE
     try:
         digests = json.loads(listing.read_text())
@@ -96,7 +96,7 @@ def inside_folder(name: object) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes; those of a file that has lain still are read once in a program's life."""
+    """Digest of a file's bytes; a file that has not changed for a while is read once a process."""
     status = path.stat()
     if time.time_ns() - status.st_mtime_ns < _SETTLED:
         return _digest(path)

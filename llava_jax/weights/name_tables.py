@@ -21,12 +21,21 @@ STACKED = "layers/"  # our path prefix of the parameters stacked over blocks on 
 class Parameter:
     """One of our parameters and its Hugging Face spelling.
 
+    The bias of the query projection of Qwen 2, which other families of the table do not have:
+
+        Parameter(
+            path="layers/self_attn/q_proj/bias",  # ours: [num_layers, Q]
+            shape="Q",
+            keys=("model.layers.{layer}.self_attn.q_proj.bias",),  # one tensor [Q] a layer
+            when="qkv_bias",  # only if DecoderConfig.qkv_bias
+        )
+
     Attributes:
       path: our path; under `layers/` there is one Hugging Face tensor for each block.
-      shape: our shape in letters, of one block where stacked.
-      keys: Hugging Face names with `{layer}` where stacked; all are read, the first is written.
+      shape: our shape in letters; of one block if the parameter is stacked.
+      keys: Hugging Face names, with `{layer}` if stacked; all are read, the first is written.
       transform: `same`, `transpose` (a linear weight) or `patches` (a convolution over patches).
-      stored: Hugging Face's shape where it is ours with axes of size one added.
+      stored: Hugging Face's shape if it is ours with axes of size one added.
       when: the boolean config field that this parameter depends on; `not FIELD` for the opposite.
     """
 
@@ -52,16 +61,16 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class NameTable:
-    """All parameters of a component and what else its checkpoints may hold.
+    """All parameters of a component, and the other tensors that its checkpoints may hold.
 
     Attributes:
       sizes: config -> size of each letter.
-      prefixes: (prefix on disk, its replacement); the first that fits makes a name comparable to
+      prefixes: (prefix on disk, its replacement); the first that matches makes a name comparable to
         `Parameter.keys`.
-      unused: regular expressions, on names as stored, of tensors that this model never needs.
-      idle: those of them that the model's class in transformers has: written for its sake.
-      carried: regular expressions of those that the class has or not, by its config: written where
-        the source had them.
+      unused: regular expressions, on stored names, of tensors that this model never needs.
+      idle: unused here but required by the transformers class, so they are written.
+      carried: regular expressions of unused tensors that are optional in the transformers class:
+        written only if the source had them.
     """
 
     parameters: tuple[Parameter, ...]
@@ -73,7 +82,7 @@ class NameTable:
 
 
 def _linear(path: str, keys: str | tuple[str, ...], shape: str, bias: str = "", no_bias=False):
-    """A dense layer: kernel [in, out], and a bias that may hang on the config field `bias`."""
+    """A dense layer: kernel [in, out], and a bias that may depend on the config field `bias`."""
     keys = (keys,) if isinstance(keys, str) else keys
     weights, biases = (
         tuple(f"{k}.{end}".removeprefix(".") for k in keys) for end in ("weight", "bias")
@@ -145,7 +154,7 @@ LLAMA = NameTable(
         ),
     ),
     sizes=_decoder_sizes,
-    # The last is a bare LlamaModel, saved without its language-model head.
+    # The last prefix is of a bare LlamaModel, saved without a language-model head.
     prefixes=(("model.", "model."), ("lm_head.", "lm_head."), ("", "model.")),
     unused=(r".*rotary_emb\.inv_freq",),
 )
@@ -174,7 +183,7 @@ def _clip_like() -> tuple[Parameter, ...]:
         Parameter("patch_embed/bias", "D", (f"{patch}.bias",), when="patch_bias"),
         Parameter("class_embed", "D", (f"{embeddings}.class_embedding",), when="class_token"),
         Parameter("position_embed", "P D", (f"{embeddings}.position_embedding.weight",)),
-        # The missing e is Hugging Face's.
+        # Hugging Face spells it without the e.
         *(
             dataclasses.replace(p, when="pre_norm")
             for p in _norm("pre_norm", "vision_model.pre_layrnorm")
@@ -193,7 +202,7 @@ def _clip_like() -> tuple[Parameter, ...]:
 
 # transformers 5 dropped the `vision_model` level of names; hub checkpoints have it.
 _VISION_MODEL_LEVEL = (("vision_model.", "vision_model."), ("", "vision_model."))
-_BESIDE_THE_TOWER = (
+_OUTSIDE_THE_TOWER = (
     r"(vision_model\.)?embeddings\.position_ids",
     r"(vision_model\.)?post_layernorm\.(weight|bias)",
     r"text_model\..*",
@@ -206,7 +215,7 @@ CLIP = NameTable(
     parameters=_clip_like(),
     sizes=_vision_sizes,
     prefixes=_VISION_MODEL_LEVEL,
-    unused=(*_BESIDE_THE_TOWER, r"(visual|text)_projection\.weight"),
+    unused=(*_OUTSIDE_THE_TOWER, r"(visual|text)_projection\.weight"),
     idle=_POST_LAYERNORM,
 )
 
@@ -214,7 +223,7 @@ SIGLIP = NameTable(
     parameters=_clip_like(),
     sizes=_vision_sizes,
     prefixes=_VISION_MODEL_LEVEL,
-    unused=(*_BESIDE_THE_TOWER, r"logit_bias", r"(vision_model\.)?head\..*"),
+    unused=(*_OUTSIDE_THE_TOWER, r"logit_bias", r"(vision_model\.)?head\..*"),
     idle=_POST_LAYERNORM,
     carried=(r"vision_model\.head\..*",),
 )
@@ -222,7 +231,7 @@ SIGLIP = NameTable(
 
 def _dinov2() -> tuple[Parameter, ...]:
     block, patch = "encoder.layer.{layer}", "embeddings.patch_embeddings.projection"
-    attention = {  # transformers 4 names, which 5 still writes; then the names of 5 in memory
+    attention = {  # names of transformers 4, which 5 still writes; then names of 5 in memory
         "q_proj": (f"{block}.attention.attention.query", f"{block}.attention.q_proj"),
         "k_proj": (f"{block}.attention.attention.key", f"{block}.attention.k_proj"),
         "v_proj": (f"{block}.attention.attention.value", f"{block}.attention.v_proj"),
@@ -264,8 +273,8 @@ DINOV2 = NameTable(
 
 # --- LLaVA ----------------------------------------------------------------------------------------
 
-# Root of a name on disk -> the component, in which the rest is read by the component's own table.
-# transformers 4.36 to 4.51 and every save since by default; then 4.52 and later as in memory.
+# Root of a name on disk -> component, whose own table reads the rest of the name. First the roots
+# of transformers 4.36 to 4.51, which later versions still write; then those of 4.52 in memory.
 LLAVA_ROOTS = (
     ("language_model.", "decoder"),
     ("vision_tower.", "vision"),
@@ -274,16 +283,17 @@ LLAVA_ROOTS = (
     ("model.vision_tower.", "vision"),
     ("model.multi_modal_projector.", "projector"),
 )
-LLAVA_HEAD = "lm_head."  # beside the roots in the second form
+LLAVA_HEAD = "lm_head."  # next to the roots of the second form
 
 
 def projector_table(
     kind: str, use_bias: bool, features_in: int, features_out: int, original: bool = False
 ) -> NameTable:
-    """Names of LLaVA's projector in Hugging Face form, or in the original's.
+    """Names of LLaVA's projector in Hugging Face form or, with `original`, in the original form.
 
-    Our `linear_0`, `linear_1` are `linear_1`, `linear_2` there, and the members 0, 2 of a sequence
-    of layers here; a `linear` projector of the original has no level of names.
+    ours        Hugging Face   original     original, `linear`
+    linear_0    linear_1       0            (no name)
+    linear_1    linear_2       2
     """
     spec = ProjectorSpec.parse(kind)
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder by name: one file or shards, safetensors or PyTorch's."""
+"""Opens the tensors of a checkpoint folder: one file or shards, of safetensors or of PyTorch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +14,15 @@ from llava_jax.weights.formats.safetensors_files import (
     read_header,
 )
 
-# Files beside the weights that also end in .bin or .pt and hold no model.
+# Files next to the weights that also end in .bin or .pt but hold no model.
 _NOT_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 
 
 def open_weights(folder: str | Path, allow_pickle: bool = False) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint folder by name: of its safetensors, else of its PyTorch files.
+    """The tensors of a checkpoint folder by name: from safetensors if there are any, else PyTorch.
 
     Raises:
-      LlavaError: as `open_folder`; PyTorch files without `allow_pickle`.
+      LlavaError: as in `open_folder`, or for PyTorch files without `allow_pickle`.
     """
     folder = Path(folder)
     if (folder / INDEX_FILE).exists() or (folder / SINGLE_FILE).exists():
@@ -62,8 +62,8 @@ def _alone(folder: Path) -> list[Path]:
 def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
     """Lists the tensors of a checkpoint folder, single-file or sharded, without reading values.
 
-    Checks `checksums.json` where the folder has one. Pickled weights (`.bin`, `.pth`) are refused:
-    they can run code.
+    Verifies `checksums.json` if the folder has one. Pickled weights (`.bin`, `.pth`) are refused,
+    because they can run code.
 
     Raises:
       LlavaError: no weights; a missing, truncated or damaged file; a changed checksum; a shard
@@ -97,12 +97,12 @@ def open_folder(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def read_index(path: Path, end: str) -> dict[str, str]:
-    """Tensor -> file beside the index, as an index has it; the files are there, unread.
+    """Tensor -> file name, from an index; the files exist but are not read.
 
     Args:
-      end: how the names of the files must end.
+      end: the required suffix of the file names.
     Raises:
-      LlavaError: the index is damaged, a file is missing or would lie outside the folder.
+      LlavaError: the index is damaged, or a file is missing or outside the folder.
     """
     try:
         index = parse_json(path, path.read_bytes()).get("weight_map")
@@ -122,7 +122,7 @@ def read_index(path: Path, end: str) -> dict[str, str]:
 
 
 def check_index(path: Path, index: dict[str, str], tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises LlavaError where an index and the tensors of its files differ."""
+    """Raises LlavaError if an index and the tensors of its files differ."""
     for name, shard in index.items():
         if name not in tensors or tensors[name].path != path.parent / shard:
             raise LlavaError(f"{path} says tensor {name!r} is in {shard}, where it is not")
@@ -139,6 +139,6 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder} holds pickled weights ({pickles[0]}), which can run code: save them as "
-            "safetensors."
+            "safetensors"
         )
-    return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}."
+    return f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}"

@@ -1,10 +1,10 @@
-"""PyTorch's files (`.bin`, `.pth`), read without PyTorch and without running what they ask for.
+"""Reads PyTorch's files (`.bin`, `.pth`) without PyTorch and without running their code.
 
-Such a file is a zip archive: `data.pkl` is a pickle that says how each tensor lies in a storage,
-`data/KEY` holds the bytes of a storage, uncompressed. A pickle is a program that may call anything;
-the reader here knows the few names that a table of tensors needs and refuses all others. What comes
-out are places in the file, as of a safetensors file, so tensors are read one at a time.
-Format: torch/serialization.py and torch/_utils.py of PyTorch.
+Such a file is a zip archive: `data.pkl` is a pickle that describes each tensor as a view of a
+storage, and `data/KEY` holds the bytes of a storage, uncompressed. A pickle is a program that may
+call anything; the reader here knows the few names that a table of tensors needs and refuses all
+others. The result is the position of each tensor in the file, as for a safetensors file, so tensors
+are read one at a time. Format: torch/serialization.py and torch/_utils.py of PyTorch.
 """
 
 import collections
@@ -25,10 +25,10 @@ from llava_jax.weights.formats.safetensors_files import (
 )
 
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-MAX_PICKLE_BYTES = 100_000_000  # of data.pkl, which only names tensors
+MAX_PICKLE_BYTES = 100_000_000  # of data.pkl, which holds only the names of tensors
 _CRC_PIECE = 1 << 20  # bytes read at once
 
-# torch's storage class -> (dtype as safetensors spells it, bytes of an item)
+# torch's storage class -> (dtype in the spelling of safetensors, bytes of an item)
 _STORAGES = {
     "FloatStorage": ("F32", 4),
     "HalfStorage": ("F16", 2),
@@ -43,7 +43,7 @@ _STORAGES = {
     "ComplexFloatStorage": ("C64", 8),
     "ComplexDoubleStorage": ("C128", 16),
 }
-# Dtypes without a storage class of their own, as the pickle names them: never a parameter's.
+# Dtypes without a storage class, by their names in the pickle; no parameter has one of them.
 _BARE_DTYPES = (
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     *("uint16", "uint32", "uint64"),
@@ -51,10 +51,10 @@ _BARE_DTYPES = (
 
 
 def open_pickle(path: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
-    """The tensors of one PyTorch file that holds a flat dict of them, by name.
+    """The tensors, by name, of a PyTorch file that holds one flat dict of them.
 
     Raises:
-      LlavaError: pickles are not allowed; the file asks for code; it is damaged, or no such dict.
+      LlavaError: pickles are not allowed; the file asks for code, is damaged or holds no such dict.
     """
     if not allow_pickle:
         raise LlavaError(
@@ -87,7 +87,7 @@ class _Storage:
 
 @dataclasses.dataclass
 class _View:
-    """A tensor as the pickle describes it; believed only after `_place` has checked it."""
+    """A tensor as the pickle describes it; not trusted until `_place` has checked it."""
 
     storage: _Storage
     start: int
@@ -100,9 +100,9 @@ class PickledTensor(StoredTensor):
     """A tensor of a PyTorch file: a view of a storage, whose bytes are checked before use.
 
     Attributes:
-      axes: those of `shape` as they lie in the file, the slowest first.
-      storage: where the whole storage begins in the file, and its number of bytes.
-      crc: the CRC-32 that the archive has of it.
+      axes: the axes of `shape` in the order of the file, the slowest first.
+      storage: start of the whole storage in the file, and its number of bytes.
+      crc: CRC-32 of the storage, from the archive.
     """
 
     axes: tuple[int, ...]
@@ -116,13 +116,13 @@ class PickledTensor(StoredTensor):
                 "were written (its CRC-32 differs); get the file again"
             )
         shape = tuple(self.shape[axis] for axis in self.axes)
-        lying = StoredTensor(self.name, self.path, self.dtype, shape, self.offset)
-        return lying._view(whole).transpose(np.argsort(self.axes))
+        in_file = StoredTensor(self.name, self.path, self.dtype, shape, self.offset)
+        return in_file._view(whole).transpose(np.argsort(self.axes))
 
 
 @functools.lru_cache(maxsize=1024)
 def _crc32(path: Path, start: int, size: int, modified: int) -> int:
-    """Of a part of a file; `modified` makes a file that changed be read again."""
+    """CRC-32 of a part of a file; `modified` makes the cache miss for a changed file."""
     crc = 0
     with open(path, "rb") as file:
         file.seek(start)
@@ -131,7 +131,7 @@ def _crc32(path: Path, start: int, size: int, modified: int) -> int:
     return crc
 
 
-# The one written in Python: a pickle can make the one written in C fill any amount of memory.
+# The unpickler in Python: a pickle can make the one in C allocate any amount of memory.
 class _Reader(pickle._Unpickler):
     def __init__(self, path: Path, data: bytes):
         super().__init__(io.BytesIO(data))
@@ -183,7 +183,7 @@ def _tensors(path: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:
 
 
 def _place(path: Path, file, root: str, members: dict, name: str, view: _View) -> StoredTensor:
-    """A tensor's place in the file, with everything that the pickle claimed checked."""
+    """The position of a tensor in the file; everything that the pickle claims is checked."""
     if not isinstance(name, str) or not isinstance(view, _View):
         raise LlavaError(f"{path} holds {name!r}, which is no tensor: save the tensors alone")
     storage, shape, strides = view.storage, tuple(view.shape), tuple(view.strides)
@@ -199,8 +199,8 @@ def _place(path: Path, file, root: str, members: dict, name: str, view: _View) -
     ):
         raise LlavaError(f"{path} is damaged: tensor {name!r} does not fit its storage")
     axes = tuple(sorted(range(len(shape)), key=lambda axis: -strides[axis]))
-    lying = [shape[axis] for axis in axes]
-    dense = [math.prod(lying[i + 1 :]) for i in range(len(axes))]
+    ordered = [shape[axis] for axis in axes]
+    dense = [math.prod(ordered[i + 1 :]) for i in range(len(axes))]
     if items and any(
         shape[axis] > 1 and strides[axis] != step for axis, step in zip(axes, dense, strict=True)
     ):
@@ -212,8 +212,7 @@ def _place(path: Path, file, root: str, members: dict, name: str, view: _View) -
 
 
 def _data_start(file, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind its local header, whose two lengths differ from the
-    directory's."""
+    """Start of a member's bytes, after its local header (its lengths are not the directory's)."""
     file.seek(member.header_offset)
     header = file.read(30)
     if header[:4] != b"PK\x03\x04":

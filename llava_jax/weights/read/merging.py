@@ -14,7 +14,7 @@ from llava_jax.weights.formats.safetensors_files import StoredTensor
 
 @dataclasses.dataclass(frozen=True)
 class ComputedTensor(StoredTensor):
-    """A tensor that no file holds; `path` and `offset` are those of the main one it is made of."""
+    """A tensor that no file holds; `path` and `offset` are those of its main source."""
 
     values: Callable[[], np.ndarray]
 
@@ -27,7 +27,7 @@ class ComputedTensor(StoredTensor):
 def computed(
     tensor: StoredTensor, values: Callable[[], np.ndarray], shape: tuple[int, ...] | None = None
 ) -> ComputedTensor:
-    """A float32 tensor in place of another, of its shape or a new one."""
+    """A float32 tensor that replaces another, with its shape or a new one."""
     return ComputedTensor(
         tensor.name, tensor.path, "F32", shape or tensor.shape, tensor.offset, values
     )
@@ -38,8 +38,11 @@ def float32(tensor: StoredTensor) -> np.ndarray:
 
 
 def grow_rows(tensor: StoredTensor, rows: int, last: StoredTensor | None = None) -> StoredTensor:
-    """A table [V, D] with `rows` rows: new ones are the mean of the old, as the original LLaVA
-    begins them; `last`, where given, gives the last ones."""
+    """A table [V, D] grown to `rows` rows.
+
+    New rows are the mean of the old ones, with which the original LLaVA starts them; the last rows
+    are those of `last`, if given.
+    """
     for table in (tensor, last or tensor):
         if len(table.shape) != 2 or table.shape[1] != tensor.shape[1]:
             raise LlavaError(
@@ -70,10 +73,10 @@ def grow_rows(tensor: StoredTensor, rows: int, last: StoredTensor | None = None)
 def add_delta(
     base: Mapping[str, StoredTensor], delta: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """LLaVA v0's delta weights on the LLaMA they were taken from: the sum of both.
+    """The sum of LLaVA v0's delta weights and the LLaMA that they were computed from.
 
-    A tensor with more rows than the base's (added tokens) keeps its own there; only the projector
-    is absent from the base.
+    A tensor with more rows than that of the base (added tokens) keeps its extra rows. Only the
+    projector is absent from the base.
 
     Raises:
       LlavaError: the base is another model.

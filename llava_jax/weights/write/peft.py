@@ -1,7 +1,7 @@
-"""A run's LoRA by itself, in PEFT's layout: for transformers' LLaVA that the run started from.
+"""Writes a run's LoRA as a PEFT adapter of the LLaVA, in transformers, that the run started from.
 
 The folder holds `adapter_config.json` and `adapter_model.safetensors`. A projector that was trained
-beside LoRA goes in whole, as one of PEFT's `modules_to_save`. Modules have the names that
+together with LoRA is written whole, as one of PEFT's `modules_to_save`. Modules have the names that
 transformers 5 gives them in memory.
 """
 
@@ -36,7 +36,7 @@ def write_adapter(path: str | Path, out: Path, dtype: str | None = None) -> None
     """Writes the LoRA of a run, or of one of its steps.
 
     Raises:
-      LlavaError: there is none, or the run also trained a whole encoder or language model.
+      LlavaError: the run has no LoRA, or it also trained a whole encoder or language model.
     """
     if is_llava_folder(Path(path)):
         raise LlavaError(f"{path} is a whole model, without LoRA: choose --format hf or llava")
@@ -48,7 +48,7 @@ def write_adapter(path: str | Path, out: Path, dtype: str | None = None) -> None
     whole = sorted(tree.keys() - {"lora", "projector"})
     if whole:
         raise LlavaError(
-            f"{path} trained the {' and the '.join(whole)} beside LoRA, which an adapter cannot "
+            f"{path} trained the {' and the '.join(whole)} besides LoRA, which an adapter cannot "
             "hold: choose --format hf, with LoRA merged"
         )
     target = PARAMETER_DTYPES[dtype or "float32"]

@@ -41,17 +41,17 @@ from llava_jax.weights.name_tables import (
 
 @contextlib.contextmanager
 def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `out` only if the block ends well.
+    """Gives a temporary folder that becomes `out` only if the block succeeds.
 
     Checksums of all its files are added last, so an interrupted write leaves nothing that looks
-    complete; a folder already at `out` is replaced in the same step, or the one it is a link to.
+    complete. A folder that exists at `out` is replaced in the same step; a link is followed.
 
     Args:
-      digests: SHA-256 of files that were hashed as they were written; read when the block ends.
+      digests: SHA-256 of files that were hashed while they were written; read when the block ends.
     Raises:
-      LlavaError: another process is writing `out`, or there is no room or no right to write.
+      LlavaError: another process is writing `out`, the disk is full, or writing is not permitted.
     """
-    out = Path(out).resolve()  # through links; and x/.. is no place to write beside
+    out = Path(out).resolve()  # links resolved, since `partial` must be its sibling
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -71,11 +71,11 @@ def whole_folder(out: Path, digests: Mapping[str, str] | None = None) -> Iterato
 
 @contextlib.contextmanager
 def _claimed(partial: Path, out: Path) -> Iterator[None]:
-    """Holds a lock on the empty folder `partial`; what a killed process left in it is removed.
+    """Locks the folder `partial` and removes what a killed process left in it.
 
     The lock ends with the process, however that ends.
     """
-    busy = f"another process is writing {out}: wait for it, or choose another folder."
+    busy = f"another process is writing {out}: wait for it, or choose another folder"
     with contextlib.ExitStack() as stack:
         try:
             descriptor = stack.enter_context(locked(partial, busy))
@@ -107,7 +107,7 @@ def write_checkpoint(folder: Path, config: dict, tensors: Iterable[TensorToWrite
 def save_decoder(
     folder: str | Path, config: DecoderConfig, params: dict, dtype: str = "float32"
 ) -> None:
-    """Writes decoder parameters as transformers' Llama, Mistral or Qwen classes read them."""
+    """Writes decoder parameters in the form of transformers' Llama, Mistral or Qwen classes."""
     refuse_existing(folder)
     values = decoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
     names = decoder_family(values).names
@@ -119,7 +119,7 @@ def save_decoder(
 def save_vision(
     folder: str | Path, config: ViTConfig, params: dict, dtype: str = "float32"
 ) -> None:
-    """Writes encoder parameters, with as many blocks as `params` has; they hold no final norm."""
+    """Writes encoder parameters, with as many blocks as `params` has and without a final norm."""
     refuse_existing(folder)
     config = dataclasses.replace(config, num_layers=len(params["layers"]["layer_norm1"]["scale"]))
     values = encoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
@@ -130,7 +130,7 @@ def save_vision(
 
 
 def refuse_existing(folder: str | Path) -> None:
-    """Raises LlavaError where something is already, save an empty folder."""
+    """Raises LlavaError if the path exists and is not an empty folder."""
     path = Path(folder)
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise LlavaError(f"{folder} exists already: choose another folder or remove it")
@@ -138,7 +138,7 @@ def refuse_existing(folder: str | Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayParameter:
-    """A parameter in memory, with what `stored_tensors` needs of a LazyParameter."""
+    """A parameter in memory, with the methods of LazyParameter that `stored_tensors` calls."""
 
     values: np.ndarray | jax.Array
     stacked: bool
@@ -151,14 +151,14 @@ class ArrayParameter:
         return np.dtype(self.values.dtype)
 
     def place(self, block: int = 0) -> None:
-        """It lies in no file."""
+        """None: no file holds it."""
 
     def read(self, block: int = 0) -> np.ndarray:
         return np.asarray(self.values[block] if self.stacked else self.values)
 
 
 def array_params(tree: dict) -> dict[str, ArrayParameter | LazyParameter]:
-    """A component's tree of arrays, or of LazyParameter, as what `stored_tensors` takes."""
+    """A component's tree of arrays or LazyParameters in the form that `stored_tensors` takes."""
     return {
         path: leaf
         if isinstance(leaf, LazyParameter)
@@ -178,10 +178,10 @@ def stored_tensors(
 
     Args:
       params: by our path in the component.
-      dtype: of the tensors; None keeps each as it is.
-      idle: tensors that the model never computes with, of `lazy.idle_tensors`. Those that it lacks
-        and transformers asks for are made up: ones for scales, zeros for all else, so that a block
-        passes its input through.
+      dtype: of the tensors; None keeps each one's own.
+      idle: tensors that the model never computes with, from `lazy.idle_tensors`. If transformers
+        requires one that is not there, it gets ones for a scale and zeros otherwise, so that a
+        block passes its input through.
     """
     sizes = table.sizes(config)
     kept = next(iter(params.values())).dtype() if params else np.dtype(np.float32)
@@ -225,13 +225,13 @@ def _to_write(
     read: Callable[[], np.ndarray],
     place: str,
 ) -> TensorToWrite:
-    """`place` is what an error calls the tensor."""
+    """`place` names the tensor in an error."""
     if target is None or target == stored:
         return TensorToWrite(key, shape, stored, read)
 
     def cast() -> np.ndarray:
         values = read()
-        with np.errstate(over="ignore"):  # told below, with the tensor's name
+        with np.errstate(over="ignore"):  # reported below, with the name of the tensor
             changed = values.astype(target)
         if target == np.float16 and np.isinf(changed).any() and not np.isinf(values).any():
             raise LlavaError(
