@@ -14,6 +14,7 @@ other ids. The ids here follow version 4.57, whichever version is installed:
 A folder that version 5 wrote is read as version 5 reads it.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -35,6 +36,19 @@ _CLASS_OF_MODEL = dict.fromkeys(
 ) | {"gemma": "Gemma", "gemma2": "Gemma", "gemma3_text": "Gemma", "cohere": "Cohere"}
 
 
+@contextlib.contextmanager
+def _only_errors():
+    """Keeps transformers from warning of the config.json of an original LLaVA."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_tokenizer(
     path: str | os.PathLike, vocab_size: int | None = None, added_tokens: Sequence[str] = ()
 ):
@@ -54,10 +68,11 @@ def load_tokenizer(
         raise LlavaError(f"no tokenizer folder at {path}")
     load = functools.partial(AutoTokenizer.from_pretrained, str(path), local_files_only=True)
     try:
-        try:
-            tokenizer = load()
-        except AttributeError:  # a config.json of the original LLaVA with scaled positions
-            tokenizer = load(config=PretrainedConfig())
+        with _only_errors():
+            try:
+                tokenizer = load()
+            except AttributeError:  # a config.json of the original LLaVA with scaled positions
+                tokenizer = load(config=PretrainedConfig())
     except Exception as error:  # transformers raises many kinds here
         first_line = str(error).strip().split("\n")[0]
         raise LlavaError(f"cannot load a tokenizer from {path}: {first_line}") from None

@@ -266,7 +266,7 @@ def lora_run(folder: Path) -> tuple[Path, Path]:
     """(a run that trained LoRA and the projector, the Hugging Face LLaVA it started from)."""
     run, base = folder / "run", folder / "base"
     run.mkdir()
-    lora = LoraConfig(2, 3.0, ("decoder/*", "vision/layers/mlp/fc1"))
+    lora = LoraConfig(2, 3.0, ("decoder/*", "vision/layers/*"))
     tree = write_run(run)
     assert cli.main(["export", str(run), "--format", "hf", "--out", str(base)]) == 0
     shapes = nn.meta.unbox(abstract_lora(lora, abstract_params(CONFIG)))
