@@ -34,6 +34,7 @@ setup(
         "quickstart": ["easy-vqa==1.0", "gguf", "onnx"],
         "wandb": ["wandb"],
         "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
+        "amber": ["spacy", "nltk"],  # for AMBER's descriptions; both download models of their own
         "lmms_eval": ["lmms-eval>=0.7.3"],
         "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "openpyxl", "peft>=0.19"],
         "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],  # `make docs`

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import (
+    amber,
     chair,
     coco_captions,
     documents,
@@ -38,7 +39,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "scienceqa": multiple_choice.load_scienceqa,
     "pope": yes_no.load_pope,
     "repope": yes_no.load_repope,
-    "amber": yes_no.load_amber,
+    "amber": amber.load,
     "chair": chair.load,
     "hallusionbench": paired.load_hallusionbench,
     "naturalbench": paired.load_naturalbench,

@@ -65,7 +65,7 @@ def hallucination_table(folder: Path) -> str:
         if scores and family in HALLUCINATION:
             last = scores[-1]
             first = next(iter(last.values))
-            note = " (lower is better)" if family == "chair" else ""
+            note = " (lower is better)" if first.startswith("CHAIR") else ""
             rates = (_figure(last, rate) for rate in ("yes", "false yes"))
             rows.append((name, f"{last.count:,}", first + note, _figure(last, first), *rates))
     head = ("hallucination", "n", "metric", "score", "yes", "false yes")

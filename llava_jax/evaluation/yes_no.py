@@ -1,4 +1,4 @@
-"""Questions answered with yes or no: POPE, RePOPE, AMBER (discriminative) and MME.
+"""Questions answered with yes or no: POPE, RePOPE and MME.
 
 A model that hallucinates says yes too often. Every benchmark here therefore reports its share of
 yes and its false-yes rate: of the questions whose right answer is no, the share answered with yes.
@@ -126,91 +126,6 @@ def score_pope(questions: Sequence[Question], predictions: Sequence[str]) -> lis
     counts = counts.reshape(len(questions), -1)
     units = [question.unit for question in questions]
     return [*lines, score_of_sums("mean", len(questions), units, counts, mean)]
-
-
-AMBER_KINDS = {
-    "discriminative-hallucination": "existence",
-    "discriminative-attribute-state": "state",
-    "discriminative-attribute-number": "number",
-    "discriminative-attribute-action": "action",
-    "discriminative-relation": "relation",
-    "relation": "relation",
-}
-
-
-def load_amber(root: Path, part: str) -> Benchmark:
-    """AMBER's discriminative questions (https://arxiv.org/abs/2311.07397).
-
-    About objects that are there or not (existence), their attributes (state, number, action) and
-    relations. AMBER counts the answer no: its precision, recall and F1 are those of no.
-    """
-    if part == "generative":
-        raise LlavaError(
-            "AMBER's generative part is not scored here: it needs spaCy's en_core_web_lg and "
-            "NLTK's tagger data, which no package registry carries; use chair for descriptions"
-        )
-    if part != "discriminative":
-        raise LlavaError(f"unknown part of AMBER {part!r}: choose discriminative")
-    folder = Folder(root, "https://github.com/junyangwang0410/AMBER")
-    path = folder.path("data/query/query_discriminative.json", "query_discriminative.json")
-    notes = folder.json("data/annotations.json", "annotations.json")
-    truths = {item["id"]: item for item in notes}
-    pictures = folder.path("image", "images", "AMBER")
-
-    def make(item) -> Question:
-        note = truths[item["id"]]
-        if note["truth"] not in ("yes", "no"):
-            raise LlavaError(f"the answer {note['truth']!r} is neither yes nor no")
-        return ask(
-            item["id"],
-            f"{item['query']}\n{SHORT}",
-            str(pictures / item["image"]),
-            reference=note["truth"],
-            kind=AMBER_KINDS[note["type"]],
-        )
-
-    questions = questions_of(folder.json(str(path.relative_to(root))), path, make)
-    source = f"{folder.source} (its README links the pictures)"
-    return Benchmark("amber", source, questions, grade_amber, score_amber)
-
-
-def amber_answer(text: str) -> str:
-    """yes or no, whichever the answer contains (yes first), else other."""
-    return next((word for word in ("yes", "no") if word in text.lower()), "other")
-
-
-def grade_amber(question: Question, text: str) -> float:
-    return float(amber_answer(text) == question.reference)
-
-
-def score_amber(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
-    """A line per kind of question, and all."""
-    answers = np.array([amber_answer(text) for text in predictions])
-    is_no = np.array([question.reference == "no" for question in questions])
-    said_no, said_yes = answers == "no", answers == "yes"
-    right = np.where(is_no, said_no, said_yes)
-    columns = [said_no & is_no, said_no, is_no, right, said_yes, said_yes & is_no, is_no | True]
-    counts = np.stack(columns, axis=1) * 1.0
-    kinds = np.array([question.kind for question in questions])
-    lines = []
-    for kind in [*dict.fromkeys(kinds), "overall"]:
-        own = np.flatnonzero((kinds == kind) | (kind == "overall"))
-        units = [questions[i].unit for i in own]
-        lines.append(score_of_sums(str(kind), len(own), units, counts[own], amber_metrics))
-    return lines
-
-
-def amber_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Percentages from the seven sums of `score_amber`."""
-    both, said_no, is_no, right, said_yes, false_yes, count = np.moveaxis(sums, -1, 0)
-    return {
-        "F1 of no": ratio(2 * both, said_no + is_no),
-        "accuracy": ratio(right, count),
-        "precision": ratio(both, said_no),
-        "recall": ratio(both, is_no),
-        "yes": ratio(said_yes, count),
-        "false yes": ratio(false_yes, is_no),
-    }
 
 
 def load_mme(root: Path) -> Benchmark:

@@ -96,41 +96,6 @@ def test_repope_is_pope_with_other_labels(tmp_path):
             "false yes": 66.6667})  # fmt: skip
 
 
-def amber(root):
-    queries = [{"id": 1004 + i, "image": "AMBER_1.jpg", "query": f"Is the sky {i}?"}
-               for i in range(1, 7)]  # fmt: skip
-    types = ["discriminative-attribute-state", "discriminative-hallucination", "relation",
-             "discriminative-relation", "discriminative-attribute-number",
-             "discriminative-attribute-action"]  # fmt: skip
-    truths = ["yes", "no", "no", "yes", "no", "no"]
-    notes = [{"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sun"]}]
-    notes += [{"id": 1005 + i, "type": kind, "truth": truth}
-              for i, (kind, truth) in enumerate(zip(types, truths, strict=True))]  # fmt: skip
-    write(root, "data/query/query_discriminative.json", queries)
-    write(root, "data/annotations.json", notes)
-    (root / "image").mkdir()
-    return load_benchmark("amber", root, {"part": "discriminative"})
-
-
-def test_amber_scores_the_answer_no(tmp_path):
-    benchmark = amber(tmp_path)
-    assert prompts(benchmark)[0] == f"<image>\nIs the sky 1?{SUFFIX}"
-    assert benchmark.questions[0].images == (str(tmp_path / "image/AMBER_1.jpg"),)
-    answers = ["Yes", "No, there is none", "yes", "Yes", "no", "unsure"]
-    scores = lines(benchmark.score(benchmark.questions, answers))
-    assert list(scores) == ["state", "existence", "relation", "number", "action", "overall"]
-    # No is right four times and said twice, both times rightly; three answers are yes.
-    assert scores["overall"] == (6, {"F1 of no": 66.6667, "accuracy": 66.6667, "precision": 100.0,
-                                     "recall": 50.0, "yes": 50.0, "false yes": 25.0})  # fmt: skip
-    assert scores["relation"][0] == 2 and scores["relation"][1]["accuracy"] == 50
-
-
-def test_ambers_generative_part_is_refused_in_a_sentence(tmp_path):
-    amber(tmp_path)
-    with pytest.raises(LlavaError, match="generative part is not scored here: it needs spaCy's"):
-        load_benchmark("amber", tmp_path, {"part": "generative"})
-
-
 @pytest.mark.parametrize(
     "text, answer",
     [
