@@ -1,4 +1,4 @@
-"""ChartQA, DocVQA, InfographicVQA and OCRBench: reading text in pictures.
+"""ChartQA, DocVQA, InfographicVQA, OCRBench and MathVista: text, charts and figures in pictures.
 
 Prompts and metrics are those of lmms-eval, with which LLaVA-OneVision was measured. The files are
 the Parquet sets of the Hugging Face hub, with the pictures inside.

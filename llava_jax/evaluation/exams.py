@@ -1,4 +1,4 @@
-"""AI2D, MMStar, RealWorldQA, MMMU and MuirBench: answers that name an option.
+"""AI2D, MMStar, RealWorldQA, MMMU, CV-Bench and MuirBench: answers that name an option.
 
 Prompts and readings are those of lmms-eval, with which LLaVA-OneVision was measured. The files
 are the Parquet sets of the Hugging Face hub, with the pictures inside.
@@ -32,7 +32,7 @@ from llava_jax.evaluation.letters import (
 )
 from llava_jax.evaluation.multiple_choice import ALPHABET, with_options
 from llava_jax.evaluation.short_answers import SHORT
-from llava_jax.evaluation.statistics import ratio
+from llava_jax.evaluation.statistics import columns_by_part, ratio
 
 HUB = "https://huggingface.co/datasets"
 DIRECTLY = "Answer with the option's letter from the given choices directly"  # no full stop: MMStar
@@ -120,9 +120,8 @@ def score_mmstar(questions: Sequence[Question], predictions: Sequence[str]) -> l
         own = np.flatnonzero((kinds == kind) | (kind == "average"))
         parts = np.array([f"{questions[i].kind}/{questions[i].label}" for i in own])
         names = list(dict.fromkeys(parts))
-        # Each sub-category has two columns of its own, right and all: [n, sub-categories, 2].
-        pairs = np.stack([rights[own], np.ones(len(own))], axis=1)
-        columns = (pairs[:, None] * (parts[:, None] == names)[..., None]).reshape(len(own), -1)
+        right_and_all = np.stack([rights[own], np.ones(len(own))], axis=1)
+        columns = columns_by_part(right_and_all, parts, names)
         units = [questions[i].unit for i in own]
         lines.append(score_of_sums(str(kind), len(own), units, columns, _mean_of_parts))
     return lines
@@ -230,10 +229,9 @@ def score_cvbench(questions: Sequence[Question], predictions: Sequence[str]) -> 
     rights = grades_of(grade_cvbench, questions, predictions)
     sources = [source for source in CVBENCH_SHARES if source in {q.kind for q in questions}]
     shares = np.array([CVBENCH_SHARES[source] for source in sources])
-    own = np.array([[question.kind == source for source in sources] for question in questions])
-    # Each source has two columns of its own, right and all: [n, sources, 2].
-    pairs = np.stack([rights, np.ones(len(rights))], axis=1)
-    columns = (own[..., None] * pairs[:, None]).reshape(len(rights), -1)
+    right_and_all = np.stack([rights, np.ones(len(rights))], axis=1)
+    kinds = np.array([question.kind for question in questions])
+    columns = columns_by_part(right_and_all, kinds, sources)
 
     def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         right, asked = np.moveaxis(sums.reshape(len(sums), -1, 2), -1, 0)

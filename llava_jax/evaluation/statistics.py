@@ -61,6 +61,14 @@ def sum_by_unit(rows: np.ndarray, units: Sequence[Hashable]) -> np.ndarray:
     return sums
 
 
+def columns_by_part(rows: np.ndarray, parts: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Gives each part columns of its own: rows [n, C], part of each row [n] -> [n, names * C].
+
+    [[1, 1], [0, 1]] of the parts a, b -> [[1, 1, 0, 0], [0, 0, 0, 1]].
+    """
+    return (rows[:, None] * (parts[:, None] == list(names))[..., None]).reshape(len(rows), -1)
+
+
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """above / below in percent; 0 where `below` is 0."""
     return 100 * np.divide(above, below, out=np.zeros_like(above, float), where=below > 0)

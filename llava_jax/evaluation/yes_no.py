@@ -14,7 +14,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, score_of_sums
 from llava_jax.evaluation.files import Folder, questions_of, readable
 from llava_jax.evaluation.short_answers import SHORT
-from llava_jax.evaluation.statistics import ratio
+from llava_jax.evaluation.statistics import columns_by_part, ratio
 
 POPE_SPLITS = ("adversarial", "popular", "random")
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -121,9 +121,7 @@ def score_pope(questions: Sequence[Question], predictions: Sequence[str]) -> lis
         parts = yes_metrics(sums.reshape(len(sums), len(splits), 5))
         return {name: values.mean(1) for name, values in parts.items()}
 
-    # Each split has five columns of its own: [n, splits, 5].
-    counts = yes_counts(said, true)[:, None] * (kinds[:, None] == splits)[..., None]
-    counts = counts.reshape(len(questions), -1)
+    counts = columns_by_part(yes_counts(said, true), kinds, splits)
     units = [question.unit for question in questions]
     return [*lines, score_of_sums("mean", len(questions), units, counts, mean)]
 
@@ -227,8 +225,7 @@ def _mme_line(
       first, kinds, rows: one question, the category and the counts [7] of each picture.
     """
     own = np.flatnonzero(np.isin(kinds, members))
-    # Each category has seven columns of its own: [pictures, categories, 7].
-    counts = rows[own, None] * (kinds[own, None] == list(members))[..., None]
+    counts = columns_by_part(rows[own], kinds[own], members)
 
     def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         parts = np.moveaxis(sums.reshape(-1, len(members), 7), -1, 0)
@@ -241,4 +238,4 @@ def _mme_line(
         }
 
     count, units = int(rows[own, 1].sum()), [first[i].unit for i in own]
-    return score_of_sums(name, count, units, counts.reshape(len(own), -1), metrics)
+    return score_of_sums(name, count, units, counts, metrics)

@@ -5,6 +5,7 @@ import pytest
 
 from llava_jax.evaluation.statistics import (
     bootstrap_errors,
+    columns_by_part,
     mcnemar,
     permutation_test,
     ratio,
@@ -34,6 +35,12 @@ def test_the_bootstrap_of_a_mean_is_its_standard_error():
     assert errors["accuracy"] == pytest.approx(standard_error(grades, units), rel=0.1)
     again = bootstrap_errors(units, counts, lambda s: {"accuracy": ratio(s[:, 0], s[:, 1])})
     assert again == errors
+
+
+def test_each_part_has_columns_of_its_own():
+    rows, parts = np.array([[1, 1], [0, 1], [1, 0]]), np.array(["a", "b", "c"])
+    assert columns_by_part(rows, parts, ["a", "b"]).tolist() == [
+        [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]  # fmt: skip
 
 
 def test_nothing_is_divided_by_zero():
