@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
 from llava_jax.text.templates import Segment
-from llava_jax.text.tokenization import SegmentTokenizer, truncate
+from llava_jax.text.tokenization import SegmentTokenizer, check_plain_text, truncate
 from llava_jax.text.turns import render_turns, token_row
 
 _CHUNK = 1024  # records tokenized at a time
@@ -63,19 +63,22 @@ class ImagePolicy(NamedTuple):
     """What happens to a record whose image fails.
 
     max_pixels: as in `load_image`. skip: refuse the record, up to `ceiling` records, instead of
-    raising at the first. look: replaces `inspect_image`.
+    raising at the first.
     """
 
     max_pixels: int
     skip: bool
     ceiling: int
-    look: Callable | None = None
 
 
-def render_record(row_format: RowFormat, records, record: Record) -> list[tuple[Segment, ...]]:
+def render_record(
+    row_format: RowFormat, records, record: Record, tokenizer: SegmentTokenizer | None
+) -> list[tuple[Segment, ...]]:
     """`render_turns` of a record, for training; its errors name data and record."""
-    template = row_format.template.with_system(record.system)
     try:
+        template = row_format.template.with_system(record.system)
+        for text in (record.system or "", *(turn.text for turn in record.turns)):
+            check_plain_text(text, tokenizer and tokenizer.placeholder)
         return render_turns(template, record.turns, row_format.turns)
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
@@ -185,11 +188,11 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
         if record is None or error.kind in _NO_FILE:
             return _Look(record if is_image else None, [error], is_image, b"", layouts)
         errors.append(error)
-    is_image, look = not errors, policy.look or inspect_image
+    is_image = not errors
     images = zip(record.images, record.image_names, strict=True) if inspect else ()
     for i, (source, name) in enumerate(images):
         try:
-            size = look(source, name, policy.max_pixels)
+            size = inspect_image(source, name, policy.max_pixels)
             check_shape(size, row_format.image, name, policy.max_pixels)
             layout = row_format.layout(size)
             layouts[i] = layout.tiles, len(layout)
@@ -229,7 +232,7 @@ def _tokenize(
     cache.lengths, cache.refused, cache.cut = np.zeros(len(records), np.int64), {}, 0
     cache.tiles = np.array([sum(tiles for tiles, _ in look.layouts) for look in looks], np.int64)
     bar = tqdm(looks, "measuring", unit=" records", disable=not progress)
-    for chunk in _chunks(_rendered(records, row_format, bar, findings)):
+    for chunk in _chunks(_rendered(records, row_format, tokenizer, bar, findings)):
         lengths = () if tokenizer is None else _lengths(tokenizer, row_format, chunk)
         for (index, *texts), length in zip(chunk, lengths, strict=tokenizer is not None):
             full, reason = int(length), None
@@ -245,14 +248,14 @@ def _tokenize(
 
 
 def _rendered(
-    records, row_format, looks, findings: Findings
+    records, row_format, tokenizer, looks, findings: Findings
 ) -> Iterator[tuple[int, list[tuple[Segment, ...]], list[int]]]:
     """(number, texts, tokens of each image) of the records that can be used."""
     for index, look in enumerate(looks):
         if look.errors and not look.is_image:
             continue
         try:
-            texts = render_record(row_format, records, records[index])
+            texts = render_record(row_format, records, records[index], tokenizer)
         except RecordError as error:
             findings.fault(index, error)
             continue

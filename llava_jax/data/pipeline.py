@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class TrainingData:
     workers: processes that build rows; 0 builds them in `threads` threads of this one.
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
-    findings, look: see `measure` and `ImagePolicy`; by default the first fault is raised.
+    findings: see `measure`; by default the first fault is raised.
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
     `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `images_per_epoch`, `fill` (share
@@ -82,7 +82,6 @@ class TrainingData:
         pad_final_batch: bool = False,
         progress: bool = True,
         findings: Findings | None = None,
-        look: Callable | None = None,
     ):
         if (epochs is None) == (steps is None):
             raise LlavaError("give either epochs or steps")
@@ -94,7 +93,7 @@ class TrainingData:
         self._workers, self._threads = workers, threads
         f = self.row_format = row_format
         segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
-        policy = ImagePolicy(max_pixels, bad_image == "skip", bad_image_ceiling, look)
+        policy = ImagePolicy(max_pixels, bad_image == "skip", bad_image_ceiling)
         measured = measure(
             records, segment_tokenizer, f, policy, cache_dir, threads, progress, findings
         )
@@ -256,7 +255,7 @@ class _RowBuilder:
         return pack(conversations, pictures, self._format), ids, skipped
 
     def _token_row(self, record: Record, image_lengths: list[int]) -> TokenRow:
-        texts = render_record(self._format, self._records, record)
+        texts = render_record(self._format, self._records, record, self._tokenizer)
         row = token_row(self._tokenizer, texts, image_lengths)
         row, reason = truncate(row, self._format.max_length)
         if row is None:

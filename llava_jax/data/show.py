@@ -42,7 +42,7 @@ def show(
         record = records[index]
     f = row_format
     segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
-    texts = render_record(f, records, record)
+    texts = render_record(f, records, record, segment_tokenizer)
     slots, faults = _look_at_images(record, f, max_pixels)
     layouts = [f.layout(slot["size"] or (f.image.size, f.image.size)) for slot in slots]
     row = token_row(segment_tokenizer, texts, [len(layout) for layout in layouts])

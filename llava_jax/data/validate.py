@@ -9,8 +9,10 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
+from tqdm import tqdm
 
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS, ImageError, load_image
@@ -29,6 +31,7 @@ class Report(Findings):
     Attributes:
       faults, notes: kind -> messages, one for each culprit.
       lengths: tokens of each record that could be tokenized, before it is cut.
+      faulty: numbers of the records with faults.
       images_total: image files, and images within a data set, that were decoded.
     """
 
@@ -37,6 +40,7 @@ class Report(Findings):
         self.faults: dict[str, list[str]] = collections.defaultdict(list)
         self.notes: dict[str, list[str]] = collections.defaultdict(list)
         self.lengths: list[int] = []
+        self.faulty: set[int] = set()
         self._records, self._max_length = records, row_format.max_length
         self._first_of_id: dict[str, int] = {}
         tokens = [re.escape(token) for token in special_tokens if token.strip()]
@@ -44,6 +48,8 @@ class Report(Findings):
 
     def fault(self, index: int | None, error: LlavaError) -> None:
         kind = error.kind if isinstance(error, RecordError) else "of the data as a whole"
+        if index is not None:
+            self.faulty.add(index)
         self.faults[kind].append(str(error).removeprefix(f"{self._records.path}: "))
 
     def record(self, record: Record) -> None:
@@ -130,7 +136,7 @@ def validate(
     accept: Callable[[TrainingData], None] = lambda data: None,
     **training,
 ) -> Report:
-    """Checks every record of `open_records(...)` as training does and decodes every image.
+    """Checks every record of `open_records(...)` as training does and decodes every image it uses.
 
     Args:
       tokenizer: a Hugging Face fast tokenizer; without one nothing is said about lengths.
@@ -139,48 +145,85 @@ def validate(
       training: further arguments of `TrainingData`; by default batches of one row.
     """
     special = tokenizer.all_special_tokens if tokenizer is not None else ()
-    report, decode = Report(records, row_format, special), _Decoder()
-    # Threads suffice: Pillow lets go of the interpreter while it decodes.
+    report, refused = Report(records, row_format, special), {}
     common = {"threads": threads or os.cpu_count(), "progress": progress, "findings": report}
+    ceiling = training.get("bad_image_ceiling", 0)
+    policy = ImagePolicy(max_pixels, training.get("bad_image") == "skip", ceiling)
     try:
         if tokenizer is None:
-            policy = ImagePolicy(max_pixels, False, 0, decode)
             refused = measure(records, None, row_format, policy, **common).refused
         else:
-            training = {"batch_size": 1, "epochs": 1} | training
-            data = TrainingData(
-                records, tokenizer, row_format, max_pixels=max_pixels, look=decode, **common,
-                **training,
-            )  # fmt: skip
+            training = {"batch_size": 1, "epochs": 1, "max_pixels": max_pixels} | training
+            data = TrainingData(records, tokenizer, row_format, **common, **training)
             refused = data.refused
             accept(data)
-        report.left_out(refused)
     except LlavaError as error:  # no record is of use, or too few for a batch
         if not report.faults:
             report.fault(None, error)
-    report.images_total = decode.total
+    report.left_out(refused)
+    _decode_images(report, records, refused, policy, common["threads"], progress)
     return report
 
 
+def _decode_images(report: Report, records, refused, policy: ImagePolicy, threads, progress):
+    """Decodes the images of the records that training uses: it meets damage in their middle."""
+    unused = {*report.faulty, *(index for indices in refused.values() for index in indices)}
+    used = [index for index in range(len(records)) if index not in unused]
+    decode, damaged = _Decoder(records, policy.max_pixels), []
+    # Threads suffice: Pillow lets go of the interpreter while it decodes.
+    with ThreadPool(threads) as pool:
+        errors = pool.imap(decode, used, chunksize=8)
+        bar = tqdm(errors, "decoding images", len(used), unit=" records", disable=not progress)
+        for index, error in zip(used, bar, strict=True):
+            if error is not None and policy.skip:
+                damaged.append(index)
+            elif error is not None:
+                report.fault(index, error)
+    report.images_total = decode.total
+    report.left_out({"damaged image": damaged} if damaged else {})
+    left_out = len(damaged) + len(refused.get("bad image", ()))
+    if damaged and left_out > policy.ceiling:
+        report.fault(
+            None,
+            LlavaError(
+                f"{left_out} records have bad images, more than bad_image_ceiling={policy.ceiling}"
+            ),
+        )
+
+
 class _Decoder:
-    """(source, name, max_pixels) -> size of an image that was decoded whole; each file once."""
+    """Number of a record -> the error of its first image that cannot be decoded, or None."""
 
-    def __init__(self):
-        self._known: dict[str, tuple[int, int] | ImageError] = {}
+    def __init__(self, records, max_pixels: int):
+        self._records, self._max_pixels = records, max_pixels
+        self._known: dict[str, ImageError | None] = {}  # each file is decoded once
         self._lock = threading.Lock()
-        self.total = 0
+        self._in_records = 0  # images that are no files
 
-    def __call__(self, source: str | bytes, name: str, max_pixels: int) -> tuple[int, int]:
-        found = self._known.get(source) if isinstance(source, str) else None
-        if found is None:
-            with self._lock:
-                self.total += 1
-            try:
-                found = load_image(source, name, max_pixels).size
-            except ImageError as error:
-                found = error
+    def __call__(self, index: int) -> RecordError | None:
+        record = self._records[index]
+        for source, name in zip(record.images, record.image_names, strict=True):
+            if isinstance(source, str) and source in self._known:
+                error = self._known[source]
+            else:
+                error = self._decode(source, name)
+            if error is not None:
+                return RecordError(error.kind, f"{record.name}: {error}")
+        return None
+
+    @property
+    def total(self) -> int:
+        return len(self._known) + self._in_records
+
+    def _decode(self, source: str | bytes, name: str) -> ImageError | None:
+        error = None
+        try:
+            load_image(source, name, self._max_pixels)
+        except ImageError as found:
+            error = found
+        with self._lock:
             if isinstance(source, str):
-                self._known[source] = found
-        if isinstance(found, ImageError):
-            raise found
-        return found
+                self._known[source] = error
+            else:
+                self._in_records += 1
+        return error

@@ -128,7 +128,7 @@ class SegmentTokenizer:
         self.image_token_id = int(image_token_id)
         self.use_im_start_end = use_im_start_end
         self._core = fast_core(tokenizer)
-        self._placeholder = placeholder(tokenizer, self.image_token_id)
+        self.placeholder = placeholder(tokenizer, self.image_token_id)
         if use_im_start_end:
             for token in (IM_START_TOKEN, IM_END_TOKEN):
                 if self._core.token_to_id(token) is None:
@@ -190,7 +190,7 @@ class SegmentTokenizer:
             spans.append((position, end, segment))
             position = end
         text = self.text(segments)
-        check_plain_text(text, self._placeholder)
+        check_plain_text(text, self.placeholder)
         chunks, start = [], 0
         for match in re.finditer(re.escape(IMAGE_TOKEN), text):
             chunks.append((start, text[start : match.start()]))

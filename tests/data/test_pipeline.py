@@ -366,19 +366,24 @@ def test_bad_images_are_counted_by_record_as_ids_may_repeat(make, data_set):
 
 
 def test_text_that_spells_the_placeholder_is_no_picture(make, data_set, tokenizers):
-    def change(items):
-        items[5]["conversations"][0]["value"] += " <|im_end|> <|im_end|>"
-
-    edit(data_set, change)
-    # The worst case: the placeholder is a token that the template itself writes.
-    placeholder = tokenizers["smollm"].convert_tokens_to_ids("<|im_end|>")
-    data = make(packing=False, batch_size=1, epochs=1, image_token_id=placeholder)
+    placeholder = tokenizers["smollm"].convert_tokens_to_ids("<unk>")
+    options = {"packing": False, "batch_size": 1, "epochs": 1, "image_token_id": placeholder}
+    data = make(**options)
     for batch in data.batch_iterator():
         (record_id,) = batch.record_ids
-        record = data.records[int(record_id[1:])]
-        features = batch.arrays["feature_ids"][0]
-        assert (features >= 0).sum() == 4 * len(record.images)
-        assert (batch.arrays["input_ids"][0] == placeholder).sum() > (features >= 0).sum()
+        features = batch.arrays["feature_ids"][0] >= 0
+        assert features.sum() == 4 * len(data.records[int(record_id[1:])].images)
+        real = batch.arrays["segment_ids"][0] > 0
+        found = (batch.arrays["input_ids"][0] == placeholder) & real
+        np.testing.assert_array_equal(found, features)
+
+    def change(items):
+        items[5]["conversations"][0]["value"] += " <unk>"
+
+    edit(data_set, change)
+    with pytest.raises(LlavaError, match=r"data.json: record 5 \(id 'r5'\): the text holds <unk>"):
+        make(**options)
+    make(packing=False)  # for another model it is text
 
 
 def test_keys_that_nothing_reads_are_in_the_data_line(make, data_set):

@@ -73,6 +73,8 @@ CHANGES = [
      "image": ["good.png"] * 3},
     {"conversations": [{"from": "system", "value": "Be brief."}, *TURNS]},
     {"system": "Be brief."},
+    {"system": "Be <unk>."},
+    {"conversations": [{"from": "human", "value": "<image><unk>"}, TURNS[1]]},
     {"system": "Be <image>."},
     {"image": "missing.png"},
     {"image": "../good.png"},
@@ -99,7 +101,7 @@ def test_validate_refuses_what_training_refuses_and_nothing_else(tmp_path, token
     ):  # fmt: skip
         picture(tmp_path, name, size, damage)
     (tmp_path / "text.png").write_text("<html>")
-    choose = random.Random(seed)
+    choose, unk = random.Random(seed), tokenizers["smollm"].convert_tokens_to_ids("<unk>")
     outcomes = set()
     for trial in range(24):
         changes = [choose.choice(CHANGES) for _ in range(choose.choice([1, 1, 2, 3]))]
@@ -114,6 +116,7 @@ def test_validate_refuses_what_training_refuses_and_nothing_else(tmp_path, token
             template=get_template(choose.choice(["chatml", "mistral_instruct", "plain"])),
             turns=choose.choice(["conversation", "independent"]),
             packing=choose.choice([True, False]),
+            image_token_id=choose.choice([-200, unk]),
         )
         options = {"batch_size": choose.choice([1, 1, 2]), "epochs": 1, "max_pixels": 10_000}
         options |= choose.choice(
