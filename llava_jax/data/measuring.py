@@ -111,12 +111,11 @@ def measure(
     faults: dict[int, RecordError] = {}
     # Nothing can change in a data set that holds its images and was found good before.
     if cache.lengths is None or cache.images_seen != f"within the data set {demands}":
-        looks, files = look(inspect=cache.lengths is None)
+        looks, faults, files = look(inspect=cache.lengths is None)
         seen = f"{'within the data set' if records.image_root is None else files} {demands}"
         changed = cache.images_seen != seen
         if cache.lengths is not None and changed:
-            looks, _ = look(inspect=True)
-        faults = _judge(records, looks, policy, findings)
+            looks, faults, _ = look(inspect=True)
         if cache.lengths is None or changed and row_format.image.by_size:
             _tokenize(cache, records, tokenizer, row_format, looks, progress, findings)
         if changed or faults:
@@ -159,19 +158,29 @@ class _Look(NamedTuple):
 
 def _look_at_all(
     records, row_format, policy, findings: Findings, threads: int, progress: bool, inspect: bool
-) -> tuple[list[_Look], str]:
-    """The looks at all records, and a digest of the state of their image files."""
-    looks, state = [], hashlib.sha256()
+) -> tuple[list[_Look], dict[int, RecordError], str]:
+    """The looks at all records, the errors of those left out for their images, and a digest.
+
+    The digest is of the state of the image files. Other faults are reported as they are met.
+    """
+    looks, faults, state = [], {}, hashlib.sha256()
     look_at = functools.partial(_look, records, row_format, policy, inspect)
     with ThreadPool(threads) as pool:
         found = pool.imap(look_at, range(len(records)), chunksize=16)
         title = "checking images" if inspect else "checking records"
-        for look in tqdm(found, title, len(records), unit=" records", disable=not progress):
+        bar = tqdm(found, title, len(records), unit=" records", disable=not progress)
+        for index, look in enumerate(bar):
+            for error in look.errors:
+                error = RecordError(error.kind, f"{records.path}: {error}")
+                if look.is_image and policy.skip:
+                    faults.setdefault(index, error)
+                else:
+                    findings.fault(index, error)
             state.update(look.files)
             if look.record is not None:
                 findings.record(look.record)
             looks.append(look._replace(record=None, files=b""))  # images within it may be large
-    return looks, state.hexdigest()
+    return looks, faults, state.hexdigest()
 
 
 def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -> _Look:
@@ -208,21 +217,6 @@ def _file_state(source: str | bytes) -> bytes:
     status = os.stat(source)
     state = f"{source}\0{status.st_size}\0{status.st_mtime_ns}\0"
     return state.encode(errors="surrogateescape")
-
-
-def _judge(
-    records, looks: list[_Look], policy: ImagePolicy, findings: Findings
-) -> dict[int, RecordError]:
-    """Number -> error of the records that are left out for their images; reports other faults."""
-    faults = {}
-    for index, look in enumerate(looks):
-        for error in look.errors:
-            error = RecordError(error.kind, f"{records.path}: {error}")
-            if look.is_image and policy.skip:
-                faults.setdefault(index, error)
-            else:
-                findings.fault(index, error)
-    return faults
 
 
 def _tokenize(
