@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.benchmark = ""  # a name of llava_jax.evaluation.BENCHMARKS
     config.suite = ()  # names in configs/eval, to run several in place of `benchmark`
-    config.data_root = ""  # folder of the published files; of a suite: of its members' folders
+    config.data_root = ""  # folder of the published files; of a suite: of the folders of all
     config.options = ConfigDict()  # further arguments of the benchmark's loader
     config.max_new_tokens = 128  # the original's limit for short answers
     config.batch_size = 64

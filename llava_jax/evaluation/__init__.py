@@ -99,7 +99,7 @@ def load_configured(
     loaded, missing = [], []
     for name in config.suite:
         member = _config(name)
-        member.data_root = str(Path(config.data_root, name))
+        member.data_root = str(Path(config.data_root, Path(member.data_root).name))
         member.update(batch_size=config.batch_size, dtype=config.dtype, mesh=config.mesh)
         try:
             loaded.append((member, _load(member, limit, shard)))

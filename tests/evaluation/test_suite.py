@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation import load_configured
+from llava_jax.evaluation import BENCHMARKS, load_configured
 from llava_jax.evaluation.report import HALLUCINATION, hallucination_table
 from tests.evaluation.published import write
 
@@ -52,6 +52,14 @@ def test_a_value_that_a_suite_would_ignore_is_refused(tmp_path, key, value, mess
     config[key] = value
     with pytest.raises(LlavaError, match=message):
         load_configured(config)
+
+
+@pytest.mark.parametrize("suite", ["hallucination", "llava15", "onevision"])
+def test_every_member_of_a_suite_has_a_config_and_a_folder(suite):
+    for name in importlib.import_module(f"configs.eval.{suite}").get_config().suite:
+        member = importlib.import_module(f"configs.eval.{name}").get_config()
+        assert member.benchmark in BENCHMARKS
+        assert member.data_root.startswith("data/eval/") and member.data_root.count("/") == 2
 
 
 def test_every_member_is_a_hallucination_benchmark_with_a_config_of_its_own(tmp_path):
