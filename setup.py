@@ -8,6 +8,7 @@ setup(
     description="LLaVA in JAX/Flax for TPUs and GPUs: both training stages, evaluation, inference",
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
+    package_data={"llava_jax.serving": ["static/index.html"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8",
@@ -36,8 +37,21 @@ setup(
         "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
         "amber": ["spacy", "nltk"],  # for AMBER's descriptions; both download models of their own
         "lmms_eval": ["lmms-eval>=0.7.3"],
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", "openpyxl", "peft>=0.19"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "torch==2.13.0",
+            "openpyxl",
+            "peft>=0.19",
+            "starlette>=1.0",
+            "uvicorn>=0.50",
+            "prometheus_client",
+            "openai",
+            "playwright",
+        ],
         "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],  # `make docs`
+        "serve": ["starlette>=1.0", "uvicorn>=0.50", "prometheus_client"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

@@ -11,6 +11,7 @@ from llava_jax.errors import LlavaError, file_fault
 COMMANDS = {
     "generate": ("llava_jax.serving.generate", "answer a file of requests"),
     "chat": ("llava_jax.serving.chat", "ask a model about pictures"),
+    "serve": ("llava_jax.serving.serve", "serve a model over HTTP, with a chat page"),
     "build": ("llava_jax.data.build", "make a TFDS ArrayRecord data set of LLaVA records"),
     "validate": ("llava_jax.training.validate_data", "check every record and image of a data set"),
     "convert": ("llava_jax.weights.convert", "make one checked folder of any LLaVA checkpoint"),

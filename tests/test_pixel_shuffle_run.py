@@ -64,8 +64,6 @@ def test_no_other_program_has_it(form, words, folded, tmp_path, capsys):
 
 def test_an_odd_grid_is_refused_before_training(world, run, tmp_path):
     changes = {"model.projector": KIND, "model.image_size": 12}
-    with pytest.raises(
-        LlavaError, match="folds squares of 2 x 2 .* a picture has 3 x 3"
-    ):
+    with pytest.raises(LlavaError, match="folds squares of 2 x 2 .* a picture has 3 x 3"):
         run(align(world, tmp_path / "run", changes))
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -16,7 +16,14 @@ from llava_jax.inference.answer import Answer, TokenLogprob
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL
 from llava_jax.inference.device import Device
 from llava_jax.inference.jobs import Job, Request, Source, as_source
-from llava_jax.inference.prefill import TILES, cache_bucket, count_bucket, prefill_shapes, take
+from llava_jax.inference.prefill import (
+    TILES,
+    cache_bucket,
+    count_bucket,
+    prefill_shapes,
+    take,
+    window_bucket,
+)
 from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, SamplingParams
 from llava_jax.models.llava import LlavaConfig
 
@@ -95,6 +102,7 @@ class Engine:
         self.dtype = self.device.dtype
         self._counts = Counts()
         self._pool = ThreadPoolExecutor(PICTURE_THREADS, "pictures")
+        self._few, self._least = False, 0  # see warm_up
         self.forget()
 
     @property
@@ -197,26 +205,33 @@ class Engine:
             queue.close()
 
     def warm_up(
-        self, batch_size: int, size: int, report: Callable[[int, int], None] = lambda *_: None
+        self,
+        batch_size: int,
+        size: int,
+        report: Callable[[int, int], None] = lambda *_: None,
+        few: bool = False,
     ) -> None:
         """Compiles everything for requests whose prompt and answer have at most `size` tokens.
 
         Then they compile nothing, in any number and mixture, at this batch size (log probabilities
-        of prompts excepted).
+        of prompts excepted). The cache keeps this size from now on.
 
         Args:
           report: called with the numbers of functions that are compiled and of all.
+          few: a quarter of the shapes, with more padding: quick to start, slower to answer.
         """
+        self._few, self._least = few, size
         self._reserve(count_bucket(batch_size), size, busy=False)
         blank = np.zeros((self.config.image.size, self.config.image.size, 3), np.uint8)
         nowhere, idle = self.device.tile_slots, np.zeros(self.rows, bool)
         encode = lambda count: self.device.encode({nowhere + i: blank for i in range(count)})
-        windows = sorted({cache_bucket(n) for n in range(1, self.device.size + 1)})
+        rows = self.device.size
+        windows = sorted({window_bucket(n, rows, few) for n in range(1, rows + 1)})
         calls = [functools.partial(encode, count) for count in TILES]
         calls += [functools.partial(self.device.decode, idle, 1, window) for window in windows]
         calls += [
             functools.partial(self.device.prefill, [], shape)
-            for shape in prefill_shapes(batch_size, size, windows)
+            for shape in prefill_shapes(batch_size, self.device.size, few)
         ]
         for number, call in enumerate(calls):
             report(number, len(calls))
@@ -260,7 +275,7 @@ class Engine:
 
     def _reserve(self, rows: int, need: int, busy: bool) -> bool:
         """Makes a state of `rows` with room for `need` tokens; False if the old one is busy."""
-        size = cache_bucket(need)
+        size = cache_bucket(max(need, self._least))
         if self.device.state is not None and self.rows == rows and size <= self.device.size:
             return True
         if not busy:
@@ -272,7 +287,7 @@ class Engine:
         self, wave: list[Job], running: dict[int, Job], more: bool
     ) -> Iterator[Grown | Waiting]:
         """One prefill of the first jobs of a wave; if `more` wait behind it, a filled one."""
-        jobs, shape = take(wave, self.device.size, more)
+        jobs, shape = take(wave, self.device.size, more, self._few)
         tokens, logprobs = self.device.prefill(jobs, shape)
         for job in jobs:
             self._admission.filled(job)
@@ -304,7 +319,7 @@ class Engine:
     def _advance(self, running: dict[int, Job], more: bool) -> Iterator[Grown | Waiting]:
         """One decode call; with `more` jobs waiting it ends when a quarter of the rows do."""
         longest = max(job.length + len(job.produced) for job in running.values())
-        window = min(cache_bucket(longest + TOKENS_PER_CALL), self.device.size)
+        window = window_bucket(longest + TOKENS_PER_CALL, self.device.size, self._few)
         mask = np.zeros(self.rows, bool)
         mask[list(running)] = True
         fewest = len(running) - len(running) // 4 if more else 1

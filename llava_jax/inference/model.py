@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.jobs import Job, Request
+from llava_jax.inference.jobs import Job, Picture, Request
 from llava_jax.inference.pictures import ImageSource, PictureReader, as_sources, error_prefix
 from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
 from llava_jax.inference.prompts import (
@@ -311,10 +311,36 @@ class Llava:
             self._pictures.picture(source, f"image {i}", where) for i, source in enumerate(sources)
         )
         with error_prefix(where):
-            ids = self._prompts.ids(turns, [len(picture.layout) for picture in pictures])
-            request = Request(ids, pictures, params)
-            self.engine.check(request)
+            return self.conversation_request(turns, pictures, params)
+
+    def conversation_request(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture],
+        params: SamplingParams,
+        system: str | None = None,
+    ) -> Request:
+        """A conversation whose last turn is to be answered.
+
+        Args:
+          pictures: one for each `<image>` of the turns, from `picture`.
+          system: a system prompt in place of the template's.
+        """
+        lengths = [len(picture.layout) for picture in pictures]
+        return self._checked(self._prompts.ids(turns, lengths, system), pictures, params)
+
+    def text_request(self, text: str, params: SamplingParams) -> Request:
+        """A text that is to be continued as it is, without a template."""
+        return self._checked(self._prompts.ids_of_text(text), (), params)
+
+    def _checked(self, ids, pictures: Sequence[Picture], params: SamplingParams) -> Request:
+        request = Request(ids, tuple(pictures), params)
+        self.engine.check(request)
         return request
+
+    def picture(self, source: ImageSource, name: str = "image", where: str = "") -> Picture:
+        """A picture of a request; `where` begins the messages of its errors."""
+        return self._pictures.picture(source, name, where)
 
     def prompt_ids(self, turns: Sequence[Turn], images: int = 0) -> np.ndarray:
         """int32[T]: a conversation that waits for an answer, with `images` square pictures."""

@@ -19,26 +19,28 @@ TILES = (1, 4, 16, 64)  # encoded at once
 TOKENS_AT_A_TIME = 4096  # of prompts, read at once unless one prompt is longer
 
 
-def length_bucket(length: int) -> int:
+def length_bucket(length: int, few: bool = False) -> int:
     """The shortest padded length that holds `length` tokens: 16, 24, 32, 48, 64, 96, 128, 192...
 
     Two sizes to each doubling: padding is at most a third, and there are few shapes to compile.
+    With `few` there is one: 16, 32, 64, 128...
     """
     if length <= SMALLEST_LENGTH:
         return SMALLEST_LENGTH
     power = 1 << (length - 1).bit_length()  # the first that holds it
-    return power * 3 // 4 if length <= power * 3 // 4 else power
+    return power * 3 // 4 if not few and length <= power * 3 // 4 else power
 
 
-def token_bucket(total: int, longest: int, more: bool) -> int:
+def token_bucket(total: int, longest: int, more: bool, few: bool = False) -> int:
     """How many tokens the next call reads, of `total` that wait in prompts of at most `longest`.
 
     If `more` prompts wait for a row, this is the next smaller size unless at least 7/8 are filled.
     """
-    bucket = length_bucket(total)
+    bucket = length_bucket(total, few)
     if more and 8 * total < 7 * bucket:
-        bucket = length_bucket(bucket * 5 // 8)  # the one below: 2/3 or 3/4 of it
-    return max(length_bucket(longest), min(bucket, TOKENS_AT_A_TIME))
+        # The one below: half, 2/3 or 3/4 of it.
+        bucket = length_bucket(bucket // 2 if few else bucket * 5 // 8, few)
+    return max(length_bucket(longest, few), min(bucket, TOKENS_AT_A_TIME))
 
 
 def chunk_bucket(longest: int) -> int:
@@ -60,6 +62,18 @@ def chunk_count(tokens: int, chunk: int) -> int:
 def cache_bucket(length: int) -> int:
     """Cache slots for `length` tokens: a power of two from 64."""
     return max(SMALLEST_CACHE, 1 << (length - 1).bit_length())
+
+
+def window_bucket(length: int, size: int, few: bool = False) -> int:
+    """Slots that a call looks at in rows of `size`, to see `length` of them.
+
+    With `few` all of them or a quarter.
+    """
+    window = min(cache_bucket(length), size)
+    if not few:
+        return window
+    quarter = max(size // 4, SMALLEST_CACHE)
+    return size if window > quarter else min(quarter, size)
 
 
 def count_bucket(count: int) -> int:
@@ -95,30 +109,36 @@ class PrefillShape:
         return -(-job.rest // self.chunk)
 
 
-def prefill_shapes(batch_size: int, size: int, windows: Sequence[int]) -> list[PrefillShape]:
+def prefill_shapes(batch_size: int, size: int, few: bool = False) -> list[PrefillShape]:
     """Every prefill shape that prompts shorter than `size` can need, the shortest first."""
-    most = max(min(TOKENS_AT_A_TIME, batch_size * size), length_bucket(size))
-    lengths = sorted({length_bucket(n) for n in range(1, most + 1)})
-    chunks = {chunk_bucket(n): n for n in range(size, 0, -1)}  # and the shortest prompt
+    most = max(min(TOKENS_AT_A_TIME, batch_size * size), length_bucket(size, few))
+    lengths = sorted({length_bucket(n, few) for n in range(1, most + 1)})
+    windows = sorted({window_bucket(n, size, few) for n in range(1, size + 1)})
+    shortest = {chunk_bucket(n): n for n in range(size, 0, -1)}  # prompt of each chunk length
     return [
         PrefillShape(tokens, chunk, window)
         for tokens in lengths
         for window in windows
-        for chunk, shortest in sorted(chunks.items())
-        if min(tokens, window) >= shortest
+        for chunk in sorted(shortest)
+        if min(tokens, window) >= shortest[chunk]
+        # A prompt has at most four chunks, and a call at most `batch_size` prompts.
+        and tokens <= length_bucket(max(batch_size * 4 * chunk, SMALLEST_LENGTH), few)
     ]
 
 
-def take(wave: list[Job], size: int, more: bool) -> tuple[list[Job], PrefillShape]:
+def take(
+    wave: list[Job], size: int, more: bool, few: bool = False
+) -> tuple[list[Job], PrefillShape]:
     """Takes the first jobs of a wave, as many as one call should read.
 
     Args:
       size: slots of a row of the cache.
       more: other jobs wait behind the wave, so what is left of it can wait for them.
+      few: see `length_bucket`.
     """
     longest = max(job.rest for job in wave)
-    tokens = token_bucket(sum(job.rest for job in wave), longest, more)
-    window = min(cache_bucket(max(job.length for job in wave)), size)
+    tokens = token_bucket(sum(job.rest for job in wave), longest, more, few)
+    window = window_bucket(max(job.length for job in wave), size, few)
     shape = PrefillShape(tokens, chunk_bucket(longest), window)
     count, pieces = 0, 0
     for job in wave:

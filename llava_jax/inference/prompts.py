@@ -10,9 +10,9 @@ import numpy as np
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import features_in_turn
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.text.conversation import IMAGE_TOKEN, Turn
+from llava_jax.text.conversation import IMAGE_TOKEN, Turn, spelled_out
 from llava_jax.text.processor_prompt import ProcessorPrompt
-from llava_jax.text.templates import Template, render
+from llava_jax.text.templates import Segment, Template, render
 from llava_jax.text.tokenization import SegmentTokenizer
 
 History = Sequence[tuple[str, str]]
@@ -37,17 +37,32 @@ class PromptReader:
             tokenizer, chat_template, config.image_token_id
         )
 
-    def ids(self, turns: Sequence[Turn], lengths: Sequence[int]) -> np.ndarray:
+    def ids(
+        self, turns: Sequence[Turn], lengths: Sequence[int], system: str | None = None
+    ) -> np.ndarray:
         """int32[T]: a conversation that waits for an answer, with placeholders for its pictures.
+
+        Special tokens that stand in the text of a turn are spelled out: only the template and
+        `<image>` make any.
 
         Args:
           lengths: tokens of each picture, in the order of their `<image>`.
+          system: a system prompt in place of the template's.
         """
+        special = [token for token in self._tokenize.special if token != IMAGE_TOKEN]
+        turns = [Turn(turn.role, spelled_out(turn.text, special)) for turn in turns]
+        system = system and spelled_out(system, special)
         if self._processor_prompt:
-            ids = self._processor_prompt(turns, lengths)
+            ids = self._processor_prompt(turns, lengths, system)
         else:
-            segments = render(self._template, turns, generation=True)
+            segments = render(self._template.with_system(system), turns, generation=True)
             ids = self._tokenize(segments, lengths).input_ids
+        check_vocabulary(ids[None], self._config)
+        return ids
+
+    def ids_of_text(self, text: str) -> np.ndarray:
+        """int32[T]: a text that is to be continued as it is, without a template."""
+        ids = self._tokenize([Segment(spelled_out(text, self._tokenize.special))]).input_ids
         check_vocabulary(ids[None], self._config)
         return ids
 

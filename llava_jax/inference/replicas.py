@@ -56,12 +56,16 @@ class Replicas:
         return self.engines[0].logits(*inputs)
 
     def warm_up(
-        self, batch_size: int, size: int, report: Callable[[int, int], None] = lambda *_: None
+        self,
+        batch_size: int,
+        size: int,
+        report: Callable[[int, int], None] = lambda *_: None,
+        few: bool = False,
     ) -> None:
         count = len(self.engines)
         for i, engine in enumerate(self.engines):
             of_all = lambda done, calls, i=i: report(i * calls + done, count * calls)
-            engine.warm_up(self._share(batch_size), size, of_all)
+            engine.warm_up(self._share(batch_size), size, of_all, few)
 
     def _share(self, batch_size: int) -> int:
         return -(-batch_size // len(self.engines))

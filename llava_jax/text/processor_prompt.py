@@ -10,8 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.text.conversation import IMAGE_TOKEN, Turn
-from llava_jax.text.tokenization import check_plain_text, other_models, placeholder
+from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, Turn
+from llava_jax.text.tokenization import (
+    check_plain_text,
+    continued,
+    fast_core,
+    other_models,
+    placeholder,
+)
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -45,15 +51,23 @@ class ProcessorPrompt:
     def __init__(self, tokenizer, chat_template: str, image_token_id: int):
         self.placeholder = processor_placeholder(tokenizer, chat_template, image_token_id)
         self.tokenizer, self.chat_template = tokenizer, chat_template
+        self._core = fast_core(tokenizer)
         self.image_token_id = image_token_id
         self.takes_lists = self._takes_lists()
 
-    def __call__(self, turns: Sequence[Turn], image_lengths: Sequence[int] = ()) -> np.ndarray:
+    def __call__(
+        self,
+        turns: Sequence[Turn],
+        image_lengths: Sequence[int] = (),
+        system: str | None = None,
+    ) -> np.ndarray:
         """int32 [T]; `image_lengths`: tokens of each image, in the order of their `<image>`."""
         for turn in turns:
             check_plain_text(turn.text, self.placeholder)
         content = _content if self.takes_lists else lambda text: text
         messages = [{"role": _ROLES[turn.role], "content": content(turn.text)} for turn in turns]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": content(system)})
         chunks = self._render(messages).split(IMAGE_TOKEN)
         images = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
         if len(chunks) - 1 != images:
@@ -75,8 +89,10 @@ class ProcessorPrompt:
         return np.repeat(ids, repeats)
 
     def _ids(self, text: str, add_special_tokens: bool) -> np.ndarray:
+        text, *pieces = text.split(BREAK)
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return np.array(ids, np.int32)
+        rest = [continued(self._core, piece)[0] for piece in pieces]
+        return np.concatenate([np.array(ids, np.int32), *rest])
 
     def _takes_lists(self) -> bool:
         """False for a template written for texts alone."""

@@ -16,11 +16,13 @@ from tokenizers import Encoding, Tokenizer
 
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import IMAGE_TOKEN_ID
-from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.conversation import BREAK, IMAGE_TOKEN
 from llava_jax.text.templates import Segment
 
 IGNORE_INDEX = -100
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
+_CUTS = re.compile(f"{re.escape(IMAGE_TOKEN)}|{BREAK}")
+_ANCHORS = ("\n", "0", "~", "a")  # put before a text that continues another
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class SegmentTokenizer:
         self.use_im_start_end = use_im_start_end
         self._core = fast_core(tokenizer)
         self.placeholder = placeholder(tokenizer, self.image_token_id)
+        added = self._core.get_added_tokens_decoder().values()
+        self.special = tuple(token.content for token in added if token.special)
         if use_im_start_end:
             for token in (IM_START_TOKEN, IM_END_TOKEN):
                 if self._core.token_to_id(token) is None:
@@ -150,7 +154,7 @@ class SegmentTokenizer:
           image_lengths: tokens of each image, in the order of their `<image>`.
         """
         chunks, spans = self._chunks(segments)
-        encodings = self._core.encode_batch([text for _, text in chunks])
+        encodings = self._core.encode_batch([text for _, text, _ in chunks])
         return self._row(chunks, encodings, spans, image_lengths)
 
     def lengths(
@@ -159,14 +163,17 @@ class SegmentTokenizer:
         image_lengths: Sequence[Sequence[int]],
     ) -> np.ndarray:
         """The number of tokens of each conversation, int64 [N]; much faster than the rows."""
-        chunks = [[text for _, text in self._chunks(segments)[0]] for segments in conversations]
-        encodings = iter(self._core.encode_batch_fast([text for row in chunks for text in row]))
+        chunks = [self._chunks(segments)[0] for segments in conversations]
+        texts = [text for row in chunks for _, text, _ in row]
+        encodings = iter(self._core.encode_batch_fast(texts))
         added = self._core.num_special_tokens_to_add(False)
         leading = self._leading_specials()
         result = np.zeros(len(chunks), np.int64)
         for i, (row, images) in enumerate(zip(chunks, image_lengths, strict=True)):
-            text_tokens = sum(len(next(encodings)) - added for _ in row)
-            result[i] = leading + text_tokens + sum(images)
+            result[i] = leading + sum(images)
+            for _, text, before in row:
+                plain = len(next(encodings)) - added
+                result[i] += len(continued(self._core, text)[0]) if before == BREAK else plain
         return result
 
     def _leading_specials(self) -> int:
@@ -183,7 +190,10 @@ class SegmentTokenizer:
         return segment.text.replace(IMAGE_TOKEN, IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN)
 
     def _chunks(self, segments: Sequence[Segment]):
-        """[(position in the text, chunk)] between the images, and [(start, end, segment)]."""
+        """[(position in the text, chunk, what is before it)] and [(start, end, segment)].
+
+        Before a chunk is nothing (""), an image or a BREAK.
+        """
         spans, position = [], 0
         for segment in segments:
             end = position + len(self._segment_text(segment))
@@ -191,29 +201,56 @@ class SegmentTokenizer:
             position = end
         text = self.text(segments)
         check_plain_text(text, self.placeholder)
-        chunks, start = [], 0
-        for match in re.finditer(re.escape(IMAGE_TOKEN), text):
-            chunks.append((start, text[start : match.start()]))
-            start = match.end()
-        chunks.append((start, text[start:]))
+        chunks, start, before = [], 0, ""
+        for match in _CUTS.finditer(text):
+            chunks.append((start, text[start : match.start()], before))
+            start, before = match.end(), match.group()
+        chunks.append((start, text[start:], before))
         return chunks, spans
 
     def _row(self, chunks, encodings: Sequence[Encoding], spans, image_lengths) -> TokenRow:
         ids, offsets, images = [], [], []
-        length = 0
-        pairs = zip(chunks, encodings, (0, *image_lengths), strict=True)
-        for i, ((position, _), encoding, image) in enumerate(pairs):
-            if i:
+        found = sum(before == IMAGE_TOKEN for _, _, before in chunks)
+        if found != len(image_lengths):
+            raise ValueError(f"{len(image_lengths)} image lengths for {found} images")
+        length, lengths = 0, iter(image_lengths)
+        for (position, text, before), encoding in zip(chunks, encodings, strict=True):
+            if before == IMAGE_TOKEN:
+                image = next(lengths)
                 images.append((length, length + image))
                 ids.append(np.full(image, self.image_token_id, np.int32))
                 offsets.append(np.full((image, 2), -1, np.int64))
                 length += image
-            chunk_ids, chunk_offsets = _chunk_tokens(encoding, position, first=i == 0)
+            if before == BREAK:
+                chunk_ids, chunk_offsets = continued(self._core, text, position)
+            else:
+                chunk_ids, chunk_offsets = _chunk_tokens(encoding, position, first=not before)
             ids.append(chunk_ids)
             offsets.append(chunk_offsets)
             length += len(chunk_ids)
         ids, offsets = np.concatenate(ids), np.concatenate(offsets)
         return TokenRow(ids, _labels(ids, offsets, spans), tuple(images), offsets)
+
+
+def continued(core: Tokenizer, text: str, position: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a text that follows another, with none across the seam.
+
+    What a tokenizer does at the beginning of a text, such as writing a space, it does before an
+    anchor, whose tokens are dropped.
+
+    Args:
+      position: of the text in the whole, for the offsets.
+
+    Returns:
+      int32 [T] ids and int64 [T, 2] offsets.
+    """
+    for anchor in _ANCHORS:
+        encoding = core.encode(anchor + text)
+        ids, offsets = _chunk_tokens(encoding, position - len(anchor), first=False)
+        if not ((offsets[:, 0] < position) & (offsets[:, 1] > position)).any():
+            break
+    kept = offsets[:, 0] >= position
+    return ids[kept], offsets[kept]
 
 
 def _chunk_tokens(encoding: Encoding, position: int, first: bool):
