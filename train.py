@@ -91,9 +91,9 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
             hosts.report(f"resuming from step {int(state.step)}")
 
         # 3. Run.
-        with stage.scope(), sigterm_noted() as stop:
+        batches = data.batch_iterator(int(state.step), *process_part(stage.mesh))
+        with stage.scope(), sigterm_noted() as stop, contextlib.closing(batches):
             report_start(stage, state, frozen, data)
-            batches = data.batch_iterator(int(state.step), *process_part(stage.mesh))
             first = next(batches)
             began, arrays = time.perf_counter(), stage.put(first.arrays)
             train_step = stage.compile_step(optimizer, state, frozen, arrays)

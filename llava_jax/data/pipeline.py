@@ -7,11 +7,12 @@ the same bytes, and works on any number of processes; each builds only its own r
 
 import bisect
 import functools
+import gc
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -148,8 +149,10 @@ class TrainingData:
 
     def batch_iterator(
         self, start_step: int = 0, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The batches of steps start_step .. steps-1, this process's rows only.
+
+        Close it if it is not read to the end: workers then stop and free what they have ready.
 
         Raises LlavaError if the batch does not divide over the processes, or (while iterating)
         for a bad image, as `bad_image` says.
@@ -160,11 +163,27 @@ class TrainingData:
             )
         return self._iterate(start_step, process_index, self.batch_size // process_count)
 
-    def _iterate(self, start_step: int, process_index: int, local: int) -> Iterator[Batch]:
+    def _iterate(self, start_step: int, process_index: int, local: int) -> Generator[Batch]:
+        batches = iter(self._grain_dataset(start_step, process_index, local))
+        try:
+            yield from self._checked(batches)
+        finally:
+            batches.close()
+            if self._workers:  # the last arrays of each are in cycles of references
+                del batches
+                gc.collect()
+
+    def _checked(self, batches: Iterator[Batch | LlavaError]) -> Iterator[Batch]:
+        """Raises the errors among batches, and for too many images left out."""
         skipped = set()
-        for batch in self._grain_dataset(start_step, process_index, local):
+        for batch in batches:
             if isinstance(batch, LlavaError):
                 raise batch
+            if self._workers:
+                # Theirs is memory shared with a worker, which is freed with the array: never, if
+                # something still refers to it when the interpreter exits.
+                arrays = {name: np.array(array) for name, array in batch.arrays.items()}
+                batch = batch._replace(arrays=arrays)
             skipped.update(batch.skipped)
             left_out = len(skipped) + len(self.bad_images)
             if left_out > self.bad_image_ceiling:

@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -393,3 +395,13 @@ def test_keys_that_nothing_reads_are_in_the_data_line(make, data_set):
     assert "ignored" not in make().describe()
     edit(data_set, change)
     assert make().describe().endswith("; ignored keys: foo (2 records)")
+
+
+@pytest.mark.parametrize("steps", [12, 3], ids=["to the end", "stopped early"])
+def test_workers_leave_no_shared_memory(data_set, tokenizer_folder, steps):
+    """Python's resource tracker warns of what is left when the process exits."""
+    command = [sys.executable, "-m", "tests.data.workers_script"]
+    arguments = [*map(str, data_set), str(tokenizer_folder), str(steps)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "read" in done.stdout, done.stderr
+    assert "shared_memory" not in done.stderr
