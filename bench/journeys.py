@@ -20,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax import command
-
 PACKAGE = str(Path(__file__).parent.parent / "llava_jax") + os.sep
 
 
@@ -95,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    main()
