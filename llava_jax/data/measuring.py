@@ -22,7 +22,7 @@ from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
 from llava_jax.text.templates import Segment
-from llava_jax.text.tokenization import SegmentTokenizer, check_plain_text, truncate
+from llava_jax.text.tokenization import SegmentTokenizer, truncate
 from llava_jax.text.turns import render_turns, token_row
 
 _CHUNK = 1024  # records tokenized at a time
@@ -76,10 +76,10 @@ def render_record(
 ) -> list[tuple[Segment, ...]]:
     """`render_turns` of a record, for training; its errors name data and record."""
     try:
-        template = row_format.template.with_system(record.system)
-        for text in (record.system or "", *(turn.text for turn in record.turns)):
-            check_plain_text(text, tokenizer and tokenizer.placeholder)
-        return render_turns(template, record.turns, row_format.turns)
+        placeholder = tokenizer and tokenizer.placeholder
+        return render_turns(
+            row_format.template, record.turns, row_format.turns, record.system, placeholder
+        )
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
 
@@ -186,10 +186,11 @@ def _look_at_all(
 def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -> _Look:
     """Checks a record, and with `inspect` its images."""
     nominal = row_format.layout((row_format.image.size, row_format.image.size))
+    nominal = nominal.tiles, len(nominal)
     record, errors, files, layouts = None, [], b"", []
     try:
         record = records[index]
-        layouts = [(nominal.tiles, len(nominal))] * len(record.images)
+        layouts = [nominal] * len(record.images)
         check_record(record, records.image_root)
         files = b"".join(map(_file_state, record.images))
     except RecordError as error:

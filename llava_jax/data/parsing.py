@@ -21,7 +21,7 @@ import stat
 from collections import Counter
 from dataclasses import dataclass
 
-from llava_jax.data.addresses import decode_data_address, scheme
+from llava_jax.data.addresses import decode_data_address
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
 
@@ -92,13 +92,6 @@ def count_ignored_keys(items) -> dict[str, int]:
     """key -> number of records in which it is ignored; most frequent first."""
     counts = Counter(key for item in items if isinstance(item, dict) for key in ignored_keys(item))
     return dict(counts.most_common())
-
-
-def reads_more(item) -> bool:
-    """Whether the record says something that the first version of this reader passed over."""
-    if not isinstance(item, dict):
-        return False
-    return _image_field(item)[0] not in (None, "image") or any(item.get(k) for k in SYSTEM_KEYS)
 
 
 def parse_record(item, index: int, image_root: str | None) -> Record:
@@ -225,7 +218,7 @@ def _parse_image(source: str | bytes, image_root: str | None, where: str):
     if isinstance(source, bytes):
         is_text = len(source) < 1000 and source.isascii() and source.decode().isprintable()
         return source, brief(source.decode()) if is_text else f"of {len(source):,} bytes"
-    if scheme(source) == "data":
+    if source[:5].lower() == "data:":
         try:
             data = decode_data_address(source)
         except LlavaError as error:

@@ -16,7 +16,6 @@ from llava_jax.data.parsing import (
     check_record,
     count_ignored_keys,
     parse_record,
-    reads_more,
 )
 from llava_jax.errors import LlavaError, RecordError
 
@@ -66,11 +65,19 @@ class JsonRecords:
         with open(self.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         # What was measured, or trained on, without those images and system prompts is not reused.
-        return f"{digest}-2" if any(map(reads_more, self._items)) else digest
+        return f"{digest}-2" if any(map(_reads_more, self._items)) else digest
 
     def ignored_keys(self) -> dict[str, int]:
         """key that nothing reads -> number of records with it."""
         return count_ignored_keys(self._items)
+
+
+def _reads_more(item) -> bool:
+    """Whether a record holds something that the first version of this reader passed over."""
+    if not isinstance(item, dict):
+        return False
+    keys = SYSTEM_KEYS if item.get("image") else (*SYSTEM_KEYS, *IMAGE_KEYS)
+    return any(item.get(key) for key in keys)
 
 
 def _load_json(path: Path) -> list:
@@ -86,8 +93,6 @@ def _load_json(path: Path) -> list:
         if isinstance(items, dict):
             found = f"an object with the keys {brief(', '.join(items))}"
         raise LlavaError(f"{path} must hold a JSON list of records, not {found}")
-    if not items:
-        raise LlavaError(f"{path} holds no records")
     return items
 
 
@@ -284,7 +289,7 @@ def open_records(
     if path.is_dir():
         if image_root is not None:
             raise LlavaError(f"{path} is a data set that holds its images: leave image_root out")
-        return ArrayRecords(path, split or "train")
+        return _not_empty(ArrayRecords(path, split or "train"))
     if not path.exists():
         raise LlavaError(f"no data file or data set at {path}")
     if split is not None:
@@ -293,4 +298,10 @@ def open_records(
         raise LlavaError(f"{path}: expected a .json or .jsonl file, or the folder of a data set")
     if image_root is not None and not Path(image_root).is_dir():
         raise LlavaError(f"the image root {image_root} is not a folder")
-    return JsonRecords(path, image_root)
+    return _not_empty(JsonRecords(path, image_root))
+
+
+def _not_empty(records):
+    if not len(records):
+        raise LlavaError(f"{records.path} holds no records")
+    return records

@@ -11,13 +11,8 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, Turn
-from llava_jax.text.tokenization import (
-    check_plain_text,
-    continued,
-    fast_core,
-    other_models,
-    placeholder,
-)
+from llava_jax.text.templates import check_plain_text
+from llava_jax.text.tokenization import continued, fast_core, other_models, placeholder
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 

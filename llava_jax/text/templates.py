@@ -217,6 +217,19 @@ def place_image(text: str) -> str:
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
+def check_plain_text(text: str, placeholder: str | None) -> None:
+    """Raises RecordError if a text holds the model's placeholder, spelled otherwise than `<image>`.
+
+    It would be read as an image that is not there.
+    """
+    if placeholder not in (None, IMAGE_TOKEN) and placeholder in text:
+        raise RecordError(
+            "placeholder in a text",
+            f"the text holds {placeholder}, which stands for an image in this model: write "
+            f"{IMAGE_TOKEN} for an image, and leave {placeholder} out",
+        )
+
+
 def render(
     template: Template, turns: Sequence[Turn], generation: bool = False
 ) -> tuple[Segment, ...]:

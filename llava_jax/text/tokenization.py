@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from llava_jax.errors import LlavaError, RecordError
+from llava_jax.errors import LlavaError
 from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.text.conversation import BREAK, IMAGE_TOKEN
-from llava_jax.text.templates import Segment
+from llava_jax.text.templates import Segment, check_plain_text
 
 IGNORE_INDEX = -100
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
@@ -99,19 +99,6 @@ def other_models(tokenizer, image_token_id: int) -> LlavaError:
         f"{tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)} and config.json has "
         f"image_token_index={image_token_id}: they belong to different models"
     )
-
-
-def check_plain_text(text: str, placeholder: str | None) -> None:
-    """Raises RecordError if a text holds the model's placeholder, spelled otherwise than `<image>`.
-
-    It would be read as an image that is not there.
-    """
-    if placeholder not in (None, IMAGE_TOKEN) and placeholder in text:
-        raise RecordError(
-            "placeholder in a text",
-            f"the text holds {placeholder}, which stands for an image in this model: write "
-            f"{IMAGE_TOKEN} for an image, and leave {placeholder} out",
-        )
 
 
 class SegmentTokenizer:

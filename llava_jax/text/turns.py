@@ -12,18 +12,32 @@ import numpy as np
 
 from llava_jax.errors import RecordError
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
-from llava_jax.text.templates import Segment, Template, render
+from llava_jax.text.templates import Segment, Template, check_plain_text, render
 from llava_jax.text.tokenization import IGNORE_INDEX, SegmentTokenizer, TokenRow
 
 TURNS = ("conversation", "independent")
 _LEADING_IMAGES = re.compile(rf"^(?:{IMAGE_TOKEN}\s*)*")
 
 
-def render_turns(template: Template, turns: Sequence[Turn], mode: str) -> list[tuple[Segment, ...]]:
-    """The texts of one record: a single one, or with `mode` "independent" one a question.
+def render_turns(
+    template: Template,
+    turns: Sequence[Turn],
+    mode: str,
+    system: str | None = None,
+    placeholder: str | None = None,
+) -> list[tuple[Segment, ...]]:
+    """The texts of one record: a single one, or with `mode` "independent" one for each question.
 
-    The images of a record must then stand before its first question; RecordError otherwise.
+    Args:
+      system: replaces the template's system prompt.
+      placeholder: of the model, see `check_plain_text`.
+    Raises:
+      RecordError: the template cannot write the turns or the system prompt; a text holds the
+        placeholder; with "independent", an image stands after the start of the first question.
     """
+    for text in (system or "", *(turn.text for turn in turns)):
+        check_plain_text(text, placeholder)
+    template = template.with_system(system)
     if mode == "conversation":
         return [render(template, turns)]
     if len(turns) % 2:
