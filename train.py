@@ -18,7 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from llava_jax import command
+from llava_jax import command, imports
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.errors import LlavaError
 from llava_jax.files import locked, write_json
@@ -206,10 +206,11 @@ def finish(workdir: Path, done: int, steps: int) -> None:
 
 def main() -> None:
     config = CONFIG.value
+    command.check_config(config, base)
+    imports.tokenizers_alone()
     if DRY_RUN.value:
         from llava_jax.dry_run import run as dry_run
 
-        command.check_config(config, base)
         sys.exit(dry_run.run(config, DRY_RUN.value, FIT.value))
     hosts.start()
     # On CPU what was compiled for one machine may not run on another.

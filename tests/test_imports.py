@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llava_jax"
 ORDER = (
-    "errors", "files", "models", "parallel", "text", "data", "weights", "inference", "training",
-    "serving", "evaluation", "dry_run", "quickstart",
+    "errors", "files", "imports", "models", "parallel", "text", "data", "weights", "inference",
+    "training", "serving", "evaluation", "dry_run", "quickstart",
 )  # fmt: skip
 FRAME = {"__init__", "cli", "command"}  # the commands, which import what they run
 
@@ -41,6 +41,16 @@ def test_train_py_imports_nothing_that_the_check_of_data_does_not_need():
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_transformers_without_pytorch():
+    script = (
+        "import sys\nfrom llava_jax import imports\nimports.tokenizers_alone()\n"
+        "from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 @pytest.mark.parametrize("name", ORDER)

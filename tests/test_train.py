@@ -194,7 +194,8 @@ WRONG = {  # name -> (config values, words of the message)
     "tokenizer": ({"init.tokenizer": "no/such"}, "config.init.tokenizer names no/such"),
     "checkpoint": ({"init.checkpoint": "configs"}, "configs is no checkpoint: give a run"),
     "mesh": ({"mesh.data": 3}, "mesh data=3, .* does not fit 1 devices"),
-    "group": ({"trainable": {"projecter": 1e-3}}, r"trainable names \['projecter'\]"),
+    "group": ({"trainable": {"projecter": 1e-3}}, "trainable names projecter, which no parameter"),
+    "sub-tree": ({"trainable": {"decoder/layer": 1e-3}}, r"trainable names \['decoder/layer'\]"),
     "steps": ({"epochs": 1}, "set exactly one of config.epochs and config.steps"),
     "long": ({"data.max_length": 3}, "no record can be used"),
     "wandb": ({"wandb_project": "mine"}, "wandb_project is 'mine' but wandb is not installed"),
@@ -243,6 +244,21 @@ def test_a_bad_record_is_told_before_the_first_step(name, world, run, tmp_path):
         run(align(world, tmp_path / "run", values))
     assert "\n" not in str(error.value)
     assert latest_step(tmp_path / "run") is None
+
+
+def test_data_without_pictures_teaches_the_projector_nothing(world, run, tmp_path, capsys):
+    records = [tiny_run.conversation(i) for i in range(1, 24, 3)]
+    assert not any("image" in record for record in records)
+    (tmp_path / "text.json").write_text(json.dumps(records))
+    values = {"data.train": str(tmp_path / "text.json"), "model.template": "chatml"}
+    values |= {"data.max_length": 320, "data.packing": False, "steps": 1}
+    message = "no record of .*text.json has a picture, so the projector would learn nothing and"
+    with pytest.raises(LlavaError, match=message):
+        run(align(world, tmp_path / "run", values))
+    assert latest_step(tmp_path / "run") is None
+    both = {"trainable": {"projector": 1e-3, "decoder": 1e-3}}
+    run(align(world, tmp_path / "run", values | both))
+    assert "text.json has a picture: the projector will learn nothing" in capsys.readouterr().err
 
 
 def test_a_batch_that_the_devices_cannot_share(world, tmp_path):

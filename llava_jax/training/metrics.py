@@ -1,33 +1,14 @@
 """The logs of a run: metrics.jsonl, samples.jsonl, TensorBoard events, W&B on request, loss.png."""
 
-import contextlib
 import json
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from llava_jax.files import json_line, whole_file
+from llava_jax.imports import hidden
 from llava_jax.parallel import hosts
-
-
-@contextlib.contextmanager
-def hidden(module: str) -> Iterator[None]:
-    """Imports within the block find that a module is not installed, unless it is imported already.
-
-    tensorboardX imports PyTorch if it can, which takes seconds; nothing that it does here needs it.
-    """
-    absent = module not in sys.modules
-    if absent:
-        sys.modules[module] = None
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules[module]
-
 
 with hidden("torch"):
     from tensorboardX import summary

@@ -65,6 +65,11 @@ def check_config(config: ConfigDict) -> None:
             if values[key] is not None and not holds(values[key]):
                 raise LlavaError(f"config.{key} is {values[key]}: {wanted}")
     for group, rate in config.trainable.items():
+        if group.split("/")[0] not in (*COMPONENTS, "lora"):
+            raise LlavaError(
+                f"config.trainable names {group}, which no parameter belongs to: the model has "
+                f"{', '.join(COMPONENTS)}, lora and their sub-trees, such as decoder/layers"
+            )
         if not 0 <= rate < math.inf:
             raise LlavaError(f"config.trainable.{group} is {rate}: a learning rate is 0 or more")
     if config.parity and config.batch_size % PARITY_DEVICES:

@@ -44,9 +44,6 @@ class Stage:
       microbatches: parts that a batch is cut into: config.accumulation, or fewer if a device would
         get no row.
       row_format: how records become rows of a batch.
-      state, frozen: shapes, dtypes and shardings of the training state and of the frozen
-        parameters, as jax.ShapeDtypeStruct.
-      join: (trainable, frozen[, keys of the rows]) -> parameters as the model takes them.
     """
 
     config: ConfigDict
@@ -55,9 +52,6 @@ class Stage:
     lora: LoraConfig | None
     microbatches: int
     row_format: RowFormat
-    state: TrainState
-    frozen: dict
-    join: Callable[..., dict]
 
     @classmethod
     def of(cls, config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> "Stage":
@@ -72,12 +66,33 @@ class Stage:
         mesh = make_mesh(**config.mesh, devices=devices and list(devices))
         parts = microbatches(mesh, config.batch_size, config.accumulation)
         model = recipe.training_model(config, model_config, mesh)
-        boxed, groups = abstract_model(model_config, lora), config.trainable.to_dict()
-        # The schedule changes no shape.
-        optimizer = adamw(groups, lambda step: 1.0, **recipe.optimizer_options(config))
-        state, frozen = abstract_state(mesh, boxed, groups, optimizer, model.dtype)
         rows = recipe.row_format(config, model_config)
-        return cls(config, mesh, model, lora, parts, rows, state, frozen, joined(lora))
+        return cls(config, mesh, model, lora, parts, rows)
+
+    @functools.cached_property
+    def _abstract(self) -> tuple[TrainState, dict]:
+        optimizer = self.optimizer(lambda step: 1.0)  # the schedule changes no shape
+        boxed = abstract_model(self.model.config, self.lora)
+        return abstract_state(self.mesh, boxed, self.groups, optimizer, self.model.dtype)
+
+    @property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the training state, as jax.ShapeDtypeStruct.
+
+        Raises:
+          LlavaError: config.trainable names something that the model does not have.
+        """
+        return self._abstract[0]
+
+    @property
+    def frozen(self) -> dict:
+        """The same of the frozen parameters."""
+        return self._abstract[1]
+
+    @property
+    def join(self) -> Callable[..., dict]:
+        """(trainable, frozen[, keys of the rows]) -> parameters as the model takes them."""
+        return joined(self.lora)
 
     @property
     def groups(self) -> dict[str, float]:
@@ -109,6 +124,7 @@ class Stage:
     def scope(self) -> Iterator[None]:
         """The mesh, the sharding rules and the precision of products that steps are compiled in."""
         _, precision = compute_precision(self.config.model.dtype, self.platform)
+        _ = self._abstract  # its shapes carry no sharding of activations: traced outside the mesh
         with (
             jax.set_mesh(self.mesh),
             nn.logical_axis_rules(RULES),
@@ -214,11 +230,11 @@ class Stage:
 
         Without pictures no gradient reaches the encoder and the projector.
         """
-        if data.images_per_epoch:
-            return
-        paths = flatten_dict(self.state.params)
+        paths = flatten_dict(self.state.params)  # checks config.trainable, in any case
         names = {path[1] if path[0] == "lora" else path[0] for path in paths}
         idle = sorted(names & {"vision", "projector"})
+        if data.images_per_epoch:
+            return
         fault = f"no record of {data.records.path} has a picture"
         if idle and names == set(idle):
             raise LlavaError(

@@ -1,0 +1,33 @@
+"""Imports of large packages that their users here do not need."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """Imports within the block find that a module is not installed, unless it is imported already.
+
+    For packages that import PyTorch if they can, which takes seconds, and use it for nothing that
+    they do here.
+    """
+    absent = module not in sys.modules
+    if absent:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
+
+
+def tokenizers_alone() -> None:
+    """Imports transformers without PyTorch, for a program that needs only its tokenizers.
+
+    For programs only, never for a library: models of transformers do not work in such a process.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    with hidden("torch"):
+        import transformers  # noqa: F401
