@@ -15,7 +15,7 @@ from llava_jax.models.decoder import Decoder, DecoderConfig
 from llava_jax.models.gathering import take_rows
 from llava_jax.models.images import IMAGE_TOKEN_ID, ImageSpec, Layout, layout
 from llava_jax.models.projector import Projector, ProjectorSpec
-from llava_jax.models.vit import ViT, ViTConfig, feature_states
+from llava_jax.models.vit import ViT, ViTConfig, feature_states, num_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,18 @@ class LlavaConfig:
         class_token = self.keep_class_token and self.vision.class_token
         features = patches + int(class_token) - int(self.drop_first_patch)
         return ProjectorSpec.parse(self.projector).tokens(features)
+
+    def check(self) -> None:
+        """Raises ValueError for settings that do not fit the parts."""
+        num_blocks(self.vision, self.feature_layer)
+        width = self.feature_size
+        if self.image.size < self.vision.patch_size:
+            raise ValueError(
+                f"image_size is {self.image.size}: a patch alone has {self.vision.patch_size} "
+                "pixels"
+            )
+        _ = self.tokens_per_tile  # the grid of features may not fold
+        ProjectorSpec.parse(self.projector).check(width, self.decoder.hidden_size)
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """The tiles and tokens of a picture of (width, height)."""

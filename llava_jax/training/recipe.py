@@ -18,7 +18,6 @@ from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, ini
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
-from llava_jax.models.projector import ProjectorSpec
 from llava_jax.text.templates import get_template
 from llava_jax.training.step import PARITY_DEVICES
 from llava_jax.weights.load import open_components, source_config
@@ -108,7 +107,7 @@ def model_config(config: ConfigDict) -> LlavaConfig:
         base = source_config(existing(config.init.checkpoint, "init.checkpoint"))
     else:
         folders = {k: existing(config.init[k], f"init.{k}") for k in ("vision", "decoder")}
-        base = composed_config(folders["vision"], folders["decoder"])
+        base, _ = composed_config(folders["vision"], folders["decoder"])
     changes = {k: config.model[k] for k in MODEL_OVERRIDES if config.model[k] is not None}
     image = {k: changes.pop(f"image_{k}") for k in ("size", "mode") if f"image_{k}" in changes}
     try:
@@ -116,7 +115,10 @@ def model_config(config: ConfigDict) -> LlavaConfig:
     except LlavaError as error:
         raise LlavaError(f"config.model.{error}") from None
     model = dataclasses.replace(base, **changes)
-    check_model(model)
+    try:
+        model.check()
+    except ValueError as error:
+        raise LlavaError(f"config.model: {error}") from None
     return model
 
 
@@ -145,21 +147,6 @@ def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaM
     except ValueError as error:
         raise LlavaError(f"config.model.attention: {error}; choose auto") from None
     return LlavaModel(model, dtype, config.model.remat_policy, attention)
-
-
-def check_model(config: LlavaConfig) -> None:
-    """Raises LlavaError for settings of config.model that do not fit the model's parts."""
-    if config.image.size < config.vision.patch_size:
-        raise LlavaError(
-            f"config.model.image_size is {config.image.size}: a patch alone has "
-            f"{config.vision.patch_size} pixels"
-        )
-    try:
-        spec = ProjectorSpec.parse(config.projector)
-        spec.check(config.feature_size, config.decoder.hidden_size)
-        _ = config.tokens_per_tile  # its grid of patches may not fold
-    except ValueError as error:
-        raise LlavaError(f"config.model: {error}") from None
 
 
 def existing(path: str, key: str) -> Path:

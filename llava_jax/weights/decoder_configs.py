@@ -84,7 +84,6 @@ def seed_oss(values: dict, source: str) -> DecoderConfig:
 
 
 def _decoder(f: Fields, **variants) -> DecoderConfig:
-    f.check_plain()
     if f["hidden_act"] != "silu":
         f.refuse("hidden_act", "only silu is supported")
     heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")

@@ -34,48 +34,50 @@ _DINOV2_DEFAULTS = _CLIP_DEFAULTS | {
 
 
 def clip(values: dict, source: str) -> ViTConfig:
-    f = _fields(values, _CLIP_DEFAULTS, source)
-    return _vit(f, class_token=True, pre_norm=True, patch_bias=False, layer_scale=False)
+    variants = {"class_token": True, "pre_norm": True, "patch_bias": False, "layer_scale": False}
+    return _vit(_encoder(values, source), _CLIP_DEFAULTS, source, **variants)
 
 
 def siglip(values: dict, source: str) -> ViTConfig:
-    f = _fields(values, _SIGLIP_DEFAULTS, source)
-    return _vit(f, class_token=False, pre_norm=False, patch_bias=True, layer_scale=False)
+    variants = {"class_token": False, "pre_norm": False, "patch_bias": True, "layer_scale": False}
+    return _vit(_encoder(values, source), _SIGLIP_DEFAULTS, source, **variants)
 
 
 def dinov2(values: dict, source: str) -> ViTConfig:
-    f = Fields(values, _DINOV2_DEFAULTS, source)
-    if f["use_swiglu_ffn"]:
-        f.refuse("use_swiglu_ffn", "only DINOv2 with a plain MLP is supported")
-    if not f["qkv_bias"]:
-        f.refuse("qkv_bias", "only DINOv2 with query, key and value biases is supported")
-    feed_forward = int(min(f.integer("hidden_size") * f.number("mlp_ratio"), 2**31))
-    f = Fields(f.values | {"intermediate_size": feed_forward}, f.defaults, f.source)
-    return _vit(f, class_token=True, pre_norm=False, patch_bias=True, layer_scale=True)
+    variants = {"class_token": True, "pre_norm": False, "patch_bias": True, "layer_scale": True}
+    return _vit(values, _DINOV2_DEFAULTS, source, **variants)
 
 
-def _fields(values: dict, defaults: dict, source: str) -> Fields:
+def _encoder(values: dict, source: str) -> dict:
     """The encoder's values; in a model of texts and images they are an object of their own."""
     if values.get("model_type") in ("clip", "siglip"):
         values = values.get("vision_config") or values.get("vision_config_dict") or {}
         if not isinstance(values, dict):
             raise LlavaError(f"{source} has vision_config={values!r}: it must be an object")
-    return Fields(values, defaults, source)
+    return values
 
 
-def _vit(f: Fields, **variants: bool) -> ViTConfig:
-    f.check_plain()
+def _vit(values: dict, defaults: dict, source: str, **variants: bool) -> ViTConfig:
+    f = Fields(values, defaults, source)
     if str(f["hidden_act"]) not in ACTIVATIONS:
         f.refuse("hidden_act", f"the vision encoder has {', '.join(ACTIVATIONS)}")
     if f["num_channels"] != 3:
         f.refuse("num_channels", "pictures have 3")
+    if f["use_swiglu_ffn"]:
+        f.refuse("use_swiglu_ffn", "only a plain MLP is supported")
+    if f["qkv_bias"] is not None and not f["qkv_bias"]:
+        f.refuse("qkv_bias", "only query, key and value with biases are supported")
     if f.integer("hidden_size") % f.integer("num_attention_heads"):
         f.refuse("num_attention_heads", f"it must divide hidden_size={f['hidden_size']}")
     if f.integer("image_size") < f.integer("patch_size"):
         f.refuse("image_size", f"a patch alone has {f['patch_size']} pixels")
+    if "mlp_ratio" in defaults:  # the families that have it do not read intermediate_size
+        feed_forward = int(min(f["hidden_size"] * f.number("mlp_ratio"), 2**31))
+    else:
+        feed_forward = f.integer("intermediate_size")
     return ViTConfig(
         hidden_size=f.integer("hidden_size"),
-        intermediate_size=f.integer("intermediate_size"),
+        intermediate_size=feed_forward,
         num_layers=f.integer("num_hidden_layers", MAX_LAYERS),
         num_heads=f.integer("num_attention_heads"),
         patch_size=f.integer("patch_size"),

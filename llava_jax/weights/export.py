@@ -18,11 +18,11 @@ from llava_jax.text.chat_template import chat_template
 from llava_jax.text.templates import get_template
 from llava_jax.weights.families import Families, families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files
-from llava_jax.weights.lazy import PARAMETER_DTYPES
 from llava_jax.weights.load import open_run
 from llava_jax.weights.read.llava_folder import LlavaFolder, components, is_llava_folder, open_llava
 from llava_jax.weights.read.prompt_words import PromptWords, run_words
 from llava_jax.weights.run_directory import checkpoint_of
+from llava_jax.weights.tensors import PARAMETER_DTYPES
 from llava_jax.weights.write import huggingface as hf_form
 from llava_jax.weights.write import original as original_form
 from llava_jax.weights.write.peft import write_adapter

@@ -65,7 +65,7 @@ class EncoderFamily:
       read, names: as in DecoderFamily.
       more_keys: of `config.json` besides those of every family, for a config.
       loaded_by: programs that load a LLaVA around it in Hugging Face form.
-      images: how its pictures are prepared if no file says so, at the size of the encoder's.
+      images: how its pictures are prepared if no file says so, at the encoder's own size.
     """
 
     model_types: tuple[str, ...]
@@ -79,10 +79,6 @@ class EncoderFamily:
     @property
     def model_type(self) -> str:
         return self.model_types[0]
-
-    def default_images(self, config: ViTConfig) -> ImageSpec:
-        """How pictures are prepared for an encoder if no file says so."""
-        return dataclasses.replace(self.images, size=config.image_size)
 
     def write(self, config: ViTConfig) -> dict:
         """`config.json` of an encoder alone."""
@@ -183,26 +179,33 @@ class Families:
     decoder: DecoderFamily
 
 
-def decoder_family(values: Mapping, source: str = "config.json") -> DecoderFamily:
-    """The family of a language model's `config.json`, or of LLaVA's `text_config`."""
-    name = str(values.get("model_type", "llama"))
-    if name not in DECODERS:
-        raise LlavaError(
-            f"{source} has model_type={name!r}: the language model must be one of "
-            f"{', '.join(DECODERS)}"
-        )
-    return DECODERS[name]
+_FAMILIES = {"vision": ENCODERS, "decoder": DECODERS}
+_DEFAULTS = {"vision": "clip_vision_model", "decoder": "llama"}  # as in LlavaConfig of transformers
+_TITLES = {"vision": "vision encoder", "decoder": "language model"}
 
 
-def encoder_family(values: Mapping, source: str = "config.json") -> EncoderFamily:
-    """The family of an encoder's `config.json`, or of LLaVA's `vision_config`."""
-    name = str(values.get("model_type", "clip_vision_model"))
-    if name not in ENCODERS:
+def family_of(part: str, values: Mapping, source: str = "config.json"):
+    """The family that a `config.json`, or a part of LLaVA's, is of.
+
+    Args:
+      part: vision or decoder.
+      values: the encoder's or language model's `config.json`, LLaVA's `vision_config` or
+        `text_config`.
+      source: what an error calls it.
+    """
+    known = _FAMILIES[part]
+    name = str(values.get("model_type", _DEFAULTS[part]))
+    if name not in known:
         raise LlavaError(
-            f"{source} has model_type={name!r}: the vision encoder must be one of "
-            f"{', '.join(ENCODERS)}"
+            f"{source} has model_type={name!r}: the {_TITLES[part]} must be one of "
+            f"{', '.join(known)}"
         )
-    return ENCODERS[name]
+    return known[name]
+
+
+def is_part(part: str, values: Mapping) -> bool:
+    """Whether a `config.json` is of an encoder (`vision`) or a language model (`decoder`)."""
+    return values.get("model_type") in _FAMILIES[part]
 
 
 def decoder_config(values: dict, source: str = "config.json") -> DecoderConfig:
@@ -211,7 +214,7 @@ def decoder_config(values: dict, source: str = "config.json") -> DecoderConfig:
     Raises:
       LlavaError: a model type, activation or rotary scaling that the decoder does not have.
     """
-    return decoder_family(values, source).read(values, source)
+    return family_of("decoder", values, source).read(values, source)
 
 
 def encoder_config(values: dict, source: str = "config.json") -> ViTConfig:
@@ -220,25 +223,25 @@ def encoder_config(values: dict, source: str = "config.json") -> ViTConfig:
     Raises:
       LlavaError: another model type, or a variant that the encoder does not have.
     """
-    return encoder_family(values, source).read(values, source)
+    return family_of("vision", values, source).read(values, source)
 
 
 def families_of(config: LlavaConfig) -> Families:
     """The families as which the parts of a model are written."""
-    return Families(_family_of(config.vision, _ENCODERS), _family_of(config.decoder, _DECODERS))
+    return Families(_writer_of(config.vision, _ENCODERS), _writer_of(config.decoder, _DECODERS))
 
 
 def decoder_to_hf(config: DecoderConfig) -> dict:
     """The `config.json` that transformers reads as this decoder; inverse of `decoder_config`."""
-    return _family_of(config, _DECODERS).write(config)
+    return _writer_of(config, _DECODERS).write(config)
 
 
 def encoder_to_hf(config: ViTConfig) -> dict:
     """The `config.json` that transformers reads as this encoder; inverse of `encoder_config`."""
-    return _family_of(config, _ENCODERS).write(config)
+    return _writer_of(config, _ENCODERS).write(config)
 
 
-def _family_of(config, families):
+def _writer_of(config, families):
     """The first family whose `config.json` reads back as `config`."""
     for family in families:
         try:

@@ -16,12 +16,10 @@ from llava_jax.models.lora import LoraConfig, merge_lora
 from llava_jax.models.vit import num_blocks
 from llava_jax.parallel import hosts
 from llava_jax.weights.hub import local_folder
-from llava_jax.weights.lazy import LazyParameter, read_tree
 from llava_jax.weights.read.llava_folder import (
     is_llava_folder,
-    open_decoder,
     open_llava,
-    open_vision,
+    open_part,
 )
 from llava_jax.weights.read.prompt_words import PromptWords, run_words
 from llava_jax.weights.run_directory import (
@@ -35,6 +33,7 @@ from llava_jax.weights.run_directory import (
     read_trained,
     weights_checksum,
 )
+from llava_jax.weights.tensors import LazyParameter, read_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +87,11 @@ def open_components(path: Path, components: list[str], config: LlavaConfig) -> d
         found = open_llava(path).params
     elif not (path / "config.json").is_file() or (path / "model.json").is_file():
         found = flatten_dict(open_run(checkpoint_of(path), components)[1], sep="/")
-    elif components == ["vision"]:
-        blocks = num_blocks(config.vision, config.feature_layer)
-        found = _below("vision", open_vision(path, blocks, config.vision)[1])
-    elif components == ["decoder"]:
-        found = _below("decoder", open_decoder(path, config.decoder)[1])
+    elif components in (["vision"], ["decoder"]):
+        (part,) = components
+        blocks = num_blocks(config.vision, config.feature_layer) if part == "vision" else None
+        _, params = open_part(part, path, blocks, getattr(config, part))
+        return {part: unflatten_dict(params, sep="/")}
     else:
         raise LlavaError(f"{path} is not a whole LLaVA: it cannot give the {components[-1]}")
     found = {tuple(name.split("/")): leaf for name, leaf in found.items()}
@@ -101,10 +100,6 @@ def open_components(path: Path, components: list[str], config: LlavaConfig) -> d
     check_params(str(path), found, expected)
     check_complete(str(path), found, expected, components)
     return {component: {} for component in components} | unflatten_dict(found)
-
-
-def _below(component: str, params: dict) -> dict:
-    return {f"{component}/{name}": leaf for name, leaf in params.items()}
 
 
 def load_components(path: Path, components: list[str], config: LlavaConfig) -> dict:

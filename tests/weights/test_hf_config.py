@@ -57,6 +57,8 @@ CLIP_PIXELS = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 
+DEFAULT = ImageSpec(mode="square")
+
 
 def write(folder, config=None, pixels=None, name="preprocessor_config.json"):
     if config is not None:
@@ -236,26 +238,26 @@ def test_vision_config_round_trip():
         assert encoder_config(json.loads(json.dumps(encoder_to_hf(config)))) == config
 
 
-def test_image_settings(tmp_path):
-    assert image_settings(tmp_path) is None
+def test_image_settings(tmp_path, DEFAULT, 7):
+    assert image_settings(tmp_path, DEFAULT, 7) == dataclasses.replace(DEFAULT, size=7)
     write(tmp_path, pixels=CLIP_PIXELS)
-    assert image_settings(tmp_path).mode == "square"
+    assert image_settings(tmp_path, DEFAULT, 7).mode == "square"
     write(tmp_path, pixels=CLIP_PIXELS | {"do_pad": True})
-    assert image_settings(tmp_path).mode == "pad"
+    assert image_settings(tmp_path, DEFAULT, 7).mode == "pad"
     siglip = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 7, "width": 7}}
     write(tmp_path, pixels=siglip)
-    assert image_settings(tmp_path) == ImageSpec(7, "resize", (0.5,) * 3, (0.5,) * 3)
+    assert image_settings(tmp_path, DEFAULT, 7) == ImageSpec(7, "resize", (0.5,) * 3, (0.5,) * 3)
     write(tmp_path, pixels=CLIP_PIXELS | {"size": {"height": 336, "width": 336}})
-    assert image_settings(tmp_path).mode == "resize"  # not to the shortest edge
+    assert image_settings(tmp_path, DEFAULT, 7).mode == "resize"  # not to the shortest edge
     old = {"size": 224, "crop_size": 224, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
     write(tmp_path, pixels=old)
-    assert image_settings(tmp_path).size == 224
+    assert image_settings(tmp_path, DEFAULT, 7).size == 224
     (tmp_path / "preprocessor_config.json").unlink()
     write(tmp_path, pixels={"image_processor": CLIP_PIXELS}, name="processor_config.json")
-    assert image_settings(tmp_path).size == 336
+    assert image_settings(tmp_path, DEFAULT, 7).size == 336
     write(tmp_path, pixels={"image_processor": "clip"}, name="processor_config.json")
     with pytest.raises(LlavaError, match="processor_config.json has image_processor='clip'"):
-        image_settings(tmp_path)
+        image_settings(tmp_path, DEFAULT, 7)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +279,16 @@ def test_image_settings(tmp_path):
 def test_image_settings_that_are_not_supported(change, tmp_path):
     write(tmp_path, pixels=CLIP_PIXELS | change)
     with pytest.raises(LlavaError, match="preprocessor_config.json"):
-        image_settings(tmp_path)
+        image_settings(tmp_path, DEFAULT, 7)
 
 
 def test_a_fresh_model_takes_the_square_of_the_crop(tmp_path):
     """DINOv2's own files resize to 256 and crop to 224."""
     dinov2 = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}}
     write(tmp_path, pixels=dinov2 | {"crop_size": {"height": 224, "width": 224}})
-    assert image_settings(tmp_path, trained=False).size == 224
+    assert image_settings(tmp_path, DEFAULT, 7, trained=False).size == 224
     with pytest.raises(LlavaError, match="preprocessor_config.json has crop_size"):
-        image_settings(tmp_path)
+        image_settings(tmp_path, DEFAULT, 7)
 
 
 def test_composed_config(tmp_path):
@@ -295,6 +297,6 @@ def test_composed_config(tmp_path):
     decoder.mkdir()
     write(vision, encoder_to_hf(DINOV2_SMALL))
     write(decoder, decoder_to_hf(SMOLLM2_135M))
-    config = composed_config(vision, decoder, image=ImageSpec(56), projector="mlp3x_gelu")
+    config, _ = composed_config(vision, decoder, image=ImageSpec(56), projector="mlp3x_gelu")
     assert (config.vision, config.decoder) == (DINOV2_SMALL, SMOLLM2_135M)
     assert (config.image.size, config.projector, config.image_token_id) == (56, "mlp3x_gelu", -200)

@@ -15,18 +15,13 @@ from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import param_shardings, put
 from llava_jax.weights import checksums
-from llava_jax.weights import lazy as lazy_module
+from llava_jax.weights import tensors as tensors_module
 from llava_jax.weights.convert import convert
-from llava_jax.weights.formats.safetensors_files import (
-    StoredTensor,
-    TensorToWrite,
-    read_header,
-    write_file,
-)
-from llava_jax.weights.lazy import LazyParameter, stored_bytes
+from llava_jax.weights.formats.safetensors_files import TensorToWrite, read_header, write_file
 from llava_jax.weights.load import load_components, open_components
 from llava_jax.weights.name_tables import Parameter
 from llava_jax.weights.read.llava_folder import open_llava
+from llava_jax.weights.tensors import LazyParameter, StoredTensor, stored_bytes
 from llava_jax.weights.write.save import save_decoder, save_vision
 from tests.tiny_model import CONFIG, byte_tokenizer, random_params
 
@@ -102,9 +97,9 @@ def test_a_device_costs_the_bytes_that_it_holds(parts, monkeypatch, tmp_path):
     fresh = open_llava(tmp_path / "parts/decoder", vision_tower=tmp_path / "parts/vision")
     convert(fresh, tmp_path / "llava")
     checkpoint = open_llava(tmp_path / "llava")
-    looked_at, copied = [], lazy_module._copied
+    looked_at, copied = [], tensors_module._copied
     count = lambda values: looked_at.append(values.nbytes) or copied(values)
-    monkeypatch.setattr(lazy_module, "_copied", count)
+    monkeypatch.setattr(tensors_module, "_copied", count)
     monkeypatch.setattr(StoredTensor, "read", None)  # never the whole
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     shardings = flatten_dict(param_shardings(mesh, abstract_params(checkpoint.config)), sep="/")

@@ -9,10 +9,10 @@ from llava_jax.weights.formats.pickle_files import PICKLE_FILE, PICKLE_INDEX, op
 from llava_jax.weights.formats.safetensors_files import (
     INDEX_FILE,
     SINGLE_FILE,
-    StoredTensor,
     parse_json,
     read_header,
 )
+from llava_jax.weights.tensors import StoredTensor
 
 # Files next to the weights that also end in .bin or .pt but hold no model.
 _NOT_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")

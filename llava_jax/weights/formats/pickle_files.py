@@ -20,9 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.formats.safetensors_files import (
-    StoredTensor,
-)
+from llava_jax.weights.tensors import StoredTensor
 
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_PICKLE_BYTES = 100_000_000  # of data.pkl, which holds only the names of tensors

@@ -5,33 +5,25 @@ with the file and the tensor, and so that no more than two tensors are ever held
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import mmap
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from llava_jax.errors import LlavaError
+from llava_jax.weights.tensors import DTYPES, StoredTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 SHARD_BYTES = 5_000_000_000  # of transformers 4
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 # Bits of an item. All but `DTYPES` are legal in a file and never a parameter: they are refused only
 # when one must be read, as is a dtype of a later version, whose size is not known here.
 _ITEM_BITS = {
@@ -43,62 +35,6 @@ _ITEM_BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file: where it lies, not its values."""
-
-    name: str
-    path: Path
-    dtype: str  # as the file spells it: "F32", "BF16", ...
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the file
-
-    @property
-    def place(self) -> str:
-        """What an error calls it."""
-        return f"tensor {self.name!r} in {self.path}"
-
-    @property
-    def value_dtype(self) -> np.dtype:
-        """NumPy's form of `dtype`; LlavaError for one that no parameter has."""
-        if self.dtype not in DTYPES:
-            raise LlavaError(
-                f"{self.place} is stored as {self.dtype}: only "
-                f"{', '.join(DTYPES)} parameters can be read"
-            )
-        return DTYPES[self.dtype]
-
-    def read(self) -> np.ndarray:
-        """The values, in the stored dtype: a view of the file, brought in as they are looked at.
-
-        It takes no memory of its own, and the system reads ahead in large pieces.
-        """
-        return self._view(whole=True)
-
-    def map(self) -> np.ndarray:
-        """As `read`, for when parts are wanted: little more than what is indexed is read."""
-        return self._view(whole=False)
-
-    def _view(self, whole: bool) -> np.ndarray:
-        size = math.prod(self.shape) * self.value_dtype.itemsize
-        if not size:
-            return np.empty(self.shape, self.value_dtype)
-        begin = self.offset % mmap.ALLOCATIONGRANULARITY
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < self.offset + size:
-                raise LlavaError(
-                    f"{self.path} ends inside tensor {self.name!r}: get the file again"
-                )
-            view = mmap.mmap(
-                file.fileno(), begin + size, access=mmap.ACCESS_READ, offset=self.offset - begin
-            )
-        if whole and hasattr(mmap, "MADV_HUGEPAGE"):  # of Linux
-            with contextlib.suppress(OSError):  # a kernel without them
-                view.madvise(mmap.MADV_HUGEPAGE)
-        values = np.frombuffer(view, np.uint8, size, begin)
-        return values.view(self.value_dtype).reshape(self.shape)
 
 
 def read_header(path: Path) -> list[StoredTensor]:

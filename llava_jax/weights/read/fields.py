@@ -42,6 +42,7 @@ class Fields:
 
     def __init__(self, values: dict, defaults: dict, source: str):
         self.values, self.defaults, self.source = values, defaults, source
+        self._check_plain()
 
     def __getitem__(self, key: str):
         value = self.values.get(key)
@@ -61,7 +62,7 @@ class Fields:
             raise LlavaError(f"{self.source} has {key}={value!r}: it must be a number above 0")
         return float(value)
 
-    def check_plain(self) -> None:
+    def _check_plain(self) -> None:
         """Refuses settings that change the numbers and that no model of ours has."""
         if self["quantization_config"]:
             self.refuse("quantization_config", "save the weights in float32, bfloat16 or float16")

@@ -10,9 +10,7 @@ from llava_jax.weights.families import (
     DECODERS,
     ENCODERS,
     Families,
-    decoder_config,
-    decoder_family,
-    encoder_family,
+    family_of,
 )
 from llava_jax.weights.read.fields import Fields, read_json
 from llava_jax.weights.read.image_settings import image_settings
@@ -99,13 +97,13 @@ def llava_config(folder: Path, values: dict | None = None) -> tuple[LlavaConfig,
         source,
     )
     families = Families(
-        encoder_family(_vision_values(values), f"{source} (vision_config)"),
-        decoder_family(values["text_config"] or {}, f"{source} (text_config)"),
+        family_of("vision", _vision_values(values), f"{source} (vision_config)"),
+        family_of("decoder", values["text_config"] or {}, f"{source} (text_config)"),
     )
     vision = families.vision.read(_vision_values(values), f"{source} (vision_config)")
     decoder = families.decoder.read(values["text_config"] or {}, f"{source} (text_config)")
     _check_llava(f, vision)
-    image = image_settings(folder) or families.vision.default_images(vision)
+    image = image_settings(folder, families.vision.images, vision.image_size)
     if image.size != vision.image_size and not vision.layer_scale:
         raise LlavaError(
             f"{source} has an encoder for pictures of {vision.image_size} pixels, and the folder's "
@@ -152,7 +150,6 @@ def _vision_values(values: dict) -> dict:
 
 
 def _check_llava(f: Fields, vision: ViTConfig) -> None:
-    f.check_plain()
     if f["projector_hidden_act"] != "gelu":
         f.refuse("projector_hidden_act", "only gelu is supported")
     layers = f["vision_feature_layer"]
@@ -167,20 +164,20 @@ def _check_llava(f: Fields, vision: ViTConfig) -> None:
         f.refuse(_STRATEGY, "choose default or full")
 
 
-def composed_config(vision_folder: Path, decoder_folder: Path, **fields) -> LlavaConfig:
+def composed_config(
+    vision_folder: Path, decoder_folder: Path, **fields
+) -> tuple[LlavaConfig, Families]:
     """A fresh LLaVA of an encoder folder and a language model folder.
 
     Pictures are prepared as the encoder's folder says; `fields` set or override LlavaConfig fields.
     """
-    vision_source, decoder_source = vision_folder / "config.json", decoder_folder / "config.json"
-    values = read_json(vision_source)
-    family = encoder_family(values, str(vision_source))
-    vision = family.read(values, str(vision_source))
-    image = image_settings(vision_folder, trained=False) or family.default_images(vision)
-    values = {
-        "vision": vision,
-        "decoder": decoder_config(read_json(decoder_source), str(decoder_source)),
-        "image_token_id": IMAGE_TOKEN_ID,
-        "image": image,
-    }
-    return LlavaConfig(**(values | fields))
+    found = {}
+    for part, folder in (("vision", vision_folder), ("decoder", decoder_folder)):
+        source = str(folder / "config.json")
+        values = read_json(folder / "config.json")
+        family = family_of(part, values, source)
+        found[part] = family, family.read(values, source)
+    (encoder, vision), (language, decoder) = found["vision"], found["decoder"]
+    image = image_settings(vision_folder, encoder.images, vision.image_size, trained=False)
+    fields = {"image_token_id": IMAGE_TOKEN_ID, "image": image} | fields
+    return LlavaConfig(vision, decoder, **fields), Families(encoder, language)

@@ -1,5 +1,6 @@
 """How a folder's pictures are prepared: its `preprocessor_config.json` -> ImageSpec."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -23,13 +24,15 @@ _SIGLIP_DEFAULTS = _CLIP_DEFAULTS | {
 }
 
 
-def image_settings(folder: Path, trained: bool = True) -> ImageSpec | None:
+def image_settings(folder: Path, default: ImageSpec, size: int, trained: bool = True) -> ImageSpec:
     """How pictures are prepared for the model in a folder.
 
     Read from the folder's `preprocessor_config.json`, or the `processor_config.json` that
-    transformers 5 writes; None where there is neither.
+    transformers 5 writes; `default` if there is neither.
 
     Args:
+      default: how its encoder's family prepares pictures, taken with `size` if no file says it.
+      size: side in pixels of the encoder's own pictures.
       trained: whether a model was trained with exactly these pictures. For one that is yet to be,
         a square of `crop_size` is taken of the whole picture where `size` is another.
     Raises:
@@ -42,7 +45,7 @@ def image_settings(folder: Path, trained: bool = True) -> ImageSpec | None:
         path = folder / "processor_config.json"
         values = read_json(path).get("image_processor")
     if values is None:
-        return None
+        return dataclasses.replace(default, size=size)
     if not isinstance(values, dict):
         raise LlavaError(f"{path} has image_processor={values!r}: it must be an object")
     kind = str(values.get("image_processor_type") or "CLIPImageProcessor")

@@ -10,7 +10,7 @@ The one way in for whoever reads a LLaVA (training, inference, convert):
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +20,9 @@ from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig, num_blocks
-from llava_jax.weights.families import (
-    DECODERS,
-    Families,
-    decoder_config,
-    decoder_family,
-    encoder_config,
-    encoder_family,
-)
+from llava_jax.weights.families import Families, family_of, is_part
 from llava_jax.weights.formats.folders import open_weights
-from llava_jax.weights.formats.safetensors_files import StoredTensor
-from llava_jax.weights.lazy import (
-    LazyParameter,
-    canonical_names,
-    check_dtype,
-    idle_tensors,
-    match,
-    read_tree,
-    twice,
-)
+from llava_jax.weights.match import canonical_names, idle_tensors, match, twice
 from llava_jax.weights.name_tables import LLAVA_HEAD, LLAVA_ROOTS, NameTable, projector_table
 from llava_jax.weights.read.fields import convert_command, read_json
 from llava_jax.weights.read.huggingface import composed_config, llava_config
@@ -47,11 +31,11 @@ from llava_jax.weights.read.original import (
     EMBEDDING,
     HEAD,
     PROJECTOR_FILE,
-    is_original,
     open_original,
 )
 from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_adapter, open_adapter, unties
 from llava_jax.weights.read.prompt_words import PromptWords, prompt_words
+from llava_jax.weights.tensors import LazyParameter, StoredTensor, check_dtype, read_tree
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -130,7 +114,7 @@ def open_llava(
         return _original(folder, paths, allow_pickle)
     if adapter:
         return _adapted(folder, paths, allow_pickle)
-    if set(paths) == {"vision_tower"} and values.get("model_type") in DECODERS:
+    if set(paths) == {"vision_tower"} and is_part("decoder", values):
         return _composed(folder, values, paths["vision_tower"], allow_pickle)
     config, families, parts = _huggingface(folder, values, allow_pickle)
     if paths:
@@ -201,10 +185,7 @@ def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> LlavaF
 
 def _composed(folder: Path, values: dict, vision_tower: Path, allow_pickle: bool) -> LlavaFolder:
     """A fresh LLaVA of a language model and a vision encoder, its projector drawn at random."""
-    config = composed_config(vision_tower, folder)
-    families = Families(
-        encoder_family(read_json(vision_tower / "config.json")), decoder_family(values)
-    )
+    config, families = composed_config(vision_tower, folder)
     parts = {
         "vision": open_weights(vision_tower, allow_pickle),
         "projector": _drawn_projector(folder, config, families),
@@ -239,27 +220,36 @@ def load_llava(folder: str | Path, dtype: str = "float32", **options) -> tuple[L
     return checkpoint.config, checkpoint.read(dtype)
 
 
-def open_decoder(
-    folder: str | Path, config: DecoderConfig | None = None, allow_pickle: bool = False
-) -> tuple[DecoderConfig, dict[str, LazyParameter]]:
-    """Opens a Llama-family language model.
+def open_part(
+    part: str,
+    folder: str | Path,
+    blocks: int | None = None,
+    config: ViTConfig | DecoderConfig | None = None,
+    allow_pickle: bool = False,
+) -> tuple[ViTConfig | DecoderConfig, dict[str, LazyParameter]]:
+    """Opens an encoder (part "vision") or a language model ("decoder") by itself.
 
     Args:
-      folder: `config.json` and weights as `LlamaForCausalLM.save_pretrained` writes them.
+      folder: `config.json` and weights as `save_pretrained` of transformers writes them.
+      blocks: how many of its blocks are wanted, from the first; None for all.
       config: what the caller expects; a folder that differs is an error.
       allow_pickle: as in `open_llava`.
     Returns:
-      The config and, by our path in `Decoder`, where its parameters lie.
+      The config and, by our path in `ViT` or `Decoder`, where its parameters are stored.
     Raises:
       LlavaError: anything wrong with the folder, naming file and tensor.
     """
     folder = Path(folder)
-    values = read_json(folder / "config.json")
-    found = decoder_config(values, str(folder / "config.json"))
-    _check_expected(folder, found, config)
-    table = decoder_family(values).names
+    source, values = str(folder / "config.json"), read_json(folder / "config.json")
+    family = family_of(part, values, source)
+    found = family.read(values, source)
+    if config is not None and found != config:
+        raise LlavaError(f"{folder} is not the model asked for: {_differences(found, config)}")
+    blocks = found.num_layers if blocks is None else blocks
+    if not 0 <= blocks <= found.num_layers:
+        raise LlavaError(f"{folder} has {found.num_layers} blocks, not {blocks}")
     tensors = open_weights(folder, allow_pickle)
-    return found, match(table, found, found.num_layers, tensors, folder)
+    return found, match(family.names, found, blocks, tensors, folder)
 
 
 def load_decoder(
@@ -268,31 +258,10 @@ def load_decoder(
     dtype: str = "float32",
     allow_pickle: bool = False,
 ) -> tuple[DecoderConfig, dict]:
-    """The config and the parameters of `open_decoder`, as float32, bfloat16 or float16 arrays."""
+    """A language model's config and parameters, as float32, bfloat16 or float16 arrays."""
     check_dtype(dtype)
-    found, params = open_decoder(folder, config, allow_pickle)
+    found, params = open_part("decoder", folder, None, config, allow_pickle)
     return found, read_tree(params, dtype, Path(folder).name)
-
-
-def open_vision(
-    folder: str | Path,
-    num_blocks: int | None = None,
-    config: ViTConfig | None = None,
-    allow_pickle: bool = False,
-) -> tuple[ViTConfig, dict[str, LazyParameter]]:
-    """Opens the first `num_blocks` blocks (default: all) of a CLIP, SigLIP or DINOv2 encoder.
-
-    Arguments, result and errors as in `open_decoder`; the paths are those in `ViT`.
-    """
-    folder = Path(folder)
-    values = read_json(folder / "config.json")
-    found = encoder_config(values, str(folder / "config.json"))
-    _check_expected(folder, found, config)
-    blocks = found.num_layers if num_blocks is None else num_blocks
-    if not 0 <= blocks <= found.num_layers:
-        raise LlavaError(f"{folder} has {found.num_layers} blocks, not {blocks}")
-    table = encoder_family(values).names
-    return found, match(table, found, blocks, open_weights(folder, allow_pickle), folder)
 
 
 def load_vision(
@@ -302,21 +271,18 @@ def load_vision(
     dtype: str = "float32",
     allow_pickle: bool = False,
 ) -> tuple[ViTConfig, dict]:
-    """The config and the parameters of `open_vision`, as float32, bfloat16 or float16 arrays."""
+    """An encoder's config and the parameters of its first blocks (None: all), as `load_decoder`."""
     check_dtype(dtype)
-    found, params = open_vision(folder, num_blocks, config, allow_pickle)
+    found, params = open_part("vision", folder, num_blocks, config, allow_pickle)
     return found, read_tree(params, dtype, Path(folder).name)
 
 
-def _check_expected(folder: Path, found: object, expected: object | None) -> None:
-    if expected is None or found == expected:
-        return
-    differing = [
+def _differences(found: object, expected: object) -> str:
+    return "; ".join(
         f"{field.name} is {getattr(found, field.name)!r} and not {getattr(expected, field.name)!r}"
         for field in dataclasses.fields(found)
         if getattr(found, field.name) != getattr(expected, field.name)
-    ]
-    raise LlavaError(f"{folder} is not the model asked for: {'; '.join(differing)}")
+    )
 
 
 def components(
@@ -374,6 +340,11 @@ def _opened(
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def is_original(values: Mapping) -> bool:
+    """True for the config.json of an original LLaVA."""
+    return any(key.startswith("mm_") for key in values)
 
 
 def is_llava_folder(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.formats.safetensors_files import StoredTensor
+from llava_jax.weights.tensors import StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,15 +23,15 @@ from llava_jax.weights.families import (
     DecoderFamily,
     EncoderFamily,
     Families,
-    encoder_family,
+    family_of,
 )
 from llava_jax.weights.formats.folders import open_weights
 from llava_jax.weights.formats.pickle_files import open_pickle
-from llava_jax.weights.formats.safetensors_files import StoredTensor
 from llava_jax.weights.read.fields import convert_command, read_json
 from llava_jax.weights.read.image_settings import image_settings
 from llava_jax.weights.read.merging import add_delta, grow_rows
 from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_adapter, open_adapter
+from llava_jax.weights.tensors import StoredTensor
 
 PROJECTOR_FILE, TRAINABLES_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -63,11 +63,6 @@ class Original:
     parts: dict[str, dict[str, StoredTensor]]
     values: dict
     added_tokens: tuple[str, ...]
-
-
-def is_original(values: Mapping) -> bool:
-    """True for the config.json of an original LLaVA."""
-    return any(key.startswith("mm_") for key in values)
 
 
 def open_original(
@@ -210,9 +205,9 @@ def _vision(
     name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if tower is not None:
         found = read_json(tower / "config.json")
-        family = encoder_family(found, str(tower / "config.json"))
+        family = family_of("vision", found, str(tower / "config.json"))
         vision = family.read(found, str(tower / "config.json"))
-        return vision, family, image_settings(tower) or family.default_images(vision)
+        return vision, family, image_settings(tower, family.images, vision.image_size)
     vision = _KNOWN_TOWERS.get(Path(name).name)
     if vision is None or not has_weights:
         lacking = "config.json is" if has_weights else "weights are"
@@ -221,7 +216,8 @@ def _vision(
             f"{source} names the vision encoder {name!r}, whose {lacking} not in the folder: "
             f"{command} takes it from the encoder's folder (in Python, vision_tower=)"
         )
-    return vision, ENCODERS["clip"], ENCODERS["clip"].default_images(vision)
+    family = ENCODERS["clip"]
+    return vision, family, dataclasses.replace(family.images, size=vision.image_size)
 
 
 # --- tensors --------------------------------------------------------------------------------------

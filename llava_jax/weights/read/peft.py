@@ -18,9 +18,10 @@ import numpy as np
 from llava_jax.errors import LlavaError
 from llava_jax.weights.checksums import verify_checksums
 from llava_jax.weights.formats.pickle_files import open_pickle
-from llava_jax.weights.formats.safetensors_files import StoredTensor, read_header
+from llava_jax.weights.formats.safetensors_files import read_header
 from llava_jax.weights.read.fields import is_positive, read_json
 from llava_jax.weights.read.merging import computed, float32
+from llava_jax.weights.tensors import StoredTensor
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Settings of PEFT under which the sums below would be wrong -> what is fine.

@@ -18,10 +18,10 @@ from llava_jax.files import write_json
 from llava_jax.models.lora import LoraConfig
 from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_file
-from llava_jax.weights.lazy import PARAMETER_DTYPES
 from llava_jax.weights.name_tables import STACKED, Parameter
 from llava_jax.weights.read.llava_folder import components, is_llava_folder
 from llava_jax.weights.run_directory import RunModel, checkpoint_of, read_run_model, read_trained
+from llava_jax.weights.tensors import PARAMETER_DTYPES
 from llava_jax.weights.write.save import array_params, stored_tensors, whole_folder
 
 IN_MEMORY_ROOTS = {

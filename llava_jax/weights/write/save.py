@@ -20,23 +20,17 @@ from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.checksums import write_checksums
 from llava_jax.weights.families import (
-    decoder_family,
     decoder_to_hf,
-    encoder_family,
     encoder_to_hf,
+    family_of,
 )
-from llava_jax.weights.formats.safetensors_files import (
-    SINGLE_FILE,
-    StoredTensor,
-    TensorToWrite,
-    write_file,
-)
-from llava_jax.weights.lazy import PARAMETER_DTYPES, LazyParameter
+from llava_jax.weights.formats.safetensors_files import SINGLE_FILE, TensorToWrite, write_file
 from llava_jax.weights.name_tables import (
     STACKED,
     NameTable,
     Parameter,
 )
+from llava_jax.weights.tensors import PARAMETER_DTYPES, LazyParameter, StoredTensor
 
 
 @contextlib.contextmanager
@@ -110,7 +104,7 @@ def save_decoder(
     """Writes decoder parameters in the form of transformers' Llama, Mistral or Qwen classes."""
     refuse_existing(folder)
     values = decoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    names = decoder_family(values).names
+    names = family_of("decoder", values).names
     tensors = stored_tensors(names, config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:
         write_checkpoint(temporary, values, tensors)
@@ -123,7 +117,7 @@ def save_vision(
     refuse_existing(folder)
     config = dataclasses.replace(config, num_layers=len(params["layers"]["layer_norm1"]["scale"]))
     values = encoder_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    table = dataclasses.replace(encoder_family(values).names, idle=())
+    table = dataclasses.replace(family_of("vision", values).names, idle=())
     tensors = stored_tensors(table, config, array_params(params), dtype)
     with whole_folder(Path(folder)) as temporary:
         write_checkpoint(temporary, values, tensors)
