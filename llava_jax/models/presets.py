@@ -103,7 +103,7 @@ PRESETS = {
 
 
 def preset(name: str) -> LlavaConfig:
-    """The preset's config, or an error that lists the names there are."""
+    """The config of a preset; LlavaError with the known names for any other."""
     if name not in PRESETS:
         raise LlavaError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

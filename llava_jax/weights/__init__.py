@@ -1,1 +1,1 @@
-"""Checkpoints of others <-> our parameter tree: folders read and written tensor by tensor."""
+"""Checkpoints of other programs <-> our parameter tree, read and written tensor by tensor."""

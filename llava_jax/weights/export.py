@@ -52,7 +52,7 @@ class FolderToWrite:
 
     Attributes:
       config: what must be read back.
-      write_side_files: writes all but the weights and their checksums into a folder.
+      write_side_files: writes everything but the weights and their checksums into a folder.
       loaded_by: programs that load it.
     """
 
@@ -158,7 +158,7 @@ def write_folder(folder: FolderToWrite, out: str | Path) -> None:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises LlavaError when the disk of `out` has too little room."""
+    """Raises LlavaError if the disk of `out` has too little room."""
     place = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -208,7 +208,7 @@ def hugging_face(
 def _loaded_by(checkpoint: LlavaFolder) -> tuple[str, ...]:
     """Programs that load a folder in Hugging Face form; see docs/use/weights.md for what was run.
 
-    Of the features of several layers only transformers makes one.
+    Only transformers joins the features of several layers.
     """
     one_layer = isinstance(checkpoint.config.feature_layer, int)
     return checkpoint.families.vision.loaded_by if one_layer else ("transformers",)
@@ -311,9 +311,9 @@ def _main_dtype(tensors: list[TensorToWrite]) -> str:
 
 
 def _grown(tensor: TensorToWrite, rows: int) -> TensorToWrite:
-    """A tensor of the vocabulary [V, D] with `rows` rows: new ones are the mean of the others.
+    """A tensor of the vocabulary [V, D] with `rows` rows: new ones are the mean of the old ones.
 
-    So the score of a token that was never trained is the mean of all scores, and never the best.
+    The score of a token that was never trained is then the mean of all scores, never the best.
     """
     old, *width = tensor.shape
     if tensor.name not in VOCABULARY or old == rows:

@@ -10,13 +10,13 @@ _PICKLES = ("*.bin",)
 
 
 def local_folder(name: str | Path, allow_pickle: bool = False) -> Path:
-    """A path as it is; a hub name ("llava-hf/llava-1.5-7b-hf") as the folder of its files.
+    """The folder of a path, or of a name on the hub such as "llava-hf/llava-1.5-7b-hf".
 
-    They come from the hub's cache, or from the network where they are not there yet. What exists
-    here, or whose parent folder does, is a path.
+    Files of the hub come from its cache, else from the network. A name is taken for a path if it
+    exists here or its parent folder does.
 
     Raises:
-      LlavaError: neither here nor to be had.
+      LlavaError: it is not here, and the hub did not give it.
     """
     path = Path(name)
     is_name = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)

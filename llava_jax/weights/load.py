@@ -45,7 +45,7 @@ class LoadedModel:
       params: nested dict of parameters, on the device or devices asked for.
       tokenizer_dir: the folder of its tokenizer.
       words: how it is asked, and where its answers end.
-      added_tokens: what the tokenizer must learn first, in this order.
+      added_tokens: tokens to add to the tokenizer first, in this order.
     """
 
     config: LlavaConfig
@@ -75,7 +75,7 @@ def source_config(path: Path) -> LlavaConfig:
 
 
 def open_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
-    """Parameters of some components, from any kind of source, checked to fit but not yet read.
+    """Parameters of some components, from any kind of source: checked, but not read yet.
 
     Args:
       path: a LLaVA folder, one of an encoder or of a language model alone, a run, or a step of one.
@@ -123,10 +123,10 @@ def load_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
 
 
 def open_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
-    """The model of a checkpoint, or some of its components: base and trained tree laid over it.
+    """The model of a checkpoint, or some of its components: the base, then the trained tree.
 
-    What it was trained on is LazyParameter, not yet read; the trained tree is read. LoRA is added
-    to the kernels it belongs to, which are read for that.
+    The base is LazyParameter, not read yet, except kernels that LoRA is added to; the trained tree
+    is read.
 
     Raises:
       LlavaError: the base is gone or changed since the run, or the checkpoint does not fit it.
@@ -151,7 +151,7 @@ def open_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
 
 
 def _with_lora(flat: dict, lora: LoraConfig, name: str) -> dict:
-    """Paths -> parameters with the update added; of the lazy ones its kernels alone are read."""
+    """Path -> parameter with the update added; only the kernels that it changes are read."""
     adapted = {(*path[1:-1], "kernel") for path in flat if path[0] == "lora"}
     chosen = {p: leaf for p, leaf in flat.items() if p[0] == "lora" or p in adapted}
     merged = flatten_dict(merge_lora(_read_lazy(unflatten_dict(chosen), name), lora))
@@ -159,7 +159,7 @@ def _with_lora(flat: dict, lora: LoraConfig, name: str) -> dict:
 
 
 def _all_components(params: dict[str, LazyParameter]) -> dict:
-    """As a nested dict; a projector without parameters is there too."""
+    """A nested dict with every component, also a projector without parameters."""
     return {component: {} for component in COMPONENTS} | unflatten_dict(params, sep="/")
 
 
@@ -176,8 +176,8 @@ def load_model(
 
     Args:
       dtype: of the parameters: float32 or bfloat16.
-      place: given the config and a tree of what has a shape and gives arrays for slices
-        (LazyParameter), returns the parameters on their devices. None: on the default device.
+      place: (config, tree of LazyParameter) -> parameters on their devices; None for the
+        default device.
       template: the words in which it is asked, in place of the folder's own; see `prompt_words`.
       options: of `open_llava`, for a folder of another program.
     """

@@ -24,10 +24,10 @@ def match(
     """The parameters of a component, by our path in it.
 
     Args:
-      config: the component's, which decides sizes and which parameters there are.
+      config: of the component; it decides the sizes and which parameters exist.
       blocks: how many of the encoder's or decoder's blocks are wanted, from the first.
-      tensors: of this component alone, by the names that a checkpoint of it alone would have.
-      where: what an error calls the checkpoint.
+      tensors: of this component, under the names that a checkpoint of it alone would have.
+      where: the name of the checkpoint in an error.
     Raises:
       LlavaError: a tensor is missing, not expected, misshapen or there twice.
     """
@@ -55,13 +55,13 @@ def match(
 
 
 class _Faults:
-    """What is wrong with the tensors of a component, gathered to be told in one sentence."""
+    """Collects the faults of a component's tensors, to report them in one sentence."""
 
     def __init__(self, where: object, by_key: dict[str, StoredTensor]):
         files = {tensor.path for tensor in by_key.values()}
         self.one_file = len(files) == 1
         self.where, self.by_key = files.pop() if self.one_file else where, by_key
-        # What the names on disk have before the table's.
+        # The prefix that names on disk have and the table does not.
         roots = (t.name.removesuffix(k) for k, t in by_key.items() if t.name.endswith(k))
         self.root = next(roots, "")
         self.missing, self.extra, self.misshapen = [], [], []
@@ -72,7 +72,7 @@ class _Faults:
     def tensor(
         self, parameter: Parameter, layer: int, stored_shape: tuple[int, ...]
     ) -> StoredTensor | None:
-        """The tensor of one block's parameter; None, with a fault noted, where there is none."""
+        """The tensor of one block's parameter; None if it is missing, which is noted."""
         names = [key.format(layer=layer) for key in parameter.keys]
         held = [self.by_key[name] for name in names if name in self.by_key]
         if not held:
@@ -88,7 +88,7 @@ class _Faults:
         return held[0]
 
     def report(self) -> None:
-        """Raises LlavaError where there are faults."""
+        """Raises LlavaError if there are faults."""
         kinds = {
             "missing": self.missing,
             "not expected": self.extra,
@@ -104,7 +104,7 @@ class _Faults:
 def standard_names(
     table: NameTable, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Tensors under the table's spelling, without those that no model of ours needs."""
+    """Tensors under the spelling of the table, without those that our models never need."""
     by_key: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         if any(re.fullmatch(pattern, name) for pattern in table.unused):
@@ -138,7 +138,7 @@ def _standard_name(table: NameTable, name: str) -> str:
 
 
 def _unneeded(table: NameTable, config: object, blocks: int, key: str) -> bool:
-    """True for blocks past the last one that runs, and for the head that tied weights replace."""
+    """True for blocks past the last one that runs, and for a head if the weights are tied."""
     for parameter in table.parameters:
         if parameter.path.startswith(STACKED):
             for spelling in parameter.keys:
@@ -154,7 +154,7 @@ def _unneeded(table: NameTable, config: object, blocks: int, key: str) -> bool:
 def idle_tensors(
     table: NameTable, config: object, blocks: int, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """What `match` leaves aside and a model of the same class in transformers holds, by its name.
+    """Tensors `match` ignores but the transformers class expects, keyed by their names there.
 
     These are encoder blocks past the feature layer and what comes after the last.
     """

@@ -1,4 +1,4 @@
-"""A run directory, what train.py leaves behind, and how a whole model is read out of one.
+"""A run directory, which train.py writes: its files, its steps, and the trained tree of a step.
 
 config.json              the recipe, as the command line left it
 model.json               model config, template, and where frozen parameters came from
@@ -35,7 +35,7 @@ COMPONENTS = ("vision", "projector", "decoder")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a component's starting parameters lie.
+    """The folder of a component's starting parameters.
 
     Attributes:
       path: a folder in Hugging Face's layout, or a step folder of an earlier run.
@@ -48,7 +48,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class RunModel:
-    """Contents of model.json: all that is needed to rebuild the model beside the trained tree."""
+    """Contents of model.json: with the trained tree, all that is needed to rebuild the model."""
 
     config: LlavaConfig
     template: str
@@ -109,7 +109,7 @@ def read_run_model(workdir: Path) -> RunModel:
 
 
 def _find_source(workdir: Path, component: str, values: dict) -> Source:
-    # The run may have been moved together with its base, or the base may stand where it stood.
+    # Either the run was moved together with its base, or the base is where it was.
     for path in (Path(values["path"]), workdir / values["relative"]):
         if path.exists():
             return Source(path, values["checksum"])
@@ -133,7 +133,7 @@ def _is_step(path: Path) -> bool:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """The step folder meant by a run directory (its newest) or by a step folder itself.
+    """The step folder of a path: the newest of a run directory, or the path itself.
 
     Raises:
       LlavaError: the path is neither, or the run has no complete checkpoint yet.
@@ -153,9 +153,9 @@ def checkpoint_of(path: str | Path) -> Path:
 
 
 def weights_checksum(folder: Path) -> str:
-    """SHA-256 over those of a source's weight files: safetensors, or an Orbax params item.
+    """SHA-256 over the digests of a source's weight files: safetensors, or an Orbax params item.
 
-    Digests that the folder lists itself are taken from there: they are verified when it is opened.
+    Digests in the folder's checksums.json are used: they are verified when it is opened.
     """
     if (folder / "params").is_dir():
         files = [p for p in (folder / "params").rglob("*") if p.is_file()]
@@ -181,13 +181,13 @@ def expected_shapes(
 
 
 def first_line(error: Exception) -> str:
-    """What an error of Orbax says, without the details that it hangs on."""
+    """The first line of an error of Orbax, without the details after it."""
     line = (str(error) or type(error).__name__).splitlines()[0]
     return line.split(". See full TensorStore")[0]
 
 
 def saved_params(step_folder: Path) -> dict:
-    """The trained tree of a checkpoint, each leaf told by its shape and dtype alone."""
+    """The trained tree of a checkpoint, with shape and dtype in place of each array."""
     import orbax.checkpoint as ocp  # late: seconds, which runs from other folders need not pay
 
     with _orbax_warnings_off(), ocp.StandardCheckpointer() as reader:
@@ -220,7 +220,7 @@ def read_trained(step_folder: Path, run: RunModel) -> dict:
 
 
 def _check_bit_sums(step_folder: Path, trained: dict) -> None:
-    """Compares arrays with the sums of their bits that `training.checkpoint` wrote beside them.
+    """Compares arrays with the sums of their bits that `training.checkpoint` saved.
 
     On the host: its own `bit_sums` would copy every array to a device.
     """
@@ -247,14 +247,14 @@ def _orbax_warnings_off():
 
 
 def check_params(where: str, found: dict, expected: dict) -> None:
-    """Raises LlavaError when `found` has a parameter that `expected` has not, or in another shape.
+    """Raises LlavaError if `found` has a parameter that `expected` lacks, or of another shape.
 
     Both map paths to things with a shape.
     """
     extra = [path for path in found if path not in expected]
     misshapen = [p for p in found if p in expected and found[p].shape != expected[p].shape]
     if extra:
-        raise LlavaError(f"{where} has parameters that the model has not: {_names(extra)}")
+        raise LlavaError(f"{where} has parameters that the model does not have: {_names(extra)}")
     if misshapen:
         path = misshapen[0]
         raise LlavaError(
@@ -264,7 +264,7 @@ def check_params(where: str, found: dict, expected: dict) -> None:
 
 
 def check_complete(where: str, found: dict, expected: dict, components) -> None:
-    """Raises LlavaError when `found` lacks a parameter that some components should have."""
+    """Raises LlavaError if `found` lacks a parameter of some components."""
     missing = [path for path in expected if path[0] in components and path not in found]
     if missing:
         raise LlavaError(f"{where} lacks parameters of the model: {_names(missing)}")

@@ -32,7 +32,7 @@ PARAMETER_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: where it lies, not its values."""
+    """One tensor of a file: its position, not its values."""
 
     name: str
     path: Path
@@ -42,7 +42,7 @@ class StoredTensor:
 
     @property
     def place(self) -> str:
-        """What an error calls it."""
+        """Its name in an error."""
         return f"tensor {self.name!r} in {self.path}"
 
     @property
@@ -56,14 +56,14 @@ class StoredTensor:
         return DTYPES[self.dtype]
 
     def read(self) -> np.ndarray:
-        """The values, in the stored dtype: a view of the file, brought in as they are looked at.
+        """The values in the stored dtype: a view of the file, whose pages are read on access.
 
         It takes no memory of its own, and the system reads ahead in large pieces.
         """
         return self._view(whole=True)
 
     def map(self) -> np.ndarray:
-        """As `read`, for when parts are wanted: little more than what is indexed is read."""
+        """Like `read`, for slices: little more than what is indexed is read."""
         return self._view(whole=False)
 
     def _view(self, whole: bool) -> np.ndarray:
@@ -92,8 +92,8 @@ class LazyParameter:
 
     Attributes:
       parameter: its line of the name table.
-      shape: ours; where stacked, blocks on axis 0.
-      tensors: one for each block where stacked, else one.
+      shape: ours; if stacked, with the blocks on axis 0.
+      tensors: one for each block if stacked, else one.
     """
 
     parameter: Parameter
@@ -105,7 +105,7 @@ class LazyParameter:
         return self.parameter.path.startswith(STACKED)
 
     def dtype(self, block: int = 0) -> np.dtype:
-        """As one of `tensors` is stored."""
+        """The stored dtype of one of `tensors`."""
         return self.tensors[block].value_dtype
 
     def place(self, block: int = 0) -> str:
@@ -117,7 +117,7 @@ class LazyParameter:
         return self._in_our_layout(self.tensors[block].read())
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The values at one slice an axis, in the stored dtype; no others are read."""
+        """The values at one slice an axis, in the stored dtype; nothing else is read."""
         if not self.stacked:
             return _copied(self._in_our_layout(self.tensors[0].map())[index])
         tensors = self.tensors[index[0]]
@@ -128,7 +128,7 @@ class LazyParameter:
 
 
 def read_tree(params: Mapping[str, LazyParameter], dtype: str, name: str) -> dict:
-    """Path -> parameter into a nested dict of numpy arrays of `dtype`, in the files' order.
+    """Reads parameters by path into a nested dict of numpy arrays, in the order of the files.
 
     A progress bar called `name` counts bytes when it takes more than a moment.
     """
@@ -147,7 +147,7 @@ def read_tree(params: Mapping[str, LazyParameter], dtype: str, name: str) -> dic
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {name}", delay=2) as progress:
         for lazy, block, target in reads:
             values = lazy.read(block)
-            with np.errstate(over="ignore"):  # told below, with the tensor's name
+            with np.errstate(over="ignore"):  # reported below, with the name of the tensor
                 _copy(values, target)
             if dtype == "float16":
                 _check_overflow(lazy.tensors[block], values, target)

@@ -238,7 +238,7 @@ def test_vision_config_round_trip():
         assert encoder_config(json.loads(json.dumps(encoder_to_hf(config)))) == config
 
 
-def test_image_settings(tmp_path, DEFAULT, 7):
+def test_image_settings(tmp_path):
     assert image_settings(tmp_path, DEFAULT, 7) == dataclasses.replace(DEFAULT, size=7)
     write(tmp_path, pixels=CLIP_PIXELS)
     assert image_settings(tmp_path, DEFAULT, 7).mode == "square"

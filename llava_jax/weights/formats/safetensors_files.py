@@ -1,7 +1,7 @@
 """safetensors files, read and written one tensor at a time.
 
-The headers are parsed here rather than by the `safetensors` package so that every fault can be told
-with the file and the tensor, and so that no more than two tensors are ever held in memory.
+The headers are parsed here rather than by the `safetensors` package so that an error can name the
+file and the tensor, and so that no more than two tensors are ever in memory.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -143,7 +143,7 @@ def write_checkpoint_files(
     progress: Callable[[int], object] = lambda count: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
-    """Writes `model.safetensors`, or shards and their index where that would be too large a file.
+    """Writes `model.safetensors`, or shards and their index if that file would be too large.
 
     Args:
       progress: called with the number of bytes of each tensor written.
@@ -165,7 +165,7 @@ def write_checkpoint_files(
 
 
 def _shards(tensors: Iterable[TensorToWrite], limit: int) -> list[list[TensorToWrite]]:
-    """Tensors in order, a new shard begun where `limit` would be passed."""
+    """Tensors in order; a shard ends before it would exceed `limit` bytes."""
     shards, filled = [[]], 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.bytes > limit:
@@ -187,7 +187,7 @@ def write_file(
 ) -> str:
     """Writes one safetensors file; returns its SHA-256.
 
-    The next tensor is made and hashed while one is written; no others are in memory.
+    The next tensor is made and hashed while one is written; no more are in memory.
     """
     tensors = list(tensors)
     header = _header(tensors)
@@ -210,7 +210,7 @@ def write_file(
 
 
 def _header(tensors: list[TensorToWrite]) -> bytes:
-    """All that comes before the values."""
+    """The bytes before the values."""
     spelling = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     position = 0

@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict:
 
 
 def convert_command(folder: Path, *options: str) -> str:
-    """The command that makes one whole LLaVA of a folder and what it lacks."""
+    """The command that makes a whole LLaVA of a folder and what it lacks."""
     return f"`llava-jax convert --checkpoint {folder} {' '.join(options)} --out DIR`"
 
 
@@ -63,7 +63,7 @@ class Fields:
         return float(value)
 
     def _check_plain(self) -> None:
-        """Refuses settings that change the numbers and that no model of ours has."""
+        """Refuses settings that change the numbers and that our models do not have."""
         if self["quantization_config"]:
             self.refuse("quantization_config", "save the weights in float32, bfloat16 or float16")
         rope = self["rope_parameters"] or self["rope_scaling"] or {}

@@ -16,7 +16,7 @@ from llava_jax.weights.read.fields import Fields, read_json
 from llava_jax.weights.read.image_settings import image_settings
 
 _STRATEGY = "vision_feature_select_strategy"
-# Models that read pictures in other ways than LLaVA-1.5, by model_type or how it begins.
+# Models that read pictures in other ways than LLaVA-1.5, by the start of their model_type.
 _OTHER_FAMILIES = {
     "llava_next": "LLaVA-NeXT",
     "llava_onevision": "LLaVA-OneVision",

@@ -33,8 +33,8 @@ def image_settings(folder: Path, default: ImageSpec, size: int, trained: bool = 
     Args:
       default: how its encoder's family prepares pictures, taken with `size` if no file says it.
       size: side in pixels of the encoder's own pictures.
-      trained: whether a model was trained with exactly these pictures. For one that is yet to be,
-        a square of `crop_size` is taken of the whole picture where `size` is another.
+      trained: whether a model was trained with exactly these pictures. For one that is not, a
+        square of `crop_size` is taken of the whole picture if `size` is another.
     Raises:
       LlavaError: the file asks for preprocessing that none of our image modes does.
     """

@@ -1,8 +1,8 @@
 """Checkpoint folders of every form -> a LlavaConfig and our parameters, one tensor at a time.
 
-The one way in for whoever reads a LLaVA (training, inference, convert):
+The entry for training, inference and convert:
 
-    checkpoint = open_llava(folder)   # reads configs and headers, tells every fault, no values
+    checkpoint = open_llava(folder)   # reads configs and headers, no values; reports every fault
     checkpoint.config, checkpoint.words(), checkpoint.tokenizer_dir
     checkpoint.params["decoder/layers/self_attn/q_proj/kernel"]   # LazyParameter
     checkpoint.params[path].shape, .read(block), [slices]         # one tensor at a time, or a part
@@ -48,13 +48,12 @@ class LlavaFolder:
       folder: what was opened.
       config: the model's.
       families: of its encoder and language model.
-      params: our path ("decoder/norm/scale") -> where its values lie; complete and checked.
-      idle: tensors of the encoder that our model never computes with and its class in transformers
-        has, by their names there.
+      params: our path ("decoder/norm/scale") -> where its values are; complete and checked.
+      idle: encoder tensors we do not use but transformers expects, by Hugging Face name.
       words: (name of a template, or None for the folder's own words) -> how the model is asked;
         see `prompt_words`.
       tokenizer_dir: the folder with its tokenizer, None if there is none.
-      added_tokens: what that tokenizer must learn first, in this order.
+      added_tokens: tokens to add to that tokenizer first, in this order.
     """
 
     folder: Path
@@ -97,14 +96,14 @@ def open_llava(
         projector.
       base: the folder of the model that an adapter or a projector was trained on.
       delta_base: the folder of the LLaMA that delta weights were taken from.
-      vision_tower: the folder of the vision encoder, where the checkpoint only names it.
+      vision_tower: the folder of the vision encoder, if the checkpoint only names it.
       allow_pickle: read PyTorch's `.bin` and `.pth` files: their tensors, never their code.
     Raises:
       LlavaError: anything wrong with the folder, naming file and tensor.
     """
     folder = Path(folder)
-    others = {"base": base, "delta_base": delta_base, "vision_tower": vision_tower}
-    paths = {name: Path(path) for name, path in others.items() if path}
+    given = {"base": base, "delta_base": delta_base, "vision_tower": vision_tower}
+    paths = {name: Path(path) for name, path in given.items() if path}
     for name, path in paths.items():
         if not path.is_dir():
             raise LlavaError(f"{name} is {path}, which is not a folder")
@@ -214,7 +213,7 @@ def _drawn_projector(
 
 
 def load_llava(folder: str | Path, dtype: str = "float32", **options) -> tuple[LlavaConfig, dict]:
-    """The config and the parameters of `open_llava`, which says what the options are."""
+    """The config and the parameters of a LLaVA; options as in `open_llava`."""
     check_dtype(dtype)
     checkpoint = open_llava(folder, **options)
     return checkpoint.config, checkpoint.read(dtype)
@@ -348,7 +347,7 @@ def is_original(values: Mapping) -> bool:
 
 
 def is_llava_folder(folder: Path) -> bool:
-    """True for a LLaVA of others in any form: not for a run of ours, nor for a part of a LLaVA."""
+    """True for a LLaVA of another program in any form, not for a run or a part of a LLaVA."""
     if (folder / ADAPTER_CONFIG).is_file():
         return True
     try:
@@ -389,8 +388,8 @@ def _settle_tying(
 ) -> LlavaConfig:
     """Decides whether the output head is the embedding table.
 
-    `text_config` saying so settles it in every transformers version; the top level, true by default
-    in the 4.x line whatever the model, counts only where there is no head.
+    In every version of transformers they are tied if `text_config` says so. The top level, which is
+    true by default in the 4.x line whatever the model, counts only if there is no head.
     """
     top_level = bool(values.get("tie_word_embeddings")) and "lm_head.weight" not in decoder_tensors
     tied = config.decoder.tie_word_embeddings or top_level

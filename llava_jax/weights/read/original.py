@@ -2,8 +2,8 @@
 
 A folder holds a whole model, v0 delta weights, or only what was trained on top of a base model: a
 projector (`mm_projector.bin`), or a LoRA adapter with `non_lora_trainables.bin`. Each becomes one
-mapping of the names of a whole model: `model.layers.…`, `model.mm_projector.…` and, where the
-vision encoder was saved too, `model.vision_tower.vision_tower.…`.
+mapping with the names of a whole model: `model.layers.…`, `model.mm_projector.…` and, if the vision
+encoder was saved too, `model.vision_tower.vision_tower.…`.
 Follows llava/model/builder.py and llava_arch.py of that code.
 """
 
@@ -40,8 +40,8 @@ _ROOTS = {  # root of a name -> the component, in which the rest is read
     "model.vision_tower.vision_tower.": "vision",
     "model.mm_projector.": "projector",
 }
-# mm_vision_tower, by its last part: the shapes of encoders whose folder need not be at hand when
-# the checkpoint has their weights.
+# Last part of mm_vision_tower -> shape, for encoders whose folder is not needed if the checkpoint
+# has their weights.
 _KNOWN_TOWERS = {
     "clip-vit-large-patch14": clip_large(224),
     "clip-vit-large-patch14-336": clip_large(336),
@@ -55,7 +55,7 @@ class Original:
     Attributes:
       parts: component -> tensors by the names that a checkpoint of it alone would have.
       values: the folder's `config.json`.
-      added_tokens: what the tokenizer of a base model must learn, in this order.
+      added_tokens: tokens to add to the tokenizer of a base model, in this order.
     """
 
     config: LlavaConfig
@@ -118,7 +118,7 @@ def open_original(
 
 
 def _refuse_later(values: dict, source: str) -> None:
-    """LLaVA-NeXT and what came after share the model types and differ in how pictures are cut."""
+    """Refuses LLaVA-NeXT and later: the same model types, other ways to cut pictures."""
     aspect = values.get("image_aspect_ratio")
     merge = str(values.get("mm_patch_merge_type") or "flat")
     if merge != "flat" or "anyres" in str(aspect) or values.get("model_type") == "llava_qwen":
@@ -189,7 +189,7 @@ def _added_tokens(values: dict) -> tuple[str, ...]:
 
 
 def _tower_folder(values: dict, folder: Path, given: Path | None) -> Path | None:
-    """Where the encoder's folder is: as told, or where `mm_vision_tower` leads from here."""
+    """The encoder's folder: the one given, or the one that `mm_vision_tower` names from here."""
     name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if given is not None:
         return given
@@ -201,7 +201,7 @@ def _tower_folder(values: dict, folder: Path, given: Path | None) -> Path | None
 def _vision(
     values: dict, source: Path, tower: Path | None, has_weights: bool
 ) -> tuple[ViTConfig, EncoderFamily, ImageSpec]:
-    """The encoder's config, its family, and how it takes pictures."""
+    """The encoder's config, its family, and how its pictures are prepared."""
     name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
     if tower is not None:
         found = read_json(tower / "config.json")
@@ -264,7 +264,7 @@ def _layers(
 def _grow(
     tensors: dict[str, StoredTensor], vocabulary: int, last: StoredTensor | None, folder: Path
 ) -> None:
-    """Gives the embedding table and the head rows for added tokens; `last` are trained ones."""
+    """Adds rows for added tokens to the embedding table and the head; `last` are trained ones."""
     if EMBEDDING not in tensors:
         raise LlavaError(f"the base of {folder} has no tensor {EMBEDDING!r}")
     if last is not None and last.shape[0] == vocabulary:

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face LLaVA folder beside its weights: config, processor, tokenizer.
+"""The files of a Hugging Face LLaVA besides its weights: config, processor, tokenizer.
 
 Names and keys are those of the llava-hf checkpoints, which transformers, vLLM and llama.cpp read.
 """
@@ -42,7 +42,7 @@ class HFTokenizer:
     Attributes:
       core: its Rust core, with a token for `<image>`.
       image_id: the id of that token.
-      ids: bos_token_id, eos_token_id and pad_token_id, where it has them.
+      ids: bos_token_id, eos_token_id and pad_token_id, as far as it has them.
       settings: contents of tokenizer_config.json.
       source: the folder it came from.
     """
@@ -73,7 +73,7 @@ def is_hf_folder(folder: Path) -> bool:
 def prepare_tokenizer(
     source: Path, jinja: str, vocab_size: int, added_tokens: Sequence[str] = ()
 ) -> HFTokenizer:
-    """The tokenizer of a folder, `<image>` added where it is no token yet.
+    """The tokenizer of a folder; `<image>` is added if it is not a token yet.
 
     Args:
       jinja: the chat template.
@@ -90,8 +90,8 @@ def prepare_tokenizer(
     # As the original LLaVA: padding is masked, so any token will do.
     names["pad_token"] = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     names = {name: token for name, token in names.items() if token is not None}
-    # What was loaded as tokenizer.json says must stay so: which class transformers 5 takes depends
-    # on config.json too, and Llama's builds another tokenizer of the same file.
+    # tokenizer.json must be read as it is: transformers 5 chooses the class by config.json too, and
+    # Llama's class builds another tokenizer of the same file.
     plain = type(tokenizer).__name__ == "TokenizersBackend"  # a name unknown before 5
     if plain or settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -123,7 +123,7 @@ def fault(config: LlavaConfig) -> str | None:
 
 
 def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
-    """config.json of a model, the inverse of `hf_config.llava_config`.
+    """config.json of a model, the inverse of `read.huggingface.llava_config`.
 
     Args:
       ids: bos_token_id, eos_token_id, pad_token_id.
@@ -154,12 +154,12 @@ def _strategy(config: LlavaConfig) -> str:
 
 
 def dtype_keys(name: str) -> dict:
-    """What config.json says of the tensors' dtype."""
+    """The keys of config.json for the dtype of the tensors."""
     return {"dtype": name, "torch_dtype": name}  # of transformers 5 and of 4
 
 
 def preprocessor_config_json(config: LlavaConfig) -> dict:
-    """preprocessor_config.json: what our picture mode does, in the words of transformers."""
+    """preprocessor_config.json: our picture mode, in the keys of transformers."""
     side = config.image.size
     square, edge = {"height": side, "width": side}, {"shortest_edge": side}
     kinds = {
@@ -209,7 +209,7 @@ def generation_config_json(tokenizer: HFTokenizer, words: PromptWords) -> dict:
 def warn_of_other_tokens(
     tokenizer: HFTokenizer, template: Template, log: Callable[[str], None]
 ) -> None:
-    """Tells when transformers will tokenize a conversation otherwise than training did.
+    """Warns if transformers will tokenize a conversation otherwise than training did.
 
     Training tokenizes each stretch of text between images on its own, and transformers does not.
     """
@@ -231,7 +231,7 @@ def copied_side_files(
     dtype: str,
     log: Callable[[str], None],
 ) -> Callable[[Path], None]:
-    """What writes the files of a folder in this form besides its weights: copies, completed.
+    """A function that writes the files besides the weights: copies of the folder's, completed.
 
     transformers 4.36 to 4.45 saved processors without what later versions need to count the tokens
     of an image; that follows from the model, so it is written anew.

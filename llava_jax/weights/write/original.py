@@ -1,7 +1,8 @@
-"""The files of a folder in the form of the original LLaVA code, beside its weights.
+"""The files of a folder in the form of the original LLaVA code, besides its weights.
 
 Keys are those that llava/model/builder.py and llava_arch.py of haotian-liu/LLaVA read. The vision
-encoder's own config and preprocessing lie in a sub-folder, named as `mm_vision_tower` ends.
+encoder's own config and preprocessing are in a sub-folder with the last part of the name
+`mm_vision_tower`.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from llava_jax.weights.write.huggingface import (
     preprocessor_config_json,
 )
 
-# Encoders that the original code fetches by name; any other must lie in a folder.
+# Encoders that the original code fetches by name; any other must be in a folder.
 PUBLIC_TOWERS = {
     clip_large(224): "openai/clip-vit-large-patch14",
     clip_large(336): "openai/clip-vit-large-patch14-336",
@@ -64,7 +65,7 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
         "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": config.use_im_start_end,
         "mm_use_im_patch_token": False,
-        # Makes the original build the encoder before it reads the weights, and so take these.
+        # With it the original code builds the encoder before it reads the weights.
         "unfreeze_mm_vision_tower": True,
         "tokenizer_model_max_length": config.decoder.max_position_embeddings,
         "tokenizer_padding_side": "right",

@@ -173,7 +173,7 @@ def stored_tensors(
     Args:
       params: by our path in the component.
       dtype: of the tensors; None keeps each one's own.
-      idle: tensors that the model never computes with, from `lazy.idle_tensors`. If transformers
+      idle: tensors that the model never computes with, from `match.idle_tensors`. If transformers
         requires one that is not there, it gets ones for a scale and zeros otherwise, so that a
         block passes its input through.
     """
@@ -237,7 +237,7 @@ def _to_write(
 
 
 def to_stored(values: np.ndarray, parameter: Parameter, shape: tuple[int, ...]) -> np.ndarray:
-    """One of our parameters in Hugging Face's layout; the inverse of `lazy.from_stored`."""
+    """One of our parameters in Hugging Face's layout; the inverse of `tensors.from_stored`."""
     if parameter.transform == "transpose":
         return values.T
     if parameter.transform == "patches":  # [p * p * 3, D] -> [D, 3, p, p]
