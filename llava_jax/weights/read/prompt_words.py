@@ -102,7 +102,7 @@ def prompt_words(
 
 
 def run_words(tokenizer_dir: Path, trained_with: str, template: str | None = None) -> PromptWords:
-    """The words of a run of train.py: those that it was trained with, unless `template` names others.
+    """The words of a run of train.py: those of its training, unless `template` names others.
 
     Its tokenizer folder keeps the `generation_config.json` and `config.json` of its start.
     """

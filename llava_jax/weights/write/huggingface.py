@@ -219,8 +219,8 @@ def warn_of_other_tokens(
     theirs = tokenizer.core.encode("".join(segment.text for segment in segments)).ids
     if theirs != trained(segments, [1]).input_ids.tolist():
         log(
-            f"warning: beside an image the tokenizer of {tokenizer.source} cuts text into other "
-            "tokens in transformers than in training: answers may differ a little."
+            f"warning: next to an image the tokenizer of {tokenizer.source} cuts text into other "
+            "tokens in transformers than in training: answers may differ a little"
         )
 
 
