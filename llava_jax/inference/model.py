@@ -115,28 +115,27 @@ class Llava:
         """Loads a work directory of train.py, one step of it, or a LLaVA folder of any form.
 
         Args:
-          template: name of a conversation template to use instead of the folder's own words.
+          template: name of a conversation template, or of a chat template that the folder names, to
+            use instead of the folder's own words.
           options: of `open_llava`, for a folder that train.py did not write.
         """
         from llava_jax.weights.load import load_model
 
-        if template is not None:
-            get_template(template)  # an unknown name is reported before the weights are read
         stored = compute_precision(check_dtype(dtype))[0].name
         place = mesh and functools.partial(load_params, mesh=mesh, dtype=stored)
-        loaded = load_model(path, stored, place, **options)
+        loaded = load_model(path, stored, place, template, **options)
         rows = loaded.config.decoder.vocab_size
         return cls(
             loaded.config,
             fast_form(loaded.params, dtype, bool(quantize), mesh),
             load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens),
-            template or loaded.template,
+            loaded.template,
             dtype=dtype,
             quantize=quantize,
             kv_cache=kv_cache,
             allow_urls=allow_urls,
-            chat_template=None if template else loaded.chat_template,
-            stop_token_ids=getattr(loaded, "stop_token_ids", ()),
+            chat_template=loaded.chat_template,
+            stop_token_ids=loaded.stop_token_ids,
             mesh=mesh,
         )
 
