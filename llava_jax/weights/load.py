@@ -203,5 +203,5 @@ def load_model(
         else:
             params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
     if words.warning:
-        hosts.tell(words.warning)
+        hosts.report(words.warning)
     return LoadedModel(config, params, tokenizer_dir, words, added_tokens)
