@@ -1,13 +1,13 @@
-"""`llava-jax convert` against `cp` of the same bytes, in turns: seconds, and peak memory.
+"""`llava-jax convert` compared with `cp` of the same bytes, alternately: seconds and peak memory.
 
 python -m bench.convert --folder=DIR [--preset=llava-1.5-7b] [--rounds=2]
 
-Each command begins with an empty page cache, where root runs this, and ends when its bytes are on
-the disk (sync).
+Each command starts with an empty page cache, if root runs this, and ends when its bytes are on the
+disk (sync).
 
 DIR gets a checkpoint of random bfloat16 weights (13.5 GB for 7B) under the tensor names that
-transformers holds in memory, so that every name is changed, and twice its size is needed beside it.
-All of it is removed at the end but the source, which a later run takes again.
+transformers uses in memory, so that every name is changed; it needs room for twice as much more.
+Everything but this source is removed at the end; a later run uses it again.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def make_source(folder: Path, config: LlavaConfig) -> None:
         core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(config.image_token_id)}, "t0"))
         core.add_special_tokens(["<image>"])
         PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(partial_folder)
-    (folder / "checksums.json").unlink()  # as a checkpoint of others comes
+    (folder / "checksums.json").unlink()  # as in a checkpoint of another program
 
 
 def measured(arguments: list[str]) -> tuple[float, float]:
@@ -89,7 +89,7 @@ def measured(arguments: list[str]) -> tuple[float, float]:
     empty_page_cache()
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # Not what wait4 tells: that begins with the memory of the process that started it.
+    # Not the figure of wait4, which starts with the memory of the parent process.
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+)", status)

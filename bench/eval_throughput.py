@@ -21,7 +21,9 @@ from llava_jax.inference.sampling import SamplingParams
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A LLaVA folder in Hugging Face's layout.")
 DATA = flags.DEFINE_string("data", None, "test.json of easy-VQA, written by the quickstart.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of our side.")
-HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "Of theirs; default: ours.")
+HF_DTYPE = flags.DEFINE_enum(
+    "hf_dtype", None, ["float32", "bfloat16"], "Of transformers; default: ours."
+)
 LIMIT = flags.DEFINE_integer("limit", 256, "Number of questions.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Of our side.")
 HF_BATCH_SIZES = flags.DEFINE_list("hf_batch_sizes", ["8", "32", "64"], "Tried on their side.")
@@ -70,7 +72,7 @@ def main() -> None:
     rival = min(names, key=best.get)
     same = sum(a == b for a, b in zip(outputs["ours"], outputs[rival], strict=True))
     c = ours.engine.counts
-    print(f"ratio to the best of theirs: {best[rival] / best['ours']:.2f}x; "
+    print(f"ratio to the best of transformers: {best[rival] / best['ours']:.2f}x; "
           f"{same} of {len(requests)} answers token for token the same; "
           f"{c.shared_tokens / c.prompt_tokens:.0%} of prompt tokens shared")  # fmt: skip
 

@@ -23,7 +23,9 @@ from llava_jax.inference.sampling import SamplingParams
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A LLaVA folder in Hugging Face's layout.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of our side.")
-HF_DTYPE = flags.DEFINE_enum("hf_dtype", None, ["float32", "bfloat16"], "Of theirs; default: ours.")
+HF_DTYPE = flags.DEFINE_enum(
+    "hf_dtype", None, ["float32", "bfloat16"], "Of transformers; default: ours."
+)
 QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Of our side: eight bits a weight.")
 KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["int8"], "Of our side: eight bits a key or value.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Requests at once.")

@@ -41,7 +41,7 @@ class HuggingFace:
         images = [picture.load() for request in requests for picture in request.pictures]
         if images:
             inputs["pixel_values"] = self._pixels(np.concatenate(images))
-        ends = list(self._ours.engine.stop_ids)
+        ends = self._ours._stop_ids()
         lengths = {"eos_token_id": ends} if until_end else {"min_new_tokens": max_tokens}
         with torch.inference_mode():
             tokens = self.model.generate(

@@ -1,8 +1,10 @@
 """The `llava-jax` command: one sub-command a task, each described by --help."""
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 
 from llava_jax.errors import LlavaError, file_fault
@@ -21,22 +23,62 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help shows defaults, and whose errors name the closest word."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=_HelpFormatter, **options)
+
+    def unknown(self, word: str) -> None:
+        """Exits with the error about a word that is no argument."""
+        flag = word.split("=")[0]
+        flags = [name for action in self._actions for name in _shown(action)]
+        kind = "flag" if flag.startswith("-") else "argument"
+        self.error(f"unknown {kind} {flag}{_closest(flag, flags)}")
+
+    def error(self, message: str) -> None:
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            word, choices = found[1], re.findall(r"[\w.-]+", found[2])
+            name = message[: found.start()].removeprefix("argument ").rstrip(": ")
+            known = "" if _closest(word, choices) else f"; known are {', '.join(choices)}"
+            message = f"{name} has no choice {word!r}{_closest(word, choices)}{known}"
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        plain = action.default in (None, False, [], argparse.SUPPRESS)
+        return text if plain or "default" in text else f"{text}; default: %(default)s"
+
+
+def _shown(action: argparse.Action) -> list[str]:
+    return [] if action.help == argparse.SUPPRESS else list(action.option_strings)
+
+
+def _closest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, 1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-jax",
         description="LLaVA in JAX. Training is `python train.py`, scoring is `python eval.py`.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    argv = sys.argv[1:] if argv is None else argv
+    argv, current = sys.argv[1:] if argv is None else argv, parser
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in argv[:1]:  # import only what runs: --help stays quick
             importlib.import_module(module).add_arguments(command)
+            current = command
     args, rest = parser.parse_known_args(argv)
     takes_changes = getattr(args, "config", None) is not None
     changes = [text for text in rest if takes_changes and text.startswith("--config.")]
     if unknown := [text for text in rest if text not in changes]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        current.unknown(unknown[0])
     try:
         if takes_changes:
             from llava_jax.command import read_config

@@ -36,12 +36,47 @@ def test_help_lists_the_commands(capsys):
     assert all(name in out and text in out for name, (_, text) in cli.COMMANDS.items())
 
 
-@pytest.mark.parametrize("arguments", [[], ["shw"], ["show", "--no-such"]])
-def test_a_wrong_command_line_is_told_with_the_choices(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "llava-jax: the following arguments are required: COMMAND"),
+        (["shw"], "llava-jax: COMMAND has no choice 'shw': did you mean show?"),
+        (["xyz"], "llava-jax: COMMAND has no choice 'xyz'; known are generate, chat, build, "),
+        (["chat", "--checkpoint", "a", "--xyz"], "llava-jax chat: unknown flag --xyz"),
+        (
+            ["chat", "--checkpoint", "a", "--imag_root=b"],
+            "llava-jax chat: unknown flag --imag_root: did you mean --image?",
+        ),
+        (["chat", "--checkpoint", "a", "stray"], "llava-jax chat: unknown argument stray"),
+        (["chat"], "llava-jax chat: the following arguments are required: --checkpoint"),
+        (
+            ["chat", "--checkpoint", "a", "--dtype", "bfloat"],
+            "llava-jax chat: --dtype has no choice 'bfloat': did you mean bfloat16?",
+        ),
+        (
+            ["chat", "--checkpoint", "a", "--seed", "x"],
+            "llava-jax chat: argument --seed: invalid int value: 'x'",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_with_the_closest_word(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 2
-    assert "usage: llava-jax" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("usage: llava-jax")
+    assert err.splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_flag_has_help_and_shows_its_default(name):
+    parser = cli.Parser()
+    importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+    for action in parser._actions:
+        assert action.help, f"{action.option_strings} of {name} has no help"
+        text = parser._get_formatter()._get_help_string(action)
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "default" in text, f"{action.option_strings} of {name} hides its default"
 
 
 def test_a_users_error_is_one_sentence_and_exit_code_1(capsys):
@@ -72,7 +107,7 @@ def test_a_full_disk_is_one_sentence_and_other_faults_are_not(
 def test_help_is_quick_and_needs_no_jax():
     code = (
         "import sys\nfrom llava_jax import cli\ntry:\n    cli.main(['--help'])\n"
-        "finally:\n    sys.exit('jax' in sys.modules)"
+        "finally:\n    sys.exit(bool({'jax', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE).returncode == 0
 

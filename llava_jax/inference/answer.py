@@ -149,7 +149,7 @@ class Answer:
     def end(self) -> None:
         """No token will follow."""
         if not self.done:
-            self._finish("cancelled" if self.cancelled else "length")
+            self.done, self.finish_reason = True, "cancelled" if self.cancelled else "length"
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more; may be called in any thread.

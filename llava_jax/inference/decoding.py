@@ -1,20 +1,34 @@
-"""Prefill and decode: the device side of generation, as pure functions over fixed shapes.
+"""The device side of generation: prefill and decode as pure functions, and `Device`, their state.
 
 B rows of the state, C cache slots that are looked at, F slots of the feature store, P features of a
 tile, D model size, V vocabulary; of one prefill: Q tokens, R chunks; T length of a row.
 """
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.inference.sampling import Logprobs, Sampling, logprobs_of, sample
+from llava_jax.inference.sampling import Logprobs, Sampling, sample, wanted_logprobs
+from llava_jax.inference.scoring import all_logits, prompt_logprobs
 from llava_jax.models.cache import Chunks, KVCache, empty_cache
-from llava_jax.models.llava import LlavaModel
+from llava_jax.models.decoder import are_stacked
+from llava_jax.models.llava import LlavaConfig, LlavaModel
+from llava_jax.models.precision import compute_precision
+from llava_jax.parallel.sharding import replicated
 
 TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to stop on text
-POSITIONS_AT_A_TIME = 16  # of prompt logprobs: the logits of a whole prompt would not fit
 NO_TOKEN = -1
+TILE_SLOTS = 64  # of the feature store: tiles that are kept
+TILES = (1, 4, 16, 64)  # encoded at once
+
+# Mesh axes of the state: rows over fsdp, kv heads over tensor.
+_KEYS = (None, "fsdp", "tensor", None, None)  # [L, B, K, S, H]
+_SCALES = (None, None, "fsdp", "tensor", None)  # [2, L, B, K, S]
+_ROWS = ("fsdp",)  # [B, ...]
 
 
 @flax.struct.dataclass
@@ -48,6 +62,28 @@ class DecodeState:
             jnp.zeros((rows, decoder.vocab_size), bool),
             jax.tree.map(jnp.asarray, Sampling.zeros(rows)),
         )
+
+
+def shard_state(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Shards a state, or keeps it sharded inside a compiled function.
+
+    Axes that do not divide evenly are replicated.
+    """
+
+    def spread(leaf, axes):
+        spec = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=False)
+        ]
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def spread_cache(cache: KVCache) -> KVCache:
+        scales = None if cache.scales is None else spread(cache.scales, _SCALES)
+        return KVCache(spread(cache.keys, _KEYS), spread(cache.values, _KEYS), scales)
+
+    placed = jax.tree.map(lambda leaf: spread(leaf, _ROWS), state.replace(cache=None))
+    is_cache = lambda node: isinstance(node, KVCache)
+    return placed.replace(cache=jax.tree.map(spread_cache, state.cache, is_leaf=is_cache))
 
 
 @flax.struct.dataclass
@@ -118,6 +154,7 @@ def prefill(
     logits = model.apply({"params": params}, last, method=LlavaModel.attend)
     seen = _mark(jnp.zeros(logits.shape, bool), prompts.whole)
     tokens = sample(logits, prompts.sampling, prompts.lengths, seen)
+    logprobs = wanted_logprobs(logits, tokens, prompts.sampling)
     put = lambda old, new: old.at[prompts.chunks.copies].set(new, mode="drop")
     state = DecodeState(
         cache,
@@ -128,7 +165,7 @@ def prefill(
         jax.tree.map(put, state.sampling, prompts.sampling),
     )
     tokens = jnp.where(prompts.budget > 0, tokens, NO_TOKEN)
-    return tokens, _logprobs(logits, tokens, prompts.sampling), state
+    return tokens, logprobs, state
 
 
 def decode(
@@ -172,8 +209,10 @@ def decode(
 
 def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int):
     """Reads each row's latest token and chooses the next; the cache of a finished row is kept."""
-    active = state.budget > 0
-    chunks = Chunks.one_each(state.lengths, active, window)
+    active, every = state.budget > 0, jnp.arange(len(state.tokens))
+    # One token in each row: chunk r is row r. Rows that are not active keep what they hold.
+    rows = jnp.where(active, every, every.size)
+    chunks = Chunks(rows, state.lengths, every[:, None], every, None, None, window)
 
     def read(model: LlavaModel):
         # A chosen token is text, even the id that stands for an image in prompts.
@@ -183,6 +222,7 @@ def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int
     lengths = state.lengths + active
     logits = model.apply({"params": params}, hidden, method=LlavaModel.attend)
     tokens = sample(logits, state.sampling, lengths, state.seen)
+    logprobs = wanted_logprobs(logits, tokens, state.sampling)
     state = state.replace(
         cache=cache,
         lengths=lengths,
@@ -190,7 +230,7 @@ def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int
         budget=_spend(state.budget, tokens, state.sampling),
         seen=_mark(state.seen, tokens[:, None]),
     )
-    return state, _logprobs(logits, tokens, state.sampling)
+    return state, logprobs
 
 
 def _spend(budget, tokens, sampling: Sampling):
@@ -205,56 +245,116 @@ def _mark(seen, tokens):
     return seen.at[jnp.arange(len(seen))[:, None], places].set(True, mode="drop")
 
 
-def _logprobs(logits, tokens, sampling: Sampling) -> Logprobs:
-    """Of the chosen tokens; zeros if no row wants any, since ranking a vocabulary is slow."""
-    return jax.lax.cond(
-        jnp.any(sampling.logprobs),
-        lambda: logprobs_of(logits, jnp.maximum(tokens, 0)),
-        lambda: Logprobs.zeros(len(tokens)),
-    )
+def tile_bucket(waiting: int) -> int:
+    """How many tiles the next call encodes: the most of TILES that are filled to 3/4."""
+    return max(count for count in TILES if count == 1 or 4 * waiting >= 3 * count)
 
 
-def prompt_logprobs(
-    model: LlavaModel,
-    params: dict,
-    store: jax.Array,
-    input_ids: jax.Array,
-    feature_ids: jax.Array,
-    targets: jax.Array,
-) -> Logprobs:
-    """Log probabilities [1, T] of targets int32[1, T], which follow the tokens of a prompt.
+class Device:
+    """Runs a model's functions, which are compiled for each shape at its first use.
 
-    The prompt int32[1, T] may be padded on the right; `feature_ids` as in `Prompts`.
+    Args:
+      dtype: a key of `PRECISIONS`, or auto; the attribute is the dtype of the activations.
+      kv_dtype: of the cache: None for that of the activations, or int8.
+      mesh: of the devices that `params` are spread over; None for one device.
+
+    Attributes:
+      compilations: functions compiled so far.
+      state, store: the rows of the batch, and the features of tiles; None before first use.
+      rows, size: of the state; 0 before.
     """
 
-    def read(model: LlavaModel):
-        positions = jnp.arange(input_ids.shape[1])[None]
-        features = store.reshape(1, -1, store.shape[-1])  # [1, F * P, D]
-        embeddings = model.embed(input_ids, features, feature_ids)
-        return model.decoder(embeddings, positions, jnp.ones_like(positions))
+    def __init__(
+        self,
+        config: LlavaConfig,
+        params: dict,
+        dtype: str,
+        kv_dtype: str | None,
+        mesh: Mesh | None,
+    ):
+        self.config = config
+        self.compilations = 0
+        dtype, self._precision = compute_precision(dtype)
+        self.dtype = dtype.name
+        stacked = not params or are_stacked(params["decoder"])  # training gives them later
+        self._model = LlavaModel(config, dtype, stacked=stacked)
+        self.kv_dtype = jnp.dtype(kv_dtype or dtype)
+        self._mesh = mesh
+        self.params = params  # an argument of every call: a closure would compile it in
+        self._new_state = jax.jit(self._empty_state, static_argnums=(0, 1))  # never whole anywhere
+        self._encode = self._compile(encode, donate_argnums=1)
+        self._prefill = self._compile(prefill, donate_argnums=1)
+        self._decode = self._compile(decode, donate_argnums=1, static_argnames="window")
+        self._prompt_logprobs = self._compile(prompt_logprobs)
+        self._all_logits = self._compile(all_logits)
+        self.forget()
 
-    hidden = model.apply({"params": params}, method=read)
-    pieces = (-1, POSITIONS_AT_A_TIME, hidden.shape[-1])
+    def forget(self) -> None:
+        """Drops everything that was computed from pictures and prompts."""
+        self.state: DecodeState | None = None
+        self.store: jax.Array | None = None
+        self.rows = self.size = 0
 
-    def some(piece):
-        hidden, targets = piece
-        logits = model.apply({"params": params}, hidden, method=LlavaModel.attend)
-        return logprobs_of(logits, jnp.maximum(targets, 0))
+    def _compile(self, function, **options):
+        @functools.wraps(function)
+        def counted(*arguments, **keywords):
+            self.compilations += 1  # runs when JAX traces, not when it calls
+            with jax.default_matmul_precision(self._precision):
+                outputs = function(self._model, *arguments, **keywords)
+            # The state must come out with the sharding it went in with, or the next call would
+            # compile again.
+            is_state = lambda leaf: isinstance(leaf, DecodeState)
+            place = lambda leaf: self._place(leaf) if is_state(leaf) else leaf
+            return jax.tree.map(place, outputs, is_leaf=is_state)
 
-    logprobs = jax.lax.map(some, (hidden.reshape(pieces), targets.reshape(pieces[:2])))
-    return jax.tree.map(lambda x: x.reshape(*targets.shape, *x.shape[2:]), logprobs)
+        return jax.jit(counted, **options)
 
+    def _empty_state(self, rows: int, size: int) -> DecodeState:
+        return self._place(DecodeState.empty(self._model, rows, size, self.kv_dtype))
 
-def all_logits(
-    model: LlavaModel,
-    params: dict,
-    input_ids: jax.Array,
-    images: jax.Array | None,
-    feature_ids: jax.Array,
-    attention_mask: jax.Array,
-) -> jax.Array:
-    """Float32 logits [B, T, V] of whole sequences, padded on either side (mask int[B, T])."""
-    positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    inputs = (input_ids, images, feature_ids, None, positions, attention_mask)
-    hidden = model.apply({"params": params}, *inputs)
-    return model.apply({"params": params}, hidden, method=LlavaModel.attend)
+    def _place(self, state: DecodeState) -> DecodeState:
+        return state if self._mesh is None else shard_state(state, self._mesh)
+
+    def reserve(self, rows: int, size: int) -> None:
+        """Makes the state anew, with `size` slots a row."""
+        self.state = None  # its memory must be free before the new one is made
+        self.state = self._new_state(rows, size)
+        self.rows, self.size = rows, size
+
+    def encode(self, tiles: dict[int, np.ndarray]) -> None:
+        """Fills slots of the feature store with the features of uint8[S, S, 3]."""
+        store = self.store
+        if store is None:
+            shape = (TILE_SLOTS, self.config.tokens_per_tile, self.config.decoder.hidden_size)
+            device = self._mesh and replicated(self._mesh)
+            store = jnp.zeros(shape, self._model.dtype, device=device)
+        waiting = list(tiles.items())
+        while waiting:
+            count = tile_bucket(len(waiting))
+            some, waiting = waiting[:count], waiting[count:]
+            pixels = np.zeros((count, *some[0][1].shape), np.uint8)
+            slots = np.full(count, TILE_SLOTS, np.int32)
+            for i, (slot, tile) in enumerate(some):
+                pixels[i], slots[i] = tile, slot
+            store = self._encode(self.params, store, pixels, slots)
+        self.store = store
+
+    def prefill(self, prompts: Prompts) -> tuple[jax.Array, Logprobs]:
+        """Reads prompts into their rows; first tokens and their log probabilities."""
+        *outputs, self.state = self._prefill(self.params, self.state, self.store, prompts)
+        return outputs
+
+    def decode(self, running: np.ndarray, fewest: int, window: int) -> tuple[jax.Array, Logprobs]:
+        """More tokens of the running rows and their log probabilities; see `decode` above."""
+        *outputs, self.state = self._decode(
+            self.params, self.state, running, np.int32(fewest), window=window
+        )
+        return outputs
+
+    def prompt_logprobs(self, *inputs) -> Logprobs:
+        """Log probabilities of a prompt's tokens; arguments as in `scoring.prompt_logprobs`."""
+        return self._prompt_logprobs(self.params, self.store, *inputs)
+
+    def logits(self, *inputs) -> jax.Array:
+        """Float32 logits [B, T, V] of whole sequences; arguments as in `scoring.all_logits`."""
+        return self._all_logits(self.params, *inputs)

@@ -10,21 +10,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llava_jax.errors import LlavaError
-from llava_jax.inference.admission import Admission, Queue
 from llava_jax.inference.answer import Answer, TokenLogprob
-from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL
-from llava_jax.inference.device import Device
-from llava_jax.inference.jobs import Job, Request, Source, as_source
-from llava_jax.inference.prefill import (
+from llava_jax.inference.decoding import (
+    NO_TOKEN,
+    TILE_SLOTS,
     TILES,
+    TOKENS_PER_CALL,
+    Device,
+)
+from llava_jax.inference.jobs import Job, Queue, Source
+from llava_jax.inference.prefill import (
+    Admission,
+    batch_shape,
     cache_bucket,
     count_bucket,
+    length_bucket,
+    pack_prompts,
     prefill_shapes,
-    take,
+    take_prompts,
     window_bucket,
 )
-from llava_jax.inference.sampling import MAX_STOP_IDS, Logprobs, SamplingParams
+from llava_jax.inference.sampling import Logprobs
+from llava_jax.inference.scoring import POSITIONS_AT_A_TIME
 from llava_jax.models.llava import LlavaConfig
 
 PICTURE_THREADS = 4  # that read pictures while the device computes
@@ -64,12 +71,14 @@ class Waiting:
     """The engine cannot go on before `ready()`: it waits for the device, a picture or a request.
 
     Attributes:
-      idle: seconds after which it should be asked again: it waits for a picture or a request. 0 if
-        it waits for the device.
+      idle: seconds after which it should be asked again, as it waits for a picture or a request; 0
+        if it waits for the device.
+      source: of the request that an idle engine waits for.
     """
 
     ready: Callable[[], bool]
     idle: float = 0.0
+    source: Source | None = None
 
 
 class Engine:
@@ -80,10 +89,8 @@ class Engine:
 
     Args:
       dtype: a key of `PRECISIONS`, or auto; the attribute is the dtype of the activations.
-      stop_ids: the model's own ends of an answer.
       kv_dtype: of the cache: None for that of the activations, or int8.
       mesh: of the devices that `params` are spread over; None for one device.
-      tile_slots: tiles whose features are kept.
     """
 
     def __init__(
@@ -91,14 +98,11 @@ class Engine:
         config: LlavaConfig,
         params: dict,
         dtype: str,
-        stop_ids: Sequence[int],
         kv_dtype: str | None = None,
         mesh: Mesh | None = None,
-        tile_slots: int = 64,
     ):
         self.config = config
-        self.stop_ids = tuple(stop_ids)
-        self.device = Device(config, params, dtype, kv_dtype, mesh, tile_slots)
+        self.device = Device(config, params, dtype, kv_dtype, mesh)
         self.dtype = self.device.dtype
         self._counts = Counts()
         self._pool = ThreadPoolExecutor(PICTURE_THREADS, "pictures")
@@ -127,42 +131,7 @@ class Engine:
     def forget(self) -> None:
         """Drops everything that was computed from pictures and prompts."""
         self.device.forget()
-        self._admission = Admission(
-            self.device.tile_slots, self.config.image_token_id, self.config.tokens_per_tile
-        )
-
-    def stops(self, params: SamplingParams) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        own = () if params.ignore_eos else self.stop_ids
-        return tuple(sorted({*own, *params.stop_token_ids}))
-
-    def check(self, request: Request) -> None:
-        """Raises LlavaError if a request cannot be answered, whatever its pictures show."""
-        length, limit = len(request.input_ids), self.config.decoder.max_position_embeddings
-        vocabulary = self.config.decoder.vocab_size
-        if not length:
-            raise LlavaError("the prompt is empty: there is no token to answer")
-        if length >= limit:
-            raise LlavaError(
-                f"the prompt has {length} tokens and leaves no room for an answer: the model reads "
-                f"at most {limit}; shorten it or give fewer images"
-            )
-        tiles = sum(picture.layout.tiles for picture in request.pictures)
-        if tiles > self.device.tile_slots:
-            raise LlavaError(
-                f"the prompt has {len(request.pictures)} images of {tiles} tiles in all: give "
-                f"fewer, at most {self.device.tile_slots} tiles"
-            )
-        stops = self.stops(request.params)
-        if len(stops) > MAX_STOP_IDS:
-            raise LlavaError(
-                f"{len(stops)} stop tokens, the model's own included: at most {MAX_STOP_IDS}"
-            )
-        if stops and max(stops) >= vocabulary:
-            raise LlavaError(
-                f"stop token {max(stops)} is not in the vocabulary: the model's ids go from 0 to "
-                f"{vocabulary - 1}"
-            )
+        self._admission = Admission(self.config.image_token_id, self.config.tokens_per_tile)
 
     def run(self, jobs: Source | Iterable[Job], batch_size: int) -> Iterator[Answer]:
         """Extends the answers of any number of jobs, at most `batch_size` at a time.
@@ -171,31 +140,33 @@ class Engine:
         last time with `done` set. If a picture cannot be read, the `error` of its answer is set;
         the others are not affected.
         """
-        source = as_source(jobs)
-        for event in self.steps(source, batch_size):
+        for event in self.steps(jobs, batch_size):
             if isinstance(event, Grown):
                 yield event.answer
             elif event.idle:
-                source.wait(event.idle)
+                event.source.wait(event.idle)
 
-    def steps(self, source: Source, batch_size: int) -> Iterator[Grown | Waiting]:
+    def steps(self, jobs: Source | Iterable[Job], batch_size: int) -> Iterator[Grown | Waiting]:
         """Like `run`, but also yields before it waits for something.
 
         A generator that is asked again too early blocks, unless it is idle.
         """
-        queue, running = Queue(source, self._pool), {}
+        queue, running = Queue(jobs, self._pool), {}
         try:
-            while not queue.ended or queue or running:
+            while not queue.ended or queue.jobs or running:
                 # One more than there are rows, to know whether others follow.
                 self._counts.requests += queue.fill(batch_size + 1)
+                going_on = sum(not job.answer.cancelled for job in running.values())
+                jobs = queue.ready(batch_size - going_on)
                 yield from map(Grown, queue.remove_ended())
                 yield from self._remove_cancelled(running)
-                yield from self._admit(queue, running, batch_size)
+                jobs = jobs[: batch_size - len(running)]  # one may be cancelled at any moment
+                yield from self._admit(jobs, queue, running, batch_size)
                 if running:
-                    yield from self._advance(running, more=bool(queue))
-                elif queue or not queue.ended:
-                    ready = lambda: any(job.loaded for job in queue)
-                    yield Waiting(ready, LOADING if queue else IDLE)
+                    yield from self._advance(running, more=bool(queue.jobs))
+                elif queue.jobs or not queue.ended:
+                    ready = lambda: any(job.loaded for job in queue.jobs)
+                    yield Waiting(ready, LOADING if queue.jobs else IDLE, queue.source)
         except GeneratorExit:  # the caller had enough
             raise
         except BaseException:
@@ -221,17 +192,17 @@ class Engine:
           few: a quarter of the shapes, with more padding: quick to start, slower to answer.
         """
         self._few, self._least = few, size
-        self._reserve(count_bucket(batch_size), size, busy=False)
+        self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
         blank = np.zeros((self.config.image.size, self.config.image.size, 3), np.uint8)
-        nowhere, idle = self.device.tile_slots, np.zeros(self.rows, bool)
+        nowhere, idle = TILE_SLOTS, np.zeros(self.rows, bool)
         encode = lambda count: self.device.encode({nowhere + i: blank for i in range(count)})
-        rows = self.device.size
-        windows = sorted({window_bucket(n, rows, few) for n in range(1, rows + 1)})
+        slots = self.device.size
+        windows = sorted({window_bucket(n, slots, few) for n in range(1, slots + 1)})
         calls = [functools.partial(encode, count) for count in TILES]
         calls += [functools.partial(self.device.decode, idle, 1, window) for window in windows]
         calls += [
-            functools.partial(self.device.prefill, [], shape)
-            for shape in prefill_shapes(batch_size, self.device.size, few)
+            functools.partial(self.device.prefill, pack_prompts([], shape, self.rows))
+            for shape in prefill_shapes(batch_size, slots, few)
         ]
         for number, call in enumerate(calls):
             report(number, len(calls))
@@ -245,19 +216,18 @@ class Engine:
             yield Grown(job.answer)
 
     def _admit(
-        self, queue: Queue, running: dict[int, Job], batch_size: int
+        self, jobs: list[Job], queue: Queue, running: dict[int, Job], batch_size: int
     ) -> Iterator[Grown | Waiting]:
-        """Gives free rows to waiting jobs, until few of either are left.
+        """Gives free rows to jobs that are ready, until few of either are left.
 
         Refilling a quarter of the rows or fewer is not worth a prefill: the jobs wait for more rows
         to finish.
         """
-        rows, enough = count_bucket(batch_size), batch_size
-        while queue and len(running) < enough:
-            if not self._reserve(rows, max(job.need for job in queue), busy=bool(running)):
+        enough = batch_size
+        while queue.jobs and len(running) < enough:
+            rows, size = batch_shape(batch_size, queue.jobs, self._least)
+            if not self._reserve(rows, size, busy=bool(running)):
                 return
-            jobs = queue.ready(batch_size - len(running))
-            yield from map(Grown, queue.remove_ended())
             jobs = [job for job in jobs if not job.answer.done]
             wave, tiles = self._admission.wave(jobs, set(range(rows)) - set(running))
             if not wave:
@@ -267,15 +237,16 @@ class Engine:
             self.device.encode(tiles)
             while wave:
                 before = len(wave)
-                yield from self._read_some(wave, running, more=bool(queue))
-                if queue and 2 * len(wave) < before:  # the few that did not fill a call
+                yield from self._read_some(wave, running, more=bool(queue.jobs))
+                if queue.jobs and 2 * len(wave) < before:  # the few that did not fill a call
                     queue.put_back(wave)
                     break
             enough = batch_size - batch_size // 4
+            jobs = queue.ready(batch_size - len(running))
+            yield from map(Grown, queue.remove_ended())
 
-    def _reserve(self, rows: int, need: int, busy: bool) -> bool:
-        """Makes a state of `rows` with room for `need` tokens; False if the old one is busy."""
-        size = cache_bucket(max(need, self._least))
+    def _reserve(self, rows: int, size: int, busy: bool) -> bool:
+        """Makes a state of `rows` with `size` slots each; False if the old one is busy."""
         if self.device.state is not None and self.rows == rows and size <= self.device.size:
             return True
         if not busy:
@@ -287,8 +258,8 @@ class Engine:
         self, wave: list[Job], running: dict[int, Job], more: bool
     ) -> Iterator[Grown | Waiting]:
         """One prefill of the first jobs of a wave; if `more` wait behind it, a filled one."""
-        jobs, shape = take(wave, self.device.size, more, self._few)
-        tokens, logprobs = self.device.prefill(jobs, shape)
+        jobs, shape = take_prompts(wave, self.device.size, more, self._few)
+        tokens, logprobs = self.device.prefill(pack_prompts(jobs, shape, self.device.rows))
         for job in jobs:
             self._admission.filled(job)
         yield Waiting(tokens.is_ready)
@@ -312,7 +283,11 @@ class Engine:
         count = job.request.params.prompt_logprobs
         if count is None:
             return
-        logprobs = self.device.prompt_logprobs(job)
+        pieces = -(-length_bucket(job.length) // POSITIONS_AT_A_TIME)
+        padding = (0, pieces * POSITIONS_AT_A_TIME - job.length)
+        ids = np.pad(job.request.input_ids, padding)[None]
+        features = np.pad(job.feature_ids, padding, constant_values=NO_TOKEN)[None]
+        logprobs = self.device.prompt_logprobs(ids, features, np.roll(ids, -1, axis=1))
         tokens = job.request.input_ids[1:]
         job.answer.prompt_logprobs = _token_logprobs(jax.device_get(logprobs), 0, tokens, count)
 
@@ -349,9 +324,28 @@ class Engine:
         self._admission.freed(job)
         del running[job.row]
 
-    def logits(self, *inputs) -> jax.Array:
-        """Float32 logits [B, T, V] of whole sequences; arguments as in `Device.logits`."""
-        return self.device.logits(*inputs)
+    def logits(
+        self,
+        input_ids: np.ndarray,
+        tiles: Sequence[np.ndarray],
+        feature_ids: np.ndarray,
+        attention_mask: np.ndarray,
+    ) -> jax.Array:
+        """Float32 logits [B, T, V] of whole sequences.
+
+        Args:
+          input_ids: int[B, T], padded on either side.
+          tiles: per row, float32[n, S, S, 3] (normalised) or uint8.
+          feature_ids: int[B, T], the feature of the row's tiles that stands at each position;
+            NO_TOKEN for text.
+          attention_mask: int[B, T], 1 for real tokens.
+        """
+        (rows, length), padded = input_ids.shape, length_bucket(input_ids.shape[1])
+        padding = ((0, count_bucket(rows) - rows), (0, padded - length))
+        pad = lambda x, value=0: np.pad(x.astype(np.int32), padding, constant_values=value)
+        tiles = _stack_tiles(tiles, rows + padding[0][1])
+        inputs = pad(input_ids), tiles, pad(feature_ids, NO_TOKEN), pad(attention_mask)
+        return self.device.logits(*inputs)[:rows, :length]
 
 
 def _shown(jobs: Iterable[Job], logprobs: Logprobs) -> Logprobs | None:
@@ -370,3 +364,15 @@ def _token_logprobs(logprobs: Logprobs, row: int, tokens, count: int) -> list[To
         )
         for i, token in enumerate(tokens)
     ]  # fmt: skip
+
+
+def _stack_tiles(tiles: Sequence[np.ndarray], rows: int) -> np.ndarray | None:
+    """Each row's tiles with zeros behind them, [rows, K, S, S, 3]; None if no row has one."""
+    slots = count_bucket(max(len(row) for row in tiles))
+    if not slots:
+        return None
+    first = next(row[0] for row in tiles if len(row))
+    batch = np.zeros((rows, slots, *first.shape), first.dtype)
+    for row, of_row in enumerate(tiles):
+        batch[row, : len(of_row)] = of_row if len(of_row) else 0
+    return batch

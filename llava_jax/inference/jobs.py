@@ -5,15 +5,17 @@ A `Request` says what to answer; a `Job` is one answer to it on its way through 
 """
 
 import enum
+import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.images import Layout
@@ -60,7 +62,7 @@ class Job:
       contents: int64[T], the prompt as `RowSlots` compares it.
       feature_ids: int32[T], as in `Prompts`.
       row: of the cache.
-      shared: number of tokens at the start of the prompt that other rows hold.
+      shared, rest: tokens of the prompt that other rows hold, at its start, and those after them.
       sources: int32[T], the row that computes, or has computed, each token.
       produced: tokens so far.
     """
@@ -74,6 +76,7 @@ class Job:
     feature_ids: np.ndarray | None = None
     row: int = 0
     shared: int = 0
+    rest: int = 0
     sources: np.ndarray | None = None
     produced: list[int] = field(default_factory=list)
 
@@ -81,16 +84,6 @@ class Job:
     def length(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.input_ids)
-
-    @property
-    def rest(self) -> int:
-        """Tokens of the prompt that no other row holds."""
-        return self.length - self.shared
-
-    @property
-    def need(self) -> int:
-        """Cache slots for the prompt and its answer."""
-        return self.length + self.budget
 
     @property
     def loaded(self) -> bool:
@@ -177,6 +170,94 @@ class LiveJobs:
             self._changed.wait_for(lambda: self._jobs or self._closed, seconds)
 
 
-def as_source(jobs: Source | Iterable[Job]) -> Source:
-    """A source itself, or one of the jobs of an iterable."""
-    return jobs if hasattr(jobs, "poll") else Listed(jobs)
+Tiles = list[tuple[bytes, np.ndarray]]  # of a picture: each tile's digest and pixels
+
+
+class Queue:
+    """Jobs that wait for a row, whose pictures are read meanwhile by the threads of a pool.
+
+    Attributes:
+      source: of the jobs.
+      jobs: those that wait, in their order.
+      ended: no job will follow those that wait.
+    """
+
+    def __init__(self, jobs: Source | Iterable[Job], pool: Executor):
+        self.ended = False
+        self.source, self._pool = jobs if hasattr(jobs, "poll") else Listed(jobs), pool
+        self.jobs: list[Job] = []
+
+    def fill(self, count: int) -> int:
+        """Takes jobs until `count` wait or the source is silent -> how many were taken."""
+        taken = 0
+        while not self.ended and len(self.jobs) < count:
+            job = self.source.poll()
+            if job is NOTHING_NOW:
+                break
+            if job is END:
+                self.ended = True
+                break
+            job.answer.prompt_tokens = job.length
+            job.tiles = [self._pool.submit(read_tiles, p) for p in job.request.pictures]
+            self.jobs.append(job)
+            taken += 1
+        return taken
+
+    def remove_ended(self) -> list[Answer]:
+        """Removes jobs that were cancelled or have an unreadable picture -> their answers."""
+        ended = []
+        for job in self.jobs:
+            if job.answer.cancelled:
+                job.answer.end()
+            elif job.loaded and (error := _error_of(job)):
+                job.answer.fail(error)
+            if job.answer.done:
+                ended.append(job)
+        self.remove(ended)
+        return [job.answer for job in ended]
+
+    def close(self) -> None:
+        """Pictures of jobs that will not be answered need not be read."""
+        for job in self.jobs:
+            for future in job.tiles:
+                future.cancel()
+
+    def ready(self, count: int) -> list[Job]:
+        """The next jobs, at most `count`, whose pictures are there.
+
+        A live source's are those that are loaded by now. Other jobs keep their order: the first
+        ones are waited for, so that what runs together does not depend on the speed of a disk.
+        """
+        if self.source.live:
+            return [job for job in self.jobs if job.loaded][:count]
+        for job in self.jobs[:count]:
+            for future in job.tiles:
+                future.exception()
+        return self.jobs[:count]
+
+    def remove(self, jobs: Sequence[Job]) -> None:
+        """Takes jobs out; the pictures of those that are not answered need not be read."""
+        gone = set(jobs)
+        self.jobs = [job for job in self.jobs if job not in gone]
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Jobs that were ready, but are read later."""
+        self.jobs[:0] = jobs
+
+
+def read_tiles(picture: Picture) -> Tiles:
+    """The tiles of a picture; runs in a thread of the pool."""
+    tiles = picture.load()
+    head = f"{tiles.shape[1:]}{tiles.dtype}".encode()
+    return [(hashlib.sha256(head + tile.tobytes()).digest(), tile) for tile in tiles]
+
+
+def _error_of(job: Job) -> LlavaError | None:
+    """Why a picture of a job cannot be read; other exceptions are bugs and are raised."""
+    for future in job.tiles:
+        error = future.exception()
+        if isinstance(error, LlavaError):
+            return error
+        if error:
+            raise error
+    return None

@@ -18,13 +18,13 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.jobs import Job, Picture, Request
-from llava_jax.inference.pictures import ImageSource, PictureReader, as_sources, error_prefix
+from llava_jax.inference.pictures import ImageSource, PictureReader, deal_sources
 from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
 from llava_jax.inference.prompts import (
     History,
     PromptReader,
     conversation,
-    place_images,
+    error_prefix,
     read_inputs,
 )
 from llava_jax.inference.replicas import Replicas
@@ -45,8 +45,7 @@ class Llava:
         model.chat("What color is the shape?", images=["shape.png"])
         model.generate(["What is this?", "And this?"], images=["a.png", "b.png"])
 
-    Shapes are compiled on first use and reused: a first call is slow, the following are not.
-    Wrong inputs raise LlavaError.
+    A shape is compiled on first use: a first call is slow. Wrong inputs raise LlavaError.
 
     Args:
       config: the model's dimensions.
@@ -85,7 +84,10 @@ class Llava:
         self.tokenizer = tokenizer
         self.template = get_template(template)
         self.dtype = check_dtype(dtype)
-        self._stop_token_ids = tuple(stop_token_ids)
+        vocabulary = tokenizer.get_vocab()
+        ends = {vocabulary.get(stop) for stop in self.template.stop}  # those that are one token
+        ends |= {tokenizer.eos_token_id, *stop_token_ids}
+        self._ends = tuple(sorted(ends - {None}))
         self._prompts = PromptReader(config, tokenizer, self.template, chat_template)
         self._pictures = PictureReader(config, allow_urls)
         for name, value in (("quantize", quantize), ("kv_cache", kv_cache)):
@@ -94,7 +96,7 @@ class Llava:
         self._copied = functools.partial(copy_params, config, quantize=bool(quantize))
         self._parts = copies(mesh)
         engines = [
-            Engine(config, self._copied(params, part=part), dtype, self._stop_ids(), kv_cache, part)
+            Engine(config, self._copied(params, part=part), dtype, kv_cache, part)
             for part in self._parts
         ]
         self.engine = engines[0] if len(engines) == 1 else Replicas(engines)
@@ -150,16 +152,18 @@ class Llava:
         question: str,
         images: Sequence[ImageSource] | ImageSource | None = None,
         history: History | None = None,
+        system: str | None = None,
         **sampling,
     ) -> str:
         """One answer; arguments as in `stream_chat`."""
-        return "".join(self.stream_chat(question, images, history, **sampling))
+        return "".join(self.stream_chat(question, images, history, system, **sampling))
 
     def stream_chat(
         self,
         question: str,
         images: Sequence[ImageSource] | ImageSource | None = None,
         history: History | None = None,
+        system: str | None = None,
         **sampling,
     ) -> Iterator[str]:
         """One answer as pieces of text, each yielded as soon as it is certain.
@@ -170,13 +174,14 @@ class Llava:
             in their order. If none is written, they stand before the first turn.
           history: (question, answer) pairs that came before. The part of them that the engine read
             for the last answer is not computed again.
+          system: a system prompt to use instead of the template's own.
           sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names, except `n`.
         """
         params = SamplingParams.from_names(sampling)
         if params.n != 1:
             raise LlavaError("a chat has one answer: for several give n to generate")
         # Made here and not at the first piece, so the caller sees an error at the call.
-        request = self.request(question, images, params, history or ())
+        request = self.request(question, images, params, history or (), system)
         return (piece for _, piece in self._stream([request], 1))
 
     def generate(
@@ -244,7 +249,7 @@ class Llava:
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
             raise LlavaError(f"prompts must be a list of texts, not {type(prompts).__name__}")
         prompts = list(prompts)
-        sources = self._sources(prompts, images)
+        sources = deal_sources(images, len(prompts))
         seeds = sampling.pop("seed", 0)
         params = SamplingParams.from_names(sampling)
         if np.ndim(seeds) == 0:
@@ -300,17 +305,15 @@ class Llava:
         images: Sequence[ImageSource] | ImageSource | None,
         params: SamplingParams,
         history: History = (),
+        system: str | None = None,
         where: str = "",
     ) -> Request:
         """A question as the model reads it; `where` begins the message of its errors."""
+        stops = self._stops(params)
         with error_prefix(where):
-            sources = as_sources(images)
-            turns = place_images(conversation(question, history), len(sources))
-        pictures = tuple(
-            self._pictures.picture(source, f"image {i}", where) for i, source in enumerate(sources)
-        )
-        with error_prefix(where):
-            return self.conversation_request(turns, pictures, params)
+            turns = conversation(question, history)
+            pictures = self._pictures.pictures(images, where)
+            return self._prompts.request(turns, pictures, system, params, stops)
 
     def conversation_request(
         self,
@@ -323,35 +326,34 @@ class Llava:
 
         Args:
           pictures: one for each `<image>` of the turns, from `picture`.
-          system: a system prompt in place of the template's.
+          system: a system prompt to use instead of the template's own.
         """
-        lengths = [len(picture.layout) for picture in pictures]
-        return self._checked(self._prompts.ids(turns, lengths, system), pictures, params)
+        return self._prompts.request(turns, tuple(pictures), system, params, self._stops(params))
 
     def text_request(self, text: str, params: SamplingParams) -> Request:
         """A text that is to be continued as it is, without a template."""
-        return self._checked(self._prompts.ids_of_text(text), (), params)
-
-    def _checked(self, ids, pictures: Sequence[Picture], params: SamplingParams) -> Request:
-        request = Request(ids, tuple(pictures), params)
-        self.engine.check(request)
-        return request
+        return self._prompts.text_request(text, params, self._stops(params))
 
     def picture(self, source: ImageSource, name: str = "image", where: str = "") -> Picture:
         """A picture of a request; `where` begins the messages of its errors."""
-        return self._pictures.picture(source, name, where)
+        with error_prefix(where):
+            return self._pictures.picture(source, name, where)
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system prompt."""
+        return self._prompts.takes_system
 
     def prompt_ids(self, turns: Sequence[Turn], images: int = 0) -> np.ndarray:
         """int32[T]: a conversation that waits for an answer, with `images` square pictures."""
         side = self.config.image.size
-        lengths = [len(self.config.layout((side, side)))] * images
-        return self._prompts.ids(place_images(turns, images), lengths)
+        return self._prompts.ids(turns, [len(self.config.layout((side, side)))] * images)
 
     def jobs(self, request: Request) -> list[Job]:
         """What `Engine.run` takes: the n answers to a request, drawn with n seeds."""
         params = request.params
         texts = () if params.ignore_eos else self.template.stop
-        stops = self.engine.stops(params)
+        stops = self._stops(params)
         room = self.config.decoder.max_position_embeddings - len(request.input_ids)
         jobs = []
         for i in range(params.n):
@@ -376,26 +378,20 @@ class Llava:
             *read_inputs(self.config, input_ids, pixel_values, attention_mask)
         )
 
+    def _stops(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that end one answer."""
+        own = () if params.ignore_eos else self._ends
+        return tuple(sorted({*own, *params.stop_token_ids}))
+
     def _stop_ids(self) -> list[int]:
         """The tokens that end an answer: of the tokenizer, the template and the folder."""
-        ids = {self.tokenizer.eos_token_id, *self._stop_token_ids}
-        for stop in self.template.stop:  # those that are one token of their own
-            ids.add(self.tokenizer.get_vocab().get(stop))
-        return sorted(ids - {None})
+        return list(self._ends)
 
-    def _sources(self, prompts: Sequence[str], images) -> Sequence:
-        """One entry for each prompt."""
-        if images is None:
-            return [None] * len(prompts)
-        wanted = "give one entry a prompt (None, an image or a list of images)"
-        if isinstance(images, ImageSource | Mapping) or not isinstance(images, Iterable):
-            raise LlavaError(f"images must be a list, not {type(images).__name__}: {wanted}")
-        images = list(images)
-        if len(images) != len(prompts):
-            raise LlavaError(
-                f"{len(images)} entries in images for {len(prompts)} prompts: {wanted}"
-            )
-        return images
+    def describe_stops(self) -> str:
+        """The tokens and texts that end an answer, for people to read."""
+        names = self.tokenizer.convert_ids_to_tokens(self._stop_ids())
+        texts = [repr(text) for text in self.template.stop if text not in names]
+        return ", ".join([*names, *texts])
 
 
 def check_dtype(dtype: str) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 
 import numpy as np
@@ -27,6 +27,7 @@ from llava_jax.data.media import (
 )
 from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Picture
+from llava_jax.inference.prompts import error_prefix
 from llava_jax.models.images import same_for_all
 from llava_jax.models.llava import LlavaConfig
 
@@ -55,23 +56,25 @@ class PictureReader:
             lambda path, version, name: inspect_image(path, name)
         )
 
-    def picture(self, source: ImageSource, name: str, where: str) -> Picture:
-        """A picture whose size is known.
+    def pictures(self, images, where: str = "") -> tuple[Picture, ...]:
+        """The pictures of None, one source or several.
 
-        Args:
-          name: what messages call a source that has no name.
-          where: begins the messages of errors.
+        where: begins the messages of errors while they are read.
         """
+        sources = enumerate(as_sources(images))
+        return tuple(self.picture(source, f"image {i}", where) for i, source in sources)
+
+    def picture(self, source: ImageSource, name: str, where: str) -> Picture:
+        """The picture of one source; `name` is what messages call a source without a name."""
         name = source_name(source, name)
         remote = isinstance(source, str) and is_address(source)
-        with error_prefix(where):
-            if remote and same_for_all(self._config.image):
-                size = (1, 1)  # any: it is downloaded when it is needed
-            else:
-                source = fetch(source, self._allow_urls)
-                size = self._size(source, name)
-                check_shape(size, self._config.image, name)
+        if remote and same_for_all(self._config.image):
+            size = (1, 1)  # any: it is downloaded when it is needed
+        else:
+            source = fetch(source, self._allow_urls)
+            size = self._size(source, name)
         layout = self._config.layout(size)
+        check_shape(size, self._config.image, name)
         key = id(source) if isinstance(source, Image.Image) else source
         load = functools.partial(self._load, source, name, where, object())
         return Picture(layout, load, key)
@@ -121,15 +124,6 @@ class _Recent:
         return future.result()
 
 
-@contextlib.contextmanager
-def error_prefix(where: str) -> Iterator[None]:
-    """The message of a LlavaError raised inside begins with `where`."""
-    try:
-        yield
-    except LlavaError as error:
-        raise LlavaError(f"{where}{error}") from None
-
-
 def fetch(source: ImageSource, allow_urls: bool) -> str | bytes | Image.Image:
     """A source as `load_image` takes it; LlavaError for an address that cannot be read.
 
@@ -160,6 +154,19 @@ def as_sources(images) -> list[ImageSource]:
                 f"not {type(image).__name__}"
             )
     return list(images)
+
+
+def deal_sources(images, prompts: int) -> list:
+    """One entry of `images` for each of so many prompts."""
+    if images is None:
+        return [None] * prompts
+    wanted = "give one entry a prompt (None, an image or a list of images)"
+    if isinstance(images, ImageSource | Mapping) or not isinstance(images, Iterable):
+        raise LlavaError(f"images must be a list, not {type(images).__name__}: {wanted}")
+    images = list(images)
+    if len(images) != prompts:
+        raise LlavaError(f"{len(images)} entries in images for {prompts} prompts: {wanted}")
+    return images
 
 
 def source_name(source: ImageSource, default: str) -> str:

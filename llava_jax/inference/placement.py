@@ -1,25 +1,19 @@
-"""Where parameters and the state of generation are, and in which form.
+"""Where the parameters of a model are, and in which form.
 
 A mesh holds as many copies of the model as its data axis is long. The parameters of a copy are
-sharded by the rules of training, its rows over fsdp, its kv heads over tensor.
+sharded by the rules of training.
 """
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from llava_jax.inference.decoding import DecodeState
 from llava_jax.inference.quantization import pack_kernels, quantize_kernels
-from llava_jax.models.cache import KVCache
 from llava_jax.models.decoder import separate_layers
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.sharding import param_shardings, put, replicated
-
-_KEYS = (None, "fsdp", "tensor", None, None)  # [L, B, K, S, H]
-_SCALES = (None, None, "fsdp", "tensor", None)  # [2, L, B, K, S]
-_ROWS = ("fsdp",)  # [B, ...]
 
 
 def copies(mesh: Mesh | None) -> list[Mesh | None]:
@@ -69,25 +63,3 @@ def copy_params(config: LlavaConfig, params: dict, quantize: bool, part: Mesh | 
     elif part is not None:
         params = jax.device_put(params, param_shardings(part, abstract_params(config)))
     return quantize_kernels(params) if quantize else params
-
-
-def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Shards a state, or keeps it sharded inside a compiled function.
-
-    Axes that do not divide evenly are replicated.
-    """
-
-    def spread(leaf, axes):
-        spec = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, leaf.shape, strict=False)
-        ]
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    def spread_cache(cache: KVCache) -> KVCache:
-        scales = None if cache.scales is None else spread(cache.scales, _SCALES)
-        return KVCache(spread(cache.keys, _KEYS), spread(cache.values, _KEYS), scales)
-
-    placed = jax.tree.map(lambda leaf: spread(leaf, _ROWS), state.replace(cache=None))
-    is_cache = lambda node: isinstance(node, KVCache)
-    return placed.replace(cache=jax.tree.map(spread_cache, state.cache, is_leaf=is_cache))

@@ -3,11 +3,15 @@
 B rows, T length, N pictures in all, S side of a tile.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from llava_jax.errors import LlavaError
+from llava_jax.inference.decoding import TILE_SLOTS
+from llava_jax.inference.jobs import Picture, Request
+from llava_jax.inference.sampling import MAX_STOP_IDS, SamplingParams
 from llava_jax.models.images import features_in_turn
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn, spelled_out
@@ -16,6 +20,15 @@ from llava_jax.text.templates import Segment, Template, render
 from llava_jax.text.tokenization import SegmentTokenizer
 
 History = Sequence[tuple[str, str]]
+
+
+@contextlib.contextmanager
+def error_prefix(where: str) -> Iterator[None]:
+    """The message of a LlavaError raised inside begins with `where`."""
+    try:
+        yield
+    except LlavaError as error:
+        raise LlavaError(f"{where}{error}") from None
 
 
 class PromptReader:
@@ -37,21 +50,44 @@ class PromptReader:
             tokenizer, chat_template, config.image_token_id
         )
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether there is a place for a system prompt."""
+        if self._processor_prompt:
+            return self._processor_prompt.takes_system
+        return self._template.system is not None
+
+    def request(
+        self,
+        turns: Sequence[Turn],
+        pictures: tuple[Picture, ...],
+        system: str | None,
+        params: SamplingParams,
+        stops: Sequence[int],
+    ) -> Request:
+        """The request of a conversation, checked; `stops` are the tokens that end its answer."""
+        ids = self.ids(turns, [len(picture.layout.features) for picture in pictures], system)
+        request = Request(ids, pictures, params)
+        check_request(request, self._config, stops)
+        return request
+
     def ids(
         self, turns: Sequence[Turn], lengths: Sequence[int], system: str | None = None
     ) -> np.ndarray:
         """int32[T]: a conversation that waits for an answer, with placeholders for its pictures.
 
-        Special tokens that stand in the text of a turn are spelled out: only the template and
-        `<image>` make any.
+        Special tokens in the text of a turn are spelled out: only the template and `<image>` make
+        any.
 
         Args:
-          lengths: tokens of each picture, in the order of their `<image>`.
-          system: a system prompt in place of the template's.
+          lengths: tokens of each picture, in the order of their `<image>`. If none is written, the
+            pictures stand before the first turn.
+          system: a system prompt to use instead of the template's own.
         """
         special = [token for token in self._tokenize.special if token != IMAGE_TOKEN]
         turns = [Turn(turn.role, spelled_out(turn.text, special)) for turn in turns]
         system = system and spelled_out(system, special)
+        turns = _place_images(turns, len(lengths))
         if self._processor_prompt:
             ids = self._processor_prompt(turns, lengths, system)
         else:
@@ -60,11 +96,13 @@ class PromptReader:
         check_vocabulary(ids[None], self._config)
         return ids
 
-    def ids_of_text(self, text: str) -> np.ndarray:
-        """int32[T]: a text that is to be continued as it is, without a template."""
+    def text_request(self, text: str, params: SamplingParams, stops: Sequence[int]) -> Request:
+        """A text that is to be continued as it is, without a template."""
         ids = self._tokenize([Segment(spelled_out(text, self._tokenize.special))]).input_ids
         check_vocabulary(ids[None], self._config)
-        return ids
+        request = Request(ids, (), params)
+        check_request(request, self._config, stops)
+        return request
 
 
 def conversation(question: str, history: History) -> list[Turn]:
@@ -90,7 +128,7 @@ def conversation(question: str, history: History) -> list[Turn]:
     return turns
 
 
-def place_images(turns: Sequence[Turn], images: int) -> Sequence[Turn]:
+def _place_images(turns: Sequence[Turn], images: int) -> Sequence[Turn]:
     """Turns with an `<image>` for each picture; without any, the pictures stand first."""
     written = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if not written and images:
@@ -113,6 +151,37 @@ def check_vocabulary(input_ids: np.ndarray, config: LlavaConfig) -> None:
         raise LlavaError(
             f"token {column} of row {row} is {input_ids[row, column]}: the model's ids go from "
             f"0 to {vocabulary - 1}, and {config.image_token_id} stands for an image"
+        )
+
+
+def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -> None:
+    """Raises LlavaError if a request cannot be answered, whatever its pictures show.
+
+    stops: tokens that end the answer.
+    """
+    length, limit = len(request.input_ids), config.decoder.max_position_embeddings
+    vocabulary = config.decoder.vocab_size
+    if not length:
+        raise LlavaError("the prompt is empty: there is no token to answer")
+    if length >= limit:
+        raise LlavaError(
+            f"the prompt has {length} tokens and leaves no room for an answer: the model reads "
+            f"at most {limit}; shorten it or give fewer images"
+        )
+    tiles = sum(picture.layout.tiles for picture in request.pictures)
+    if tiles > TILE_SLOTS:
+        raise LlavaError(
+            f"the prompt has {len(request.pictures)} images of {tiles} tiles in all: give fewer, "
+            f"at most {TILE_SLOTS} tiles"
+        )
+    if len(stops) > MAX_STOP_IDS:
+        raise LlavaError(
+            f"{len(stops)} stop tokens, the model's own included: at most {MAX_STOP_IDS}"
+        )
+    if stops and max(stops) >= vocabulary:
+        raise LlavaError(
+            f"stop token {max(stops)} is not in the vocabulary: the model's ids go from 0 to "
+            f"{vocabulary - 1}"
         )
 
 

@@ -9,8 +9,7 @@ import jax
 
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Counts, Engine, Grown, Waiting
-from llava_jax.inference.jobs import Job, Request, Signal, Source, as_source
-from llava_jax.inference.sampling import SamplingParams
+from llava_jax.inference.jobs import Job, Listed, Signal, Source
 
 POLL = 0.0005  # seconds between two looks at whether a device is done
 
@@ -25,7 +24,6 @@ class Replicas:
     def __init__(self, engines: Sequence[Engine]):
         self.engines = engines
         self.dtype = engines[0].dtype
-        self.stop_ids = engines[0].stop_ids
 
     @property
     def params(self) -> dict:
@@ -45,12 +43,6 @@ class Replicas:
     def forget(self) -> None:
         for engine in self.engines:
             engine.forget()
-
-    def stops(self, params: SamplingParams) -> tuple[int, ...]:
-        return self.engines[0].stops(params)
-
-    def check(self, request: Request) -> None:
-        self.engines[0].check(request)
 
     def logits(self, *inputs) -> jax.Array:
         return self.engines[0].logits(*inputs)
@@ -72,7 +64,8 @@ class Replicas:
 
     def run(self, jobs: Source | Iterable[Job], batch_size: int) -> Iterator[Answer]:
         """Like `Engine.run`; `batch_size` is that of all together."""
-        share, source = self._share(batch_size), as_source(jobs)
+        share = self._share(batch_size)
+        source = jobs if hasattr(jobs, "poll") else Listed(jobs)
         router = Router(source, len(self.engines), share)
         # Each engine's work, and what it waits for.
         waits: dict[Iterator, Waiting | None] = {

@@ -6,7 +6,7 @@ B rows, V vocabulary.
 import dataclasses
 import difflib
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import flax
 import jax
@@ -98,15 +98,18 @@ class SamplingParams:
             object.__setattr__(self, name, int(getattr(self, name)))
 
     @classmethod
-    def from_names(cls, *names: dict) -> "SamplingParams":
-        """From keywords in vLLM's or Hugging Face's names, later dicts over earlier ones."""
+    def from_names(cls, *names: Mapping, other_names: Collection[str] = ()) -> "SamplingParams":
+        """From keywords in vLLM's or Hugging Face's names; later mappings override earlier ones.
+
+        other_names: that stand next to them, for the message about an unknown one.
+        """
         values = {}
         for some in names:
-            values |= resolve_names(some)
+            values |= resolve_names(some, other_names)
         return cls(**values)
 
 
-def resolve_names(names: dict) -> dict:
+def resolve_names(names: Mapping, other_names: Collection[str] = ()) -> dict:
     """Keywords in vLLM's or Hugging Face's names as fields of SamplingParams.
 
     `do_sample` false is temperature 0; true is temperature 1 unless one is given.
@@ -119,9 +122,11 @@ def resolve_names(names: dict) -> dict:
     for name, value in names.items():
         ours = ALIASES.get(name, name)
         if ours not in (*known, "do_sample"):
-            close = difflib.get_close_matches(name, [*known, *ALIASES, "do_sample"], 1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise LlavaError(f"unknown sampling parameter {name!r}: {hint}")
+            near = [*other_names, *known, *ALIASES, "do_sample"]
+            close = difflib.get_close_matches(name, near, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(near)}"
+            kind = "key" if other_names else "sampling parameter"
+            raise LlavaError(f"unknown {kind} {name!r:.80}: {hint}")
         if ours in values:
             raise LlavaError(f"{name} and {ours} mean the same: give one of them")
         values[ours] = value
@@ -296,3 +301,12 @@ def logprobs_of(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     top, ids = jax.lax.top_k(logprobs, count)
     pad = ((0, 0), (0, MAX_LOGPROBS - count))
     return Logprobs(chosen, jnp.pad(ids, pad), jnp.pad(top, pad, constant_values=-jnp.inf))
+
+
+def wanted_logprobs(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> Logprobs:
+    """Of the chosen tokens; zeros if no row wants any, since ranking a vocabulary is slow."""
+    return jax.lax.cond(
+        jnp.any(sampling.logprobs),
+        lambda: logprobs_of(logits, jnp.maximum(tokens, 0)),
+        lambda: Logprobs.zeros(len(tokens)),
+    )

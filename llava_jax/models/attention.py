@@ -1,4 +1,4 @@
-"""Attention: its mask, its rotary positions, and the one entry to every implementation.
+"""Attention: its mask, and the one entry to every implementation.
 
 B rows, T query length, S key length, N heads, K kv heads, H head size.
 """
@@ -7,7 +7,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.models.flash_attention import (
@@ -17,7 +16,7 @@ from llava_jax.models.flash_attention import (
     cudnn_attention,
     splash_attention,
 )
-from llava_jax.models.precision import product_dtype, transposed
+from llava_jax.models.linear import product_dtype, transposed
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
@@ -194,47 +193,3 @@ def _product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
     """float32 products of two stacks of matrices [B, K, ...], over the last axis of x."""
     axes = (((3,), (y_axis,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding in the half-split order of Hugging Face's Llama.
-
-    Equal on all platforms up to rounding. The angles get no gradient.
-
-    Args:
-      x: [B, T, N, H].
-      cos, sin: float32[B, T, H // 2].
-    """
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jax.lax.platform_dependent(
-        x, cos, sin, tpu=_rotated_by_product, default=_rotated_by_halves
-    )
-
-
-def _rotated_by_halves(x, cos, sin):
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def _rotated_by_product(x, cos, sin):
-    """Swaps the halves by a product with a signed permutation, which is exact.
-
-    A TPU cannot move half of a vector's lanes cheaply: a split copies keys and queries into another
-    layout and back, in float32.
-    """
-    half = x.shape[-1] // 2
-    swap = np.kron([[0, 1], [-1, 0]], np.eye(half))  # x @ swap = [-second, first]
-    swapped = jax.lax.dot_general(
-        x, jnp.asarray(swap, x.dtype), (((3,), (0,)), ((), ())),
-        precision="highest", preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    twice = lambda angles: jnp.concatenate([angles, angles], axis=-1)
-    return (x.astype(jnp.float32) * twice(cos) + swapped * twice(sin)).astype(x.dtype)
-
-
-apply_rope.defvjp(
-    lambda x, cos, sin: (apply_rope(x, cos, sin), (cos, sin)),
-    lambda angles, dy: (apply_rope(dy, angles[0], -angles[1]), None, None),  # turned back
-)

@@ -97,16 +97,6 @@ class Chunks:
     copies: jax.Array | None
     window: int = flax.struct.field(pytree_node=False)
 
-    @classmethod
-    def one_each(cls, slots: jax.Array, active: jax.Array, window: int) -> "Chunks":
-        """One token in each row, at slots int32[B]; rows that are not active, bool[B], keep theirs.
-
-        The chunks of a decode step: chunk r is row r.
-        """
-        every = jnp.arange(len(slots))
-        rows = jnp.where(active, every, every.size)
-        return cls(rows, slots, every[:, None], every, None, None, window)
-
     def mask(self, sliding_window: int | None) -> jax.Array:
         """bool[R, 1, T, C]: a token attends to the slots up to its own."""
         queries = self.slots[self.tokens]

@@ -50,7 +50,7 @@ class LlavaConfig:
         """Width of an image feature as the projector gets it."""
         return self.vision.hidden_size * len(feature_states(self.vision, self.feature_layer))
 
-    @property
+    @functools.cached_property
     def tokens_per_tile(self) -> int:
         """P, the features that the projector gives of one tile."""
         patches = (self.image.size // self.vision.patch_size) ** 2

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 # name -> dtype of activations, `jax.default_matmul_precision` that goes with it
 PRECISIONS = {
@@ -36,32 +35,6 @@ def cpu_multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def product_dtype(dtype) -> jnp.dtype:
-    """The dtype that operands of a product are rounded to.
-
-    `dtype`, or bfloat16 under `jax.default_matmul_precision("bfloat16")`, which keeps float32
-    arrays and multiplies in bfloat16. TPUs follow the setting by themselves; XLA's CPU compiler
-    ignores it unless the operands are cast.
-    """
-    if jax.config.jax_default_matmul_precision == "bfloat16":
-        return jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(dtype)
-
-
-def transposed(x: jax.Array) -> jax.Array:
-    """[..., m, n] -> [..., n, m], the first operand of a product over its last axis.
-
-    XLA's CPU compiler folds a transpose into the product and multiplies that form in float32. If
-    the transpose is written to memory first, the product is one of bfloat16, twice as fast. Arrays
-    sharded over devices are only transposed: the layout constraint would gather them.
-    """
-    x = x.swapaxes(-1, -2)
-    mesh = jax.sharding.get_abstract_mesh()
-    if jax.config.jax_default_matmul_precision != "bfloat16" or not (mesh.empty or mesh.size == 1):
-        return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def quantize(x: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The file of answers that `llava-jax generate` writes: whose it is, how far it got, its lines."""
+"""The file of answers that `llava-jax generate` writes: its run, its progress, its lines."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ from llava_jax.inference.answer import Answer, TokenLogprob
 
 
 def open_answers(path: Path, run: dict, overwrite: bool) -> tuple[BinaryIO, int]:
-    """Makes the file this run's -> it, open to be added to, and how many of its lines are whole.
+    """Claims the file for this run; returns it opened for appending, and its number of lines.
 
-    What a kill left behind the last whole line is cut off. The file stays locked until it is
-    closed, so that two runs never write to it at once.
+    A line that a killed run left incomplete is cut off. The file stays locked until it is closed,
+    so two runs never write to it at once.
 
     Args:
-      run: what the answers depend on; kept beside the file, in FILE.run.json.
+      run: what the answers depend on; kept next to the file, in FILE.run.json.
       overwrite: drop what is there.
 
     Raises:
-      LlavaError: another run writes to it now, or it holds answers to other requests, or of another
-        model or other settings.
+      LlavaError: another run is writing to it, or it holds answers to other requests, of another
+        model or with other settings.
     """
     mark = path.with_name(path.name + ".run.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def open_answers(path: Path, run: dict, overwrite: bool) -> tuple[BinaryIO, int]
 
 
 def _repair(file: BinaryIO) -> int:
-    """Cuts off what a kill left behind the last whole line; the number of lines."""
+    """Cuts off a line that a killed run left incomplete; returns the number of lines."""
     lines = size = 0
     file.seek(0)
     for raw in file:
@@ -54,7 +54,7 @@ def _repair(file: BinaryIO) -> int:
 
 
 def answer_line(id, answers: list[Answer]) -> dict:
-    """What is written of one request."""
+    """The line of one request."""
     first = answers[0]
     for answer in answers:
         if answer.error:
@@ -71,5 +71,5 @@ def answer_line(id, answers: list[Answer]) -> dict:
     return line
 
 
-def _logprobs(told: list[TokenLogprob]) -> list[dict]:
-    return [{"token": t.token, "logprob": t.logprob, "top": t.top} for t in told]
+def _logprobs(logprobs: list[TokenLogprob]) -> list[dict]:
+    return [{"token": t.token, "logprob": t.logprob, "top": t.top} for t in logprobs]

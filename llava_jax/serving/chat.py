@@ -28,10 +28,10 @@ HELP = """/image FILE shows a picture with the next question
 
 @dataclass
 class Conversation:
-    """What was said so far, and the pictures that wait for the next question.
+    """A conversation so far, and the pictures that wait for the next question.
 
-    Every picture is written as `<image>` in the question it was shown with, so the history renders
-    to the same prompt each time.
+    Each picture is written as `<image>` in the question it was shown with, so the history is
+    rendered to the same prompt each time.
     """
 
     allow_urls: bool = False
@@ -72,7 +72,7 @@ class Conversation:
             raise LlavaError(f"cannot write {path!r}: {error.strerror}") from None
 
     def save_boxes(self, path: str) -> None:
-        """Writes the last picture that was asked about with the boxes of the last answer drawn."""
+        """Writes the last picture of a question, with the boxes of the last answer drawn on it."""
         boxes = parse_boxes(self.history[-1][1]) if self.history else []
         if not boxes:
             raise LlavaError("the last answer has no box such as [0.1, 0.2, 0.5, 0.9]")
@@ -82,12 +82,12 @@ class Conversation:
         drawn = draw_boxes(shown[-1], [to_pixels(box, shown[-1].size) for box in boxes], "red")
         try:
             drawn.save(path)
-        except (OSError, ValueError) as error:  # the latter: a suffix of no picture's
+        except (OSError, ValueError) as error:  # the latter: an unknown suffix
             raise LlavaError(f"cannot write {path!r}: {error}") from None
 
     def ask(self, model: Llava, question: str, **settings):
         """Yields the pieces of the answer and remembers it."""
-        # What the user types is text: a literal <image> would ask for a picture that is not there.
+        # The user types text: a literal <image> would ask for a picture that is not there.
         question = question.replace(IMAGE_TOKEN, "")
         question = f"{IMAGE_TOKEN}\n" * self.waiting + question
         answer = ""
@@ -100,25 +100,30 @@ class Conversation:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="may be given several times"
-    )
-    parser.add_argument("--prompt", metavar="TEXT", help="ask once and print only the answer")
-    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
-    parser.add_argument("--top_p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--image", action="append", default=[], metavar="FILE",
+        help="a picture to ask about; may be given several times")  # fmt: skip
+    add("--prompt", metavar="TEXT", help="ask once and print only the answer")
+    add("--system", metavar="TEXT", help="system prompt; default: the template's own")
+    add("--max_new_tokens", type=int, default=256, metavar="N", help="length limit of an answer")
+    add("--temperature", type=float, default=0.0, metavar="T",
+        help="0 takes the likeliest token each time, higher values draw more freely")  # fmt: skip
+    add("--top_p", type=float, default=1.0, metavar="P",
+        help="draw only among the likeliest tokens that together are this probable")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of the draw")
 
 
 def main(args: argparse.Namespace) -> int:
     """Answers `--prompt`, or talks until /quit or the end of the input; returns the exit code."""
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names}
-    SamplingParams.from_names(settings)  # a wrong one is told before the model is loaded
+    SamplingParams.from_names(settings)  # reports a wrong value before the model is loaded
     conversation = Conversation(args.allow_urls)
     for path in args.image:
         conversation.add_image(path)
     model = load_from_arguments(args)
+    if args.system is not None:
+        settings["system"] = args.system
     if args.prompt is not None:
         print("".join(conversation.ask(model, args.prompt, **settings)))
     else:
@@ -127,13 +132,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def talk(model: Llava, conversation: Conversation, settings: dict) -> None:
-    """The loop of a conversation; a wrong input is told and the conversation goes on."""
+    """The loop of a conversation; after a wrong input its error is printed and it goes on."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not in every Python
-            import readline  # noqa: F401  now arrow keys edit the line and are no part of it
-    if hasattr(sys.stdin, "reconfigure"):  # a byte that is no UTF-8 is a fault of its line alone
+            import readline  # noqa: F401  arrow keys edit the line
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is not UTF-8 is a fault of its line alone
         sys.stdin.reconfigure(errors="surrogateescape")
-    print(HELP, file=sys.stderr)
+    print(f"{HELP}\nanswers end at {model.describe_stops()}", file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -145,7 +150,7 @@ def talk(model: Llava, conversation: Conversation, settings: dict) -> None:
         try:
             _one_line(model, conversation, line, settings)
         except LlavaError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"llava-jax chat: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("\n(stopped)", file=sys.stderr)
 

@@ -14,39 +14,53 @@ from llava_jax.weights.hub import local_folder
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the commands that ask a model have in common."""
-    parser.add_argument(
+    """The flags that name a model and say how it computes."""
+    add = parser.add_argument
+    add(
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a run of train.py, a Hugging Face folder, or a name on the hub",
+        help="a run of train.py, a folder of a LLaVA, or a name on the Hugging Face hub",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--weights", choices=["int8"], help="eight bits a weight")
-    parser.add_argument("--kv_cache", choices=["int8"], help="eight bits a key or value")
-    parser.add_argument(
-        "--data", type=int, default=1, metavar="N", help="copies of the model that share the work"
+    add("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of computation; auto is the fastest on this machine, mixed is float32 with bfloat16 "
+        "products",
     )
-    parser.add_argument(
-        "--tensor", type=int, default=1, metavar="N", help="devices that share one copy's weights"
+    add(
+        "--quantize",
+        choices=["int8"],
+        help="eight bits for each weight of the language model; default: off",
     )
-    parser.add_argument("--allow_urls", action="store_true", help="images from http(s) addresses")
+    add("--kv_cache", choices=["int8"], help="eight bits for each key and value; default: off")
+    add("--replicas", type=int, default=1, metavar="N", help="copies of the model, to share work")
+    add("--tensor", type=int, default=1, metavar="N", help="devices that share a copy's weights")
+    add("--allow_urls", action="store_true", help="download pictures at http(s) addresses")
+    # Earlier names.
+    add("--weights", dest="quantize", choices=["int8"], help=argparse.SUPPRESS,
+        default=argparse.SUPPRESS)  # fmt: skip
+    add("--data", dest="replicas", type=int, help=argparse.SUPPRESS,
+        default=argparse.SUPPRESS)  # fmt: skip
 
 
 def load_from_arguments(args: argparse.Namespace) -> Llava:
-    """The model of `add_model_arguments`; what is compiled for it is kept for the next time."""
+    """The model of `add_model_arguments`; its compiled functions are kept for the next time."""
     checkpoint = local_folder(args.checkpoint)
     if not checkpoint.is_dir():
         raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
     keep_compilations()
     mesh = None
-    if (args.data, args.tensor) != (1, 1):
-        count = max(args.data * args.tensor, 1)
-        mesh = make_mesh(args.data, 1, args.tensor, jax.devices()[:count])
+    if (args.replicas, args.tensor) != (1, 1):
+        count = max(args.replicas * args.tensor, 1)
+        mesh = make_mesh(args.replicas, 1, args.tensor, jax.devices()[:count])
     return Llava.from_pretrained(
         checkpoint,
         dtype=args.dtype,
-        quantize=args.weights,
+        template=args.template,
+        quantize=args.quantize,
         kv_cache=args.kv_cache,
         allow_urls=args.allow_urls,
         mesh=mesh,
@@ -54,15 +68,15 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
 
 
 def mesh_of_all(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """A mesh of all devices, as `make_mesh` makes it; None where there is one, which needs none."""
+    """A mesh of all devices, see `make_mesh`; None for a single device, which needs none."""
     mesh = make_mesh(data, fsdp, tensor)
     return mesh if mesh.size > 1 else None
 
 
 def keep_compilations() -> None:
-    """Turns JAX's persistent compilation cache on, below ~/.cache, unless it is set up already.
+    """Turns on JAX's persistent compilation cache, below ~/.cache, unless it is set up already.
 
-    All is kept that is compiled, also what takes less than JAX's second: there is much of it.
+    Functions that compile in less than JAX's threshold of a second are kept too: there are many.
     """
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -50,20 +50,34 @@ class ProcessorPrompt:
         self.image_token_id = image_token_id
         self.takes_lists = self._takes_lists()
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system prompt."""
+        try:
+            return "probe" in self._render(self._messages([Turn("human", "x")], "probe"))
+        except LlavaError:
+            return False
+
     def __call__(
         self,
         turns: Sequence[Turn],
         image_lengths: Sequence[int] = (),
         system: str | None = None,
     ) -> np.ndarray:
-        """int32 [T]; `image_lengths`: tokens of each image, in the order of their `<image>`."""
+        """int32 [T].
+
+        Args:
+          image_lengths: tokens of each image, in the order of their `<image>`.
+          system: a system prompt.
+        """
+        if system and not self.takes_system:
+            raise LlavaError(
+                f"the chat template of {self.tokenizer.name_or_path} has no place for a system "
+                "prompt: remove it, or put it into the question"
+            )
         for turn in turns:
             check_plain_text(turn.text, self.placeholder)
-        content = _content if self.takes_lists else lambda text: text
-        messages = [{"role": _ROLES[turn.role], "content": content(turn.text)} for turn in turns]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": content(system)})
-        chunks = self._render(messages).split(IMAGE_TOKEN)
+        chunks = self._render(self._messages(turns, system)).split(IMAGE_TOKEN)
         images = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
         if len(chunks) - 1 != images:
             raise LlavaError(
@@ -88,6 +102,11 @@ class ProcessorPrompt:
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         rest = [continued(self._core, piece)[0] for piece in pieces]
         return np.concatenate([np.array(ids, np.int32), *rest])
+
+    def _messages(self, turns: Sequence[Turn], system: str | None) -> list[dict]:
+        content = _content if self.takes_lists else lambda text: text
+        messages = [{"role": _ROLES[turn.role], "content": content(turn.text)} for turn in turns]
+        return [{"role": "system", "content": content(system)}] * bool(system) + messages
 
     def _takes_lists(self) -> bool:
         """False for a template written for texts alone."""

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llava_jax.models.gathering import front_order, take_rows
-from llava_jax.models.linear import product
-from llava_jax.models.precision import product_dtype
+from llava_jax.models.linear import product, product_dtype
 from llava_jax.parallel.mesh import BATCH_AXES
 from llava_jax.text.tokenization import IGNORE_INDEX
 

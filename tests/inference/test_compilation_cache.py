@@ -27,11 +27,11 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
     def run() -> tuple[int, int]:
         """How many compilations were asked for, and how many of them were read from disk."""
-        told = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
         )
-        assert told.returncode == 0, told.stderr
-        return tuple(json.loads(told.stdout))
+        assert done.returncode == 0, done.stderr
+        return tuple(json.loads(done.stdout))
 
     first, hits = run()
     assert first > 3 and hits == 0

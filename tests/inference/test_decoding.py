@@ -8,7 +8,7 @@ import pytest
 from llava_jax.inference import decoding
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
 from llava_jax.inference.jobs import Job, Request
-from llava_jax.inference.prefill import PrefillShape, pack
+from llava_jax.inference.prefill import PrefillShape, pack_prompts
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.cache import Chunks, empty_cache
 from llava_jax.models.decoder import RopeScaling
@@ -95,8 +95,9 @@ def read(model, params, ids, lengths, images, budget, stop_ids=(), size=48, kv_d
         request = Request(np.array(ids[row, :length]), (), SamplingParams())
         job = Job(request, None, tuple(stop_ids), budget[row])
         job.feature_ids, job.row, job.sources = places[row, :length], row, np.full(length, row)
+        job.rest = int(length)
         jobs.append(job)
-    prompts = pack(jobs, PrefillShape(64, 8, 32), rows)  # in chunks of eight
+    prompts = pack_prompts(jobs, PrefillShape(64, 8, 32), rows)  # in chunks of eight
     state = DecodeState.empty(model, rows, size, jnp.dtype(kv_dtype))
     tokens, _, state = prefill(model, params, state, store, prompts)
     return tokens[np.array([list(prompts.chunks.copies).index(row) for row in range(rows)])], state
@@ -144,9 +145,9 @@ def test_a_row_ends_at_its_budget_at_a_stop_id_and_when_the_host_says_so():
     stopped, _ = answers([9, 9, 9], [free[0, place]])
     place = list(free[0]).index(free[0, place])
     np.testing.assert_array_equal(stopped[0], [*free[0, : place + 1], *[-1] * (8 - place)])
-    told, _ = answers([9, 9, 9], running=[False, True, True])
-    assert (told[0, 1:] == -1).all()
-    np.testing.assert_array_equal(told[1], free[1])
+    halted, _ = answers([9, 9, 9], running=[False, True, True])
+    assert (halted[0, 1:] == -1).all()
+    np.testing.assert_array_equal(halted[1], free[1])
     early, written = answers([9, 3, 9], fewest=3)  # ends as soon as row 1 does
     np.testing.assert_array_equal(written, [2, 2, 2])
     np.testing.assert_array_equal(early[0], [*free[0, :3], *[-1] * 6])
@@ -195,10 +196,11 @@ def test_the_drawn_example_of_chunks_is_what_prompts_are_packed_into():
     ):
         ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         job = Job(Request(ids, (), SamplingParams()), None, (), 1)
-        job.row, job.shared, job.sources = row, shared, np.array(sources, np.int32)
+        job.row, job.shared, job.rest = row, shared, len(ids) - shared
+        job.sources = np.array(sources, np.int32)
         job.feature_ids = np.full(len(ids), NO_TOKEN)
         jobs.append(job)
-    packed = pack(jobs, PrefillShape(tokens=16, chunk=4, window=8), rows=4)
+    packed = pack_prompts(jobs, PrefillShape(tokens=16, chunk=4, window=8), rows=4)
     chunks = packed.chunks
     assert bytes(packed.input_ids[:9].tolist()) == b"abcdefxyz"
     assert chunks.rows[:9].tolist() == [2, 2, 2, 2, 2, 2, 0, 0, 3]

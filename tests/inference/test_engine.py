@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.admission import RowSlots, TileSlots
+from llava_jax.inference import engine
 from llava_jax.inference.model import Llava
+from llava_jax.inference.prefill import RowSlots, TileSlots
 from llava_jax.inference.quantization import pack_kernels
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.parallel.mesh import make_mesh
@@ -109,10 +110,9 @@ def test_prompts_of_one_call_share_what_they_begin_with(llava, monkeypatch):
     for prompt in prompts:
         llava.engine.forget()
         alone += ask(llava, [prompt], [[]], [6], 4)
-    device, calls = llava.engine.device, []
-    call = device.prefill
+    calls, pack = [], engine.pack_prompts
     monkeypatch.setattr(
-        device, "prefill", lambda jobs, shape: calls.append(jobs) or call(jobs, shape)
+        engine, "pack_prompts", lambda jobs, *to: calls.append(jobs) or pack(jobs, *to)
     )
     llava.engine.forget()
     assert ask(llava, prompts, [[]] * 4, [6] * 4, 4) == alone
@@ -164,7 +164,7 @@ def test_a_stream_left_early_leaves_nothing_behind(llava):
     assert llava.generate(["a?", "b?"], None, 4, max_tokens=TOKENS) == expected
 
 
-def test_a_stream_tells_each_prompts_text_in_pieces(llava):
+def test_a_stream_gives_the_text_of_each_prompt_in_pieces(llava):
     prompts, images, _ = mixed_requests(7, seed=5)
     texts = [""] * 7
     pieces = list(llava.stream(prompts, images, 3, max_tokens=TOKENS))
@@ -265,9 +265,9 @@ def test_logprobs_are_those_of_a_forward_pass(llava):
         tiles = [tiles[0].astype(np.uint8)]
         logits = llava.engine.logits(ids, tiles, features, np.ones_like(ids))
         expected = np.array(jax.nn.log_softmax(logits[0]))
-        told = [*answer.prompt_logprobs, *answer.logprobs]
-        assert len(answer.logprobs) == 6 and len(told) == ids.size - 1
-        for at, entry in enumerate(told):
+        entries = [*answer.prompt_logprobs, *answer.logprobs]
+        assert len(answer.logprobs) == 6 and len(entries) == ids.size - 1
+        for at, entry in enumerate(entries):
             assert entry.token == ids[0, at + 1]
             if entry.token >= 0:
                 assert entry.logprob == pytest.approx(expected[at, entry.token], abs=1e-4)
@@ -341,7 +341,7 @@ def test_a_model_on_a_mesh_gives_the_same_tokens_and_stays_where_it_is(llava):
         ({"stop_token_ids": [300]}, "stop token 300 is not in the vocabulary"),
     ],
 )
-def test_what_the_engine_cannot_do_is_told(llava, settings, message):
+def test_what_the_engine_cannot_do_is_refused(llava, settings, message):
     with pytest.raises(LlavaError, match=f"prompt 0: .*{message}"):
         llava.generate(["a?"], None, 4, **settings)
 

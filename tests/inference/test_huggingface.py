@@ -142,8 +142,8 @@ def test_greedy_tokens(pair):
 def as_request(ours, ids, pictures, tokens: int) -> Request:
     """Ids of a processor, with the next of `pictures` for their placeholders."""
     count = (ids == ours.config.image_token_id).sum() // ours.config.tokens_per_tile
-    shown = (ours._pictures.picture(image, "image", "") for image in islice(pictures, count))
-    return Request(ids, tuple(shown), SamplingParams(tokens, ignore_eos=True))
+    shown = ours._pictures.pictures(list(islice(pictures, count)))
+    return Request(ids, shown, SamplingParams(tokens, ignore_eos=True))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def test_any_order_and_batch_size_gives_their_greedy_tokens(pair):
         tokens = rng.randint(1, 20)
         inputs = processor(text=[text], images=pictures or None, return_tensors="pt")
         with torch.no_grad():
-            told = theirs.generate(
+            output = theirs.generate(
                 **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None
             )
         length = inputs["input_ids"].shape[1]
-        requests.append(as_request(ours, told[0, :length].numpy(), iter(pictures), tokens))
-        expected.append(told[0, length:].tolist())
+        requests.append(as_request(ours, output[0, :length].numpy(), iter(pictures), tokens))
+        expected.append(output[0, length:].tolist())
     for batch_size in (1, 4):
         order = rng.sample(range(8), 8)
         answers = ours.answers([requests[i] for i in order], batch_size)

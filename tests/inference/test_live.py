@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from llava_jax.inference import engine
 from llava_jax.inference.jobs import END, NOTHING_NOW, LiveJobs, Picture
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
@@ -158,10 +159,9 @@ def test_a_slow_picture_holds_nobody_else_up(llava):
 
 def test_a_list_of_jobs_keeps_its_order_whatever_is_slow(llava, monkeypatch):
     """What runs together must not depend on the speed of a disk."""
-    gate, device, calls = threading.Event(), llava.engine.device, []
-    call = device.prefill
+    gate, calls, pack = threading.Event(), [], engine.pack_prompts
     monkeypatch.setattr(
-        device, "prefill", lambda jobs, shape: calls.extend(jobs) or call(jobs, shape)
+        engine, "pack_prompts", lambda jobs, *to: calls.extend(jobs) or pack(jobs, *to)
     )
     slow = slow_picture(job_of(llava, "x?", [random_image(5)]), gate)
     threading.Timer(0.2, gate.set).start()

@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference import pictures
+from llava_jax.inference.decoding import tile_bucket
 from llava_jax.inference.model import Llava
 from llava_jax.inference.prefill import (
     TOKENS_AT_A_TIME,
@@ -17,11 +18,17 @@ from llava_jax.inference.prefill import (
     chunk_count,
     count_bucket,
     length_bucket,
-    tile_bucket,
     token_bucket,
 )
 from llava_jax.inference.sampling import SamplingParams
-from tests.tiny_model import CONFIG, byte_tokenizer, config_with, random_image, tiny_llava
+from tests.tiny_model import (
+    CONFIG,
+    byte_tokenizer,
+    config_with,
+    random_image,
+    random_params,
+    tiny_llava,
+)
 
 # Lengths differ inside one bucket: every shape costs seconds of compilation.
 QUESTIONS = [
@@ -120,6 +127,22 @@ def test_an_answer_ends_with_the_models_positions():
         model.generate(["hi", "x" * 90], max_new_tokens=2)
 
 
+def test_answers_end_where_the_folder_says_too():
+    """Not only at the ends of the tokenizer and of the template."""
+    params, ask = random_params(CONFIG), {"max_tokens": 12, "logprobs": 0}
+    make = lambda *ends: Llava(CONFIG, params, byte_tokenizer(), "chatml", stop_token_ids=ends)
+    ((free,),) = make().complete(["What?"], **ask)
+    end = free.tokens[5]
+    model = make(end)
+    ((ended,),) = model.complete(["What?"], **ask)
+    assert ended.tokens == free.tokens[: free.tokens.index(end)]
+    assert ended.finish_reason == "stop"
+    assert set(model._stop_ids()) == {*make()._stop_ids(), end}
+    names = model.describe_stops()
+    assert "<|endoftext|>, <|im_end|>" in names
+    assert model.tokenizer.convert_ids_to_tokens(end) in names
+
+
 def test_logits_take_what_a_processor_returns(llava):
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 290, (3, 14))
@@ -177,7 +200,7 @@ def truncated() -> Image.Image:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"prompts": ["", "<image> <image>"], "images": [None, b""]}, "prompt 1: .* 2 <image>"),
+        ({"prompts": ["", "<image> <image>"], "images": [None, IMAGES[1]]}, "prompt 1: .* 2 <imag"),
         ({"prompts": ["a <image>"]}, "prompt 0: .* 1 <image> but 0"),
         ({"prompts": ["a", "b"], "images": [None]}, "1 entries in images for 2 prompts"),
         ({"prompts": ["a", "b"], "images": random_image(0)}, "images must be a list, not Image"),
@@ -206,13 +229,13 @@ def truncated() -> Image.Image:
         ({"prompts": ["a"], "batch_size": 0}, "batch_size must be a whole number"),
     ],
 )  # fmt: skip
-def test_wrong_requests_are_told_in_a_sentence(llava, arguments, message):
+def test_a_wrong_request_is_reported_in_one_sentence(llava, arguments, message):
     with pytest.raises(LlavaError, match=message):
         llava.generate(**arguments)
 
 
 @pytest.mark.parametrize("history", [5, "ab", ["ab"], [("a",)], [{"role": "user", "content": "a"}]])
-def test_a_history_of_another_form_is_told(llava, history):
+def test_a_history_of_another_form_is_refused(llava, history):
     with pytest.raises(LlavaError, match="history must hold .question, answer. pairs, not"):
         llava.chat("b", history=history)
 
@@ -241,7 +264,7 @@ def test_unknown_dtypes_are_errors(llava):
         ([1, 2], None, r"input_ids must be whole numbers \[B, T\]"),
     ],
 )
-def test_wrong_logits_inputs_are_told_in_a_sentence(llava, ids, pixels, message):
+def test_wrong_inputs_of_logits_are_reported_in_one_sentence(llava, ids, pixels, message):
     pixels = None if pixels is None else np.zeros(pixels, np.float32)
     with pytest.raises(LlavaError, match=message):
         llava.logits(np.array(ids), pixels)

@@ -28,7 +28,7 @@ def nothing_seen(logits):
     return jnp.zeros(logits.shape, bool)
 
 
-def test_greedy_rows_stay_greedy_beside_drawn_ones():
+def test_greedy_rows_stay_greedy_next_to_drawn_ones():
     logits = jax.random.normal(jax.random.key(0), (4, 50))
     sampling = settings(4, temperature=[0.0, 1.0, 0.0, 2.0]).replace(seed=np.arange(4, dtype="u4"))
     tokens = np.array(
@@ -125,12 +125,12 @@ def test_an_end_cannot_be_chosen_before_its_first_position():
 
 def test_logprobs_are_the_log_softmax():
     logits = jax.random.normal(jax.random.key(0), (3, 50))
-    told = logprobs_of(logits, jnp.array([4, 0, 49]))
+    found = logprobs_of(logits, jnp.array([4, 0, 49]))
     expected = np.array(jax.nn.log_softmax(logits))
-    np.testing.assert_allclose(told.chosen, expected[[0, 1, 2], [4, 0, 49]], rtol=1e-6)
+    np.testing.assert_allclose(found.chosen, expected[[0, 1, 2], [4, 0, 49]], rtol=1e-6)
     order = np.argsort(-expected, axis=1)[:, :MAX_LOGPROBS]
-    np.testing.assert_array_equal(told.top_ids, order)
-    np.testing.assert_allclose(told.top, np.take_along_axis(expected, order, 1), rtol=1e-6)
+    np.testing.assert_array_equal(found.top_ids, order)
+    np.testing.assert_allclose(found.top, np.take_along_axis(expected, order, 1), rtol=1e-6)
     few = logprobs_of(logits[:, :5], jnp.array([4, 0, 2]))
     assert few.top.shape == (3, MAX_LOGPROBS) and np.isfinite(few.top).sum() == 15
 
@@ -180,6 +180,6 @@ def test_names_of_vllm_and_huggingface(names, expected):
         ({"ignore_eos": "yes"}, "ignore_eos must be true or false"),
     ],
 )
-def test_wrong_settings_are_told(names, message):
+def test_wrong_settings_are_refused(names, message):
     with pytest.raises(LlavaError, match=message):
         SamplingParams.from_names(names)

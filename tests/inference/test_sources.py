@@ -72,7 +72,7 @@ def test_addresses_are_off_unless_allowed(server):
         ("/a b.png", "cannot download .*control characters"),
     ],
 )
-def test_what_cannot_be_downloaded_is_told(server, path, message):
+def test_a_failed_download_is_reported(server, path, message):
     with pytest.raises(LlavaError, match=message):
         fetch(server + path, allow_urls=True)
 
@@ -88,14 +88,14 @@ def test_what_cannot_be_downloaded_is_told(server, path, message):
         ("http://[broken", "cannot download"),
     ],
 )
-def test_wrong_addresses_are_told(source, message):
+def test_wrong_addresses_are_refused(source, message):
     with pytest.raises(LlavaError, match=message):
         fetch(source, allow_urls=True)
 
 
 @pytest.fixture
 def speak():
-    """Makes an address whose server says these bytes, a byte every 20 ms where `slow`."""
+    """Makes an address whose server sends these bytes, one every 20 ms if `slow`."""
     sockets = []
 
     def start(reply: bytes, slow: bool = False) -> str:
@@ -130,7 +130,7 @@ def speak():
         (b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n", "not allowed"),
     ],
 )
-def test_servers_that_speak_badly_are_told(speak, reply, message):
+def test_servers_that_break_the_protocol_are_reported(speak, reply, message):
     with pytest.raises(LlavaError, match=f"cannot download .*{message}"):
         fetch(speak(reply), allow_urls=True)
 

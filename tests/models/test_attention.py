@@ -5,13 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.models.attention import (
-    _rotated_by_halves,
-    _rotated_by_product,
-    apply_rope,
-    attention,
-)
-from llava_jax.models.precision import transposed
+from llava_jax.models.attention import attention
+from llava_jax.models.decoder import _rotated_by_halves, _rotated_by_product, apply_rope
+from llava_jax.models.linear import transposed
 
 RNG = np.random.default_rng(0)
 

@@ -21,6 +21,9 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
+    def describe_stops(self):
+        return "</s>"
+
     def stream_chat(self, question, images, history, **settings):
         pictures = [image.tobytes() for image in images]
         self.calls.append((question, pictures, list(history), settings))
@@ -84,7 +87,11 @@ def test_conversation_keeps_turns_and_pictures(model, pictures, tmp_path, capsys
     ]
     out, err = capsys.readouterr()
     assert out == "answer 1\nanswer 2\nanswer 4\nanswer 5\n"
-    assert "error: too long" in err and "unknown command /nonsense" in err
+    assert (
+        "llava-jax chat: too long" in err
+        and "answers end at </s>" in err
+        and "unknown command /nonsense" in err
+    )
     assert "no/such.png" in err
 
 
@@ -147,12 +154,12 @@ def test_end_of_input_ends_the_conversation(model, tmp_path, monkeypatch):
     assert len(model.calls) == 1
 
 
-def test_wrong_settings_are_told_before_the_model_loads(tmp_path):
+def test_wrong_settings_are_reported_before_the_model_loads(tmp_path):
     with pytest.raises(LlavaError, match="max_tokens must be a whole number from 1, not 0"):
         run("--checkpoint", "no/such", "--max_new_tokens", "0")
 
 
-def test_wrong_paths_are_told_before_the_model_loads(tmp_path):
+def test_wrong_paths_are_reported_before_the_model_loads(tmp_path):
     with pytest.raises(LlavaError, match="no/such.png"):
         run("--checkpoint", str(tmp_path), "--image", "no/such.png")
     with pytest.raises(LlavaError, match="no checkpoint folder at no/such/run"):

@@ -78,11 +78,25 @@ def test_devices_are_those_asked_for(run, llava, tmp_path, monkeypatch):
     monkeypatch.setattr(model.Llava, "from_pretrained", keep)
     run()
     run("--tensor", "4", "--overwrite")
-    run("--data", "2", "--tensor", "3", "--overwrite")
+    run("--replicas", "2", "--tensor", "3", "--overwrite")
+    run("--data", "2", "--tensor", "3", "--overwrite")  # the earlier name
     four, six = ({"data": d, "fsdp": 1, "tensor": t} for d, t in ((1, 4), (2, 3)))
-    assert meshes == [None, four, six]
+    assert meshes == [None, four, six, six]
     with pytest.raises(LlavaError, match="data=3, fsdp=1, tensor=3 does not fit 8 devices"):
-        run("--data", "3", "--tensor", "3")
+        run("--replicas", "3", "--tensor", "3")
+
+
+def test_the_model_is_loaded_as_the_flags_say(run, llava, tmp_path, monkeypatch):
+    write(tmp_path / "in.jsonl", good(1))
+    loaded = []
+    keep = lambda *_, **options: loaded.append(options) or llava
+    monkeypatch.setattr(model.Llava, "from_pretrained", keep)
+    run("--quantize", "int8", "--kv_cache", "int8", "--template", "v1", "--dtype", "mixed")
+    run("--weights", "int8", "--overwrite")  # the earlier name
+    first, second = loaded
+    assert (first["quantize"], first["kv_cache"], first["template"]) == ("int8", "int8", "v1")
+    assert first["dtype"] == "mixed" and second["quantize"] == "int8"
+    assert second["template"] is None
 
 
 def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path, capsys):
@@ -109,6 +123,10 @@ def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path, capsys)
         '{"prompt": "a", "images": "http://localhost/a.png"}': "allow addresses",
         '{"prompt": "a <image>"}': "1 <image> but 0",
         '{"prompt": "a", "temprature": 1}': "did you mean temperature",
+        '{"prompt": "a", "imagse": "0.png"}': "unknown key 'imagse': did you mean image",
+        '{"prompt": "a", "image": "0.png", "images": "1.png"}': "in images or in image, not in",
+        '{"prompt": "a", "image": {"bytes": ""}}': "image must be paths or addresses",
+        '{"prompt": "a", "system": ["b"]}': "system must be a text",
         '{"prompt": "a", "max_tokens": 0}': "max_tokens must be",
         '{"prompt": "a", "history": "b"}': "history must be",
         '{"prompt": "a", "history": [["b"]]}': "pairs",
@@ -118,13 +136,14 @@ def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path, capsys)
     fine = {"prompt": "a?", "images": data + picture, "max_tokens": 3}
     lines = [entry for text in wrong for entry in (text, fine)]
     write(tmp_path / "in.jsonl", lines)
-    told = run()
-    assert len(told) == len(lines)
+    answers = run()
+    assert len(answers) == len(lines)
     for at, message in enumerate(wrong.values()):
-        assert message in told[2 * at]["error"], told[2 * at]
+        assert message in answers[2 * at]["error"], answers[2 * at]
     assert f"wrong requests: {len(wrong)};" in capsys.readouterr().err
-    texts = {line["text"] for line in told[1::2]}
-    assert len(texts) == 1 and told[4]["id"] == 5 and told[1]["id"] == 1
+    texts = {line["text"] for line in answers[1::2]}
+    assert len(texts) == 1 and answers[4]["id"] == 5 and answers[1]["id"] == 1
+    assert answers[5]["id"] == "line 5"  # 5 is the id of another
 
 
 def test_a_killed_run_continues_and_repairs_its_last_line(run, llava, tmp_path):
@@ -145,6 +164,28 @@ def test_ids_are_given_back_whatever_they_are(run, tmp_path):
     ids = ["a", "a", None, 1.5, {"b": [2]}, "\ud800"]
     write(tmp_path / "in.jsonl", [{"id": id, "prompt": "a?", "max_tokens": 1} for id in ids])
     assert [line["id"] for line in run()] == ids
+
+
+def test_a_request_without_an_id_never_has_that_of_another(run, tmp_path):
+    ids = [3, "line 5", None, ..., ..., ...]
+    lines = [{"prompt": "a?", "max_tokens": 1} | ({} if i is ... else {"id": i}) for i in ids]
+    write(tmp_path / "in.jsonl", lines)
+    assert [line["id"] for line in run()] == [3, "line 5", None, "line 3", 4, 5]
+    write(tmp_path / "in.jsonl", [{"prompt": "a?", "max_tokens": 1, "id": "line 1"},
+                                  {"prompt": "a?", "max_tokens": 1},
+                                  {"prompt": "a?", "max_tokens": 1, "id": 1}])  # fmt: skip
+    assert [line["id"] for line in run("--overwrite")] == ["line 1", "line 1'", 1]
+
+
+def test_pictures_and_system_prompts_are_read_under_the_keys_of_records(run, llava, tmp_path):
+    request = {"prompt": "a?", "max_tokens": 4}
+    lines = [{"image": "0.png"}, {"images": ["0.png"]}, {"image": ["0.png"]}]
+    lines += [{"image": None, "images": "0.png"}, {"image": "0.png", "system": "Be brief."}]
+    write(tmp_path / "in.jsonl", [request | line for line in lines])
+    *same, brief = (line["text"] for line in run())
+    assert set(same) == {llava.generate("a?", tmp_path / "0.png", max_tokens=4)}
+    assert brief == llava.chat("a?", tmp_path / "0.png", system="Be brief.", max_tokens=4)
+    assert brief != same[0]
 
 
 def test_every_batch_may_end_at_its_first_token(run, tmp_path):
@@ -221,7 +262,7 @@ def test_settings_of_the_command_line_give_way_to_the_requests(run, llava, tmp_p
     assert [line["completion_tokens"] for line in lines] == [3, 2, 6]
     last = lines[2]
     assert len(last["texts"]) == 2 and last["texts"][0] == last["text"]
-    assert [len(told) for told in last["logprobs"]] == [3, 3]
+    assert [len(of_one) for of_one in last["logprobs"]] == [3, 3]
     assert set(last["logprobs"][0][0]) == {"token", "logprob", "top"}
     assert len(last["prompt_logprobs"]) == last["prompt_tokens"] - 1
 
@@ -237,13 +278,13 @@ def test_settings_of_the_command_line_give_way_to_the_requests(run, llava, tmp_p
         (["--output", "."], "--output is a folder, .: give a file"),
     ],
 )
-def test_wrong_arguments_are_told_at_the_start(run, tmp_path, arguments, message):
+def test_wrong_arguments_are_reported_at_the_start(run, tmp_path, arguments, message):
     write(tmp_path / "in.jsonl", good(1))
     with pytest.raises(LlavaError, match=message):
         run(*arguments)
 
 
-def test_an_output_that_cannot_be_made_is_told(run, tmp_path, capsys):
+def test_an_output_that_cannot_be_made_is_reported(run, tmp_path, capsys):
     write(tmp_path / "in.jsonl", [])
     (tmp_path / "file").write_text("")
     arguments = ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/file/out.jsonl"]
@@ -252,7 +293,7 @@ def test_an_output_that_cannot_be_made_is_told(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["[]", "{max_tokens: 3}"])
-def test_settings_that_are_no_json_object_are_told(run, tmp_path, capsys, text):
+def test_settings_that_are_not_a_json_object_are_refused(run, tmp_path, capsys, text):
     with pytest.raises(SystemExit):
         run("--sampling", text)
-    assert f"argument --sampling: {text!r} is no JSON" in capsys.readouterr().err
+    assert f"argument --sampling: {text!r} is not" in capsys.readouterr().err
