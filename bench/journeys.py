@@ -1,12 +1,14 @@
 """How far a value travels through the code: the functions of ours that it meets, in their order.
 
-    python -m bench.journeys picture --config=configs/NAME.py
+    python -m bench.journeys picture
+    python -m bench.journeys prompt
 
 A function counts when it is entered for the first time; a change of file is counted where the next
 new function is in another file than the one before. Comprehensions, lambdas and module bodies count
 as part of what holds them.
 
 `picture`: from a JSON record to the first batch of NumPy arrays, on data that this script makes.
+`prompt`: from a question about a picture to the text of its answer.
 """
 
 import contextlib
@@ -88,8 +90,23 @@ def picture() -> list[tuple[str, str]]:
     return journey
 
 
+def prompt() -> list[tuple[str, str]]:
+    """From a question about a picture to the text of its answer, with a model of random weights."""
+    from tests.tiny_model import random_image, tiny_llava
+
+    llava, image = tiny_llava(), random_image(0)
+    with recorded() as journey:
+        llava.chat("What is this?", image, max_tokens=4)
+    return journey
+
+
+JOURNEYS = {"picture": picture, "prompt": prompt}
+
+
 def main() -> None:
-    report(picture())
+    if len(sys.argv) != 2 or sys.argv[1] not in JOURNEYS:
+        sys.exit(f"usage: python -m bench.journeys {'|'.join(JOURNEYS)}")
+    report(JOURNEYS[sys.argv[1]]())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from llava_jax.data.parsing import (
     parse_record,
 )
 from llava_jax.errors import LlavaError, RecordError
+from llava_jax.text.conversation import Turn  # noqa: F401  what a Record's turns are
 
 
 def checked_record(records, index: int) -> Record:
