@@ -41,7 +41,7 @@ def test_help_lists_the_commands(capsys):
     [
         ([], "llava-jax: the following arguments are required: COMMAND"),
         (["shw"], "llava-jax: COMMAND has no choice 'shw': did you mean show?"),
-        (["xyz"], "llava-jax: COMMAND has no choice 'xyz'; known are generate, chat, build, "),
+        (["xyz"], "llava-jax: COMMAND has no choice 'xyz'; known are generate, chat, "),
         (["chat", "--checkpoint", "a", "--xyz"], "llava-jax chat: unknown flag --xyz"),
         (
             ["chat", "--checkpoint", "a", "--imag_root=b"],
