@@ -1,5 +1,6 @@
 """README, the pages of docs/ and the words of the code: `make lint` runs this file."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = [ROOT / "train.py", ROOT / "eval.py", ROOT / "setup.py"]
+CODE += sorted(p for f in ("llava_jax", "configs", "bench") for p in (ROOT / f).rglob("*.py"))
 UNWRAPPED = (
     "docs/extend/",
     "docs/use/ask",
@@ -49,3 +52,25 @@ def test_links_lead_to_a_file_and_a_heading(page):
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def messages(path: Path) -> list[tuple[int, str]]:
+    """(line, end of the text) of each error of ours that a file makes from a literal."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", "").endswith("Error")
+            and node.args
+        ):
+            last = node.args[-1]
+            if isinstance(last, ast.JoinedStr):
+                last = last.values[-1]
+            if isinstance(last, ast.Constant) and isinstance(last.value, str):
+                found.append((node.lineno, last.value))
+    return found
+
+
+@pytest.mark.parametrize("path", CODE, ids=name)
+def test_error_messages_end_without_a_full_stop(path):
+    assert not [line for line, text in messages(path) if text.rstrip().endswith(".")]
