@@ -2,15 +2,15 @@
 
     python -m bench.train_step --config=configs/easy_vqa_align.py --config.model.dtype=float32
 
-Each side is a process of its own; they take turns at a few steps, and the one that is not on turn
-sleeps; with --apart it ends and starts anew for its next turn, where a card cannot hold both. Both
-see the same packed batches. Where config.init names an encoder and a decoder both start from them,
-and the losses of the first steps show that both compute the same; elsewhere parameters and batches
-are random in the shapes of the recipe.
+Each side runs in a process of its own. They take turns of a few steps, and the idle one sleeps;
+with --apart it ends and starts again for its next turn, for a card that cannot hold both. Both see
+the same packed batches. If config.init names an encoder and a decoder, both start from them, and
+the losses of the first steps show that both compute the same. Otherwise parameters and batches are
+random, in the shapes of the recipe.
 
-The other side is LlavaForConditionalGeneration in eager mode, sdpa attention with a mask that keeps
-packed conversations apart, images of real slots alone, fused AdamW with float32 state. Prints real
-tokens a second (all blocks' median and best), the ratio, and peak memory while stepping.
+The other side is LlavaForConditionalGeneration in eager mode, with sdpa attention under a mask that
+separates packed conversations, only the pictures that are there, and fused AdamW with float32
+state. Prints real tokens a second (median and best of all blocks), the ratio, and the peak memory.
 """
 
 import dataclasses
@@ -158,7 +158,7 @@ def huggingface_config(shape: LlavaConfig):
 
 
 def make_huggingface(config: ConfigDict, shape: LlavaConfig, projector: dict, device: str):
-    """Their model, with the recipe's parameters where it names some."""
+    """The model of transformers, with the parameters that the recipe names, if any."""
     import torch
     import transformers
 
@@ -188,7 +188,7 @@ def make_huggingface(config: ConfigDict, shape: LlavaConfig, projector: dict, de
 
 
 def prepare(batch: dict, shape: LlavaConfig, device: str) -> dict:
-    """One of our packed batches as their model takes it."""
+    """One of our packed batches as the model of transformers takes it."""
     import torch
 
     ids, segments = batch["input_ids"], batch["segment_ids"]
@@ -256,7 +256,7 @@ def start_theirs(config: ConfigDict, batches: list[dict], projector: dict, threa
 
 
 def side(start, connection, *arguments) -> None:
-    """A process: prepares, then runs the steps it is told to and answers (losses, seconds)."""
+    """A process: prepares, then runs as many steps as it is sent, and answers (losses, seconds)."""
     run, device_peak = start(*arguments)
     losses = [run(0), run(1)]  # the first calls are slower
     gc.collect()
@@ -273,7 +273,7 @@ def side(start, connection, *arguments) -> None:
 
 
 def forget_peak() -> None:
-    """Starts the process's peak of resident memory anew, where Linux lets it."""
+    """Resets the process's peak of resident memory, if Linux allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -332,11 +332,11 @@ def main() -> None:
 
 
 def heard(name: str, pipe):
-    """What a side says next."""
+    """The next message of a side."""
     try:
         return pipe.recv()
     except EOFError:
-        raise LlavaError(f"the process of {name} has ended: what it says is above") from None
+        raise LlavaError(f"the process of {name} has ended: its output is above") from None
 
 
 def stop(process, pipe) -> int:

@@ -86,6 +86,6 @@ def test_the_run_directory_can_be_used_and_be_a_next_stage_s_start(world, run, t
         ({"lora.targets": ("decoder/*_prj",)}, "config.lora.targets: 'decoder/.*no linear layer"),
     ],
 )
-def test_a_wrong_setting_is_told(changes, message, world, run, aligned, tmp_path):
+def test_a_wrong_setting_is_reported(changes, message, world, run, aligned, tmp_path):
     with pytest.raises(LlavaError, match=message):
         run(instruct(world, tmp_path / "run", aligned, STAGE | changes))

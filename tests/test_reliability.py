@@ -148,22 +148,22 @@ def test_a_damaged_newest_checkpoint_is_put_aside(name, world, run, every_step, 
     shutil.copytree(every_step, workdir)
     DAMAGE[name](workdir / "checkpoints/4")
     run(align(world, workdir, {"save_every": 1, "keep": 9}))
-    told = capsys.readouterr().err
-    assert "checkpoints/4" in told and "put aside as 4.damaged" in told
-    assert "resuming from step 3" in told
+    output = capsys.readouterr().err
+    assert "checkpoints/4" in output and "put aside as 4.damaged" in output
+    assert "resuming from step 3" in output
     names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert names == ["1", "2", "3", "4", "4.damaged"]
     assert_same_runs(workdir, every_step)
 
 
-def test_damage_in_all_checkpoints_is_told(world, run, every_step, tmp_path):
+def test_damage_in_all_checkpoints_is_reported(world, run, every_step, tmp_path):
     workdir = tmp_path / "align"
     shutil.copytree(every_step, workdir)
     for step in range(1, 5):
         cut_arrays(workdir / f"checkpoints/{step}")
-    with pytest.raises(LlavaError, match="checkpoints/4 is damaged: .*none before it") as told:
+    with pytest.raises(LlavaError, match="checkpoints/4 is damaged: .*none before it") as error:
         run(align(world, workdir))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert len(list((workdir / "checkpoints").glob("?"))) == 4
 
 

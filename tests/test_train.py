@@ -52,7 +52,7 @@ LONG = {"steps": 12, "save_every": 3, "validate_every": 5, "accumulation": 2}
 
 @pytest.fixture(scope="module")
 def both_stages(world, tmp_path_factory) -> tuple[Path, Path, str]:
-    """The run directories of stage 1 and, LONG, of stage 2 by the script; what the first told."""
+    """The run directories of stage 1 and, LONG, of stage 2 by the script; output of the first."""
     folder = tmp_path_factory.mktemp("stages")
     first, second = folder / "align", folder / "instruct"
     code, out, err = run_script(world, align(world, first))
@@ -203,7 +203,7 @@ WRONG = {  # name -> (config values, words of the message)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_config_is_told_before_the_first_step(name, world, run, tmp_path):
+def test_a_wrong_config_is_reported_before_the_first_step(name, world, run, tmp_path):
     changes, message = WRONG[name]
     with pytest.raises(LlavaError, match=message) as error:
         run(align(world, tmp_path / "run", changes))
@@ -231,7 +231,7 @@ WRONG_RECORDS = {  # name -> (change of the records, words of the message)
 
 
 @pytest.mark.parametrize("name", WRONG_RECORDS)
-def test_a_bad_record_is_told_before_the_first_step(name, world, run, tmp_path):
+def test_a_bad_record_is_reported_before_the_first_step(name, world, run, tmp_path):
     change, message = WRONG_RECORDS[name]
     images = tmp_path / "images"
     shutil.copytree(world / "data/images", images)
@@ -296,7 +296,7 @@ def test_two_runs_in_one_work_directory(world, run, tmp_path):
             run(align(world, tmp_path))
 
 
-def test_a_work_directory_that_cannot_be_written_is_told_before_the_data_is_read(
+def test_a_work_directory_that_cannot_be_written_is_reported_before_the_data_is_read(
     world, run, tmp_path
 ):
     (tmp_path / "file").write_text("")
@@ -307,7 +307,7 @@ def test_a_work_directory_that_cannot_be_written_is_told_before_the_data_is_read
         run(align(world, tmp_path / "file/run", values))
 
 
-def test_a_recipe_that_cannot_be_read_is_told(tmp_path):
+def test_a_recipe_that_cannot_be_read_is_reported(tmp_path):
     (tmp_path / "checkpoints/2").mkdir(parents=True)
     (tmp_path / "config.json").write_text("garbage")
     with pytest.raises(LlavaError, match="config.json cannot be read as JSON"):
@@ -416,7 +416,7 @@ def cut_arrays(item: Path) -> None:
         path.write_bytes(path.read_bytes()[:9])
 
 
-def test_a_damaged_checkpoint_is_told(world, run, aligned_copy):
+def test_a_damaged_checkpoint_is_reported(world, run, aligned_copy):
     shutil.rmtree(aligned_copy / "checkpoints/4")
     cut_arrays(aligned_copy / "checkpoints/2/opt_state")
     message = "checkpoints/2 is damaged: .*, and there is none before it"

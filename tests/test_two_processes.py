@@ -85,12 +85,12 @@ def test_two_processes_are_one(one, two):
     np.testing.assert_allclose(held_out[0], held_out[1], rtol=1e-4)
 
 
-def test_the_first_process_alone_tells_and_writes(two):
+def test_the_first_process_alone_reports_and_writes(two):
     workdir, ((_, out, err), (_, other_out, other_err)) = two
     assert "4 steps done" in out and "of 2 processes as" in err
     # Without Gloo's own, of two threads, which may end a line with a number in the next.
-    told = [x for x in other_out.splitlines() if re.search("[a-z]", x) and "peer ranks" not in x]
-    assert not told and "steps" not in other_err and "compiled" not in other_err
+    output = [x for x in other_out.splitlines() if re.search("[a-z]", x) and "peer ranks" not in x]
+    assert not output and "steps" not in other_err and "compiled" not in other_err
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines if "grad_norm" in x] == [1, 2, 3, 4]
     assert len(list((workdir / "tensorboard").iterdir())) == 1

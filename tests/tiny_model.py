@@ -16,7 +16,20 @@ from llava_jax.models.images import ImageSpec, feature_places, features_in_turn
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.vit import ViTConfig
 
-VISION = ViTConfig(16, 32, 3, 2, 4, 16, "gelu", 1e-6, True, False, True, True)
+VISION = ViTConfig(
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=3,
+    num_heads=2,
+    patch_size=4,
+    image_size=16,
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+    class_token=True,
+    pre_norm=False,
+    patch_bias=True,
+    layer_scale=True,
+)
 DECODER = DecoderConfig(
     vocab_size=300,
     hidden_size=32,

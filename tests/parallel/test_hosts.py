@@ -1,4 +1,4 @@
-"""How processes find each other, as their surroundings tell, and what must be the same in all."""
+"""How processes find each other, by their environment, and what must be the same in all."""
 
 import os
 import re
@@ -41,7 +41,7 @@ except LlavaError as error:
 
 
 @pytest.mark.parametrize(
-    "surroundings, told",
+    "surroundings, output",
     [
         ({}, "alone 1 gpus: all"),
         (SLURM, "joined 1 gpus: all"),
@@ -55,11 +55,11 @@ except LlavaError as error:
         ),
     ],
     ids=[
-        *("laptop", "Slurm", "Open MPI", "pod", "Kubernetes without its package", "half told"),
+        *("laptop", "Slurm", "Open MPI", "pod", "Kubernetes without its package", "incomplete"),
         "no port",
     ],
 )
-def test_processes_are_found_by_their_surroundings(surroundings, told):
+def test_processes_are_found_by_their_surroundings(surroundings, output):
     marks = ("SLURM", "OMPI", "KUBERNETES", "JOB_", "JAX_COORDINATOR", "JAX_NUM", "JAX_PROCESS")
     plain = {k: v for k, v in os.environ.items() if not k.startswith(marks)}
     process = subprocess.run(
@@ -69,7 +69,7 @@ def test_processes_are_found_by_their_surroundings(surroundings, told):
         text=True,
         timeout=200,
     )
-    assert re.match(told, process.stdout.strip().splitlines()[-1]), process.stderr
+    assert re.match(output, process.stdout.strip().splitlines()[-1]), process.stderr
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,17 @@ def test_a_process_that_waits_says_so(monkeypatch, capsys):
     assert "waiting for the other processes" in capsys.readouterr().err
 
 
-def test_the_code_is_told_by_its_content(tmp_path):
+def test_the_code_is_reported_by_its_content(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("print(1)")
     first = hosts.this_code(script)
     assert first == hosts.this_code(script) and "jax's version" in first
     script.write_text("print(2)")
     assert hosts.this_code(script)["code"] != first["code"]
+
+
+@pytest.mark.parametrize("result", ["data", None])
+def test_a_process_alone_acts_once(result):
+    calls = []
+    assert hosts.first_then_all(lambda: calls.append(1) or result) == result
+    assert calls == [1]

@@ -72,8 +72,8 @@ def test_damage_to_any_file_gives_the_same_bits_or_the_step_before(
         found = Checkpoints(workdir, keep=9).restore_newest(state(0))
         step = int(found.step)
         jax.tree.map(np.testing.assert_array_equal, found, state(step))
-        told = capsys.readouterr().err
-        assert step == 2 or "is damaged" in told or "cannot be read" in told, file
+        output = capsys.readouterr().err
+        assert step == 2 or "is damaged" in output or "cannot be read" in output, file
         if step == 1:
             put_aside.add(file.parts[0])
     assert {"params", "opt_state", "bit_sums"} <= put_aside

@@ -62,7 +62,7 @@ def test_nothing_supervised_is_zero_with_gradients_of_zero():
     assert not any(np.asarray(g).any() for g in grads)
 
 
-def test_each_row_weighs_as_told():
+def test_each_row_has_its_weight():
     wanted, weights = targets(7, 0, 4), jnp.array([0.5, 3.0, 2.0])
     weighted = jax.value_and_grad(cross_entropy_sum, (0, 1))
     total, grads = jax.jit(weighted, static_argnums=4)(HIDDEN, TABLE, wanted, weights, 3)

@@ -46,7 +46,7 @@ def test_a_line_cut_within_a_character_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"\0" * 9, b"[1]", b'{"loss": 1}', b"\xff", b""])
-def test_a_line_that_a_crash_damaged_is_left_out_and_told(damage, tmp_path, capsys):
+def test_a_line_that_a_crash_damaged_is_left_out_and_reported(damage, tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"step": 3}\n')
     assert [line["step"] for line in read_log(path)] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""A config made into checked objects: each wrong value is told, and what resuming may change."""
+"""A config made into checked objects: wrong values are reported; what resuming may change."""
 
 import json
 
@@ -63,7 +63,7 @@ def config(parts=None, **changes):
         ({"wandb_project": "mine"}, "wandb_project is 'mine' but wandb is not installed"),
     ],
 )
-def test_each_wrong_value_is_told(changes, message, monkeypatch):
+def test_each_wrong_value_is_reported(changes, message, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LlavaError, match=message):
         recipe.check_config(config(**changes))
@@ -102,7 +102,7 @@ def test_a_preset_and_what_is_set_beside_it():
         ({"init__checkpoint": "no/such"}, "config.init.checkpoint names no/such"),
     ],
 )
-def test_a_model_that_cannot_be_is_told(changes, message, parts):
+def test_a_model_that_cannot_be_is_reported(changes, message, parts):
     with pytest.raises(LlavaError, match=message):
         recipe.model_config(config(parts, **changes))
 
