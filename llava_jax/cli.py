@@ -49,8 +49,10 @@ class Parser(argparse.ArgumentParser):
 class _HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        plain = action.default in (None, False, [], argparse.SUPPRESS)
-        return text if plain or "default" in text else f"{text}; default: %(default)s"
+        no_default = action.default is None or action.default is False or action.default == []
+        if no_default or action.default == argparse.SUPPRESS or "default" in text:
+            return text
+        return f"{text}; default: %(default)s"
 
 
 def _shown(action: argparse.Action) -> list[str]:

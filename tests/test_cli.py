@@ -75,7 +75,8 @@ def test_every_flag_has_help_and_shows_its_default(name):
     for action in parser._actions:
         assert action.help, f"{action.option_strings} of {name} has no help"
         text = parser._get_formatter()._get_help_string(action)
-        if action.default not in (None, False, [], argparse.SUPPRESS):
+        hidden = action.default in ([], argparse.SUPPRESS)
+        if not hidden and action.default is not None and action.default is not False:
             assert "default" in text, f"{action.option_strings} of {name} hides its default"
 
 
