@@ -132,9 +132,11 @@ def main(args) -> int:
     """Runs `llava-jax validate` and prints its report; returns 1 if there is any fault."""
     reports = []
     for data_set in data_sets(args):
+        if reports:
+            print()
         report = validate(
             *data_set[:3], max_pixels=args.max_pixels, threads=args.workers, **data_set.training
         )
         reports.append(report)
-        print(f"{data_set.records.path}: {report.text()}\n")
+        print(f"{data_set.records.path}: {report.text()}")
     return 1 if any(report.faults for report in reports) else 0
