@@ -49,7 +49,7 @@ class TrainingData:
     bad_image: "error" raises at the first image that is missing, over `max_pixels` or cannot be
     read; "skip" leaves its conversation out and raises when more than `bad_image_ceiling`
     different ones were left out (by one process). Most bad images show before the first step and
-    are told in `bad_images`; those met only when decoding are named in `Batch.skipped`.
+    are reported in `bad_images`; those met only when decoding are named in `Batch.skipped`.
     workers: processes that build rows; 0 builds them in `threads` threads of this one.
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
