@@ -23,14 +23,13 @@ from llava_jax.data.pipeline import TrainingData
 from llava_jax.errors import LlavaError
 from llava_jax.files import locked, write_json
 from llava_jax.parallel import hosts
-from llava_jax.parallel.sharding import process_part
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 from llava_jax.training.preemption import sigterm_noted
 from llava_jax.training.stage import Stage
 from llava_jax.training.step import TrainState
 from llava_jax.weights.read.fields import read_json
-from llava_jax.weights.run_directory import RunModel, latest_step, write_run_model
+from llava_jax.weights.run_directory import latest_step, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
 DRY_RUN = flags.DEFINE_string(
@@ -62,7 +61,8 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
     with contextlib.ExitStack() as lock:
         hosts.first_alone(lambda: lock.enter_context(locked_workdir(workdir)))
         data, held_out = open_data(stage, tokenizer)
-        claim_workdir(workdir, values | {"data_fingerprint": data.fingerprint})
+        values["data_fingerprint"] = data.fingerprint
+        hosts.first_alone(lambda: claim_workdir(workdir, values))
 
         # 2. Build: the state, fresh or resumed, and the frozen parameters, on the devices.
         # Late: these import for seconds, which no mistake found above should cost.
@@ -77,12 +77,7 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
         resumed = checkpoints.restore_newest(stage.state)
         if resumed and int(resumed.step) == data.steps:
             return finish(workdir, data.steps, data.steps)
-        model = RunModel(
-            stage.model.config,
-            config.model.template,
-            recipe.frozen_sources(sources, stage.frozen),
-            stage.lora,
-        )
+        model = stage.run_model(sources)
         if hosts.is_first():
             write_run_model(workdir, model)
             copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
@@ -91,14 +86,16 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
             hosts.report(f"resuming from step {int(state.step)}")
 
         # 3. Run.
-        batches = data.batch_iterator(int(state.step), *process_part(stage.mesh))
+        batches = data.batch_iterator(int(state.step), *stage.part)
         with stage.scope(), sigterm_noted() as stop, contextlib.closing(batches):
             report_start(stage, state, frozen, data)
             first = next(batches)
             began, arrays = time.perf_counter(), stage.put(first.arrays)
             train_step = stage.compile_step(optimizer, state, frozen, arrays)
-            seconds = time.perf_counter() - began
-            hosts.report(f"compiled in {seconds:.0f} s; {stage.microbatches} microbatches a step")
+            hosts.report(
+                f"compiled in {time.perf_counter() - began:.0f} s; {stage.microbatches} "
+                "microbatches a step"
+            )
             log = open_log(stage.config, int(state.step))
             loop = Loop(
                 stage=stage,
@@ -195,10 +192,8 @@ def finish(workdir: Path, done: int, steps: int) -> None:
     from llava_jax.training.metrics import plot_losses, read_log
 
     plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
-    lines = read_log(workdir / "metrics.jsonl")
-    last = {
-        name: line[name] for line in lines for name in ("loss", "validation_loss") if name in line
-    }
+    shown, lines = ("loss", "validation_loss"), read_log(workdir / "metrics.jsonl")
+    last = {name: value for line in lines for name, value in line.items() if name in shown}
     losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
     print(f"{workdir}: {steps} steps done, {losses}; plot in {workdir / 'loss.png'}")
     print(f"ask it: llava-jax chat --checkpoint {workdir} --image FILE")

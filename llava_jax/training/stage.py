@@ -25,11 +25,12 @@ from llava_jax.models.llava import LlavaModel
 from llava_jax.models.lora import LoraConfig
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.mesh import BATCH_AXES, make_mesh, microbatches
-from llava_jax.parallel.sharding import RULES, batch_sharding, put_batch
+from llava_jax.parallel.sharding import RULES, batch_sharding, process_part, put_batch
 from llava_jax.training import recipe
 from llava_jax.training.optimizer import adamw, warmup_cosine
 from llava_jax.training.state import abstract_model, abstract_state, fresh_state, joined, place
 from llava_jax.training.step import COMPILER_OPTIONS, TrainState, make_eval_step, make_train_step
+from llava_jax.weights.run_directory import RunModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,6 +180,23 @@ class Stage:
         spec = batch_spec(self.row_format, self.config.batch_size)
         place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(self.mesh))
         return {name: place(array.shape, array.dtype) for name, array in spec.items()}
+
+    def run_model(self, sources: dict[str, Path]) -> RunModel:
+        """The contents of a run's model.json.
+
+        Args:
+          sources: component -> folder that it starts from; see `recipe.starting_sources`.
+
+        Raises:
+          LlavaError: a frozen component starts from no folder.
+        """
+        frozen = recipe.frozen_sources(sources, self.frozen)
+        return RunModel(self.model.config, self.config.model.template, frozen, self.lora)
+
+    @functools.cached_property
+    def part(self) -> tuple[int, int]:
+        """(index, count): the part of every batch that this process reads."""
+        return process_part(self.mesh)
 
     def put(self, arrays: dict) -> dict[str, jax.Array]:
         """This process's rows of a batch -> the global batch on the devices."""

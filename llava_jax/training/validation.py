@@ -8,7 +8,6 @@ from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import Record
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.parallel.sharding import process_part
 from llava_jax.training.metrics import MetricsLog, NoLog
 from llava_jax.training.stage import Stage
 from llava_jax.training.step import TrainState
@@ -28,7 +27,7 @@ class Validation:
         self, stage: Stage, data: TrainingData, tokenizer, frozen: dict, log: MetricsLog | NoLog
     ):
         self._stage, self._data, self._frozen, self._log = stage, data, frozen, log
-        self._part, self._eval_step = process_part(stage.mesh), stage.eval_step()
+        self._eval_step = stage.eval_step()
         config = stage.config
         self._answerer = Llava(
             stage.model.config,
@@ -44,7 +43,7 @@ class Validation:
         self._sampling = SamplingParams(config.sample_tokens, 0.0, 1.0, 0)
 
     def __call__(self, state: TrainState, step: int) -> None:
-        batches = self._data.batch_iterator(0, *self._part)
+        batches = self._data.batch_iterator(0, *self._stage.part)
         total = tokens = 0.0
         for batch in tqdm(batches, total=self._data.steps, desc="validation", leave=False, delay=2):
             arrays = self._stage.put(batch.arrays)
