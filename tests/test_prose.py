@@ -62,26 +62,30 @@ def test_readme_counts_lines_to_a_tenth():
         assert abs(int(said.replace(",", "")) - lines) <= max(lines / 10, 5), f"{path}: {lines}"
 
 
+def end_of(node: ast.expr) -> str:
+    """The literal text that an expression ends with, "" if it ends with a value."""
+    if isinstance(node, ast.JoinedStr):
+        node = node.values[-1]
+    elif isinstance(node, ast.BinOp):
+        return end_of(node.right)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
 def messages(path: Path) -> list[tuple[int, str]]:
-    """(line, end of the text) of each error of ours that a file makes from a literal."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if (
-            isinstance(node, ast.Call)
-            and getattr(node.func, "id", "").endswith("Error")
-            and node.args
-        ):
-            last = node.args[-1]
-            if isinstance(last, ast.JoinedStr):
-                last = last.values[-1]
-            if isinstance(last, ast.Constant) and isinstance(last.value, str):
-                found.append((node.lineno, last.value))
-    return found
+    """(line, end of the message) of each error that a file makes."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
+    errors = [call for call in calls if getattr(call.func, "id", "").endswith("Error")]
+    return [(call.lineno, end_of(call.args[-1])) for call in errors]
 
 
 @pytest.mark.parametrize("path", CODE, ids=name)
 def test_error_messages_end_without_a_full_stop(path):
     assert not [line for line, text in messages(path) if text.rstrip().endswith(".")]
+
+
+def test_the_messages_are_found():
+    assert sum(len(messages(path)) for path in CODE) > 200
 
 
 @pytest.mark.parametrize("path", [*CODE, *PAGES], ids=name)
