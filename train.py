@@ -48,7 +48,6 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
     Raises:
       LlavaError: anything that the user can fix, nearly always before the first step.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax and JAX log much at INFO
     # 1. Check: whatever can be wrong is found before a weight is read.
     values = json.loads(config.to_json_best_effort())
     hosts.check_same(hosts.this_code(__file__) | recipe.flatten(values, "config."))
@@ -92,10 +91,8 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
             first = next(batches)
             began, arrays = time.perf_counter(), stage.put(first.arrays)
             train_step = stage.compile_step(optimizer, state, frozen, arrays)
-            hosts.report(
-                f"compiled in {time.perf_counter() - began:.0f} s; {stage.microbatches} "
-                "microbatches a step"
-            )
+            seconds = time.perf_counter() - began
+            hosts.report(f"compiled in {seconds:.0f} s; {stage.microbatches} microbatches a step")
             log = open_log(stage.config, int(state.step))
             loop = Loop(
                 stage=stage,
@@ -185,9 +182,7 @@ def finish(workdir: Path, done: int, steps: int) -> None:
     if not hosts.is_first():
         return
     if done < steps:
-        print(
-            f"{workdir}: stopped by SIGTERM; step {done} of {steps} is saved, start again to go on"
-        )
+        print(f"{workdir}: stopped by SIGTERM; step {done} of {steps} is saved, run again to resume")
         return
     from llava_jax.training.metrics import plot_losses, read_log
 
@@ -200,6 +195,7 @@ def finish(workdir: Path, done: int, steps: int) -> None:
 
 
 def main() -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX log much at INFO
     config = CONFIG.value
     command.check_config(config, base)
     imports.tokenizers_alone()
