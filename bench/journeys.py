@@ -7,7 +7,7 @@ A function counts when it is entered for the first time; a change of file is cou
 new function is in another file than the one before. Comprehensions, lambdas and module bodies count
 as part of what holds them.
 
-`picture`: from a JSON record to the first batch of NumPy arrays, on data that this script makes.
+`picture`: from a file with one JSON record to the first batch of NumPy arrays.
 `prompt`: from a question about a picture to the text of its answer.
 """
 
@@ -82,8 +82,8 @@ def picture() -> list[tuple[str, str]]:
         tokenizer, model = byte_tokenizer(), preset("llava-1.5-7b")
         import grain  # noqa: F401  it is loaded late, and none of it is ours
 
+        row_format = RowFormat.of(model, "v1", max_length=1024, tiles=1)
         with recorded() as journey:
-            row_format = RowFormat.of(model, "v1", max_length=1024, tiles=1)
             records = open_records(f"{folder}/data.json")
             data = TrainingData(records, tokenizer, row_format, **options)
             next(data.batch_iterator())

@@ -10,9 +10,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llava_jax.data.rows import feature_places
 from llava_jax.inference.model import Llava
 from llava_jax.models.decoder import DecoderConfig
-from llava_jax.models.images import ImageSpec, feature_places, features_in_turn
+from llava_jax.models.images import ImageSpec, features_in_turn
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.vit import ViTConfig
 

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax.data.media import ImageError, check_shape, inspect_image
+from llava_jax.data.media import ImageError, check_shape, file_state, inspect_image
 from llava_jax.data.parsing import Record, check_record
-from llava_jax.data.rows import RowFormat
+from llava_jax.data.rows import RowFormat, render_record
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
+from llava_jax.models.images import layout
 from llava_jax.text.templates import Segment
-from llava_jax.text.tokenization import SegmentTokenizer, truncate
-from llava_jax.text.turns import render_turns, token_row
+from llava_jax.text.tokenization import SegmentTokenizer, token_row, truncate
 
 _CHUNK = 1024  # records tokenized at a time
 _CACHE_VERSION = 4  # raise it when the meaning of a cached value changes
@@ -69,19 +69,6 @@ class ImagePolicy(NamedTuple):
     max_pixels: int
     skip: bool
     ceiling: int
-
-
-def render_record(
-    row_format: RowFormat, records, record: Record, tokenizer: SegmentTokenizer | None
-) -> list[tuple[Segment, ...]]:
-    """`render_turns` of a record, for training; its errors name data and record."""
-    try:
-        placeholder = tokenizer and tokenizer.placeholder
-        return render_turns(
-            row_format.template, record.turns, row_format.turns, record.system, placeholder
-        )
-    except RecordError as error:
-        raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
 
 
 def measure(
@@ -185,39 +172,26 @@ def _look_at_all(
 
 def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -> _Look:
     """Checks a record, and with `inspect` its images."""
-    nominal = row_format.layout((row_format.image.size, row_format.image.size))
-    nominal = nominal.tiles, len(nominal)
-    record, errors, files, layouts = None, [], b"", []
+    record, errors, is_image, files, sizes = None, [], True, b"", []
     try:
         record = records[index]
-        layouts = [nominal] * len(record.images)
+        sizes = [(row_format.image.size, row_format.image.size)] * len(record.images)
         check_record(record, records.image_root)
-        files = b"".join(map(_file_state, record.images))
+        files = b"".join(map(file_state, record.images))
     except RecordError as error:
-        is_image = error.kind == "missing image"
-        if record is None or error.kind in _NO_FILE:
-            return _Look(record if is_image else None, [error], is_image, b"", layouts)
-        errors.append(error)
-    is_image = not errors
+        errors, is_image = [error], error.kind == "missing image"
+        inspect = inspect and record is not None and error.kind not in _NO_FILE
     images = zip(record.images, record.image_names, strict=True) if inspect else ()
     for i, (source, name) in enumerate(images):
         try:
             size = inspect_image(source, name, policy.max_pixels)
             check_shape(size, row_format.image, name, policy.max_pixels)
-            layout = row_format.layout(size)
-            layouts[i] = layout.tiles, len(layout)
+            sizes[i] = size
         except ImageError as error:
             errors.append(RecordError(error.kind, f"{record.name}: {error}"))
+    found = (layout(row_format.image, row_format.tokens_per_tile, size) for size in sizes)
+    layouts = [(one.tiles, len(one)) for one in found]
     return _Look(record if is_image else None, errors, is_image, files, layouts)
-
-
-def _file_state(source: str | bytes) -> bytes:
-    """Changes when the path, size or time of modification of an image file does."""
-    if not isinstance(source, str):
-        return b""
-    status = os.stat(source)
-    state = f"{source}\0{status.st_size}\0{status.st_mtime_ns}\0"
-    return state.encode(errors="surrogateescape")
 
 
 def _tokenize(
@@ -228,7 +202,12 @@ def _tokenize(
     cache.tiles = np.array([sum(tiles for tiles, _ in look.layouts) for look in looks], np.int64)
     bar = tqdm(looks, "measuring", unit=" records", disable=not progress)
     for chunk in _chunks(_rendered(records, row_format, tokenizer, bar, findings)):
-        lengths = () if tokenizer is None else _lengths(tokenizer, row_format, chunk)
+        lengths = ()
+        if tokenizer and row_format.turns == "conversation":
+            texts, images = [entry[1][0] for entry in chunk], [entry[2] for entry in chunk]
+            lengths = tokenizer.lengths(texts, images)  # much faster than rows
+        elif tokenizer:
+            lengths = [len(token_row(tokenizer, *texts)) for _, *texts in chunk]
         for (index, *texts), length in zip(chunk, lengths, strict=tokenizer is not None):
             full, reason = int(length), None
             if full > row_format.max_length:
@@ -265,13 +244,6 @@ def _chunks(items: Iterable) -> Iterator[list]:
             yield chunk
             chunk = []
     yield chunk
-
-
-def _lengths(tokenizer, row_format, chunk) -> Iterable[int]:
-    """Tokens of some rendered records, uncut."""
-    if row_format.turns == "conversation":
-        return tokenizer.lengths([texts[0] for _, texts, _ in chunk], [entry[2] for entry in chunk])
-    return [len(token_row(tokenizer, texts, images)) for _, texts, images in chunk]
 
 
 class _Cache:

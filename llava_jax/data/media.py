@@ -5,6 +5,7 @@ laid over white, then RGB (as transformers 5 does when it loads an image).
 """
 
 import io
+import os
 import struct
 import zlib
 
@@ -64,6 +65,15 @@ def inspect_image(
         if not _ends_well(image):
             _decode(image, name)
         return _upright_size(image)
+
+
+def file_state(source: str | bytes) -> bytes:
+    """Changes when the path, size or time of modification of an image file does."""
+    if not isinstance(source, str):
+        return b""
+    status = os.stat(source)
+    state = f"{source}\0{status.st_size}\0{status.st_mtime_ns}\0"
+    return state.encode(errors="surrogateescape")
 
 
 def _open(source: str | bytes, name: str, max_pixels: int) -> Image.Image:

@@ -288,7 +288,7 @@ def check_record(record: Record, image_root: str | None = None) -> None:
         raise RecordError("no conversations", f"{where} has no conversations")
     if len(record.turns) % 2:
         raise RecordError("last turn unanswered", f"{where} ends with a human turn; add its answer")
-    places = sum(turn.text.count(IMAGE_TOKEN) for turn in record.turns)
+    places = sum(turn.images for turn in record.turns)
     if places != len(record.images):
         raise RecordError(
             "<image> count",

@@ -5,7 +5,6 @@ lengths, so the rows of a batch are known from its step alone. Resuming needs no
 the same bytes, and works on any number of processes; each builds only its own rows.
 """
 
-import bisect
 import functools
 import gc
 import multiprocessing
@@ -13,31 +12,16 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.data.measuring import Findings, ImagePolicy, measure, render_record
-from llava_jax.data.media import MAX_PIXELS, ImageError, load_image, preprocess
-from llava_jax.data.plan import PackPlan, plan_rows
-from llava_jax.data.records import Record, ignored_keys_text
-from llava_jax.data.rows import RowFormat, pack
+from llava_jax.data.measuring import Findings, ImagePolicy, measure
+from llava_jax.data.media import MAX_PIXELS
+from llava_jax.data.plan import RowStream
+from llava_jax.data.records import ignored_keys_text
+from llava_jax.data.rows import Batch, RowBuilder, RowFormat, stack
 from llava_jax.errors import LlavaError
-from llava_jax.models.images import Layout
-from llava_jax.text.tokenization import SegmentTokenizer, TokenRow, truncate
-from llava_jax.text.turns import token_row
-
-
-class Batch(NamedTuple):
-    """One process's part of a batch.
-
-    arrays: name -> NumPy array, see `rows.RowFormat.row_spec`, each with a leading axis of rows.
-    record_ids: ids of the conversations in it. skipped: names of those left out for a bad image.
-    """
-
-    arrays: dict[str, np.ndarray]
-    record_ids: list[str]
-    skipped: list[str]
+from llava_jax.text.tokenization import SegmentTokenizer
 
 
 class TrainingData:
@@ -101,15 +85,16 @@ class TrainingData:
         self.refused, self.bad_images = measured.refused, measured.bad_images
         self.records_cut = measured.cut
         self.records, self.records_total = records, len(records)
-        self.fingerprint = records.fingerprint()
         is_usable = np.ones(len(records), bool)
         is_usable[[i for indices in self.refused.values() for i in indices]] = False
         usable = np.flatnonzero(is_usable)
         self.records_used = len(usable)
         if not len(usable):
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
-        self._row_builder = _RowBuilder(records, usable, segment_tokenizer, f, policy)
-        self._rows = _RowStream(measured.lengths[usable], measured.tiles[usable], row_format, seed)
+        self._row_builder = RowBuilder(
+            records, usable, segment_tokenizer, f, max_pixels, policy.skip
+        )
+        self._rows = RowStream(measured.lengths[usable], measured.tiles[usable], row_format, seed)
         self.rows_per_epoch = self._rows.rows_before(1)
         self.tokens_per_epoch = int(measured.lengths[usable].sum())
         self.images_per_epoch = int(measured.tiles[usable].sum())
@@ -126,6 +111,11 @@ class TrainingData:
             self.steps = -(-self._total_rows // batch_size)
         else:
             self.steps = self._total_rows // batch_size
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the content of the data."""
+        return self.records.fingerprint()
 
     def _refused_text(self) -> str:
         parts = []
@@ -208,7 +198,7 @@ class TrainingData:
         )
         rows = grain.MapDataset.range(start_step * local, self.steps * local).map(get_row)
         # Batched before it becomes an iterator: worker processes then share out whole batches.
-        batches = rows.batch(local, batch_fn=_stack).to_iter_dataset(
+        batches = rows.batch(local, batch_fn=stack).to_iter_dataset(
             grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads)
         )
         if not self._workers:
@@ -239,98 +229,6 @@ def live_as_long_as_the_run(worker: int, workers: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-class _RowBuilder:
-    """Record numbers -> one packed row; everything it needs, picklable."""
-
-    def __init__(
-        self,
-        records,
-        usable: np.ndarray,
-        tokenizer: SegmentTokenizer,
-        row_format: RowFormat,
-        policy: ImagePolicy,
-    ):
-        self._records, self._usable = records, usable
-        self._tokenizer, self._format, self._policy = tokenizer, row_format, policy
-
-    def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-        """members: [M] numbers into `usable`. Gives the row, ids in it, names of skipped ones."""
-        conversations, pictures, ids, skipped = [], [], [], []
-        for member in members:
-            record = self._records[int(self._usable[member])]
-            try:
-                found = [
-                    self._picture(source, name)
-                    for source, name in zip(record.images, record.image_names, strict=True)
-                ]
-            except ImageError as error:
-                if not self._policy.skip:
-                    raise LlavaError(f"{self._records.path}: {record.name}: {error}") from None
-                skipped.append(record.name)
-                continue
-            conversations.append(self._token_row(record, [len(layout) for layout, _ in found]))
-            pictures += found
-            ids.append(record.id)
-        return pack(conversations, pictures, self._format), ids, skipped
-
-    def _token_row(self, record: Record, image_lengths: list[int]) -> TokenRow:
-        texts = render_record(self._format, self._records, record, self._tokenizer)
-        row = token_row(self._tokenizer, texts, image_lengths)
-        row, reason = truncate(row, self._format.max_length)
-        if row is None:
-            raise LlavaError(
-                f"{self._records.path}: {record.name} changed since it was measured: {reason}"
-            )
-        return row
-
-    def _picture(self, source: str | bytes, name: str) -> tuple[Layout, np.ndarray]:
-        image = load_image(source, name, self._policy.max_pixels)
-        tiles = preprocess(image, self._format.image, name, self._policy.max_pixels)
-        return self._format.layout(image.size), tiles
-
-
-class _RowStream:
-    """All epochs' rows, one after the other, addressed by number; picklable and thread-safe."""
-
-    def __init__(self, lengths: np.ndarray, tiles: np.ndarray, row_format: RowFormat, seed: int):
-        self._arguments = lengths, tiles, row_format, seed
-        self._ends = []  # rows up to the end of each epoch
-        self._recent: dict[int, PackPlan] = {}
-        self._lock = threading.Lock()
-
-    def __reduce__(self):
-        return _RowStream, self._arguments
-
-    def rows_before(self, epoch: int) -> int:
-        """The number of rows of epochs 0 .. epoch-1."""
-        with self._lock:
-            self._extend(epoch)
-            return self._ends[epoch - 1] if epoch else 0
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        with self._lock:
-            while not self._ends or self._ends[-1] <= row:
-                self._extend(len(self._ends) + 1)
-            epoch = bisect.bisect_right(self._ends, row)
-            first = self._ends[epoch - 1] if epoch else 0
-            return self._plan(epoch)[row - first]
-
-    def _extend(self, epochs: int) -> None:
-        while len(self._ends) < epochs:
-            last = self._ends[-1] if self._ends else 0
-            self._ends.append(last + len(self._plan(len(self._ends))))
-
-    def _plan(self, epoch: int) -> PackPlan:
-        if epoch not in self._recent:
-            lengths, tiles, f, seed = self._arguments
-            self._recent[epoch] = plan_rows(
-                lengths, tiles, f.max_length, f.tiles, seed, epoch, f.packing
-            )
-            while len(self._recent) > 2:
-                self._recent.pop(next(iter(self._recent)))
-        return self._recent[epoch]
-
-
 def _get_row(builder, stream, total_rows, batch_size, process_index, local, number):
     """The row of one place: `number` counts this process's rows over all steps."""
     step, place = divmod(int(number), local)
@@ -341,12 +239,3 @@ def _get_row(builder, stream, total_rows, batch_size, process_index, local, numb
     except LlavaError as error:
         # Handed on as a value: raised inside Grain it would arrive wrapped in Grain's own words.
         return error
-
-
-def _stack(rows) -> Batch | LlavaError:
-    for row in rows:
-        if isinstance(row, LlavaError):
-            return row
-    arrays = {key: np.stack([row[0][key] for row in rows]) for key in rows[0][0]}
-    ids = [record_id for row in rows for record_id in row[1]]
-    return Batch(arrays, ids, [name for row in rows for name in row[2]])

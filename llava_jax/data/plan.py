@@ -1,8 +1,12 @@
 """Which conversations share a row: a pure function of their lengths and a seed."""
 
+import bisect
+import threading
 from dataclasses import dataclass
 
 import numpy as np
+
+from llava_jax.data.rows import RowFormat
 
 POOL = 2048  # records that are packed together; larger pools fill rows no better
 
@@ -78,3 +82,45 @@ def _best_fit(records, lengths, tiles, max_length, tiles_per_row) -> list[list[i
         free_tokens[row] -= tokens
         free_tiles[row] -= images
     return rows
+
+
+class RowStream:
+    """All epochs' rows, one after the other, addressed by number; picklable and thread-safe."""
+
+    def __init__(self, lengths: np.ndarray, tiles: np.ndarray, row_format: RowFormat, seed: int):
+        self._arguments = lengths, tiles, row_format, seed
+        self._ends = []  # rows up to the end of each epoch
+        self._recent: dict[int, PackPlan] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return RowStream, self._arguments
+
+    def rows_before(self, epoch: int) -> int:
+        """The number of rows of epochs 0 .. epoch-1."""
+        with self._lock:
+            self._extend(epoch)
+            return self._ends[epoch - 1] if epoch else 0
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        with self._lock:
+            while not self._ends or self._ends[-1] <= row:
+                self._extend(len(self._ends) + 1)
+            epoch = bisect.bisect_right(self._ends, row)
+            first = self._ends[epoch - 1] if epoch else 0
+            return self._plan(epoch)[row - first]
+
+    def _extend(self, epochs: int) -> None:
+        while len(self._ends) < epochs:
+            last = self._ends[-1] if self._ends else 0
+            self._ends.append(last + len(self._plan(len(self._ends))))
+
+    def _plan(self, epoch: int) -> PackPlan:
+        if epoch not in self._recent:
+            lengths, tiles, f, seed = self._arguments
+            self._recent[epoch] = plan_rows(
+                lengths, tiles, f.max_length, f.tiles, seed, epoch, f.packing
+            )
+            while len(self._recent) > 2:
+                self._recent.pop(next(iter(self._recent)))
+        return self._recent[epoch]

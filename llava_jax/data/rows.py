@@ -5,21 +5,29 @@ B rows, T tokens in a row, K tiles in a row, S side of a tile, P features of a t
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.errors import LlavaError
+from llava_jax.data.media import ImageError, load_image, preprocess
+from llava_jax.data.parsing import Record
+from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import (
     IMAGE_TOKEN_ID,
     TEXT,
     ImageSpec,
     Layout,
-    feature_places,
     layout,
 )
-from llava_jax.text.templates import Template, get_template
-from llava_jax.text.tokenization import IGNORE_INDEX, TokenRow
-from llava_jax.text.turns import TURNS, turn_positions
+from llava_jax.text.templates import TURNS, Segment, Template, get_template, render_turns
+from llava_jax.text.tokenization import (
+    IGNORE_INDEX,
+    SegmentTokenizer,
+    TokenRow,
+    token_row,
+    truncate,
+    turn_positions,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,3 +159,106 @@ def pack(
         start += len(conversation)
     row["feature_places"] = feature_places(row["feature_ids"], len(row["feature_places"]))
     return row
+
+
+def feature_places(feature_ids: np.ndarray, features: int) -> np.ndarray:
+    """The inverse of feature ids: where each feature stands, TEXT for one that stands nowhere.
+
+    The gradient of a gather by `feature_ids` is a gather by these places.
+
+    >>> feature_places(np.array([-1, 0, 1, 3, -1]), 4)
+    array([ 1,  2, -1,  3], dtype=int32)
+
+    Args:
+      feature_ids: int32[T], no feature twice.
+      features: how many there are.
+    """
+    places = np.full(features, TEXT, np.int32)
+    used = np.flatnonzero(feature_ids >= 0)
+    places[feature_ids[used]] = used
+    return places
+
+
+class Batch(NamedTuple):
+    """One process's part of a batch.
+
+    arrays: name -> NumPy array, see `RowFormat.row_spec`, each with a leading axis of rows.
+    record_ids: ids of the conversations in it. skipped: names of those left out for a bad image.
+    """
+
+    arrays: dict[str, np.ndarray]
+    record_ids: list[str]
+    skipped: list[str]
+
+
+def render_record(
+    row_format: RowFormat, records, record: Record, tokenizer: SegmentTokenizer | None
+) -> list[tuple[Segment, ...]]:
+    """`render_turns` of a record, for training; its errors name data and record."""
+    try:
+        placeholder = tokenizer and tokenizer.placeholder
+        return render_turns(
+            row_format.template, record.turns, row_format.turns, record.system, placeholder
+        )
+    except RecordError as error:
+        raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBuilder:
+    """Record numbers -> one packed row; everything it needs, picklable.
+
+    Attributes:
+      usable: int [U], the numbers of the records that can be used.
+      max_pixels: as in `load_image`.
+      skip_bad_images: leave a record out whose image cannot be decoded, instead of raising.
+    """
+
+    records: Sequence[Record]
+    usable: np.ndarray
+    tokenizer: SegmentTokenizer
+    row_format: RowFormat
+    max_pixels: int
+    skip_bad_images: bool
+
+    def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+        """members: [M] numbers into `usable`. Gives the row, ids in it, names of skipped ones."""
+        conversations, pictures, ids, skipped = [], [], [], []
+        for member in members:
+            record = self.records[int(self.usable[member])]
+            try:
+                found = [
+                    self._picture(source, name)
+                    for source, name in zip(record.images, record.image_names, strict=True)
+                ]
+            except ImageError as error:
+                if not self.skip_bad_images:
+                    raise LlavaError(f"{self.records.path}: {record.name}: {error}") from None
+                skipped.append(record.name)
+                continue
+            texts = render_record(self.row_format, self.records, record, self.tokenizer)
+            row = token_row(self.tokenizer, texts, [len(layout) for layout, _ in found])
+            row, reason = truncate(row, self.row_format.max_length)
+            if row is None:
+                raise LlavaError(
+                    f"{self.records.path}: {record.name} changed since it was measured: {reason}"
+                )
+            conversations.append(row)
+            pictures += found
+            ids.append(record.id)
+        return pack(conversations, pictures, self.row_format), ids, skipped
+
+    def _picture(self, source: str | bytes, name: str) -> tuple[Layout, np.ndarray]:
+        image = load_image(source, name, self.max_pixels)
+        tiles = preprocess(image, self.row_format.image, name, self.max_pixels)
+        return layout(self.row_format.image, self.row_format.tokens_per_tile, image.size), tiles
+
+
+def stack(rows) -> Batch | LlavaError:
+    """Rows of `RowBuilder` -> a batch; the first error, if there is one among them."""
+    for row in rows:
+        if isinstance(row, LlavaError):
+            return row
+    arrays = {key: np.stack([row[0][key] for row in rows]) for key in rows[0][0]}
+    ids = [record_id for row in rows for record_id in row[1]]
+    return Batch(arrays, ids, [name for row in rows for name in row[2]])

@@ -2,15 +2,20 @@
 
 import numpy as np
 
-from llava_jax.data.measuring import render_record
 from llava_jax.data.media import MAX_PIXELS, ImageError, check_shape, inspect_image
 from llava_jax.data.parsing import Record, brief
 from llava_jax.data.records import checked_record
-from llava_jax.data.rows import RowFormat
+from llava_jax.data.rows import RowFormat, render_record
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.text.conversation import IMAGE_TOKEN
-from llava_jax.text.tokenization import IGNORE_INDEX, SegmentTokenizer, TokenRow, truncate
-from llava_jax.text.turns import token_row, turn_positions
+from llava_jax.text.tokenization import (
+    IGNORE_INDEX,
+    SegmentTokenizer,
+    TokenRow,
+    token_row,
+    truncate,
+    turn_positions,
+)
 
 _GREEN, _CYAN, _PLAIN = "\033[32m", "\033[36m", "\033[0m"
 

@@ -14,7 +14,7 @@ from PIL import Image
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.parquet import StoredPicture
 from llava_jax.evaluation.statistics import bootstrap_errors, percent, standard_error
-from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.conversation import IMAGE_TOKEN, images_in
 
 Picture = str | bytes | StoredPicture
 
@@ -167,8 +167,7 @@ def ask(
     else:
         images = (image,) if isinstance(image, Picture) else tuple(image)
     if inline:
-        if text.count(IMAGE_TOKEN) != len(images):
-            count = text.count(IMAGE_TOKEN)
+        if (count := images_in(text)) != len(images):
             raise LlavaError(f"its text has {count} {IMAGE_TOKEN} for {len(images)} pictures")
         prompt = text
     else:

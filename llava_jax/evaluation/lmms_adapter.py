@@ -20,7 +20,7 @@ from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.command_line import mesh_of_all
-from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.conversation import IMAGE_TOKEN, images_in
 
 BATCHES_AT_A_TIME = 8  # their pictures are in memory together
 FROM_LMMS_EVAL = {
@@ -139,7 +139,7 @@ class LlavaJaxSimple(LlavaJax):
         seed: int,
     ) -> Request:
         images = list(doc_to_visual(self.task_dict[task][split][doc_id]) or ())
-        if context.count(IMAGE_TOKEN) != len(images):
+        if images_in(context) != len(images):
             context = context.replace(IMAGE_TOKEN, "")
         params = self._sampling(settings, seed)
         return self.model.request(context, images, params, where=f"{task}, {doc_id}: ")

@@ -130,7 +130,7 @@ def conversation(question: str, history: History) -> list[Turn]:
 
 def _place_images(turns: Sequence[Turn], images: int) -> Sequence[Turn]:
     """Turns with an `<image>` for each picture; without any, the pictures stand first."""
-    written = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    written = sum(turn.images for turn in turns)
     if not written and images:
         return [Turn("human", f"{IMAGE_TOKEN}\n" * images + turns[0].text), *turns[1:]]
     if written != images:

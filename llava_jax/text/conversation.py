@@ -17,6 +17,16 @@ class Turn:
     role: str
     text: str
 
+    @property
+    def images(self) -> int:
+        """Pictures that the text has a place for."""
+        return images_in(self.text)
+
+
+def images_in(text: str) -> int:
+    """How many pictures a text has a place for."""
+    return text.count(IMAGE_TOKEN)
+
 
 def spelled_out(text: str, marks: Iterable[str]) -> str:
     """A text in which each of `marks` is plain text: read letter by letter, never as one token.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, Turn
+from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, Turn, images_in
 from llava_jax.text.templates import check_plain_text
 from llava_jax.text.tokenization import continued, fast_core, other_models, placeholder
 
@@ -78,7 +78,7 @@ class ProcessorPrompt:
         for turn in turns:
             check_plain_text(turn.text, self.placeholder)
         chunks = self._render(self._messages(turns, system)).split(IMAGE_TOKEN)
-        images = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+        images = sum(turn.images for turn in turns)
         if len(chunks) - 1 != images:
             raise LlavaError(
                 f"the chat template of {self.tokenizer.name_or_path} makes {len(chunks) - 1} "
@@ -112,7 +112,7 @@ class ProcessorPrompt:
         """False for a template written for texts alone."""
         probe = [{"role": "user", "content": _content(f"{IMAGE_TOKEN}\nx")}]
         try:
-            return self._render(probe).count(IMAGE_TOKEN) == 1
+            return images_in(self._render(probe)) == 1
         except LlavaError:
             return False
 

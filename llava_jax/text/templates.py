@@ -9,12 +9,15 @@ template writes the BOS token; the tokenizer adds it.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_jax.errors import LlavaError, RecordError
-from llava_jax.text.conversation import IMAGE_TOKEN, Turn
+from llava_jax.text.conversation import IMAGE_TOKEN, Turn, images_in
 
+TURNS = ("conversation", "independent")
+_LEADING_IMAGES = re.compile(rf"^(?:{IMAGE_TOKEN}\s*)*")
 _CHAT_OF = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
@@ -212,7 +215,7 @@ def get_template(name: str) -> Template:
 
 def place_image(text: str) -> str:
     """Moves a lone `<image>` to the front of its turn; several stay where they were written."""
-    if text.count(IMAGE_TOKEN) != 1:
+    if images_in(text) != 1:
         return text
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
@@ -251,7 +254,7 @@ def render(
     """
     _check_order(template, turns, generation)
     if template.image_only_question:
-        question = IMAGE_TOKEN * turns[0].text.count(IMAGE_TOKEN)
+        question = IMAGE_TOKEN * turns[0].images
         turns = (Turn("human", question), *turns[1:])
     segments = [Segment(template.header)]
     for position, turn in enumerate(turns):
@@ -292,3 +295,41 @@ def _check_order(template: Template, turns: Sequence[Turn], generation: bool) ->
                 f"the template {template.name!r} takes captions: one human turn with <image> and "
                 "one answer",
             )
+
+
+def render_turns(
+    template: Template,
+    turns: Sequence[Turn],
+    mode: str,
+    system: str | None = None,
+    placeholder: str | None = None,
+) -> list[tuple[Segment, ...]]:
+    """The texts of one record: a single one, or with `mode` "independent" one for each question.
+
+    If a record holds many questions about one picture, each answer can be learnt from the picture
+    alone: every question sees the pictures and itself, not the questions and answers before it. The
+    part that all of them begin with is stored once in the row (`tokenization.token_row`).
+
+    Args:
+      system: replaces the template's system prompt.
+      placeholder: of the model, see `check_plain_text`.
+    Raises:
+      RecordError: the template cannot write the turns or the system prompt; a text holds the
+        placeholder; with "independent", an image stands after the start of the first question.
+    """
+    for text in (system or "", *(turn.text for turn in turns)):
+        check_plain_text(text, placeholder)
+    template = template.with_system(system)
+    if mode == "conversation":
+        return [render(template, turns)]
+    if len(turns) % 2:
+        raise RecordError("no answer", "with data.turns=independent each question needs an answer")
+    images = _LEADING_IMAGES.match(turns[0].text).group()
+    questions = [turns[0].text[len(images) :], *(turn.text for turn in turns[2::2])]
+    if any(map(images_in, questions)):
+        raise RecordError(
+            "image within the conversation",
+            "with data.turns=independent all images must stand before the first question",
+        )
+    pairs = zip(questions, turns[1::2], strict=True)
+    return [render(template, (Turn("human", images + q), answer)) for q, answer in pairs]

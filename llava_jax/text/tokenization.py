@@ -274,6 +274,8 @@ def _labels(ids: np.ndarray, offsets: np.ndarray, spans) -> np.ndarray:
 
 def truncate(row: TokenRow, max_length: int) -> tuple[TokenRow | None, str | None]:
     """The row cut at the right to `max_length` tokens, or (None, why it cannot be used)."""
+    if len(row) <= max_length:
+        return row, None
     kept = [span for span in row.image_spans if span[0] < max_length]
     if kept != list(row.image_spans):
         return None, "an image would be cut off"
@@ -285,3 +287,45 @@ def truncate(row: TokenRow, max_length: int) -> tuple[TokenRow | None, str | Non
     ids, offsets = row.input_ids[:max_length], row.offsets[:max_length]
     turn_ids = None if row.turn_ids is None else row.turn_ids[:max_length]
     return TokenRow(ids, labels, row.image_spans, offsets, turn_ids), None
+
+
+def token_row(
+    tokenizer: SegmentTokenizer,
+    texts: Sequence[tuple[Segment, ...]],
+    image_lengths: Sequence[int],
+) -> TokenRow:
+    """The output of `render_turns` as one TokenRow; `turn_ids` number its questions.
+
+    image_lengths: tokens of each of the record's images, which all of the texts begin with.
+    """
+    rows = [tokenizer(text, image_lengths) for text in texts]
+    if len(rows) == 1:
+        return rows[0]
+    shared = _shared_length(rows)
+    tails = [slice(shared, None)] * len(rows)
+    parts = [(rows[0], slice(shared)), *zip(rows, tails, strict=True)]
+    joined = lambda name: np.concatenate([getattr(row, name)[part] for row, part in parts])
+    lengths = [shared, *(len(row) - shared for row in rows)]
+    return TokenRow(
+        joined("input_ids"),
+        joined("labels"),
+        rows[0].image_spans,
+        joined("offsets"),
+        np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+    )
+
+
+def _shared_length(rows: Sequence[TokenRow]) -> int:
+    """Tokens all rows begin with; each keeps at least one of its own before the first label."""
+    limit = min(int(np.argmax(row.labels != IGNORE_INDEX)) for row in rows) - 1
+    heads = np.stack([row.input_ids[: max(limit, 0)] for row in rows])
+    differing = np.flatnonzero((heads != heads[0]).any(axis=0))
+    return int(differing[0]) if len(differing) else heads.shape[1]
+
+
+def turn_positions(turn_ids: np.ndarray) -> np.ndarray:
+    """int32 [T]: positions of a row's tokens, each turn going on where the shared part ends."""
+    shared = int((turn_ids == 0).sum())
+    indices = np.arange(len(turn_ids), dtype=np.int32)
+    starts = np.searchsorted(turn_ids, turn_ids)  # of each token's turn; turn_ids never falls
+    return indices - starts.astype(np.int32) + np.where(turn_ids > 0, shared, 0).astype(np.int32)

@@ -72,7 +72,7 @@ class Validation:
 
     def _request(self, record: Record):
         # Only the images that the first question shows.
-        shown = record.turns[0].text.count("<image>")
+        shown = record.turns[0].images
         images = [
             load_image(source, name)
             for source, name in zip(record.images[:shown], record.image_names, strict=False)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llava_jax.data.rows import RowFormat, batch_spec, pack
+from llava_jax.data.rows import RowFormat, batch_spec, feature_places, pack
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import ImageSpec, Layout
 from llava_jax.text.templates import get_template
@@ -73,3 +73,14 @@ def test_pack_refuses_what_does_not_fit(changes, pictures):
 def test_unknown_turns_are_refused():
     with pytest.raises(LlavaError, match="data.turns is 'each': choose one of conversation"):
         dataclasses.replace(FORMAT, turns="each")
+
+
+def test_places_are_the_inverse_of_feature_ids():
+    rng = np.random.default_rng(0)
+    features = rng.permutation(12)[:7]
+    ids = np.full(20, -1, np.int32)
+    positions = rng.permutation(20)[:7]
+    ids[positions] = features
+    places = feature_places(ids, 12)
+    assert places.dtype == np.int32 and (places >= 0).sum() == 7
+    np.testing.assert_array_equal(places[features], positions)

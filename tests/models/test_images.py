@@ -6,7 +6,6 @@ import pytest
 from llava_jax.models.images import (
     MODES,
     ImageSpec,
-    feature_places,
     features_in_turn,
     layout,
     views,
@@ -37,17 +36,6 @@ def test_views_of_a_wide_picture():
     assert (pad.padded, pad.resized, pad.cut) == ((50, 50), (28, 28), (28, 28))
     (resize,) = views(ImageSpec(28, "resize"), (50, 20))
     assert (resize.padded, resize.resized, resize.cut) == ((50, 20), (28, 28), (28, 28))
-
-
-def test_places_are_the_inverse_of_feature_ids():
-    rng = np.random.default_rng(0)
-    features = rng.permutation(12)[:7]
-    ids = np.full(20, -1, np.int32)
-    positions = rng.permutation(20)[:7]
-    ids[positions] = features
-    places = feature_places(ids, 12)
-    assert places.dtype == np.int32 and (places >= 0).sum() == 7
-    np.testing.assert_array_equal(places[features], positions)
 
 
 def test_features_in_turn():

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.data.rows import feature_places
 from llava_jax.models.decoder import Decoder
-from llava_jax.models.images import ImageSpec, feature_places
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import (
     IMAGE_TOKEN_ID,
     LlavaModel,

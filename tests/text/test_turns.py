@@ -7,10 +7,15 @@ from llava_jax.data.rows import RowFormat, pack
 from llava_jax.errors import RecordError
 from llava_jax.models.images import ImageSpec, Layout
 from llava_jax.text.conversation import Turn
-from llava_jax.text.templates import get_template, render
-from llava_jax.text.tokenization import IGNORE_INDEX, SegmentTokenizer, truncate
+from llava_jax.text.templates import get_template, render, render_turns
+from llava_jax.text.tokenization import (
+    IGNORE_INDEX,
+    SegmentTokenizer,
+    token_row,
+    truncate,
+    turn_positions,
+)
 from llava_jax.text.tokenizer import load_tokenizer
-from llava_jax.text.turns import render_turns, token_row, turn_positions
 
 EXCHANGES = [("is it red?", "yes"), ("is it round? look again", "no"), ("what is it?", "a box")]
 TURNS = [
