@@ -84,9 +84,9 @@ def test_rows_of_the_llava_mix_are_as_full_as_they_can_be(max_length, most):
 
 def test_the_llava_mix_is_planned_in_seconds():
     lengths, images = lengths_and_images(100_000)
-    start = time.perf_counter()
+    start = time.process_time()
     plan_rows(lengths, np.minimum(images, 1), 2048, 8, 0, 0)
-    assert time.perf_counter() - start < 5  # 0.5 s on an idle core
+    assert time.process_time() - start < 5  # seconds of CPU
 
 
 def test_a_record_larger_than_a_row_is_refused():
