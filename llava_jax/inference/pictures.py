@@ -28,7 +28,6 @@ from llava_jax.data.media import (
 from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Picture
 from llava_jax.inference.prompts import error_prefix
-from llava_jax.models.images import same_for_all
 from llava_jax.models.llava import LlavaConfig
 
 ImageSource = str | os.PathLike | bytes | Image.Image
@@ -68,7 +67,7 @@ class PictureReader:
         """The picture of one source; `name` is what messages call a source without a name."""
         name = source_name(source, name)
         remote = isinstance(source, str) and is_address(source)
-        if remote and same_for_all(self._config.image):
+        if remote and not self._config.image.by_size:
             size = (1, 1)  # any: it is downloaded when it is needed
         else:
             source = fetch(source, self._allow_urls)

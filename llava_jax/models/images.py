@@ -145,11 +145,6 @@ def layout(spec: ImageSpec, tokens_per_tile: int, size: Size) -> Layout:
     return Layout(tiles, MODES[spec.mode].features(spec, tokens_per_tile, size))
 
 
-def same_for_all(spec: ImageSpec) -> bool:
-    """Whether pictures of every size have the same layout."""
-    return MODES[spec.mode].features is _all_of_one_tile
-
-
 def features_in_turn(is_image: np.ndarray) -> np.ndarray:
     """Feature ids, int32[..., T], of rows whose image positions show all features in their order.
 
