@@ -106,7 +106,9 @@ class ProcessorPrompt:
     def _messages(self, turns: Sequence[Turn], system: str | None) -> list[dict]:
         content = _content if self.takes_lists else lambda text: text
         messages = [{"role": _ROLES[turn.role], "content": content(turn.text)} for turn in turns]
-        return [{"role": "system", "content": content(system)}] * bool(system) + messages
+        if system:
+            messages.insert(0, {"role": "system", "content": content(system)})
+        return messages
 
     def _takes_lists(self) -> bool:
         """False for a template written for texts alone."""
