@@ -182,7 +182,7 @@ def finish(workdir: Path, done: int, steps: int) -> None:
     if not hosts.is_first():
         return
     if done < steps:
-        print(f"{workdir}: stopped by SIGTERM; step {done} of {steps} saved, run again to resume")
+        print(f"{workdir}: stopped by SIGTERM; step {done} of {steps} is saved, start it again")
         return
     from llava_jax.training.metrics import plot_losses, read_log
 
