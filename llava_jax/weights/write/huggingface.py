@@ -167,6 +167,11 @@ def preprocessor_config_json(config: LlavaConfig) -> dict:
         "square": ("CLIPImageProcessor", edge, {}),
         "resize": ("SiglipImageProcessor", square, {}),
     }
+    if config.image.mode not in kinds:
+        raise LlavaError(
+            f"pictures are prepared in the mode {config.image.mode!r}, which LLaVA in transformers "
+            f"does not have: it has {', '.join(kinds)}"
+        )
     name, size, more = kinds[config.image.mode]
     if config.image.mode != "resize":
         more = more | {"do_center_crop": True, "crop_size": square}
