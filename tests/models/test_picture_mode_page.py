@@ -1,5 +1,6 @@
 """The mode that docs/extend/picture_mode.md adds works as the page says."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from PIL import Image
 from llava_jax.data.media import preprocess
 from llava_jax.models import images
 from llava_jax.models.images import MODES, ImageSpec, layout
+from llava_jax.weights.write import huggingface, original
+from tests.tiny_model import CONFIG
 
 PAGE = Path(__file__).parent.parent.parent / "docs/extend/picture_mode.md"
 
@@ -20,6 +23,10 @@ def test_the_page_adds_a_mode(monkeypatch):
         exec(block, names)
     spec = ImageSpec(28, "halves")
     assert spec.by_size
+    config = dataclasses.replace(CONFIG, image=spec)
+    for program in (huggingface, original):
+        assert "does not have the image mode halves" in program.fault(config)
+        assert program.fault(CONFIG) is None
     for size, tiles in {(100, 40): 2, (40, 100): 1, (60, 40): 1, (61, 40): 2}.items():
         found = layout(spec, 4, size)
         assert found.tiles == tiles and found.features.tolist() == list(range(4 * tiles))

@@ -119,6 +119,8 @@ def fault(config: LlavaConfig) -> str | None:
         return f"its projector is {config.projector}, and transformers has mlp2x_gelu only"
     if config.use_im_start_end:
         return "it marks images with <im_start> and <im_end>, which transformers does not"
+    if config.image.mode not in ("square", "pad", "resize"):
+        return f"transformers does not have the image mode {config.image.mode}"
     return None
 
 
@@ -167,11 +169,6 @@ def preprocessor_config_json(config: LlavaConfig) -> dict:
         "square": ("CLIPImageProcessor", edge, {}),
         "resize": ("SiglipImageProcessor", square, {}),
     }
-    if config.image.mode not in kinds:
-        raise LlavaError(
-            f"pictures are prepared in the mode {config.image.mode!r}, which LLaVA in transformers "
-            f"does not have: it has {', '.join(kinds)}"
-        )
     name, size, more = kinds[config.image.mode]
     if config.image.mode != "resize":
         more = more | {"do_center_crop": True, "crop_size": square}

@@ -38,6 +38,8 @@ def fault(config: LlavaConfig) -> str | None:
         return "its projector has no bias"
     if not isinstance(config.feature_layer, int) or config.drop_first_patch:
         return "its image features are taken as only transformers does"
+    if config.image.mode not in ("square", "pad", "resize"):
+        return f"the original code does not have the image mode {config.image.mode}"
     return None
 
 
