@@ -73,11 +73,10 @@ def _vit(values: dict, defaults: dict, source: str, **variants: bool) -> ViTConf
         f.refuse("image_size", f"a patch alone has {f['patch_size']} pixels")
     if "mlp_ratio" in defaults:  # the families that have it do not read intermediate_size
         feed_forward = int(min(f["hidden_size"] * f.number("mlp_ratio"), 2**31))
-    else:
-        feed_forward = f.integer("intermediate_size")
+        f = Fields(values | {"intermediate_size": feed_forward}, defaults, source)
     return ViTConfig(
         hidden_size=f.integer("hidden_size"),
-        intermediate_size=feed_forward,
+        intermediate_size=f.integer("intermediate_size"),
         num_layers=f.integer("num_hidden_layers", MAX_LAYERS),
         num_heads=f.integer("num_attention_heads"),
         patch_size=f.integer("patch_size"),
