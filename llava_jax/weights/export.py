@@ -272,6 +272,7 @@ def _tokenizer(checkpoint: LlavaFolder, words: PromptWords) -> hf_form.HFTokeniz
         words.chat_template or chat_template(get_template(words.template)),
         checkpoint.config.decoder.vocab_size,
         checkpoint.added_tokens,
+        checkpoint.config.image_token_id,
     )
 
 

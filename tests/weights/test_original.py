@@ -340,6 +340,50 @@ def test_start_and_end_tokens_of_stage_1(rows, parts, base, tower, tmp_path):
     refused(folder, "mm_projector.bin", "model.embed_tokens.weight", "row a token", **options)
 
 
+# --- what an adapter lacks ------------------------------------------------------------------------
+
+
+def test_an_adapter_without_what_belongs_to_it(parts, base, tower, tmp_path):
+    """Each message names the missing file or folder, and the command to type."""
+    folder = tmp_path / "lora"
+    write_adapter(folder, parts)
+    (folder / "config.json").write_text(json.dumps(parts.config))
+    command = f"`llava-jax convert --checkpoint {folder} --base MODEL --out DIR`"
+    refused(folder, "holds a LoRA adapter", command, vision_tower=tower)
+    refused(folder, "no projector", "non_lora_trainables.bin", base=base, vision_tower=tower)
+    torch.save(parts.projector_tensors(), folder / "non_lora_trainables.bin")
+    command = f"`llava-jax convert --checkpoint {folder} --vision_tower ENCODER --out DIR`"
+    refused(folder, "openai/clip-vit-tiny", "weights are not", command, base=base)
+    (folder / "config.json").unlink()
+    refused(folder, "--checkpoint", "--base LLAVA")
+
+
+def test_an_adapter_without_a_config_on_a_whole_llava(parts, whole, tmp_path):
+    """The base says what it is of, and brings projector and tower."""
+    folder, state = tmp_path / "lora", parts.text.state_dict()
+    growth = write_adapter(folder, parts)
+    opened = open_llava(folder, base=whole[0], allow_pickle=True)
+    params = opened.read()
+    same(params["projector"], whole[1]["projector"])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    kernel = params["decoder"]["layers"]["self_attn"]["q_proj"]["kernel"][1]
+    expected = state[name] + 3.0 * growth[name]
+    np.testing.assert_allclose(kernel.T, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_projector_without_its_config(parts, base, tmp_path):
+    folder = tmp_path / "stage1"
+    folder.mkdir()
+    torch.save(parts.projector_tensors(), folder / "mm_projector.bin")
+    refused(folder, "mm_projector.bin", "without the config.json", base=base)
+
+
+def test_a_null_width_of_features_is_none(parts, whole, tmp_path):
+    folder = whole[0].parent / tmp_path.name
+    parts.write(folder, parts.tensors(), mm_hidden_size=None)
+    same(open_llava(folder, allow_pickle=True).read(), whole[1])
+
+
 # --- what is not supported ------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import AddedToken
 
 torch = pytest.importorskip("torch")
@@ -155,14 +156,32 @@ def test_a_placeholder_of_another_name(tmp_path):
     found = ours.logits(inputs["input_ids"].numpy(), inputs["pixel_values"].numpy())
     np.testing.assert_allclose(found, logits, atol=1e-4)
     with pytest.raises(LlavaError, match="the text holds .*reserved.*write <image> for an image"):
-        ours.chat(f"Is {MARK} here?", images=[random_image(1)], max_tokens=1)
-    with pytest.raises(LlavaError, match="the text holds"):
-        ours.chat(f"Is {MARK} here?", max_tokens=1)
+        ours.prompt_ids([Turn("human", f"<image>Is {MARK} here?")], 1)
     out = tmp_path / "out"
     assert cli.main(["convert", str(tmp_path / "source"), "--out", str(out)]) == 0
     again, same = asked_in_transformers(out)
     assert again["input_ids"].tolist() == inputs["input_ids"].tolist()
     np.testing.assert_array_equal(same, logits)
+
+
+def test_an_adapter_keeps_the_placeholder_of_its_base(tmp_path):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    for folder in (base, adapter):
+        folder.mkdir()
+    source(base, mark=MARK)
+    module = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    halves = {"A": np.ones((1, 32), np.float32), "B": np.ones((32, 1), np.float32)}
+    tensors = {f"{module}.lora_{half}.weight": values for half, values in halves.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    command = ["convert", "--checkpoint", str(adapter), "--base", str(base), "--out", str(out)]
+    assert cli.main(command) == 0
+    assert open_llava(out).config.image_token_id == open_llava(base).config.image_token_id
+    inputs, before = asked_in_transformers(base)
+    again, after = asked_in_transformers(out)
+    assert again["input_ids"].tolist() == inputs["input_ids"].tolist()
+    assert np.abs(after - before).max() > 1e-3
 
 
 @pytest.mark.parametrize("template", [None, JINJA])
@@ -186,7 +205,7 @@ def test_a_template_of_ours_and_a_placeholder_of_another_name(tmp_path):
     ids = ours.prompt_ids([Turn("human", "<image>\nWhat?")], 1)
     assert (ids == ours.config.image_token_id).sum() == ours.config.tokens_per_tile
     with pytest.raises(LlavaError, match="the text holds"):
-        ours.chat(f"Is {MARK} here?", images=[random_image(1)], max_tokens=1)
+        ours.prompt_ids([Turn("human", f"<image>Is {MARK} here?")], 1)
 
 
 # --- the words of the original's form -------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from llava_jax.files import write_json
+from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.chat_template import chat_template
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn
@@ -40,18 +41,22 @@ class HFTokenizer:
     """A tokenizer made ready for a Hugging Face LLaVA.
 
     Attributes:
-      core: its Rust core, with a token for `<image>`.
-      image_id: the id of that token.
+      core: its Rust core, with a token for an image.
+      image_token: the text of that token.
       ids: bos_token_id, eos_token_id and pad_token_id, as far as it has them.
       settings: contents of tokenizer_config.json.
       source: the folder it came from.
     """
 
     core: Tokenizer
-    image_id: int
+    image_token: str
     ids: dict[str, int]
     settings: dict
     source: Path
+
+    @property
+    def image_id(self) -> int:
+        return self.core.token_to_id(self.image_token)
 
     def write(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
@@ -71,19 +76,25 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def prepare_tokenizer(
-    source: Path, jinja: str, vocab_size: int, added_tokens: Sequence[str] = ()
+    source: Path,
+    jinja: str,
+    vocab_size: int,
+    added_tokens: Sequence[str] = (),
+    image_token_id: int = IMAGE_TOKEN_ID,
 ) -> HFTokenizer:
     """The tokenizer of a folder; `<image>` is added if it is not a token yet.
 
     Args:
       jinja: the chat template.
       vocab_size, added_tokens: see `load_tokenizer`.
+      image_token_id: the model's placeholder, which is kept if it is a token.
     """
     tokenizer = load_tokenizer(source, vocab_size, added_tokens)
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     core.no_padding()
     core.no_truncation()
-    core.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+    image_token = processor_placeholder(tokenizer, jinja, image_token_id) or IMAGE_TOKEN
+    core.add_special_tokens([AddedToken(image_token, normalized=False, special=True)])
     path = source / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
     names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
@@ -101,7 +112,7 @@ def prepare_tokenizer(
         "chat_template": jinja,
     }
     ids = {f"{name}_id": core.token_to_id(t) for name, t in names.items() if name != "unk_token"}
-    return HFTokenizer(core, core.token_to_id(IMAGE_TOKEN), ids, settings, source)
+    return HFTokenizer(core, image_token, ids, settings, source)
 
 
 def with_image_token(config: LlavaConfig, image_id: int) -> LlavaConfig:
@@ -298,6 +309,7 @@ def write_side_files(
         values["vision_config"]["vision_use_head"] = vision_use_head
     write_json(folder / "config.json", values)
     write_json(folder / "preprocessor_config.json", preprocessor_config_json(config))
-    write_json(folder / "processor_config.json", processor_config_json(config))
+    processor = processor_config_json(config, tokenizer.image_token)
+    write_json(folder / "processor_config.json", processor)
     write_json(folder / "generation_config.json", generation_config_json(tokenizer, words))
     tokenizer.write(folder)
