@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "findings/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = [ROOT / "train.py", ROOT / "eval.py", ROOT / "setup.py"]
 CODE += sorted(p for f in ("llava_jax", "configs", "bench") for p in (ROOT / f).rglob("*.py"))
 # told -> reported, logged; beside -> next to, besides; lie -> be stored; of theirs -> their
