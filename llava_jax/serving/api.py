@@ -1,4 +1,4 @@
-"""OpenAI's chat and text completions: a request's JSON checked, an answer's JSON made.
+"""OpenAI's chat and text completions: a request's JSON checked.
 
 Every field of a request is honoured, accepted because it cannot change the answer, or refused with
 a sentence that names it. Reference: https://platform.openai.com/docs/api-reference/chat; the
@@ -6,15 +6,11 @@ sampling names beyond OpenAI's are vLLM's.
 """
 
 import json
-import math
 import secrets
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.answer import TokenLogprob
-from llava_jax.inference.jobs import Job
 from llava_jax.inference.sampling import SamplingParams
 
 # Fields that cannot change an answer of this server.
@@ -50,7 +46,7 @@ READ_ELSEWHERE = frozenset(
     "model messages prompt max_tokens max_completion_tokens stop seed logprobs top_logprobs "
     "stream".split()
 )
-LEAST_LOGPROB = -9999.0  # JSON has no infinity; the value that vLLM writes
+FIELDS = 200  # of one request
 
 
 class ApiError(Exception):
@@ -94,6 +90,7 @@ class Limits:
     """What one request may ask for.
 
     Attributes:
+      characters: of all texts of a request together.
       max_tokens: of an answer whose request names no limit; None for what the context leaves.
     """
 
@@ -104,6 +101,7 @@ class Limits:
     answers: int = 8
     stop_texts: int = 4
     stop_characters: int = 256
+    characters: int = 1_000_000
     stop_tokens: int = 16
     top_logprobs: int = 20
     prompt_logprobs: bool = False
@@ -147,6 +145,8 @@ def parse_json(body: bytes) -> dict:
         raise ApiError(400, "the body is not JSON", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    if len(value) > FIELDS:
+        raise ApiError(400, f"a request may have at most {FIELDS} fields", code="invalid_json")
     return value
 
 
@@ -202,11 +202,14 @@ def _sampling(
     given["stop"] = _stop(body.get("stop"), limits)
     given["logprobs"] = _logprobs(body, limits, chat)
     if _is_count(given.get("n")) and given["n"] > limits.answers:
-        raise _refused("n", f"n may be at most {limits.answers}, not {given['n']}")
-    if len(given.get("stop_token_ids") or ()) > limits.stop_tokens:
+        raise _refused("n", f"n may be at most {limits.answers}, not {shortened(given['n'])}")
+    stop_token_ids = given.get("stop_token_ids")
+    if isinstance(stop_token_ids, list) and len(stop_token_ids) > limits.stop_tokens:
         raise _refused("stop_token_ids", f"stop_token_ids may hold at most {limits.stop_tokens}")
     if "prompt_logprobs" in given and not limits.prompt_logprobs:
         raise _refused("prompt_logprobs", "prompt_logprobs is turned off on this server")
+    if "prompt_logprobs" in given and body.get("stream"):
+        raise _refused("prompt_logprobs", "prompt_logprobs are not streamed: leave out stream")
     max_tokens, name = limits.max_tokens, "max_tokens"
     for field_name in ("max_completion_tokens", "max_tokens"):
         if body.get(field_name) is not None:
@@ -218,8 +221,10 @@ def _sampling(
     try:
         return SamplingParams(**given), max_tokens
     except LlavaError as error:
-        at_fault = next((n for n in (*SAMPLING, "stop") if str(error).startswith(n)), None)
-        raise _refused(at_fault, str(error)) from None
+        message = str(error)
+        words = message.replace("each of ", "").split(maxsplit=1)
+        at_fault = words[0] if words[0] in (*SAMPLING, "stop") else None
+        raise _refused(at_fault, message if len(message) < 200 else f"{message[:197]}...") from None
 
 
 def _seed(seed) -> int:
@@ -284,117 +289,8 @@ def _refused(param: str | None, message: str) -> ApiError:
 
 
 def shortened(value) -> str:
-    """A client's value as messages show it: JSON of at most 80 characters."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    """A client's value as messages show it: at most 80 characters, and no work for large ones."""
+    if isinstance(value, list | dict) and len(value) > 0:
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@dataclass
-class Reply:
-    """The JSON of the answers to one request, whole or in chunks.
-
-    Args:
-      chat: chat completion or text completion.
-      model: the name that was asked for.
-      token_text: (token id) -> its text, for log probabilities.
-    """
-
-    chat: bool
-    model: str
-    fingerprint: str
-    token_text: object
-    logprobs: bool = False
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(self, jobs: Sequence[Job]) -> dict:
-        """The body of an answer that is not streamed."""
-        choices = []
-        for index, answer in enumerate(job.answer for job in jobs):
-            content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-            choice = {"index": index, **(content if self.chat else {"text": answer.text})}
-            choice["logprobs"] = self._logprobs(answer.logprobs)
-            choice["finish_reason"] = answer.finish_reason
-            choices.append(choice)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": usage(jobs)}
-
-    def first_chunk(self, index: int) -> dict | None:
-        """The chunk that names the role; text completions have none."""
-        if not self.chat:
-            return None
-        return self._chunk(index, {"role": "assistant", "content": ""})
-
-    def chunk(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> dict:
-        """A piece of an answer's text."""
-        return self._chunk(index, {"content": text}, text, logprobs=logprobs)
-
-    def last_chunk(self, index: int, finish_reason: str) -> dict:
-        """The end of one answer."""
-        return self._chunk(index, {}, finish_reason=finish_reason)
-
-    def usage_chunk(self, jobs: Sequence[Job]) -> dict:
-        """The chunk behind the last, sent only to clients that ask for it."""
-        return {**self._head(self._kind_of_chunk), "choices": [], "usage": usage(jobs)}
-
-    @property
-    def _kind_of_chunk(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
-
-    def _chunk(self, index, delta, text="", finish_reason=None, logprobs=()) -> dict:
-        content = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": index, **content, "logprobs": self._logprobs(logprobs) if text else None}
-        choice["finish_reason"] = finish_reason
-        return {**self._head(self._kind_of_chunk), "choices": [choice]}
-
-    def _head(self, kind: str) -> dict:
-        prefix = "chatcmpl" if self.chat else "cmpl"
-        return {
-            "id": f"{prefix}-{self.id}",
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict | None:
-        if not self.logprobs:
-            return None
-        if self.chat:
-            entries = []
-            for entry in logprobs:
-                top = [self._token(token, value) for token, value in entry.top.items()]
-                entries.append(self._token(entry.token, entry.logprob) | {"top_logprobs": top})
-            return {"content": entries, "refusal": None}
-        texts = [self.token_text(entry.token) for entry in logprobs]
-        return {
-            "tokens": texts,
-            "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
-            "top_logprobs": [
-                {self.token_text(token): _finite(value) for token, value in entry.top.items()}
-                for entry in logprobs
-            ],
-            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
-        }
-
-    def _token(self, token: int, logprob: float) -> dict:
-        text = self.token_text(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else LEAST_LOGPROB
-
-
-def usage(jobs: Sequence[Job]) -> dict:
-    """Tokens of a request: its prompt once, and all its answers without the ones that end them."""
-    prompt, written = jobs[0].length, sum(len(job.answer.tokens) for job in jobs)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {
-            "cached_tokens": jobs[0].shared,
-            "image_tokens": sum(len(picture.layout) for picture in jobs[0].request.pictures),
-        },
-    }

@@ -7,7 +7,10 @@ tokens, engine.
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import re
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -22,23 +25,18 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.jobs import Job, Picture
 from llava_jax.inference.model import Llava
-from llava_jax.serving.api import (
-    ApiError,
-    Asked,
-    Defaults,
-    Limits,
-    Reply,
-    read_settings,
-)
+from llava_jax.serving.api import ApiError, Asked, Defaults, Limits, read_settings
 from llava_jax.serving.guards import Guards
 from llava_jax.serving.messages import Messages, read_messages, read_prompt
 from llava_jax.serving.metrics import TYPE, Metrics
 from llava_jax.serving.page import page
 from llava_jax.serving.pictures import PictureReader
+from llava_jax.serving.replies import Reply, TokenTexts
 from llava_jax.serving.streams import EventStream, event, events_of, while_connected
 from llava_jax.serving.worker import Piece, Ticket, Worker
 
 LOG = logging.getLogger(__name__)
+REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)  # of a client, which its response bears
 KEEP_ALIVE = 15.0  # seconds of silence after which a stream sends a comment
 
 
@@ -52,7 +50,6 @@ class Options:
     hosts: Sequence[str] = ()
     strict: bool = False
     body_seconds: float = 30.0
-    write_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
 
@@ -105,6 +102,7 @@ class Server:
         """Gives the server its model, whose engine is warmed up."""
         self.model, self.context, self._batch_size = model, context, batch_size
         self.pictures = PictureReader(model.picture, url_hosts=url_hosts)
+        self._tokens = TokenTexts(model.tokenizer)
         self._fingerprint = weights_fingerprint(model.engine.params)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -124,23 +122,44 @@ class Server:
         while not self.worker.dead:
             await asyncio.sleep(0.2)
 
-    async def drain(self, seconds: float) -> None:
-        """Refuses new requests and waits for the running ones, for some time."""
+    async def drain(self, seconds: float) -> bool:
+        """Refuses new requests and waits for the running ones -> whether all ended in time."""
         self.draining = True
         end = time.monotonic() + seconds
         while self.admitted and time.monotonic() < end:
             await asyncio.sleep(0.05)
+        return not self.admitted
+
+    def stop(self) -> None:
+        """Ends what still runs: streams get an error event."""
+        self.draining = True
+        self.worker.fail_all(
+            lambda: ApiError(503, "the server is shutting down", code="unavailable"), dead=True
+        )
         self.worker.close()
 
     async def __call__(self, scope, receive, send):
         """ASGI; guards every path but the open ones before any route runs."""
-        if scope["type"] == "http":
-            request = Request(scope)
-            try:
-                self._guards.check(request)
-            except ApiError as error:
-                return await self._error(error)(scope, receive, send)
-        await self.app(scope, receive, send)
+        request, began, status = Request(scope), time.monotonic(), 0  # without one: the client left
+        name = request.headers.get("x-request-id", "")
+        name = name if REQUEST_ID.fullmatch(name) else secrets.token_hex(8)
+
+        async def send_named(message: dict) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            self._guards.check(request)
+        except ApiError as error:
+            return await self._error(error)(scope, receive, send_named)
+        try:
+            await self.app(scope, receive, send_named)
+        finally:
+            if scope["method"] == "POST":
+                LOG.info("%s: status %d, %.2f s", name, status, time.monotonic() - began)
 
     # Endpoints.
 
@@ -184,8 +203,7 @@ class Server:
     async def models(self, request: Request) -> Response:
         """The served names; 503 until they can be asked."""
         self._check_open()
-        cards = [self._card(name) for name in self.options.names]
-        return JSONResponse({"object": "list", "data": cards})
+        return JSONResponse({"object": "list", "data": list(map(self._card, self.options.names))})
 
     async def one_model(self, request: Request) -> Response:
         """One of the served names."""
@@ -197,20 +215,19 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        began = time.monotonic()
-        body = await self._guards.read_json(request)
-        asked = self._settings(body, chat=True)
-        messages = read_messages(body.get("messages"), self.options.limits)
-        return await self._answer(request, asked, messages, chat=True, began=began)
+        return await self._answer(request, chat=True)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions: a text that is continued, without a template."""
-        began = time.monotonic()
-        body = await self._guards.read_json(request)
-        asked = self._settings(body, chat=False)
-        return await self._answer(
-            request, asked, read_prompt(body.get("prompt")), chat=False, began=began
-        )
+        return await self._answer(request, chat=False)
+
+    def _read(self, body: dict, chat: bool) -> tuple[Asked, Messages]:
+        """What a body asks for."""
+        limits = self.options.limits
+        asked = self._settings(body, chat)
+        if chat:
+            return asked, read_messages(body.get("messages"), limits)
+        return asked, read_prompt(body.get("prompt"), limits)
 
     def _settings(self, body: dict, chat: bool) -> Asked:
         options = self.options
@@ -225,26 +242,29 @@ class Server:
 
     # The way of a request through the engine.
 
-    async def _answer(
-        self, request: Request, asked: Asked, messages: Messages, chat: bool, began: float
-    ) -> Response:
-        """The response to a request whose fields are right.
+    async def _answer(self, request: Request, chat: bool) -> Response:
+        """The response to a request.
 
         Everything that it holds, its place in the queue and its rows, is in one stack: freed when
         the answer is complete or the client leaves, whichever comes first.
         """
+        began = time.monotonic()
+        self._check_room(1)  # before a body is read for nothing
         with contextlib.ExitStack() as held:
+            arriving = held.enter_context(contextlib.ExitStack())
+            asked, messages = self._read(await self._guards.read_json(request, arriving), chat)
             held.enter_context(self._room(asked.params.n))
             async with while_connected(request.receive):
                 pictures = await self.pictures.read(messages.images, messages.names)
+                messages = dataclasses.replace(messages, images=())  # they may be megabytes
+                arriving.close()
                 self.metrics.images.inc(len(pictures))
                 jobs = await asyncio.to_thread(self._jobs, asked, messages, pictures)
-                self._check_open()
                 queue = asyncio.Queue()
                 ticket = Ticket(jobs, queue.put_nowait)
                 held.callback(self.worker.cancel, ticket)
                 self.worker.submit(ticket)
-                reply = Reply(chat, asked.model, self._fingerprint, self._text_of, asked.logprobs)
+                reply = Reply(chat, asked.model, self._fingerprint, self._tokens, asked.logprobs)
                 pieces = self._pieces(ticket, queue, began)
                 if not asked.stream:
                     async for _ in pieces:
@@ -252,19 +272,24 @@ class Server:
                     return JSONResponse(reply.whole(jobs))
                 first = await anext(pieces)  # a fault before the first token still has a status
             events = self._events(first, pieces, ticket, reply, asked.include_usage)
-            return EventStream(events, self.options.write_seconds, held.pop_all())
+            return EventStream(events, held.pop_all())
 
     def _check_open(self) -> None:
         if not self._open:
             state = "shutting down" if self.draining else "not ready"
             raise ApiError(503, f"the server is {state}", code="unavailable", retry_after=5)
 
-    @contextlib.contextmanager
-    def _room(self, answers: int):
-        """A place in the queue; ApiError if it is full."""
+    def _check_room(self, answers: int) -> None:
         self._check_open()
         if self.admitted + answers > self.options.queue:
             raise ApiError(503, "the queue is full", code="overloaded", retry_after=1)
+
+    @contextlib.contextmanager
+    def _room(self, answers: int):
+        """A place in the queue; ApiError if it is full."""
+        if answers > self.options.queue:
+            raise ApiError(400, f"n may be at most {self.options.queue}", "n", "invalid_value")
+        self._check_room(answers)
         self.admitted += answers
         try:
             yield
@@ -281,6 +306,7 @@ class Server:
                 request = self.model.conversation_request(
                     messages.turns, pictures, params, messages.system
                 )
+            jobs = self.model.jobs(request)
         except LlavaError as error:
             raise ApiError(400, str(error), field_name, "invalid_prompt") from None
         room = self.context - len(request.input_ids)
@@ -292,13 +318,9 @@ class Server:
                 field_name,
                 "context_length_exceeded",
             )
-        jobs = self.model.jobs(request)
         for job in jobs:
             job.budget = min(job.budget, room)
         return jobs
-
-    def _text_of(self, token: int) -> str:
-        return self.model.tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
     async def _pieces(
         self, ticket: Ticket, queue: asyncio.Queue, began: float
@@ -340,12 +362,16 @@ class Server:
             heads = [reply.first_chunk(index) for index in range(len(ticket.jobs))]
             yield b"".join(event(head) for head in heads if head)
             yield events_of(first, reply)
-            async for some in pieces:
-                yield events_of(some, reply)
+            async with contextlib.aclosing(pieces):
+                async for some in pieces:
+                    yield events_of(some, reply)
             if include_usage:
                 yield event(reply.usage_chunk(ticket.jobs))
         except ApiError as error:
             yield event(error.body())
+        except Exception:  # the status is sent already
+            LOG.exception("a stream failed")
+            yield event(ApiError(500, "the server failed", code="internal").body())
         yield b"data: [DONE]\n\n"
 
     # Errors.

@@ -14,6 +14,7 @@ from llava_jax.serving.api import ApiError, parse_json
 
 OPEN_PATHS = ("/", "/health", "/ready")  # without a key: the page, and what load balancers ask
 LARGE = 100_000  # bytes of JSON that are read on a thread
+BODIES = 16  # of the largest size, that may be held at a time
 
 
 class Guards:
@@ -32,11 +33,12 @@ class Guards:
         self._hosts = {"localhost", *hosts}
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._bytes, self._seconds = body_bytes, body_seconds
+        self._held = 0  # bytes of bodies that are arriving, or whose pictures are being read
 
     def check(self, request: Request) -> None:
         """Raises ApiError for a wrong host name or key."""
         self._check_host(request.headers.get("host", ""))
-        if self._digests and request.url.path not in OPEN_PATHS:
+        if self._digests and request.scope["path"] not in OPEN_PATHS:
             self._check_key(request.headers.get("authorization", ""))
 
     def _check_host(self, host: str) -> None:
@@ -59,8 +61,12 @@ class Guards:
         if scheme.lower() != "bearer" or not any(known):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    async def read_json(self, request: Request) -> dict:
-        """The body of a request, which must be a JSON object."""
+    async def read_json(self, request: Request, held: contextlib.ExitStack) -> dict:
+        """The body of a request, which must be a JSON object.
+
+        Args:
+          held: its bytes count as held until this is closed.
+        """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "the Content-Type must be application/json", code="content_type")
@@ -72,6 +78,7 @@ class Guards:
         try:
             async with asyncio.timeout(self._seconds):
                 async for piece in request.stream():
+                    self._hold(len(piece), held)
                     data += piece
                     if len(data) > self._bytes:
                         raise too_large
@@ -80,3 +87,13 @@ class Guards:
         if len(data) > LARGE:  # on the loop it would hold up all streams
             return await asyncio.to_thread(parse_json, bytes(data))
         return parse_json(bytes(data))
+
+    def _hold(self, count: int, held: contextlib.ExitStack) -> None:
+        """Counts bytes as held; ApiError if all bodies together are too many."""
+        if self._held + count > BODIES * self._bytes:
+            raise ApiError(503, "too much is being sent", code="overloaded", retry_after=1)
+        self._held += count
+        held.callback(self._release, count)
+
+    def _release(self, count: int) -> None:
+        self._held -= count

@@ -1,5 +1,6 @@
 """Chat messages in OpenAI's form -> a system prompt, turns, and the pictures among them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from llava_jax.serving.api import ApiError, Limits, shortened
 from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, Turn, spelled_out
 
 SYSTEM, USER, ASSISTANT = ("system", "developer"), "user", "assistant"
+NO_TEXT = re.compile(f"[\ud800-\udfff{BREAK}]")  # half characters, and what spells marks out
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text"), ("image_url", "input_image")
 
 
@@ -70,30 +72,45 @@ def read_messages(messages, limits: Limits) -> Messages:
     return Messages(prompt or None, tuple(turns), tuple(images), tuple(names))
 
 
-def read_prompt(prompt) -> Messages:
+def read_prompt(prompt, limits: Limits) -> Messages:
     """The `prompt` of a text completion: one text."""
     if isinstance(prompt, list) and len(prompt) == 1:
         (prompt,) = prompt
     if not isinstance(prompt, str):
         raise _refused("prompt", "prompt must be one text: send a request for each of several")
+    _check_length(len(prompt), limits, "prompt")
     return Messages(None, (Turn("human", _typed(prompt, "prompt")),), continued=True)
 
 
 def _check_parts(messages: Sequence, limits: Limits) -> None:
     """Counts everything before any of it is read."""
-    parts = images = 0
+    parts = images = characters = 0
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise _refused(f"messages[{i}]", f"messages[{i}] must be an object")
         content = message.get("content")
         if isinstance(content, list):
             parts += len(content)
-            kinds = [part.get("type") for part in content if isinstance(part, Mapping)]
-            images += sum(kind in IMAGE_PARTS for kind in kinds)
-    if parts > limits.parts:
-        raise _refused("messages", f"a request may hold at most {limits.parts} parts")
+            if parts > limits.parts:
+                raise _refused("messages", f"a request may hold at most {limits.parts} parts")
+            objects = [part for part in content if isinstance(part, Mapping)]
+            images += sum(part.get("type") in IMAGE_PARTS for part in objects)
+            characters += sum(_length(part.get("text")) for part in objects)
+        characters += _length(content)
+    _check_length(characters, limits, "messages")
     if images > limits.images:
         raise _refused("messages", f"a request may hold {limits.images} pictures, not {images}")
+
+
+def _length(text) -> int:
+    return len(text) if isinstance(text, str) else 0
+
+
+def _check_length(characters: int, limits: Limits, where: str) -> None:
+    """Refuses texts that no context holds before they are read."""
+    if characters > limits.characters:
+        message = f"{where} may hold at most {limits.characters:,} characters"
+        raise ApiError(400, message, where, "context_length_exceeded")
 
 
 def _content(content, where: str, role: str, images: list[str], names: list[str]) -> str:
@@ -129,7 +146,7 @@ def _typed(text, where: str) -> str:
     """A user's text as data."""
     if not isinstance(text, str):
         raise _refused(where, f"{where} must be a text, not {shortened(text)}")
-    if any(0xD800 <= ord(c) < 0xE000 or c == BREAK for c in text) and not text.isascii():
+    if NO_TEXT.search(text):
         raise _refused(where, f"{where} holds a character that no text may hold")
     return spelled_out(text, (IMAGE_TOKEN,))
 

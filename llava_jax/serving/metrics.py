@@ -51,7 +51,6 @@ class Metrics:
         self.cancelled = counter("llava:cancelled", "Answers whose client left")
         self.faults = counter("llava:engine_faults", "Steps that failed")
         self.compilations = gauge("llava:compilations", "Programs compiled since the start")
-        self.step = seconds("llava:step_seconds", "Time of an engine step")
         self.loop_lag = seconds("llava:loop_lag_seconds", "How late the event loop runs")
 
     def ended(self, reason: str) -> None:

@@ -5,11 +5,13 @@ Nothing that a client writes is ever opened as a file.
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -28,6 +30,8 @@ FAULTS = {
     "image too large": "has too many pixels",
     "image too elongated": "is too elongated",
 }
+# IPv6 addresses of hosts; others, and those of 6to4, may hold a private IPv4 address.
+UNICAST = ipaddress.ip_network("2000::/3")
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,23 @@ class PictureReader:
         if scheme in ("http", "https"):
             if self.url_hosts is None:
                 raise _refused(name, "addresses are turned off on this server: send data: URLs")
-            data = await loop.run_in_executor(self._downloads, self._download, address, name)
+            try:
+                async with asyncio.timeout(self.limits.seconds + 2):  # a name may resolve slowly
+                    data = await loop.run_in_executor(
+                        self._downloads, self._download, address, name
+                    )
+            except TimeoutError:
+                raise _refused(name, "cannot be fetched") from None
         elif scheme == "data":
-            data = _decode_base64(address, name, self.limits.bytes)
+            data = address
         else:
             raise _refused(name, "must be a data:image/...;base64, address")
         return await loop.run_in_executor(self._decoding, self._decode, data, name)
 
-    def _decode(self, data: bytes, name: str) -> Picture:
+    def _decode(self, data: bytes | str, name: str) -> Picture:
         """The picture with its tiles made, so that the engine never waits for them."""
+        if isinstance(data, str):
+            data = _decode_base64(data, name, self.limits.bytes)
         try:
             width, height = inspect_image(data, "it", self.limits.pixels)
             if max(width, height) ** 2 > self.limits.square:
@@ -159,6 +171,10 @@ def download(address: str, hosts: Sequence[str], limits: PictureLimits) -> bytes
     end = time.monotonic() + limits.seconds
     connection = http.client.HTTPConnection(host, port, timeout=limits.seconds)
     connection.sock = socket.create_connection((public_address(host, port), port), limits.seconds)
+    # However slowly the other side sends its answer, even a byte at a time, it ends then.
+    deadline = threading.Timer(limits.seconds, _shut, [connection])
+    deadline.daemon = True
+    deadline.start()
     try:
         if parts.scheme == "https":
             context = ssl.create_default_context()
@@ -177,7 +193,14 @@ def download(address: str, hosts: Sequence[str], limits: PictureLimits) -> bytes
                 raise ValueError("too many bytes, or too slow")
         return bytes(data)
     finally:
+        deadline.cancel()
         connection.close()
+
+
+def _shut(connection: http.client.HTTPConnection) -> None:
+    """Ends what another thread reads from a connection."""
+    with contextlib.suppress(OSError, AttributeError):
+        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # below TLS
 
 
 def public_address(host: str, port: int) -> str:
@@ -186,6 +209,7 @@ def public_address(host: str, port: int) -> str:
     for text in found:
         address = ipaddress.ip_address(text.partition("%")[0])
         address = getattr(address, "ipv4_mapped", None) or address
-        if not address.is_global or address.is_multicast:
+        inside = address.version == 6 and (address not in UNICAST or address.sixtofour)
+        if not address.is_global or address.is_multicast or inside:
             raise ValueError("not a public host")
     return sorted(found)[0]

@@ -6,16 +6,19 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+
 from llava_jax.errors import LlavaError
+from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
 LOG = logging.getLogger(__name__)
-HEADER_SECONDS = 15  # for a new connection to send the head of a request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of requests that name none (%(default)s: the likeliest token)",
     )  # fmt: skip
     work.add_argument(
-        "--url_hosts", nargs="*", metavar="NAME",
-        help="allow pictures from http(s) addresses of these hosts; of every public host if none "
-        "is named (off)",
+        "--url_hosts", nargs="+", metavar="NAME",
+        help="download pictures from these hosts alone; --allow_urls is for every public host",
     )  # fmt: skip
     work.add_argument(
         "--drain_seconds", type=float, default=30.0,
@@ -88,11 +90,12 @@ def main(args) -> int:
         raise LlavaError(f"{error.name} is not installed: pip install 'llava_jax[serve]'") from None
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("llava_jax").setLevel(logging.INFO)
+    from llava_jax.serving.connections import http_protocol
+
     server = make_server(args)
+    listening_on = listen(args.host, args.port)
     config = uvicorn.Config(
         server,
-        host=args.host,
-        port=args.port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -101,7 +104,7 @@ def main(args) -> int:
         http=http_protocol(),
         timeout_graceful_shutdown=5,
     )
-    return asyncio.run(_serve(args, server, config))
+    return asyncio.run(_serve(args, server, config, listening_on))
 
 
 def make_server(args):
@@ -111,6 +114,11 @@ def make_server(args):
 
     if args.batch_size < 1 or args.max_queue < 1:
         raise LlavaError("--batch_size and --max_queue must be at least 1")
+    if args.max_images < 0 or args.drain_seconds < 0:
+        raise LlavaError("--max_images and --drain_seconds must be at least 0")
+    SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens or 1)  # raises
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise LlavaError(f"--max_tokens must be at least 1, not {args.max_tokens}")
     keys = _keys(args.api_key_file)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         LOG.warning("anybody who reaches %s can ask the model: set an API key", args.host)
@@ -141,6 +149,8 @@ def _keys(path: str | None) -> list[str]:
             keys += Path(path).read_text(encoding="utf-8").split()
         except OSError as error:
             raise LlavaError(f"--api_key_file {path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise LlavaError(f"--api_key_file {path} is not text in UTF-8") from None
         if not keys:
             raise LlavaError(f"--api_key_file {path} holds no key")
     return keys
@@ -160,10 +170,31 @@ def load(args, server) -> None:
             LOG.info("%s", server.progress)
 
     model.engine.warm_up(args.batch_size, context, report, few=not args.all_shapes)
-    server.attach(model, context, args.batch_size, args.url_hosts)
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(_caches(model.engine)))
+    LOG.info("the cache of %d tokens a row takes %.2f GB", context, cache / 1e9)
+    hosts = [name.lower() for name in args.url_hosts or ()]
+    urls = hosts if hosts or args.allow_urls else None
+    server.attach(model, context, args.batch_size, urls)
 
 
-async def _serve(args, server, config) -> int:
+def _caches(engine) -> list:
+    """The caches of an engine's copies."""
+    return [one.device.state.cache for one in getattr(engine, "engines", [engine])]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; LlavaError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        words = getattr(error, "strerror", None) or str(error)
+        raise LlavaError(
+            f"--host {host} --port {port} cannot be listened on: {words}; choose another"
+        ) from None
+
+
+async def _serve(args, server, config, listening_on: socket.socket) -> int:
     import uvicorn
 
     class Listener(uvicorn.Server):
@@ -171,55 +202,48 @@ async def _serve(args, server, config) -> int:
         def capture_signals(self) -> Iterator[None]:
             yield  # SIGTERM is ours: `/ready` must say so before the socket closes
 
-    listener, loop, stop = Listener(config), asyncio.get_running_loop(), asyncio.Event()
-    listening = asyncio.create_task(listener.serve())
-    signals = 0
+    listener, loop, signals = Listener(config), asyncio.get_running_loop(), []
+    first, second = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        nonlocal signals
-        signals += 1
-        stop.set()
-        if signals > 1:
-            LOG.warning("stopped at once")
+        signals.append(1)
+        first.set()
+        if len(signals) > 1:
+            second.set()
+        if len(signals) > 2:
             os._exit(1)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    listening = asyncio.create_task(listener.serve(sockets=[listening_on]))
     loading = asyncio.create_task(asyncio.to_thread(load, args, server))
-    stopping = asyncio.create_task(stop.wait())
+    stopping = asyncio.create_task(first.wait())
     await asyncio.wait({listening, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if listening.done():  # the port is taken, which uvicorn has logged
-        os._exit(1)
     if stopping.done():  # a thread that compiles cannot be ended
         os._exit(0)
-    try:
-        await loading
-    except LlavaError as error:
-        print(f"llava-jax serve: {error}", file=sys.stderr)
-        return 1
+    await loading
     server.start(loop)
-    LOG.info("ready: http://%s:%d", args.host, args.port)
+    address, port = listening_on.getsockname()[:2]
+    LOG.info("ready: http://%s:%d", f"[{address}]" if ":" in address else address, port)
     failed = asyncio.create_task(server.failed())
     await asyncio.wait({listening, stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
-    if stopping.done():
-        LOG.info("draining: %d answers are running or waiting", server.admitted)
-        await server.drain(args.drain_seconds)
+    clean = stopping.done() and await _drain(args, server, second)
+    server.stop()
     listener.should_exit = True
     await listening
-    return 1 if failed.done() else 0
+    await asyncio.to_thread(server.worker.join, 5)
+    if server.worker.is_alive():  # in a call of the device, which nobody can end
+        os._exit(1)
+    return 0 if clean else 1
 
 
-def http_protocol(seconds: float = HEADER_SECONDS):
-    """uvicorn's HTTP/1.1, which also closes connections that send no request for some seconds."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Protocol(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self.loop.call_later(seconds, self.close_if_idle)
-
-        def close_if_idle(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
-
-    return Protocol
+async def _drain(args, server, at_once: asyncio.Event) -> bool:
+    """Waits for the running answers, until the time is over or a second signal comes."""
+    LOG.info("draining: %d answers are running or waiting", server.admitted)
+    drained = asyncio.create_task(server.drain(args.drain_seconds))
+    hurried = asyncio.create_task(at_once.wait())
+    await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    if drained.done() and drained.result():
+        return True
+    LOG.warning("stopped with %d answers unfinished", server.admitted)
+    return False

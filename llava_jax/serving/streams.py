@@ -3,31 +3,28 @@
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import AsyncIterator, Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from llava_jax.serving.api import Reply
+from llava_jax.serving.replies import Reply
 from llava_jax.serving.worker import Piece
-
-LOG = logging.getLogger(__name__)
 
 
 class EventStream(Response):
-    """Server-sent events; closed when the client leaves, or does not read for `seconds`.
+    """Server-sent events; closed when the client leaves.
 
     Args:
       events: each sent as soon as it is there.
       held: closed in the end, whatever happens.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], seconds: float, held: contextlib.ExitStack):
+    def __init__(self, events: AsyncIterator[bytes], held: contextlib.ExitStack):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(None, 200, headers, "text/event-stream")
         del self.headers["content-length"]
-        self.events, self.seconds, self.held = events, seconds, held
+        self.events, self.held = events, held
 
     async def __call__(self, scope, receive, send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -36,20 +33,16 @@ class EventStream(Response):
                 async with while_connected(receive):
                     await send(start)
                     async for data in self.events:
-                        await self._send(send, data, more=True)
-                    await self._send(send, b"", more=False)
+                        await send(_part(data, more=True))
+                    await send(_part(b"", more=False))
             except ClientDisconnect:
                 pass
             finally:
                 await self.events.aclose()
 
-    async def _send(self, send, data: bytes, more: bool) -> None:
-        try:
-            async with asyncio.timeout(self.seconds):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            LOG.info("a client stopped reading its stream, which is closed")
-            raise ClientDisconnect from None
+
+def _part(data: bytes, more: bool) -> dict:
+    return {"type": "http.response.body", "body": data, "more_body": more}
 
 
 @contextlib.asynccontextmanager

@@ -1,10 +1,10 @@
 """The engine on a thread of its own, fed with requests while it runs."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -59,10 +59,39 @@ class Ticket:
         logprobs = answer.logprobs[self.shown[index] :]
         self.shown[index] = len(answer.logprobs)
         reason = answer.finish_reason if answer.done else None
-        if answer.error:
-            error = ApiError(400, str(answer.error), "messages", "invalid_image")
+        if answer.error:  # its words may name what is no client's business
+            LOG.info("a picture could not be read: %s", answer.error)
+            error = ApiError(400, "a picture cannot be read", "messages", "invalid_image")
             return Piece(index, error=error)
         return Piece(index, answer.take(final=answer.done), logprobs, reason)
+
+
+def engine_failed() -> ApiError:
+    """The error of requests whose computation was lost."""
+    return ApiError(500, "the engine failed: ask again", code="engine_failed")
+
+
+class Mailbox:
+    """Pieces for the event loop, which is woken once for all that one step gives."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop, self._lock = loop, threading.Lock()
+        self._pieces: list[tuple[Ticket, Piece]] = []
+
+    def put(self, ticket: Ticket, piece: Piece) -> None:
+        """May be called on any thread; the piece is delivered on the event loop."""
+        with self._lock:
+            wake = not self._pieces
+            self._pieces.append((ticket, piece))
+        if wake:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            pieces, self._pieces = self._pieces, []
+        for ticket, piece in pieces:
+            ticket.deliver(piece)
 
 
 class Worker(threading.Thread):
@@ -85,27 +114,48 @@ class Worker(threading.Thread):
     ):
         super().__init__(name="engine", daemon=True)
         self.engine, self.batch_size, self.dead = engine, batch_size, False
-        self._loop, self._metrics = loop, metrics
+        self._metrics, self._mail = metrics, Mailbox(loop)
         self._source = LiveJobs()
-        self._live: dict[int, tuple[Ticket, int]] = {}  # id of an answer -> its ticket and index
-        self._news: deque[tuple[Ticket, Piece]] = deque()
+        # id of an answer -> its ticket and index. Both threads add and remove, under the lock.
+        self._live: dict[int, tuple[Ticket, int]] = {}
+        self._lock = threading.Lock()
         self._last_sign, self._faults = time.monotonic(), 0
         self._counted = {"prompt_tokens": 0, "answer_tokens": 0, "shared_tokens": 0}
 
     # On the event loop.
 
     def submit(self, ticket: Ticket) -> None:
-        """Queues all answers of a request."""
-        for index, job in enumerate(ticket.jobs):
-            self._live[id(job.answer)] = ticket, index
+        """Queues all answers of a request; ApiError if the engine was given up."""
+        with self._lock:
+            if self.dead:
+                raise engine_failed()
+            if not self._live:  # an idle engine gives no sign of life
+                self._last_sign = time.monotonic()
+            for index, job in enumerate(ticket.jobs):
+                self._live[id(job.answer)] = ticket, index
         self._source.put(*ticket.jobs)
 
     def cancel(self, ticket: Ticket) -> None:
         """Gives up what has not ended of a request; its rows are free within two calls."""
         for job in ticket.jobs:
-            if self._live.pop(id(job.answer), None):
+            if self._remove(job.answer):
                 job.answer.cancel()
                 self._metrics.cancelled.inc()
+
+    def fail_all(self, error: Callable[[], ApiError], dead: bool = False) -> None:
+        """Answers everything that was submitted with an error; may be called on any thread.
+
+        Args:
+          error: makes one for each request, since a raised exception keeps its frames.
+          dead: nothing will be answered from now on either.
+        """
+        with self._lock:
+            self.dead |= dead
+            entries = list(self._live.values())
+            self._live.clear()
+        for ticket, index in entries:
+            ticket.jobs[index].answer.cancel()
+            self._mail.put(ticket, Piece(index, error=error()))
 
     @property
     def live(self) -> int:
@@ -122,7 +172,8 @@ class Worker(threading.Thread):
 
     def measure(self) -> None:
         """Brings the metrics up to date."""
-        live = [ticket.jobs[index] for ticket, index in list(self._live.values())]
+        with self._lock:
+            live = [ticket.jobs[index] for ticket, index in self._live.values()]
         running = sum(bool(job.produced) for job in live)
         self._metrics.running.set(running)
         self._metrics.waiting.set(len(live) - running)
@@ -151,38 +202,22 @@ class Worker(threading.Thread):
                 LOG.exception("an engine step failed")
                 self._metrics.faults.inc()
                 self._faults += 1
-                self.dead = self._faults >= FAULTS_IN_A_ROW
-                self._fail_all()
+                # The state of what was running is lost.
+                self.fail_all(engine_failed, dead=self._faults >= FAULTS_IN_A_ROW)
                 if self.dead:
                     return
 
     def _grown(self, answer: Answer) -> None:
-        now = time.monotonic()
-        self._metrics.step.observe(now - self._last_sign)
-        self._last_sign, self._faults = now, 0
-        entry = self._live.get(id(answer))
+        self._last_sign, self._faults = time.monotonic(), 0
+        with self._lock:
+            entry = self._live.get(id(answer))
         if entry is None:  # cancelled
             return
         ticket, index = entry
         if answer.done:
-            self._live.pop(id(answer), None)
-        self._send(ticket, ticket.piece(index))
+            self._remove(answer)
+        self._mail.put(ticket, ticket.piece(index))
 
-    def _fail_all(self) -> None:
-        """Everything that was submitted is answered with an error, since its state is lost."""
-        error = ApiError(500, "the engine failed: ask again", code="engine_failed")
-        while self._live:
-            _, (ticket, index) = self._live.popitem()
-            ticket.jobs[index].answer.cancel()
-            self._send(ticket, Piece(index, error=error))
-
-    def _send(self, ticket: Ticket, piece: Piece) -> None:
-        first = not self._news
-        self._news.append((ticket, piece))
-        if first:  # the loop is woken once for all that one step gives
-            self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        while self._news:
-            ticket, piece = self._news.popleft()
-            ticket.deliver(piece)
+    def _remove(self, answer: Answer) -> bool:
+        with self._lock:
+            return self._live.pop(id(answer), None) is not None

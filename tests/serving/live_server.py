@@ -11,7 +11,7 @@ import time
 import uvicorn
 
 from llava_jax.serving.app import Options, Server
-from llava_jax.serving.serve import http_protocol
+from llava_jax.serving.connections import http_protocol
 from tests.tiny_model import random_image, tiny_llava
 
 CONTEXT = 128
@@ -37,7 +37,7 @@ class LiveServer:
         async def run():
             self.loop = asyncio.get_running_loop()
             config = uvicorn.Config(
-                self.server, log_config=None, lifespan="off", http=http_protocol(2.0)
+                self.server, log_config=None, lifespan="off", http=http_protocol(2.0, 3.0)
             )
             self.uvicorn = uvicorn.Server(config)
             self.uvicorn.capture_signals = contextlib.nullcontext

@@ -100,7 +100,7 @@ def test_everything_is_counted_before_anything_is_read():
 
 
 def test_the_prompt_of_a_text_completion_is_one_text():
-    assert read_prompt(["a"]).turns == (Turn("human", "a"),)
+    assert read_prompt(["a"], LIMITS).turns == (Turn("human", "a"),)
     for wrong in (None, 3, ["a", "b"], [1, 2]):
         with pytest.raises(ApiError):
-            read_prompt(wrong)
+            read_prompt(wrong, LIMITS)
