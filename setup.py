@@ -50,7 +50,7 @@ setup(
             "openai",
             "playwright",
         ],
-        "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],  # `make docs`
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],  # `make docs`
         "serve": ["starlette>=1.0", "uvicorn>=0.50", "prometheus_client"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

@@ -4,6 +4,7 @@ Pages link to files of the repository by relative paths, which is what GitHub fo
 that leaves docs/ is turned to a page of the site:
 
     README.md              -> index.md
+    findings/README.md     -> findings/README.md, as it is
     llava_jax/models       -> reference/models.md, the docstrings of that package
     configs/base.py        -> source/configs/base.py.md, the file itself
 """
@@ -17,30 +18,34 @@ from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llava_jax"
+OUTSIDE = (ROOT / "README.md", ROOT / "findings" / "README.md")  # pages that are not in docs/
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files, config):
+    def add(uri: str, content: str, **options) -> None:
+        files.append(File.generated(config, uri, content=content, **options))
+
     for package in packages():
-        files.append(File.generated(config, f"reference/{package}.md", content=reference(package)))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "index.md", content=text))
-    pages = [(ROOT / "README.md", text)]
-    pages += [(path, path.read_text(encoding="utf-8")) for path in (ROOT / "docs").rglob("*.md")]
-    linked = {linked_path(page, link[1]) for page, text in pages for link in LINK.finditer(text)}
+        add(f"reference/{package}.md", reference(package))
+    pages = [*OUTSIDE, *(ROOT / "docs").rglob("*.md")]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    for page in OUTSIDE:
+        add(site_uri(page), texts[page])
+    linked = {linked_path(page, link[1]) for page in pages for link in LINK.finditer(texts[page])}
     for path in sorted(path for path in linked if site_uri(path).startswith("source/")):
         text = path.read_text(encoding="utf-8")
         content = f"# {path.name}\n\n```{path.suffix[1:]}\n{text}\n```\n"
-        uri, level = site_uri(path), InclusionLevel.NOT_IN_NAV
-        files.append(File.generated(config, uri, content=content, inclusion=level))
+        add(site_uri(path), content, inclusion=InclusionLevel.NOT_IN_NAV)
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     uri = page.file.src_uri
-    if uri.startswith(("reference/", "source/")):
+    sources = {site_uri(path): path for path in OUTSIDE}
+    source = sources.get(uri, ROOT / "docs" / uri)
+    if not source.exists():  # made above
         return markdown
-    source = ROOT / "README.md" if uri == "index.md" else ROOT / "docs" / uri
 
     def to_site(link: re.Match) -> str:
         target = site_uri(linked_path(source, link[1]))
@@ -73,6 +78,8 @@ def site_uri(path: Path) -> str:
     relative = path.relative_to(ROOT)
     if relative == Path("README.md"):
         return "index.md"
+    if path in OUTSIDE:
+        return relative.as_posix()
     if relative.parts[0] == "docs":
         return relative.relative_to("docs").as_posix()
     if path.is_file():
