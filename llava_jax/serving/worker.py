@@ -15,7 +15,9 @@ from llava_jax.inference.replicas import Replicas
 from llava_jax.serving.api import ApiError
 from llava_jax.serving.metrics import Metrics
 
-FAULTS_IN_A_ROW = 3  # failed runs without a token between them, after which the engine is given up
+FAULTS_IN_A_ROW = (
+    3  # failed runs without a whole answer between them, after which the engine is given up
+)
 LOG = logging.getLogger(__name__)
 
 
@@ -208,7 +210,9 @@ class Worker(threading.Thread):
                     return
 
     def _grown(self, answer: Answer) -> None:
-        self._last_sign, self._faults = time.monotonic(), 0
+        self._last_sign = time.monotonic()
+        if answer.finish_reason in ("stop", "length"):  # a first token is no proof that others come
+            self._faults = 0
         with self._lock:
             entry = self._live.get(id(answer))
         if entry is None:  # cancelled

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.serving.live_server import LiveServer, data_url, warm_model
+from tests.serving.live_server import LiveServer, data_url
 
 CHROMIUM = shutil.which("chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -32,8 +32,8 @@ DROP = """(data) => {
 
 
 @pytest.fixture(scope="module")
-def live():
-    live = LiveServer(warm_model())
+def live(model):
+    live = LiveServer(model)
     yield live
     live.close()
 

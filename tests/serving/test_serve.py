@@ -9,13 +9,8 @@ import time
 import openai
 import pytest
 
-from tests.serving.live_server import LiveServer, data_url, question, warm_model
+from tests.serving.live_server import LiveServer, data_url, question
 from tests.tiny_model import random_image
-
-
-@pytest.fixture(scope="module")
-def model():
-    return warm_model()
 
 
 @pytest.fixture(scope="module")
