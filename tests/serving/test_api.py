@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from llava_jax.serving.api import ApiError, Defaults, Limits, parse_json, read_settings
+from llava_jax.serving.api import (
+    HARMLESS,
+    READ_ELSEWHERE,
+    SAMPLING,
+    WITHOUT_EFFECT,
+    ApiError,
+    Defaults,
+    Limits,
+    parse_json,
+    read_settings,
+)
 
 NAMES = ("tiny", "org/tiny")
 LIMITS = Limits()
@@ -124,3 +134,24 @@ def test_errors_have_the_nested_form():
 
 def test_a_refusal_quotes_at_most_80_characters():
     assert len(refusal(tool_choice="x" * 10_000).message) < 200
+
+
+@pytest.mark.parametrize("field", [*SAMPLING, *READ_ELSEWHERE, *HARMLESS, *WITHOUT_EFFECT])
+def test_no_value_of_any_field_is_a_fault_of_the_server(field):
+    """Each is taken or refused, in a sentence that does not repeat it in full."""
+    limits = Limits(prompt_logprobs=True)
+    for value in (
+        None, 0, -1, 2**31, 2**70, 10**4000, 1e308, float("inf"), 0.5, True, "", "x" * 10**5,
+        "\ud800", [], [1], ["a"], [[]], [None], [2**70], ["a"] * 50, [{}], {}, {"a": 1},
+    ):  # fmt: skip
+        for chat in (True, False):
+            try:
+                settings(chat, limits, **{field: value})
+            except ApiError as error:
+                assert 400 <= error.status < 500 and len(error.message) < 300
+                json.dumps(error.body()).encode()
+
+
+def test_a_body_of_very_many_fields_is_refused():
+    with pytest.raises(ApiError, match="at most 200 fields"):
+        parse_json(json.dumps(dict.fromkeys(map(str, range(201)))).encode())
