@@ -374,7 +374,7 @@ BROKEN = {
     ),
     "extra": (
         lambda tree: tree.update({"projector/linear_7/bias": np.zeros(3, np.float32)}),
-        "has parameters that the model has not: projector/linear_7/bias",
+        "has parameters that the model does not have: projector/linear_7/bias",
     ),
     "misshapen": (
         lambda tree: tree.update({"projector/linear_0/bias": np.zeros(3, np.float32)}),
