@@ -36,7 +36,8 @@ def read_messages(messages, limits: Limits) -> Messages:
     """The `messages` of a chat completion.
 
     Messages of one role that follow each other become one turn, a line apart. System messages may
-    stand anywhere before the first answer, and become one system prompt.
+    stand anywhere before the first answer, and become one system prompt; without any other message
+    they are what gets answered.
 
     Raises:
       ApiError: naming the message and the part at fault.
@@ -64,11 +65,13 @@ def read_messages(messages, limits: Limits) -> Messages:
         if turns and turns[-1].role == ours:
             text = f"{turns.pop().text}\n{text}"
         turns.append(Turn(ours, text))
+    prompt = "\n".join(text for text in system if text)
+    if prompt and not turns:
+        return Messages(None, (Turn("human", prompt),))
     if not turns or turns[0].role != "human":
         raise _refused("messages", "the first message after the system prompt must be a user's")
     if turns[-1].role != "human":
         raise _refused("messages", "the last message must be a user's: it is what gets answered")
-    prompt = "\n".join(text for text in system if text)
     return Messages(prompt or None, tuple(turns), tuple(images), tuple(names))
 
 

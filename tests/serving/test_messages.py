@@ -93,6 +93,11 @@ def test_a_fault_names_its_field(messages, param):
     assert (error.status, error.param) == (400, param)
 
 
+def test_instructions_without_a_question_are_the_question():
+    found = read_messages([{"role": "developer", "content": "say a"}], LIMITS)
+    assert found.system is None and found.turns == (Turn("human", "say a"),)
+
+
 def test_everything_is_counted_before_anything_is_read():
     assert refusal([user([PICTURE] * 9)]).param == "messages"
     assert refusal([user([text("a")] * 1025)]).param == "messages"
