@@ -136,7 +136,8 @@ def test_a_refusal_quotes_at_most_80_characters():
     assert len(refusal(tool_choice="x" * 10_000).message) < 200
 
 
-@pytest.mark.parametrize("field", [*SAMPLING, *READ_ELSEWHERE, *HARMLESS, *WITHOUT_EFFECT])
+# In one order: workers must collect the same tests.
+@pytest.mark.parametrize("field", sorted({*SAMPLING, *READ_ELSEWHERE, *HARMLESS, *WITHOUT_EFFECT}))
 def test_no_value_of_any_field_is_a_fault_of_the_server(field):
     """Each is taken or refused, in a sentence that does not repeat it in full."""
     limits = Limits(prompt_logprobs=True)
