@@ -57,7 +57,7 @@ def measure(data: TrainingData, seconds: float) -> dict:
         asked = time.perf_counter()
         arrays = next(batches).arrays
         waits.append(time.perf_counter() - asked)
-        last = arrays["feature_ids"].max(axis=1)  # of each row
+        last = arrays["feature_ids"].reshape(len(arrays["tiles"]), -1).max(axis=1)  # of each row
         images += int((last // data.row_format.tokens_per_tile + 1).sum())
         tokens += int((arrays["segment_ids"] != 0).sum())
     elapsed = time.perf_counter() - began

@@ -21,7 +21,6 @@ from llava_jax.data.parsing import Record, check_record
 from llava_jax.data.rows import RowFormat, render_record
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
-from llava_jax.models.images import layout
 from llava_jax.text.templates import Segment
 from llava_jax.text.tokenization import SegmentTokenizer, token_row, truncate
 
@@ -182,15 +181,15 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
         errors, is_image = [error], error.kind == "missing image"
         inspect = inspect and record is not None and error.kind not in _NO_FILE
     images = zip(record.images, record.image_names, strict=True) if inspect else ()
+    several = len(sizes) > 1
     for i, (source, name) in enumerate(images):
         try:
             size = inspect_image(source, name, policy.max_pixels)
-            check_shape(size, row_format.image, name, policy.max_pixels)
+            check_shape(size, row_format.image, name, policy.max_pixels, several)
             sizes[i] = size
         except ImageError as error:
             errors.append(RecordError(error.kind, f"{record.name}: {error}"))
-    found = (layout(row_format.image, row_format.tokens_per_tile, size) for size in sizes)
-    layouts = [(one.tiles, len(one)) for one in found]
+    layouts = [(layout.tiles, len(layout)) for layout in row_format.layouts(sizes)]
     return _Look(record if is_image else None, errors, is_image, files, layouts)
 
 

@@ -161,21 +161,31 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(
-    image: Image.Image, spec: ImageSpec, name: str = "image", max_pixels: int = MAX_PIXELS
+    image: Image.Image,
+    spec: ImageSpec,
+    name: str = "image",
+    max_pixels: int = MAX_PIXELS,
+    several: bool = False,
 ) -> np.ndarray:
     """An RGB image -> its tiles, uint8 [N, S, S, 3], not yet normalised.
 
-    Raises ImageError for an image so elongated that a form of it on the way would be huge.
+    several: it is one of several images of a prompt. Raises ImageError for an image so elongated
+    that a form of it on the way would be huge.
     """
-    check_shape(image.size, spec, name, max_pixels)
-    return np.concatenate([_tiles(image, spec, view) for view in views(spec, image.size)])
+    check_shape(image.size, spec, name, max_pixels, several)
+    found = views(spec, image.size, several)
+    return np.concatenate([_tiles(image, spec, view) for view in found])
 
 
 def check_shape(
-    size: tuple[int, int], spec: ImageSpec, name: str, max_pixels: int = MAX_PIXELS
+    size: tuple[int, int],
+    spec: ImageSpec,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    several: bool = False,
 ) -> None:
     """Raises ImageError if `preprocess` would, given only an image's (width, height)."""
-    for view in views(spec, size):
+    for view in views(spec, size, several):
         for width, height in (view.padded, view.resized):
             if width * height > 4 * max_pixels:
                 raise ImageError(

@@ -17,8 +17,10 @@ from llava_jax.models.images import (
     TEXT,
     ImageSpec,
     Layout,
-    layout,
+    Source,
+    layouts,
 )
+from llava_jax.models.taps import inverse
 from llava_jax.text.templates import TURNS, Segment, Template, get_template, render_turns
 from llava_jax.text.tokenization import (
     IGNORE_INDEX,
@@ -74,9 +76,9 @@ class RowFormat:
             **options,
         )
 
-    def layout(self, size: tuple[int, int]) -> Layout:
-        """The tiles and tokens of a picture of (width, height)."""
-        return layout(self.image, self.tokens_per_tile, size)
+    def layouts(self, sources: Sequence[Source]) -> list[Layout]:
+        """The tiles and tokens of a record's pictures and videos; see `images.layouts`."""
+        return layouts(self.image, self.tokens_per_tile, sources)
 
     def image_key(self):
         """All that decides the tokens of a picture besides its size, for the keys of caches."""
@@ -91,14 +93,20 @@ class RowFormat:
         independent turn where the part that the turns share ends. segment_ids: 0 is padding,
         conversations count from 1. turn_ids: as in TokenRow, only if turns are independent.
         feature_ids, feature_places: which feature of the row's tiles stands at each position, and
-        its inverse (`models.images`). tiles: pixels; unused ones are zero.
+        its inverse (`models.images`). Where tokens mix several features both have an axis of taps,
+        and feature_weights come with them. tiles: pixels; unused ones are zero.
         """
         tokens, side = (self.max_length,), self.image.size
         names = ["input_ids", "labels", "position_ids", "segment_ids", "feature_ids"]
         names += ["turn_ids"] if self.turns == "independent" else []
         shapes = dict.fromkeys(names, tokens)
         shapes["feature_places"] = (self.tiles * self.tokens_per_tile,)
+        taps = (self.image.taps,) if self.image.taps > 1 else ()
+        for name in ("feature_ids", "feature_places"):
+            shapes[name] += taps
         spec = {name: (shape, np.dtype(np.int32)) for name, shape in shapes.items()}
+        if taps:
+            spec["feature_weights"] = (tokens + taps, np.dtype(np.float32))
         return spec | {"tiles": ((self.tiles, side, side, 3), np.dtype(np.uint8))}
 
 
@@ -152,12 +160,18 @@ def pack(
             row["turn_ids"][here] = conversation.turn_ids
         for first, end in conversation.image_spans:
             layout, pixels = next(waiting)
-            features = tile * f.tokens_per_tile + layout.features
-            row["feature_ids"][start + first : start + end] = features
+            places = slice(start + first, start + end)
+            row["feature_ids"][places] = layout.placed(tile, f.tokens_per_tile)
+            if layout.weights is not None:
+                row["feature_weights"][places] = layout.weights
             row["tiles"][tile : tile + layout.tiles] = pixels
             tile += layout.tiles
         start += len(conversation)
-    row["feature_places"] = feature_places(row["feature_ids"], len(row["feature_places"]))
+    count = len(row["feature_places"])
+    if "feature_weights" in row:
+        row["feature_places"] = inverse(row["feature_ids"], row["feature_weights"], count)
+    else:
+        row["feature_places"] = feature_places(row["feature_ids"], count)
     return row
 
 
@@ -227,10 +241,7 @@ class RowBuilder:
         for member in members:
             record = self.records[int(self.usable[member])]
             try:
-                found = [
-                    self._picture(source, name)
-                    for source, name in zip(record.images, record.image_names, strict=True)
-                ]
+                found = self._pictures(record)
             except ImageError as error:
                 if not self.skip_bad_images:
                     raise LlavaError(f"{self.records.path}: {record.name}: {error}") from None
@@ -248,10 +259,19 @@ class RowBuilder:
             ids.append(record.id)
         return pack(conversations, pictures, self.row_format), ids, skipped
 
-    def _picture(self, source: str | bytes, name: str) -> tuple[Layout, np.ndarray]:
-        image = load_image(source, name, self.max_pixels)
-        tiles = preprocess(image, self.row_format.image, name, self.max_pixels)
-        return layout(self.row_format.image, self.row_format.tokens_per_tile, image.size), tiles
+    def _pictures(self, record: Record) -> list[tuple[Layout, np.ndarray]]:
+        """Layout and tiles of each of a record's pictures."""
+        images = [
+            load_image(source, name, self.max_pixels)
+            for source, name in zip(record.images, record.image_names, strict=True)
+        ]
+        spec, several = self.row_format.image, len(images) > 1
+        tiles = [
+            preprocess(image, spec, name, self.max_pixels, several)
+            for image, name in zip(images, record.image_names, strict=True)
+        ]
+        layouts = self.row_format.layouts([image.size for image in images])
+        return list(zip(layouts, tiles, strict=True))
 
 
 def stack(rows) -> Batch | LlavaError:

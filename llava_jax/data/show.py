@@ -27,8 +27,9 @@ def show(
 
     Returns:
       id, index, template, text; input_ids, labels, position_ids, segment_ids; image_slots:
-      [{"image", "size", "tiles", "start", "end"}], the half-open range of tokens of each image,
-      whose size is None if it cannot be read; lengths; training: what becomes of the record;
+      [{"image", "size", "tiles", "grid", "start", "end"}], the half-open range of tokens of each
+      image, whose size is None if it cannot be read and whose grid (columns, rows) of tiles is None
+      if it is one tile; lengths; training: what becomes of the record;
       ignored_keys; supervised_spans: the [start, end) characters of the text that are learnt.
       If turns are independent also turn_ids, and the text has what each question adds to the part
       that they share.
@@ -49,10 +50,10 @@ def show(
     segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
     texts = render_record(f, records, record, segment_tokenizer)
     slots, faults = _look_at_images(record, f, max_pixels)
-    layouts = [f.layout(slot["size"] or (f.image.size, f.image.size)) for slot in slots]
+    layouts = f.layouts([slot["size"] or (f.image.size, f.image.size) for slot in slots])
     row = token_row(segment_tokenizer, texts, [len(layout) for layout in layouts])
     for slot, layout, (start, end) in zip(slots, layouts, row.image_spans, strict=True):
-        slot |= {"tiles": layout.tiles, "start": start, "end": end}
+        slot |= {"tiles": layout.tiles, "grid": layout.grid, "start": start, "end": end}
     text, offsets = _joined([segment_tokenizer.text(segments) for segments in texts], row)
     shown = {
         "id": record.id,
@@ -81,12 +82,12 @@ def show(
 
 def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
     """([{"image", "size"}], what is wrong with the images)."""
-    slots, faults = [], []
+    slots, faults, several = [], [], len(record.images) > 1
     for source, name in zip(record.images, record.image_names, strict=True):
         size = None
         try:
             size = inspect_image(source, name, max_pixels)
-            check_shape(size, row_format.image, name, max_pixels)
+            check_shape(size, row_format.image, name, max_pixels, several)
         except ImageError as error:
             faults.append(f"not used: {error}")
         slots.append({"image": name, "size": size})

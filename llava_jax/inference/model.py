@@ -334,10 +334,12 @@ class Llava:
         """A text that is to be continued as it is, without a template."""
         return self._prompts.text_request(text, params, self._stops(params))
 
-    def picture(self, source: ImageSource, name: str = "image", where: str = "") -> Picture:
-        """A picture of a request; `where` begins the messages of its errors."""
+    def picture(
+        self, source: ImageSource, name: str = "image", where: str = "", several: bool = False
+    ) -> Picture:
+        """A picture of a request, of which it is one of `several`; `where` begins its errors."""
         with error_prefix(where):
-            return self._pictures.picture(source, name, where)
+            return self._pictures.picture(source, name, where, several)
 
     @property
     def takes_system(self) -> bool:
@@ -346,8 +348,8 @@ class Llava:
 
     def prompt_ids(self, turns: Sequence[Turn], images: int = 0) -> np.ndarray:
         """int32[T]: a conversation that waits for an answer, with `images` square pictures."""
-        side = self.config.image.size
-        return self._prompts.ids(turns, [len(self.config.layout((side, side)))] * images)
+        layouts = self.config.layouts([(self.config.image.size,) * 2] * images)
+        return self._prompts.ids(turns, [len(layout) for layout in layouts])
 
     def jobs(self, request: Request) -> list[Job]:
         """What `Engine.run` takes: the n answers to a request, drawn with n seeds."""

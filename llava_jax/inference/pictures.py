@@ -60,11 +60,19 @@ class PictureReader:
 
         where: begins the messages of errors while they are read.
         """
-        sources = enumerate(as_sources(images))
-        return tuple(self.picture(source, f"image {i}", where) for i, source in sources)
+        sources = as_sources(images)
+        several = len(sources) > 1
+        return tuple(
+            self.picture(source, f"image {i}", where, several) for i, source in enumerate(sources)
+        )
 
-    def picture(self, source: ImageSource, name: str, where: str) -> Picture:
-        """The picture of one source; `name` is what messages call a source without a name."""
+    def picture(self, source: ImageSource, name: str, where: str, several: bool = False) -> Picture:
+        """The picture of one source.
+
+        Args:
+          name: what messages call a source without a name.
+          several: it is one of several pictures of a prompt.
+        """
         name = source_name(source, name)
         remote = isinstance(source, str) and is_address(source)
         if remote and not self._config.image.by_size:
@@ -72,10 +80,10 @@ class PictureReader:
         else:
             source = fetch(source, self._allow_urls)
             size = self._size(source, name)
-        layout = self._config.layout(size)
-        check_shape(size, self._config.image, name)
-        key = id(source) if isinstance(source, Image.Image) else source
-        load = functools.partial(self._load, source, name, where, object())
+        (layout,) = self._config.layouts([size], several)
+        check_shape(size, self._config.image, name, several=several)
+        key = (id(source) if isinstance(source, Image.Image) else source, several)
+        load = functools.partial(self._load, source, name, where, several, object())
         return Picture(layout, load, key)
 
     def _size(self, source: str | bytes | Image.Image, name: str) -> tuple[int, int]:
@@ -83,18 +91,21 @@ class PictureReader:
             return self._file_size(source, file_version(source, name), name)
         return source.size if isinstance(source, Image.Image) else inspect_image(source, name)
 
-    def _load(self, source: ImageSource, name: str, where: str, picture: object) -> np.ndarray:
+    def _load(
+        self, source: ImageSource, name: str, where: str, several: bool, picture: object
+    ) -> np.ndarray:
         """uint8[tiles, S, S, 3]. A file that has not changed is read once for several requests."""
         with error_prefix(where):
             found = fetch(source, self._allow_urls)
-            key = (found, file_version(found, name), name) if isinstance(found, str) else picture
-            return self._recent.get(key, lambda: self._tiles(found, name))
+            version = isinstance(found, str) and file_version(found, name)
+            key = (found, version, name, several) if version else picture
+            return self._recent.get(key, lambda: self._tiles(found, name, several))
 
-    def _tiles(self, source: str | bytes | Image.Image, name: str) -> np.ndarray:
+    def _tiles(self, source: str | bytes | Image.Image, name: str, several: bool) -> np.ndarray:
         lock = self._pillow if isinstance(source, Image.Image) else contextlib.nullcontext()
         with lock:
             image = load_image(source, name)
-        return preprocess(image, self._config.image, name)
+        return preprocess(image, self._config.image, name, several=several)
 
 
 class _Recent:

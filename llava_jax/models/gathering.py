@@ -3,7 +3,7 @@
 JAX differentiates a gather into a scatter, which TPUs do row after row. If no row is taken twice,
 the gradient is a gather by the inverse.
 
-B rows of a batch, T places in one, S places in what is taken from, D size.
+B rows of a batch, T places in one, S places in what is taken from, K taps of a place, D size.
 """
 
 import functools
@@ -70,3 +70,56 @@ def _backward(every, inverse, dy):
 
 
 _invertible.defvjp(_forward, _backward)
+
+
+def mix_rows(
+    x: jax.Array, index: jax.Array, weights: jax.Array, inverse: jax.Array | None = None
+) -> jax.Array:
+    """The sum over k of weights[..., t, k] * x[..., index[..., t, k], :] for each t, in float32.
+
+        x  a b c     index  0 1     weights  .5 .5     mixed  (a+b)/2     inverse  0 -1
+                            2 -1              1  0            c                    1 -1
+                                                                                   2 -1
+
+    Args:
+      x: [..., S, D].
+      index: int[..., T, K]; a negative index has the weight 0.
+      weights: float32[..., T, K], without a gradient.
+      inverse: int[..., S, K], for each s the t * K + k that take it, negative for none; with it the
+        gradient is such a sum too.
+
+    Returns:
+      [..., T, D].
+    """
+    if inverse is None:
+        return _mixed(x, index, weights)
+    return _invertible_mix(x, index, weights, inverse)
+
+
+def _mixed(x: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
+    total = 0.0
+    for k in range(index.shape[-1]):
+        taken = _gather(x, index[..., k]).astype(jnp.float32)
+        total += weights[..., k, None] * taken
+    return total.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _invertible_mix(x, index, weights, inverse):
+    return _mixed(x, index, weights)
+
+
+def _forward_mix(x, index, weights, inverse):
+    return _mixed(x, index, weights), (weights, inverse)
+
+
+def _backward_mix(kept, dy):
+    weights, inverse = kept
+    taps = weights.shape[-1]
+    flat = weights.reshape(*weights.shape[:-2], 1, -1)  # [..., 1, T * K]
+    taken = jnp.take_along_axis(flat, jnp.maximum(inverse, 0), axis=-1, mode="clip")
+    back = jnp.where(inverse >= 0, taken, 0)  # [..., S, K]
+    return _mixed(dy, jnp.maximum(inverse, 0) // taps, back), None, None, None
+
+
+_invertible_mix.defvjp(_forward_mix, _backward_mix)

@@ -6,15 +6,24 @@ vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llava_jax.models.decoder import Decoder, DecoderConfig
-from llava_jax.models.gathering import take_rows
-from llava_jax.models.images import IMAGE_TOKEN_ID, ImageSpec, Layout, layout
-from llava_jax.models.projector import Projector, ProjectorSpec
+from llava_jax.models.gathering import mix_rows, take_rows
+from llava_jax.models.images import (
+    IMAGE_TOKEN_ID,
+    ImageSpec,
+    Layout,
+    Source,
+    cells_a_side,
+    layouts,
+)
+from llava_jax.models.projector import Projector, ProjectorSpec, average_squares
+from llava_jax.models.taps import NEWLINE
 from llava_jax.models.vit import ViT, ViTConfig, feature_states, num_blocks
 
 
@@ -53,9 +62,11 @@ class LlavaConfig:
     @functools.cached_property
     def tokens_per_tile(self) -> int:
         """P, the features that the projector gives of one tile."""
-        patches = (self.image.size // self.vision.patch_size) ** 2
+        side = self.image.size // self.vision.patch_size
         class_token = self.keep_class_token and self.vision.class_token
-        features = patches + int(class_token) - int(self.drop_first_patch)
+        features = side**2 + int(class_token) - int(self.drop_first_patch)
+        if self.image.pools_in_encoder:
+            features += (side // 2) ** 2
         return ProjectorSpec.parse(self.projector).tokens(features)
 
     def check(self) -> None:
@@ -67,12 +78,14 @@ class LlavaConfig:
                 f"image_size is {self.image.size}: a patch alone has {self.vision.patch_size} "
                 "pixels"
             )
-        _ = self.tokens_per_tile  # the grid of features may not fold
+        per_tile = self.tokens_per_tile  # the grid of features may not fold
+        if self.image.tiling or self.image.video:
+            cells_a_side(self.image, per_tile)
         ProjectorSpec.parse(self.projector).check(width, self.decoder.hidden_size)
 
-    def layout(self, size: tuple[int, int]) -> Layout:
-        """The tiles and tokens of a picture of (width, height)."""
-        return layout(self.image, self.tokens_per_tile, size)
+    def layouts(self, sources: Sequence[Source], several: bool | None = None) -> list[Layout]:
+        """The tiles and tokens of a prompt's pictures and videos; see `images.layouts`."""
+        return layouts(self.image, self.tokens_per_tile, sources, several)
 
 
 def normalize_images(spec: ImageSpec, images: jax.Array) -> jax.Array:
@@ -97,7 +110,9 @@ class LlavaModel(nn.Module):
     def setup(self):
         c = self.config
         self.vision = ViT(c.vision, c.feature_layer, c.keep_class_token, self.dtype)
-        self.projector = Projector(c.projector, c.decoder.hidden_size, c.projector_bias, self.dtype)
+        self.projector = Projector(
+            c.projector, c.decoder.hidden_size, c.projector_bias, c.image.newline, self.dtype
+        )
         self.decoder = Decoder(
             c.decoder, self.dtype, self.remat_policy, self.attention, self.stacked
         )
@@ -108,7 +123,10 @@ class LlavaModel(nn.Module):
             if tiles.dtype == jnp.uint8:
                 tiles = normalize_images(self.config.image, tiles)
             features = self.vision(tiles)
-            return self.projector(features[:, 1:] if self.config.drop_first_patch else features)
+            features = features[:, 1:] if self.config.drop_first_patch else features
+            if self.config.image.pools_in_encoder:
+                features = jnp.concatenate([features, average_squares(features)], axis=1)
+            return self.projector(features)
 
     def embed(
         self,
@@ -116,28 +134,41 @@ class LlavaModel(nn.Module):
         features: jax.Array | None,
         feature_ids: jax.Array,
         feature_places: jax.Array | None = None,
+        feature_weights: jax.Array | None = None,
     ) -> jax.Array:
         """Token embeddings [..., T, D] with image features at the positions that show one.
 
-            input_ids    5 -200 -200 7      feature_ids  -1 0 1 -1      features  a b
-            embeddings   e5   a    b e7
+            input_ids    5 -200 -200 -200 7    feature_ids  -1 0 1 -2 -1    features  a b
+            embeddings   e5   a    b    n e7                                newline   n
 
-        A gather within the row, so a sharded batch needs no communication.
+        A gather within the row, so a sharded batch needs no communication. Where tokens mix several
+        features (`ImageSpec.taps`), ids and places have an axis more, and weights are given.
 
         Args:
           input_ids: int[..., T]; what stands at an image's positions is not looked at.
           features: [..., F, D] from `encode_images`, those of all tiles of a row one after the
             other; None where there are none.
-          feature_ids: int[..., T], the feature that stands at each position, below 0 for text.
+          feature_ids: int[..., T], or [..., T, TAPS], the feature that stands at each position,
+            below 0 for text; NEWLINE for the learnt newline.
           feature_places: int[..., F], the position where each feature stands, below 0 for none: a
-            gradient is taken by it and no feature may stand twice. Not needed without gradients.
+            gradient is taken by it and no feature may stand twice. With taps [..., F, TAPS], as
+            `taps.inverse` gives it. Not needed without gradients.
+          feature_weights: float[..., T, TAPS], only with taps.
         """
         embeddings = self.decoder.embed(jnp.maximum(input_ids, 0))  # -200 is in no table
         if features is None:
             return embeddings
-        gathered = take_rows(features, feature_ids, feature_places)
+        if feature_weights is None:
+            gathered = take_rows(features, feature_ids, feature_places)
+        else:
+            gathered = mix_rows(features, feature_ids, feature_weights, feature_places)
+            feature_ids = feature_ids[..., 0]
         is_image = (feature_ids >= 0)[..., None]
-        return jnp.where(is_image, gathered.astype(embeddings.dtype), embeddings)
+        embeddings = jnp.where(is_image, gathered.astype(embeddings.dtype), embeddings)
+        if not self.config.image.newline:
+            return embeddings
+        newline = self.projector.newline_token().astype(embeddings.dtype)
+        return jnp.where((feature_ids == NEWLINE)[..., None], newline, embeddings)
 
     def __call__(
         self,
@@ -148,11 +179,12 @@ class LlavaModel(nn.Module):
         position_ids: jax.Array,
         segment_ids: jax.Array,
         turn_ids: jax.Array | None = None,
+        feature_weights: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states [B, T, D].
 
         Args:
-          input_ids, feature_ids, feature_places: as in `embed`.
+          input_ids, feature_ids, feature_places, feature_weights: as in `embed`.
           tiles: [B, K, S, S, 3], or None for text alone.
           position_ids, segment_ids, turn_ids: int[B, T], as in `Decoder`.
         """
@@ -160,7 +192,7 @@ class LlavaModel(nn.Module):
         if tiles is not None and tiles.shape[1]:
             features = self.encode_images(tiles.reshape(-1, *tiles.shape[2:]))
             features = features.reshape(len(input_ids), -1, features.shape[-1])  # [B, K * P, D]
-        embeddings = self.embed(input_ids, features, feature_ids, feature_places)
+        embeddings = self.embed(input_ids, features, feature_ids, feature_places, feature_weights)
         return self.decoder(embeddings, position_ids, segment_ids, turn_ids)
 
     def attend(self, hidden_states: jax.Array) -> jax.Array:
@@ -176,7 +208,10 @@ def init_params(config: LlavaConfig, key: jax.Array) -> dict:
 
 
 def _touch_all(model: LlavaModel, ids, tiles):
-    return model.attend(model(ids, tiles, ids, None, ids, ids))
+    taps = model.config.image.taps
+    mixed = jnp.zeros((*ids.shape, taps), jnp.int32)
+    features, weights = (ids, None) if taps == 1 else (mixed, mixed.astype(jnp.float32))
+    return model.attend(model(ids, tiles, features, None, ids, ids, feature_weights=weights))
 
 
 @functools.cache  # a trace of the whole model: a second and more, and many ask

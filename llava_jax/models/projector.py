@@ -114,6 +114,15 @@ def fold_squares(x: jax.Array, side: int) -> jax.Array:
     return x.reshape(*batch, squares * squares, side * side * width)
 
 
+def average_squares(x: jax.Array) -> jax.Array:
+    """[B, P, C] -> [B, P', C]: the mean of each 2 x 2 square; an odd last row or column is left."""
+    side = math.isqrt(x.shape[1])
+    half = side // 2
+    squares = x.reshape(-1, side, side, x.shape[-1])[:, : 2 * half, : 2 * half]
+    squares = squares.reshape(-1, half, 2, half, 2, x.shape[-1])
+    return squares.mean(axis=(2, 4)).reshape(-1, half * half, x.shape[-1])
+
+
 def torch_linear_init(fan_in: int):
     """PyTorch's default for nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), kernel and bias."""
 
@@ -130,12 +139,24 @@ class Projector(nn.Module):
     Attributes:
       kind: see ProjectorSpec; without a fold as `build_vision_projector` of the original LLaVA.
       features: D.
+      has_newline: whether it has the vector [D] that ends rows of tokens (image_newline).
     """
 
     kind: str
     features: int
     use_bias: bool = True
+    has_newline: bool = False
     dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        if self.has_newline:
+            drawn = nn.initializers.normal(self.features**-0.5)
+            init = nn.with_logical_partitioning(drawn, ("projector_out",))
+            self._newline = self.param("newline", init, (self.features,), jnp.float32)
+
+    def newline_token(self) -> jax.Array:
+        """The learnt newline [D]."""
+        return self._newline
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -55,7 +55,8 @@ class PictureReader:
     """Loads pictures on threads of its own, a few at a time.
 
     Args:
-      read: (encoded picture) -> the engine's picture, not yet decoded.
+      read: (encoded picture, several=) -> the engine's picture, not yet decoded; `several`: the
+        request has others.
       url_hosts: names of hosts that pictures may be downloaded from; None for no downloads, an
         empty tuple for every public host.
       threads: pictures that are decoded or downloaded at the same time.
@@ -63,7 +64,7 @@ class PictureReader:
 
     def __init__(
         self,
-        read: Callable[[bytes], Picture],
+        read: Callable[..., Picture],
         limits: PictureLimits = PictureLimits(),
         url_hosts: Sequence[str] | None = None,
         threads: int = 2,
@@ -78,7 +79,8 @@ class PictureReader:
         Raises:
           ApiError: naming the part of the request whose picture cannot be used.
         """
-        jobs = [self._read_one(*pair) for pair in zip(addresses, names, strict=True)]
+        several = len(addresses) > 1
+        jobs = [self._read_one(*pair, several) for pair in zip(addresses, names, strict=True)]
         tasks = [asyncio.ensure_future(job) for job in jobs]
         try:
             return list(await asyncio.gather(*tasks))
@@ -86,7 +88,7 @@ class PictureReader:
             for task in tasks:
                 task.cancel()
 
-    async def _read_one(self, address: str, name: str) -> Picture:
+    async def _read_one(self, address: str, name: str, several: bool) -> Picture:
         loop = asyncio.get_running_loop()
         scheme = address[:8].partition(":")[0].lower()
         if scheme in ("http", "https"):
@@ -103,9 +105,9 @@ class PictureReader:
             data = address
         else:
             raise _refused(name, "must be a data:image/...;base64, address")
-        return await loop.run_in_executor(self._decoding, self._decode, data, name)
+        return await loop.run_in_executor(self._decoding, self._decode, data, name, several)
 
-    def _decode(self, data: bytes | str, name: str) -> Picture:
+    def _decode(self, data: bytes | str, name: str, several: bool) -> Picture:
         """The picture with its tiles made, so that the engine never waits for them."""
         if isinstance(data, str):
             data = _decode_base64(data, name, self.limits.bytes)
@@ -113,7 +115,7 @@ class PictureReader:
             width, height = inspect_image(data, "it", self.limits.pixels)
             if max(width, height) ** 2 > self.limits.square:
                 raise _refused(name, FAULTS["image too elongated"])
-            picture = self._read_bytes(data)
+            picture = self._read_bytes(data, several=several)
             tiles = picture.load()
             return dataclasses.replace(picture, load=lambda: tiles)
         except ImageError as error:

@@ -47,7 +47,8 @@ def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int, weights
       weights: float32 [B].
     """
     inputs = [batch[name] for name in MODEL_INPUTS]
-    hidden_states = model.apply({"params": params}, *inputs, turn_ids=batch.get("turn_ids"))
+    more = {name: batch.get(name) for name in ("turn_ids", "feature_weights")}
+    hidden_states = model.apply({"params": params}, *inputs, **more)
     table = output_embedding(params["decoder"])
     return cross_entropy_sum(hidden_states, table, batch_targets(batch), weights, chunk)
 
@@ -69,7 +70,8 @@ def row_weights(supervised: jax.Array, parity: bool) -> jax.Array:
 def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
     """The contents of a batch without padding, for throughput and MFU."""
     real = batch["segment_ids"] != 0
-    tiles = jnp.max(batch["feature_ids"], axis=1) // config.tokens_per_tile + 1  # [B]
+    last = jnp.max(batch["feature_ids"].reshape(len(real), -1), axis=1)
+    tiles = last // config.tokens_per_tile + 1  # [B]
     return {
         "tokens": jnp.sum(real),
         "images": jnp.sum(tiles),

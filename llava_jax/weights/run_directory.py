@@ -67,7 +67,7 @@ def config_from_dict(values: dict) -> LlavaConfig:
     fields |= {
         "vision": ViTConfig(**values["vision"]),
         "decoder": DecoderConfig(**decoder),
-        "image": ImageSpec(**_as_tuples(image)),
+        "image": ImageSpec.from_values(image),
     }
     return LlavaConfig(**fields)
 

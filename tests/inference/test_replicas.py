@@ -114,7 +114,7 @@ def test_a_failure_of_one_copy_is_raised_and_the_next_run_is_whole(one, two, mon
 def test_a_wrong_request_spares_the_others(two):
     jobs = [two.jobs(two.request(f"{i}?", None, SamplingParams(2)))[0] for i in range(4)]
     ids = jobs[0].request.input_ids
-    broken = Picture(CONFIG.layout((8, 8)), unreadable, "broken")
+    broken = Picture(CONFIG.layouts([(8, 8)])[0], unreadable, "broken")
     (failed,) = two.jobs(Request(ids, (broken,), SamplingParams(2)))
     for _ in two.engine.run([*jobs[:2], failed, *jobs[2:]], 4):
         pass

@@ -7,7 +7,7 @@ from llava_jax.models.images import (
     MODES,
     ImageSpec,
     features_in_turn,
-    layout,
+    layouts,
     views,
 )
 
@@ -17,7 +17,7 @@ SIZES = [(1, 1), (1, 9), (640, 480), (480, 640), (17, 500), (3001, 2)]
 @pytest.mark.parametrize("mode", ["square", "pad", "resize"])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_first_three_modes_make_one_tile_and_show_all_of_it(mode, size):
-    found = layout(ImageSpec(28, mode), 4, size)
+    (found,) = layouts(ImageSpec(28, mode), 4, [size])
     assert found.tiles == 1 and len(found) == 4 and found.features.tolist() == [0, 1, 2, 3]
 
 

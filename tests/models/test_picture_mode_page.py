@@ -9,7 +9,7 @@ from PIL import Image
 
 from llava_jax.data.media import preprocess
 from llava_jax.models import images
-from llava_jax.models.images import MODES, ImageSpec, layout
+from llava_jax.models.images import MODES, ImageSpec, layouts
 from llava_jax.weights.write import huggingface, original
 from tests.tiny_model import CONFIG
 
@@ -28,7 +28,7 @@ def test_the_page_adds_a_mode(monkeypatch):
         assert "does not have the image mode halves" in program.fault(config)
         assert program.fault(CONFIG) is None
     for size, tiles in {(100, 40): 2, (40, 100): 1, (60, 40): 1, (61, 40): 2}.items():
-        found = layout(spec, 4, size)
+        (found,) = layouts(spec, 4, [size])
         assert found.tiles == tiles and found.features.tolist() == list(range(4 * tiles))
         pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
         cut = preprocess(Image.fromarray(pixels), spec)
