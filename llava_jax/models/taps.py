@@ -70,10 +70,11 @@ def bilinear(cells: np.ndarray, rows: int, columns: int) -> Taps:
 
 def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `new` places on a line of `old`: its two neighbours, the second's weight."""
-    place = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
+    scale = float(np.float32(old / new))  # torch has it in float32, and rounds the place once
+    place = np.maximum((np.arange(new) + 0.5) * scale - 0.5, 0).astype(np.float32)
     first = place.astype(int)
     second = np.minimum(first + 1, old - 1)
-    return first, second, (place - first).astype(np.float32)
+    return first, second, place - first.astype(np.float32)
 
 
 def average(cells: np.ndarray) -> Taps:
