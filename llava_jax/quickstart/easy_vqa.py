@@ -72,7 +72,7 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
     }
     with whole_folder(out_dir) as temporary:
         for name, records in files.items():
-            _write_records(temporary / f"{name}.json", records)
+            write_records(temporary / f"{name}.json", records)
         blind = {
             "test": blind_scores(train, tests),
             f"test_{FIXED_QUESTIONS}": blind_scores(train, fixed),
@@ -116,12 +116,12 @@ def training_records(questions: list[Question]) -> dict[str, list[dict]]:
         common = {"id": f"train-{image}", "image": f"train/{image}.png"}
         turns = order_questions(own, f"order {image}")
         exchanges = [(q.text, q.answer) for q in turns]
-        conversation = common | {"conversations": _conversation(exchanges)}
+        whole = common | {"conversations": conversation(exchanges)}
         prefix = "val_" if image in held_out else ""
-        records[f"{prefix}instruct"].append(conversation)
+        records[f"{prefix}instruct"].append(whole)
         if text := caption(own):
             records[f"{prefix}align"].append(
-                common | {"conversations": _conversation([(CAPTION_PROMPT, text)])}
+                common | {"conversations": conversation([(CAPTION_PROMPT, text)])}
             )
     return records
 
@@ -185,7 +185,7 @@ def test_records(questions: list[Question]) -> list[dict]:
         {
             "id": f"test-{index}",
             "image": f"test/{q.image}.png",
-            "conversations": _conversation([(q.text, q.answer)]),
+            "conversations": conversation([(q.text, q.answer)]),
             "question": q.text,
             "answer": q.answer,
             "kind": q.kind,
@@ -214,7 +214,8 @@ def blind_scores(train: list[Question], records: list[dict]) -> dict[str, dict]:
     answers = collections.defaultdict(collections.Counter)
     for question in train:
         answers[question.text][question.answer] += 1
-    counts = {kind: [0, 0] for kind in ("overall", *KINDS)}
+    kinds = sorted({record["kind"] for record in records})
+    counts = {kind: [0, 0] for kind in ("overall", *kinds)}
     for record in records:
         known = answers.get(record["question"])
         right = known is not None and known.most_common(1)[0][0] == record["answer"]
@@ -228,15 +229,18 @@ def blind_scores(train: list[Question], records: list[dict]) -> dict[str, dict]:
     }
 
 
-def _conversation(exchanges: list[tuple[str, str]]) -> list[dict]:
+def conversation(exchanges: list[tuple[str, str]], pictures: int = 1) -> list[dict]:
+    """The turns of (question, answer) pairs; the pictures stand before the first."""
     turns = []
     for i, (question, answer) in enumerate(exchanges):
-        turns.append({"from": "human", "value": question if i else f"<image>\n{question}"})
+        shown = "" if i else "<image>\n" * pictures
+        turns.append({"from": "human", "value": shown + question})
         turns.append({"from": "gpt", "value": answer})
     return turns
 
 
-def _write_records(path: Path, records: list[dict]) -> None:
+def write_records(path: Path, records: list[dict]) -> None:
+    """A record a line, as one JSON list."""
     path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
 
 

@@ -1,0 +1,241 @@
+"""Data sets composed of easy-VQA's pictures that one look at one square picture cannot answer.
+
+    poster    four pictures in the corners of a large one: their shapes are lost when it is squashed
+    several   two to four pictures in one prompt: which of them is red?
+    video     a shape that moves, or two that appear one after the other
+
+Each has records to train on, one question each to test with, and what an ablation is shown: the
+same records with one view, with the pictures in another order, with the middle frame alone.
+Pictures of the training and of the test split never meet.
+"""
+
+import collections
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from llava_jax.quickstart.easy_vqa import (
+    COLORS,
+    SHAPES,
+    Question,
+    blind_scores,
+    caption,
+    conversation,
+    read_questions,
+    write_records,
+)
+from llava_jax.quickstart.packages import package_folder
+from llava_jax.weights.checksums import is_whole
+from llava_jax.weights.write.save import whole_folder
+
+SIDE = 64  # pixels of an easy-VQA picture
+POSTER = 3 * SIDE  # one view of 56 pixels leaves 19 of each picture, three tiles a side all 56
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+FRAMES = 5
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+STRIDE = 8  # pixels that a shape moves from frame to frame
+TRAIN, TEST = {"poster": 1200, "several": 2000, "video": 3000}, 400
+
+
+class Shape(NamedTuple):
+    """One easy-VQA picture, and what it shows."""
+
+    picture: Image.Image
+    color: str
+    shape: str
+
+
+class Example(NamedTuple):
+    """One record of a data set.
+
+    Attributes:
+      media: names of its files below `images/`, with the pictures; a video has those of its frames.
+      questions: (question, answer) pairs.
+    """
+
+    media: list[tuple[str, Image.Image]]
+    questions: list[tuple[str, str]]
+
+
+def prepare_composed(name: str, out_dir: str | Path, log: Callable[[str], None] = print) -> Path:
+    """Writes one of the data sets to `out_dir`, unless it is there, complete and unchanged.
+
+    Files: train.json, test.json (one question a record, with keys question, answer and kind), the
+    same for the ablation (train_ablation.json, test_ablation.json), blind.json, images/.
+    """
+    out_dir = Path(out_dir)
+    if is_whole(out_dir, log):
+        log(f"{name}: {out_dir} is there and unchanged")
+        return out_dir
+    log(f"{name}: writing {out_dir} ...")
+    compose = {"poster": _poster, "several": _several, "video": _video}[name]
+    with whole_folder(out_dir) as temporary:
+        asked, records = [], {}
+        for split, count in (("train", TRAIN[name]), ("test", TEST)):
+            rng = random.Random(f"{name} {split}")
+            shapes = read_shapes(split)
+            examples = [compose(rng, shapes, f"{split}/{i}") for i in range(count)]
+            for example in examples:
+                for file, picture in example.media:
+                    path = temporary / "images" / file
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    picture.save(path)
+            if split == "train":
+                asked = [Question(*pair, 0) for e in examples for pair in e.questions]
+                records |= _training(name, examples)
+            else:
+                records |= _tests(name, examples)
+        blind = {split: blind_scores(asked, records[split]) for split in records if "test" in split}
+        (temporary / "blind.json").write_text(json.dumps(blind, indent=2) + "\n")
+        for split, lines in records.items():
+            write_records(temporary / f"{split}.json", lines)
+    log(f"{name}: " + ", ".join(f"{len(r):,} {split}" for split, r in records.items()))
+    return out_dir
+
+
+def read_shapes(split: str) -> list[Shape]:
+    """The pictures of `train` or `test` whose colour and shape their questions settle."""
+    folder = package_folder("easy_vqa", "easy-vqa") / "data" / split / "images"
+    by_image = collections.defaultdict(list)
+    for question in read_questions(split):
+        by_image[question.image].append(question)
+    shapes = []
+    for image, questions in sorted(by_image.items()):
+        if text := caption(questions):  # "a blue rectangle."
+            _, color, shape = text.rstrip(".").split()
+            with Image.open(folder / f"{image}.png") as picture:
+                shapes.append(Shape(picture.convert("RGB"), color, shape))
+    return shapes
+
+
+def _poster(rng: random.Random, shapes: list[Shape], name: str) -> Example:
+    """Four pictures in the corners of a light square, and the question for each shape."""
+    level = rng.randrange(225, 250)
+    poster = Image.new("RGB", (POSTER, POSTER), (level,) * 3)
+    questions = []
+    for i, corner in enumerate(CORNERS):
+        one = rng.choice(shapes)
+        poster.paste(one.picture, ((i % 2) * (POSTER - SIDE), (i // 2) * (POSTER - SIDE)))
+        questions.append((f"what shape is in the {corner} corner?", one.shape))
+    rng.shuffle(questions)
+    return Example([(f"{name}.png", poster)], questions)
+
+
+def _several(rng: random.Random, shapes: list[Shape], name: str) -> Example:
+    """Two to four pictures of different colours, and which of them a question is about."""
+    pictures = []
+    colors = rng.sample(COLORS, rng.randrange(2, 5))
+    for color in colors:
+        pictures.append(rng.choice([s for s in shapes if s.color == color]))
+    media = [(f"{name}-{i}.png", one.picture) for i, one in enumerate(pictures)]
+    numbers = range(1, len(pictures) + 1)
+    pairs = list(zip(numbers, pictures, strict=True))
+    questions = [(f"in which picture is the shape {one.color}?", str(i)) for i, one in pairs]
+    kinds = collections.Counter(one.shape for one in pictures)
+    for i, one in pairs:
+        if kinds[one.shape] == 1:
+            questions.append((f"in which picture is a {one.shape}?", str(i)))
+    rng.shuffle(questions)
+    return Example(media, questions)
+
+
+def _video(rng: random.Random, shapes: list[Shape], name: str) -> Example:
+    """A shape that moves, or two that appear one after the other.
+
+    The middle frame alone answers neither: where a moving shape is then does not depend on its
+    direction, and of two shapes both can be seen.
+    """
+    first = rng.choice(shapes)
+    background = first.picture.getpixel((0, 0))
+    sprite = _sprite(first)
+    reach = STRIDE * (FRAMES // 2)
+    frames = [Image.new("RGB", (SIDE, SIDE), background) for _ in range(FRAMES)]
+    if rng.random() < 0.5:
+        word = rng.choice(list(DIRECTIONS))
+        step = DIRECTIONS[word]
+        middle = [rng.randrange(reach, max(SIDE - side - reach, reach) + 1) for side in sprite.size]
+        for i, frame in enumerate(frames):
+            moved = STRIDE * (i - FRAMES // 2)
+            frame.paste(sprite, tuple(m + moved * s for m, s in zip(middle, step, strict=True)))
+        questions = [("in which direction does the shape move?", word)]
+    else:
+        second = rng.choice([s for s in shapes if s.color != first.color])
+        places = [(rng.randrange(0, 5), rng.randrange(0, 5)), (34, 34)]
+        rng.shuffle(places)
+        for i, frame in enumerate(frames):
+            if i <= FRAMES // 2:
+                frame.paste(sprite, places[0])
+            if i >= FRAMES // 2:
+                frame.paste(_sprite(second), places[1])
+        pair = [(first, "yes"), (second, "no")]
+        rng.shuffle(pair)
+        (one, answer), (other, _) = pair
+        asked = f"does the {one.color} shape come before the {other.color} shape?"
+        questions = [(asked, answer)]
+    return Example([(f"{name}/{i}.png", frame) for i, frame in enumerate(frames)], questions)
+
+
+def _sprite(one: Shape) -> Image.Image:
+    """The shape of a picture with nothing around it, at most 28 pixels a side."""
+    background = one.picture.getpixel((0, 0))
+    inside = [
+        (x, y)
+        for x in range(SIDE)
+        for y in range(SIDE)
+        if one.picture.getpixel((x, y)) != background
+    ]
+    xs, ys = zip(*inside, strict=True)
+    cut = one.picture.crop((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
+    cut.thumbnail((28, 28))
+    return cut
+
+
+def _training(name: str, examples: list[Example]) -> dict[str, list[dict]]:
+    whole = [_record(name, e, e.questions, f"train-{i}") for i, e in enumerate(examples)]
+    if name != "video":
+        return {"train": whole}
+    cut = [_middle(e) for e in examples]
+    alone = [_record("poster", e, e.questions, f"train-{i}") for i, e in enumerate(cut)]
+    return {"train": whole, "train_ablation": alone}
+
+
+def _tests(name: str, examples: list[Example]) -> dict[str, list[dict]]:
+    """One question of each example, and the ablation's record of it."""
+    records = {"test": [], "test_ablation": []}
+    for i, example in enumerate(examples):
+        question, answer = example.questions[0]
+        changed, form = example, name
+        if name == "several":  # moved on by one, every picture is in another place
+            changed = example._replace(media=example.media[1:] + example.media[:1])
+        elif name == "video":
+            changed, form = _middle(example), "poster"
+        for split, e, kind_of in (("test", example, name), ("test_ablation", changed, form)):
+            record = _record(kind_of, e, [(question, answer)], f"test-{i}")
+            keys = {"question": question, "answer": answer, "kind": _kind(name, question)}
+            records[split].append(record | keys)
+    return records
+
+
+def _middle(example: Example) -> Example:
+    return example._replace(media=[example.media[FRAMES // 2]])
+
+
+def _kind(name: str, question: str) -> str:
+    if name == "poster":
+        return "shape"
+    if name == "several":
+        return "shape" if any(shape in question for shape in SHAPES) else "color"
+    return "order" if question.startswith("does") else "direction"
+
+
+def _record(name: str, example: Example, questions: list[tuple[str, str]], key: str) -> dict:
+    files = [file for file, _ in example.media]
+    record = {"id": key, "conversations": conversation(questions, pictures=len(files))}
+    if name == "video":
+        record["conversations"] = conversation(questions)
+        return record | {"video": str(Path(files[0]).parent)}
+    return record | {"image": files if len(files) > 1 else files[0]}
