@@ -40,6 +40,7 @@ class LlavaConfig:
         class token too.
       image: how pictures are cut into tiles.
       image_token_id: the id that stands for one image feature in `input_ids`.
+      video_token_id: the id that stands for one feature of a video; None if it is the same.
       use_im_start_end: wrap each image in <im_start> and <im_end> tokens (LLaVA v1 option).
     """
 
@@ -52,6 +53,7 @@ class LlavaConfig:
     drop_first_patch: bool = False
     image: ImageSpec = ImageSpec()
     image_token_id: int = IMAGE_TOKEN_ID
+    video_token_id: int | None = None
     use_im_start_end: bool = False
 
     @property
