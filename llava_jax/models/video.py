@@ -21,7 +21,8 @@ class VideoSpec:
         `average_before_projector`, of the encoder's (LLaVA-NeXT-Video).
       newline: where the learnt newline stands: nowhere (`no_token`), at the end (`one_token`),
         after each frame, or after each row of a frame (`grid`); mm_newline_position.
-      frames: how many are sampled, unless something else is asked for.
+      frames: how many are sampled, evenly spread; with fps the most, 0 for no limit.
+      fps: frames a second that are sampled; 0 for `frames` whatever the duration.
       time_instruction: the question follows a sentence about duration and times (LLaVA-Video).
     """
 
@@ -29,6 +30,7 @@ class VideoSpec:
     pool: str = "bilinear"
     newline: str = "one_token"
     frames: int = 32
+    fps: float = 0.0
     time_instruction: bool = False
 
     def __post_init__(self):
@@ -37,6 +39,11 @@ class VideoSpec:
                 raise LlavaError(
                     f"the {name} of videos is {value!r}: choose one of {', '.join(choices)}"
                 )
+        if self.frames < 0 or self.fps < 0 or not (self.frames or self.fps):
+            raise LlavaError(
+                f"videos are sampled by {self.frames} frames and {self.fps} frames a second: "
+                "neither may be negative, and one must be above 0"
+            )
 
 
 def pooled_side(spec: VideoSpec, side: int) -> int:

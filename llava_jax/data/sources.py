@@ -1,0 +1,86 @@
+"""What a place in a text shows, a picture or a video alike: its size, its tiles, its files.
+
+S side of a tile, N tiles.
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_jax.data import video
+from llava_jax.data.media import (
+    MAX_PIXELS,
+    check_shape,
+    check_views,
+    file_state,
+    inspect_image,
+    load_image,
+    preprocess,
+)
+from llava_jax.data.video import Video
+from llava_jax.models.images import ImageSpec, Source, frame_views, needed_video
+
+Media = str | bytes | Video  # a path or encoded bytes of a picture, or a video
+
+
+class Seen(NamedTuple):
+    """What is known of a source.
+
+    source: as `ImageSpec` layouts take it. time: of a video of a model that reads one, the
+    sentences about its duration and times; else "".
+    """
+
+    source: Source
+    time: str = ""
+
+
+def look_at(
+    media: Media, spec: ImageSpec, name: str, max_pixels: int = MAX_PIXELS, several: bool = False
+) -> Seen:
+    """What the head of a file says of it.
+
+    several: it is one of several pictures of a prompt.
+
+    Raises:
+      ImageError: what `tiles` would, but for damage in the middle of the file.
+      LlavaError: it is a video and the model takes none, or PyAV is missing.
+    """
+    if not isinstance(media, Video):
+        size = inspect_image(media, name, max_pixels)
+        check_shape(size, spec, name, max_pixels, several)
+        return Seen(size)
+    of_model = needed_video(spec)
+    footage = video.inspect_video(media, name, max_pixels)
+    check_views(frame_views(spec, footage.size), footage.size, name, max_pixels)
+    numbers = video.sampled(footage, *media.sampling(of_model), name)
+    return _seen(footage, numbers, spec, name)
+
+
+def tiles(
+    media: Media, spec: ImageSpec, name: str, max_pixels: int = MAX_PIXELS, several: bool = False
+) -> tuple[Seen, np.ndarray]:
+    """What it is, and its pixels, uint8 [N, S, S, 3]; arguments and errors as of `look_at`."""
+    if not isinstance(media, Video):
+        image = load_image(media, name, max_pixels)
+        return Seen(image.size), preprocess(image, spec, name, max_pixels, several)
+    footage, numbers, pixels = video.video_tiles(media, spec, name, max_pixels)
+    return _seen(footage, numbers, spec, name), pixels
+
+
+def _seen(footage: video.Footage, numbers: np.ndarray, spec: ImageSpec, name: str) -> Seen:
+    timed = spec.video.time_instruction
+    time = video.time_instruction(footage, numbers, name) if timed else ""
+    return Seen((*footage.size, len(numbers)), time)
+
+
+def state(media: Media) -> bytes:
+    """Changes when the path, size or time of modification of a file, or of a frame's file, does."""
+    if not isinstance(media, Video):
+        return file_state(media)
+    if not isinstance(media.source, str):
+        return b""
+    if not os.path.isdir(media.source):
+        return file_state(media.source)
+    files = sorted(os.path.join(media.source, file) for file in os.listdir(media.source))
+    return b"".join(map(file_state, files))
