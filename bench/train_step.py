@@ -64,8 +64,9 @@ def one_device(config: ConfigDict):
 
 def random_batch(config: ConfigDict, model: LlavaConfig) -> dict:
     """Full rows of one conversation: pictures first, the last third supervised."""
-    rng, rows, length = np.random.default_rng(0), config.batch_size, config.data.max_length
+    rng, rows = np.random.default_rng(0), config.batch_size
     row_format = recipe.row_format(config, model)
+    length = row_format.length
     tiles = min(row_format.tiles, length // model.tokens_per_tile)
     spec = dataclasses.replace(row_format, tiles=tiles).row_spec()
     shown = tiles * model.tokens_per_tile

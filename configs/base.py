@@ -18,7 +18,14 @@ def get_config() -> ConfigDict:
     config.model.projector = placeholder(str)  # linear | mlpNx_gelu | identity
     config.model.feature_layer = placeholder(int)  # of the encoder's hidden states; LLaVA: -2
     config.model.image_size = placeholder(int)  # pixels a side
-    config.model.image_mode = placeholder(str)  # square | pad | resize
+    config.model.image_mode = placeholder(str)  # square | pad | resize | anyres
+    # Of image_mode anyres, which cuts pictures into tiles; see llava_jax/models/anyres.py.
+    config.model.tiling = ConfigDict()
+    # Columns x rows of tiles: "1x2 2x1 2x2", or "1x1..6x6" for all between; the first wins a tie.
+    config.model.tiling.grids = placeholder(str)
+    config.model.tiling.merge = placeholder(str)  # spatial_unpad (with a newline) | spatial | flat
+    config.model.tiling.cap = placeholder(int)  # N: shrink features to about N tiles; 0: never
+    config.model.tiling.one_view = placeholder(bool)  # of several pictures each is one tile
     config.model.template = "v1"
     config.model.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
     config.model.attention = "auto"  # xla | cudnn (GPU) | splash (TPU) | auto: by the devices
@@ -50,8 +57,10 @@ def get_config() -> ConfigDict:
     config.data.train_split = placeholder(str)  # of a data set folder; None: train
     config.data.validation_split = placeholder(str)
     config.data.image_root = ""  # folder that image paths are relative to
-    config.data.max_length = 2048  # tokens a row
-    config.data.images_per_row = 4
+    config.data.max_length = 2048  # tokens of a conversation; a longer one loses its end
+    config.data.row_length = placeholder(int)  # tokens a row; None: max_length
+    config.data.images_per_row = 4  # counts tiles, where pictures are cut into several
+    config.data.max_tiles = placeholder(int)  # of a picture besides its base view; None: all
     config.data.packing = True  # several conversations a row
     # conversation | independent: each question of a record sees the images and itself alone.
     config.data.turns = "conversation"

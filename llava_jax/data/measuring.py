@@ -32,12 +32,13 @@ _NO_FILE = ("missing image", "image outside the root")  # kinds of fault
 class Measured(NamedTuple):
     """All that is known of N records before the first batch.
 
-    lengths: int64 [N], tokens after cutting at max_length. tiles: int64 [N]. refused: reason ->
-    numbers of the records that cannot be used. bad_images: the fault of each record that is refused
-    for a bad image. cut: how many lost their end at max_length.
+    lengths, full: int64 [N], tokens after and before cutting at max_length. tiles: int64 [N].
+    refused: reason -> numbers of the records that cannot be used. bad_images: the fault of each
+    record that is refused for a bad image. cut: how many lost their end at max_length.
     """
 
     lengths: np.ndarray
+    full: np.ndarray
     tiles: np.ndarray
     refused: dict[str, list[int]]
     bad_images: list[str]
@@ -116,8 +117,8 @@ def measure(
         findings.fault(None, error)
     refused = _add(cache.refused, "bad image", sorted(faults))
     crowded = np.flatnonzero(cache.tiles > row_format.tiles).tolist()
-    refused = _add(refused, f"more images than images_per_row={row_format.tiles}", crowded)
-    return Measured(cache.lengths, cache.tiles, refused, messages, cache.cut)
+    refused = _add(refused, row_format.crowded, crowded)
+    return Measured(cache.lengths, cache.full, cache.tiles, refused, messages, cache.cut)
 
 
 def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
@@ -197,7 +198,8 @@ def _tokenize(
     cache, records, tokenizer, row_format, looks, progress: bool, findings: Findings
 ) -> None:
     """Tiles of all records and lengths of those that can be used, into the cache."""
-    cache.lengths, cache.refused, cache.cut = np.zeros(len(records), np.int64), {}, 0
+    cache.lengths, cache.full = (np.zeros(len(records), np.int64) for _ in range(2))
+    cache.refused, cache.cut = {}, 0
     cache.tiles = np.array([sum(tiles for tiles, _ in look.layouts) for look in looks], np.int64)
     bar = tqdm(looks, "measuring", unit=" records", disable=not progress)
     for chunk in _chunks(_rendered(records, row_format, tokenizer, bar, findings)):
@@ -217,7 +219,7 @@ def _tokenize(
                     reason = f"{reason} at max_length={row_format.max_length}"
                     cache.refused.setdefault(reason, []).append(index)
             findings.tokens(index, full, reason)
-            cache.lengths[index] = length
+            cache.lengths[index], cache.full[index] = length, full
 
 
 def _rendered(
@@ -252,7 +254,7 @@ class _Cache:
     """
 
     def __init__(self, folder, records, tokenizer, row_format):
-        self.lengths = self.tiles = None
+        self.lengths = self.full = self.tiles = None
         self.refused: dict[str, list[int]] = {}
         self.cut = 0
         self.images_seen = ""
@@ -272,7 +274,9 @@ class _Cache:
                 self.refused = json.loads(str(data["refused"]))
                 self.images_seen = str(data["images_seen"])
                 self.cut = int(data["cut"])
-                self.lengths, self.tiles = data["lengths"], data["image_counts"]
+                lengths, self.tiles = data["lengths"], data["image_counts"]
+                self.full = data["full"] if "full" in data else lengths  # older caches lack it
+                self.lengths = lengths
         except Exception:  # absent or broken: measure anew
             pass
 
@@ -284,6 +288,7 @@ class _Cache:
             np.savez(
                 file,
                 lengths=self.lengths,
+                full=self.full,
                 image_counts=self.tiles,
                 refused=json.dumps(self.refused),
                 images_seen=self.images_seen,

@@ -40,9 +40,10 @@ class TrainingData:
     findings: see `measure`; by default the first fault is raised.
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
-    `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `images_per_epoch`, `fill` (share
-    of real tokens), `records_total`, `records_used`, `refused` (reason -> record numbers),
-    `bad_images` (messages), `records_cut` (at max_length).
+    `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `tiles_per_epoch`, `fill` and
+    `tile_fill` (shares of the rows' tokens and tiles that are used), `records_total`,
+    `records_used`, `refused` (reason -> record numbers), `bad_images` (messages), `records_cut`
+    (at max_length).
 
     Raises LlavaError naming file, record index and id for a faulty record; when no record is
     usable; when an epoch has fewer rows than a batch.
@@ -83,7 +84,7 @@ class TrainingData:
             records, segment_tokenizer, f, policy, cache_dir, threads, progress, findings
         )
         self.refused, self.bad_images = measured.refused, measured.bad_images
-        self.records_cut = measured.cut
+        self.records_cut, self._needs = measured.cut, (measured.full, measured.tiles)
         self.records, self.records_total = records, len(records)
         is_usable = np.ones(len(records), bool)
         is_usable[[i for indices in self.refused.values() for i in indices]] = False
@@ -97,11 +98,12 @@ class TrainingData:
         self._rows = RowStream(measured.lengths[usable], measured.tiles[usable], row_format, seed)
         self.rows_per_epoch = self._rows.rows_before(1)
         self.tokens_per_epoch = int(measured.lengths[usable].sum())
-        self.images_per_epoch = int(measured.tiles[usable].sum())
-        self.fill = self.tokens_per_epoch / (self.rows_per_epoch * f.max_length)
+        self.tiles_per_epoch = int(measured.tiles[usable].sum())
+        self.fill = self.tokens_per_epoch / (self.rows_per_epoch * f.length)
+        self.tile_fill = self.tiles_per_epoch / max(self.rows_per_epoch * f.tiles, 1)
         if self.rows_per_epoch < batch_size and not pad_final_batch:
             raise LlavaError(
-                f"{records.path} fills {self.rows_per_epoch} rows of {f.max_length} tokens an "
+                f"{records.path} fills {self.rows_per_epoch} rows of {f.length} tokens an "
                 f"epoch, fewer than batch_size={batch_size}: take a smaller batch or more data"
             )
         self._total_rows = None if epochs is None else self._rows.rows_before(epochs)
@@ -121,18 +123,31 @@ class TrainingData:
         parts = []
         for reason, indices in self.refused.items():
             first = ", ".join(map(str, indices[:3])) + (", …" if len(indices) > 3 else "")
-            parts.append(f"{len(indices)} refused: {reason} (index {first})")
+            needed = self._needed_text(indices)
+            parts.append(f"{len(indices)} refused: {reason} (index {first}){needed}")
         return "; ".join(parts) or "none refused"
+
+    def _needed_text(self, indices: list[int]) -> str:
+        """ ", needing up to 9,000 tokens" or tiles, of records that are too large."""
+        (tokens, tiles), f = self._needs, self.row_format
+        if all(tokens[indices] > f.max_length):
+            return f", needing up to {tokens[indices].max():,} tokens"
+        if f.image.by_size and all(tiles[indices] > f.tiles):
+            return f", needing up to {tiles[indices].max():,} tiles"
+        return ""
 
     def describe(self) -> str:
         """One line for the log: what is used, cut, or refused and why, how full the rows are."""
         ignored, cut = ignored_keys_text(self.records), ""
         if self.records_cut:
             cut = f"; {self.records_cut:,} cut to {self.row_format.max_length} tokens"
+        full = f"{self.fill:.0%} full"
+        if self.row_format.image.by_size:
+            full = f"{self.fill:.0%} of tokens and {self.tile_fill:.0%} of tiles used"
         return (
             f"{self.records_used:,} of {self.records_total:,} records "
             f"({self._refused_text()}{cut}), "
-            f"{self.rows_per_epoch:,} rows an epoch, {self.fill:.0%} full, {self.steps:,} steps "
+            f"{self.rows_per_epoch:,} rows an epoch, {full}, {self.steps:,} steps "
             f"of {self.batch_size}"
             f"{'; ' + ignored if ignored else ''}"
         )

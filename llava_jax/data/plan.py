@@ -28,7 +28,7 @@ class PackPlan:
 def plan_rows(
     lengths: np.ndarray,
     tiles: np.ndarray,
-    max_length: int,
+    row_length: int,
     tiles_per_row: int,
     seed: int,
     epoch: int,
@@ -47,7 +47,7 @@ def plan_rows(
     one record a row.
     """
     lengths, tiles = np.asarray(lengths), np.asarray(tiles)
-    if len(lengths) and (lengths.max() > max_length or tiles.max() > tiles_per_row):
+    if len(lengths) and (lengths.max() > row_length or tiles.max() > tiles_per_row):
         raise ValueError("a record is larger than a row")
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     order = generator.permutation(len(lengths))
@@ -56,7 +56,7 @@ def plan_rows(
     rows = []
     for start in range(0, len(order), pool):
         some = order[start : start + pool]
-        rows += _best_fit(some, lengths[some], tiles[some], max_length, tiles_per_row)
+        rows += _best_fit(some, lengths[some], tiles[some], row_length, tiles_per_row)
     # A pool's last rows are the emptiest: spread them over the epoch.
     rows = [rows[i] for i in generator.permutation(len(rows))]
     sizes = np.fromiter((len(row) for row in rows), np.int64, len(rows))
@@ -64,23 +64,23 @@ def plan_rows(
     return PackPlan(np.concatenate([[0], np.cumsum(sizes)]), members)
 
 
-def _best_fit(records, lengths, tiles, max_length, tiles_per_row) -> list[list[int]]:
+def _best_fit(records, lengths, tiles, row_length, tiles_per_row) -> list[list[int]]:
     """The rows of one pool; of equal records the one that comes first in it goes first."""
     rows: list[list[int]] = []
     free_tokens, free_tiles = (np.zeros(len(records), np.int64) for _ in range(2))
     longest_first = np.argsort(-lengths, kind="stable")
     for i in longest_first.tolist():
-        tokens, images = lengths[i], tiles[i]
+        tokens, needed = lengths[i], tiles[i]
         left = free_tokens[: len(rows)] - tokens
-        left[(left < 0) | (free_tiles[: len(rows)] < images)] = max_length
+        left[(left < 0) | (free_tiles[: len(rows)] < needed)] = row_length
         row = int(left.argmin()) if rows else 0
-        if not rows or left[row] == max_length:
+        if not rows or left[row] == row_length:
             row = len(rows)
             rows.append([])
-            free_tokens[row], free_tiles[row] = max_length, tiles_per_row
+            free_tokens[row], free_tiles[row] = row_length, tiles_per_row
         rows[row].append(int(records[i]))
         free_tokens[row] -= tokens
-        free_tiles[row] -= images
+        free_tiles[row] -= needed
     return rows
 
 
@@ -119,7 +119,7 @@ class RowStream:
         if epoch not in self._recent:
             lengths, tiles, f, seed = self._arguments
             self._recent[epoch] = plan_rows(
-                lengths, tiles, f.max_length, f.tiles, seed, epoch, f.packing
+                lengths, tiles, f.length, f.tiles, seed, epoch, f.packing
             )
             while len(self._recent) > 2:
                 self._recent.pop(next(iter(self._recent)))

@@ -40,8 +40,9 @@ class RowFormat:
       template: of the conversations.
       image: how pictures are cut into tiles.
       tokens_per_tile: P.
-      max_length: T; a longer conversation loses its end.
+      max_length: tokens of a conversation; a longer one loses its end.
       tiles: K; a record with more tiles is refused.
+      row_length: T, at least max_length; None for max_length.
       packing: several conversations in a row; otherwise one.
       turns: "conversation", or "independent": each question sees the record's pictures and itself.
       image_token_id: what stands in `input_ids` for a feature.
@@ -53,6 +54,7 @@ class RowFormat:
     tokens_per_tile: int
     max_length: int
     tiles: int
+    row_length: int | None = None
     packing: bool = True
     turns: str = "conversation"
     image_token_id: int = IMAGE_TOKEN_ID
@@ -61,6 +63,11 @@ class RowFormat:
     def __post_init__(self):
         if self.turns not in TURNS:
             raise LlavaError(f"data.turns is {self.turns!r}: choose one of {', '.join(TURNS)}")
+        if self.length < self.max_length:
+            raise LlavaError(
+                f"data.row_length is {self.row_length}: a row must have room for a conversation of "
+                f"data.max_length={self.max_length}"
+            )
 
     @classmethod
     def of(cls, model, template: str, max_length: int, tiles: int, **options) -> "RowFormat":
@@ -75,6 +82,17 @@ class RowFormat:
             use_im_start_end=model.use_im_start_end,
             **options,
         )
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.max_length if self.row_length is None else self.row_length
+
+    @property
+    def crowded(self) -> str:
+        """Why a record with more than K tiles is refused."""
+        what = "tiles" if self.image.by_size else "images"
+        return f"more {what} than images_per_row={self.tiles}"
 
     def layouts(self, sources: Sequence[Source]) -> list[Layout]:
         """The tiles and tokens of a record's pictures and videos; see `images.layouts`."""
@@ -96,7 +114,7 @@ class RowFormat:
         its inverse (`models.images`). Where tokens mix several features both have an axis of taps,
         and feature_weights come with them. tiles: pixels; unused ones are zero.
         """
-        tokens, side = (self.max_length,), self.image.size
+        tokens, side = (self.length,), self.image.size
         names = ["input_ids", "labels", "position_ids", "segment_ids", "feature_ids"]
         names += ["turn_ids"] if self.turns == "independent" else []
         shapes = dict.fromkeys(names, tokens)
@@ -141,8 +159,8 @@ def pack(
     """
     f = row_format
     length, tiles = sum(map(len, conversations)), sum(layout.tiles for layout, _ in pictures)
-    if length > f.max_length or tiles > f.tiles:
-        raise ValueError(f"{length} tokens, {tiles} tiles exceed {f.max_length}, {f.tiles}")
+    if length > f.length or tiles > f.tiles:
+        raise ValueError(f"{length} tokens, {tiles} tiles exceed {f.length}, {f.tiles}")
     spans = [len(range(*span)) for row in conversations for span in row.image_spans]
     if spans != [len(layout) for layout, _ in pictures]:
         raise ValueError(f"pictures of {[len(p[0]) for p in pictures]} tokens for places {spans}")

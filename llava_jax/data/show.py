@@ -97,7 +97,7 @@ def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
 def _fate(row: TokenRow, layouts: list, row_format: RowFormat) -> str:
     """What training does with a record whose images are sound."""
     if sum(layout.tiles for layout in layouts) > row_format.tiles:
-        return f"left out: more images than images_per_row={row_format.tiles}"
+        return f"left out: {row_format.crowded}"
     if len(row) <= row_format.max_length:
         return "used whole"
     kept, reason = truncate(row, row_format.max_length)
@@ -144,8 +144,11 @@ def as_text(shown: dict, colour: bool) -> str:
     lines = [f"record {shown['index']} (id {shown['id']!r}), template {shown['template']}", marked]
     for number, slot in enumerate(shown["image_slots"]):
         size = "{}x{} pixels".format(*slot["size"]) if slot["size"] else "size unknown"
+        tiles = f"{slot['tiles']} tile(s)"
+        if slot["grid"]:
+            tiles = "a base view and {}x{} tiles".format(*slot["grid"])
         lines.append(
-            f"image {number}: {slot['image']}, {size}, {slot['tiles']} tile(s), "
+            f"image {number}: {slot['image']}, {size}, {tiles}, "
             f"in tokens {slot['start']} to {slot['end'] - 1}"
         )
     lines.append(

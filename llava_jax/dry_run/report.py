@@ -43,7 +43,7 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
       fill: share of real tokens in the rows, if the data could be measured.
     """
     config, state, model = stage.config, stage.state, stage.model.config
-    rows, length = config.batch_size, config.data.max_length
+    rows, length = config.batch_size, stage.row_format.length
     is_captions = get_template(config.model.template).image_only_question
     contents = CAPTIONS if is_captions else CONVERSATIONS
     contents = dataclasses.replace(contents, fill=fill) if fill else contents
@@ -136,7 +136,7 @@ def estimate_of(
       figures: those of `report` so far.
     """
     config, model, trainable = stage.config, stage.model.config, stage.trainable
-    rows, length, remat = config.batch_size, config.data.max_length, config.model.remat_policy
+    rows, length, remat = config.batch_size, stage.row_format.length, config.model.remat_policy
     executed = executed_flops(model, trainable, rows, length, config.data.images_per_row, remat)
     decoder = {**stage.frozen, **stage.state.params}["decoder"]
     plan = {

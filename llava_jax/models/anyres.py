@@ -7,6 +7,7 @@ OneVision a grid that is still large is shrunk. Sizes are (width, height), grids
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 Size = tuple[int, int]
@@ -42,11 +43,48 @@ class Tiling:
             raise ValueError(f"merge is {self.merge!r}: choose one of {', '.join(MERGES)}")
         if not self.grids:
             raise ValueError("grids is empty: give at least one (columns, rows)")
+        if self.cap < 0:
+            raise ValueError(f"cap is {self.cap}: give a number of tiles, or 0 for none")
+
+    def up_to(self, tiles: int) -> "Tiling":
+        """With the grids of at most so many tiles, without the base view.
+
+        Raises:
+          ValueError: there is none.
+        """
+        small = tuple(grid for grid in self.grids if grid[0] * grid[1] <= tiles)
+        if not small:
+            least = min(columns * rows for columns, rows in self.grids)
+            raise ValueError(f"the smallest of the model's grids has {least} tiles")
+        return dataclasses.replace(self, grids=small)
 
     @property
     def newline(self) -> bool:
         """Whether rows of features end with the learnt newline."""
         return self.merge == "spatial_unpad"
+
+
+def read_grids(text: str) -> tuple[Size, ...]:
+    """The grids that a text names: one after the other, or all from the first to the last.
+
+    >>> read_grids("1x2 2x1"), read_grids("1x1..2x2")
+    (((1, 2), (2, 1)), ((1, 1), (1, 2), (2, 1), (2, 2)))
+
+    Raises:
+      ValueError: it is no such text.
+    """
+    grid = r"[1-9]\d?x[1-9]\d?"
+    if not re.fullmatch(rf"\s*({grid}\s*\.\.\s*{grid}|{grid}([,\s]+{grid})*)\s*", text):
+        raise ValueError(
+            f"grids is {text!r}: give columns x rows, as in '1x2 2x1 2x2', or '1x1..6x6' for all "
+            "between"
+        )
+    found = tuple((int(c), int(r)) for c, r in re.findall(r"(\d+)x(\d+)", text))
+    if ".." not in text:
+        return found
+    (first_column, first_row), (last_column, last_row) = found
+    rows = range(first_row, last_row + 1)
+    return tuple((c, r) for c in range(first_column, last_column + 1) for r in rows)
 
 
 def choose_grid(grids: Sequence[Size], side: int, size: Size) -> Size:

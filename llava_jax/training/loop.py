@@ -108,7 +108,7 @@ class Loop:
 
     def _scalars(self, step: int, metrics: dict, seconds: float, waited: float) -> dict:
         stage = self.stage
-        room = stage.config.batch_size * stage.config.data.max_length
+        rows, row_format = stage.config.batch_size, stage.row_format
         warm = self.schedule(step - 1)
         scalars = {
             "loss": metrics["loss"],
@@ -117,7 +117,8 @@ class Loop:
             "tokens": int(metrics["tokens"]),
             "supervised_tokens": int(metrics["supervised_tokens"]),
             "images": int(metrics["images"]),
-            "real_token_share": metrics["tokens"] / room,
+            "real_token_share": metrics["tokens"] / (rows * row_format.length),
+            "real_tile_share": metrics["images"] / max(rows * row_format.tiles, 1),
             "tokens_per_second": metrics["tokens"] / seconds,
             "images_per_second": metrics["images"] / seconds,
             "step_seconds": seconds,

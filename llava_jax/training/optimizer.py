@@ -1,5 +1,7 @@
 """AdamW with a learning rate for each group of parameters and one shared schedule shape."""
 
+import difflib
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.errors import LlavaError
 
-DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
+DECAYED = ("kernel", "embedding", "newline", "lora_a", "lora_b")
 
 
 def group_of(path: tuple[str, ...], groups: dict[str, float]) -> str | None:
@@ -30,9 +32,11 @@ def split_params(params: dict, groups: dict[str, float]) -> tuple[dict, dict]:
     owners = {path: group_of(path, groups) for path in flat}
     unused = set(groups) - set(owners.values())
     if unused:
+        known = {"/".join(path[:depth]) for path in flat for depth in range(1, len(path) + 1)}
+        close = difflib.get_close_matches(sorted(unused)[0], sorted(known), 1)
         raise LlavaError(
-            f"config.trainable names {sorted(unused)}, which no parameter belongs to: "
-            f"the model has {sorted(params)} and their sub-trees, such as decoder/layers"
+            f"config.trainable names {sorted(unused)}, which no parameter belongs to: the model "
+            f"has {sorted(params)} and their sub-trees, such as {(close or ['decoder/layers'])[0]}"
         )
     trainable = {path: leaf for path, leaf in flat.items() if owners[path]}
     frozen = {path: leaf for path, leaf in flat.items() if not owners[path]}

@@ -12,12 +12,15 @@ from ml_collections import ConfigDict
 
 from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError
+from llava_jax.models.anyres import Tiling, read_grids
 from llava_jax.models.attention import IMPLEMENTATIONS, choose_attention
 from llava_jax.models.decoder import REMAT_POLICIES
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, init_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
+from llava_jax.parallel import hosts
 from llava_jax.text.templates import get_template
 from llava_jax.training.step import PARITY_DEVICES
 from llava_jax.weights.load import open_components, source_config
@@ -33,7 +36,7 @@ RANGES = {  # message -> (condition on a value that is set, keys)
     "it must be at least 1": (
         lambda x: x >= 1,
         "batch_size accumulation epochs steps log_every validate_every save_every keep loss_chunk "
-        "sample_tokens data.max_length",
+        "sample_tokens data.max_length data.row_length data.max_tiles",
     ),
     "it must not be negative": (
         lambda x: x >= 0,
@@ -111,6 +114,7 @@ def model_config(config: ConfigDict) -> LlavaConfig:
     changes = {k: config.model[k] for k in MODEL_OVERRIDES if config.model[k] is not None}
     image = {k: changes.pop(f"image_{k}") for k in ("size", "mode") if f"image_{k}" in changes}
     try:
+        image["tiling"] = _tiling(config, base.image, image.get("mode", base.image.mode))
         changes["image"] = dataclasses.replace(base.image, **image)
     except LlavaError as error:
         raise LlavaError(f"config.model.{error}") from None
@@ -122,17 +126,53 @@ def model_config(config: ConfigDict) -> LlavaConfig:
     return model
 
 
+def _tiling(config: ConfigDict, base: ImageSpec, mode: str) -> Tiling | None:
+    """How pictures are cut into tiles in a mode; None if they are not."""
+    changes = {k: v for k, v in config.model.tiling.items() if v is not None}
+    if mode != "anyres":
+        if changes:
+            raise LlavaError(
+                f"tiling.{next(iter(changes))} is set, but image_mode is {mode!r}: only anyres "
+                "cuts pictures into tiles"
+            )
+        return None
+    try:
+        if "grids" in changes:
+            changes["grids"] = read_grids(changes["grids"])
+        return dataclasses.replace(base.tiling or Tiling(), **changes)
+    except ValueError as error:
+        raise LlavaError(f"tiling.{error}") from None
+
+
 def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
-    """The rows that a stage trains on."""
+    """The rows that a stage trains on.
+
+    `data.max_tiles` is about training alone: the run keeps all grids of the model.
+    """
     data = config.data
+    if data.max_tiles is not None:
+        model = dataclasses.replace(model, image=_with_few_tiles(model.image, data.max_tiles))
     return RowFormat.of(
         model,
         config.model.template,
         data.max_length,
         data.images_per_row,
+        row_length=data.row_length,
         packing=data.packing,
         turns=data.turns,
     )
+
+
+def _with_few_tiles(image: ImageSpec, most: int) -> ImageSpec:
+    if image.tiling is None:
+        raise LlavaError(
+            f"config.data.max_tiles is {most}, but image_mode is {image.mode!r}: only anyres cuts "
+            "pictures into tiles"
+        )
+    try:
+        return dataclasses.replace(image, tiling=image.tiling.up_to(most))
+    except ValueError as error:
+        raise LlavaError(f"config.data.max_tiles is {most}: {error}") from None
 
 
 def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaModel:
@@ -142,7 +182,7 @@ def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaM
     turns = data.turns == "independent"
     try:
         attention = choose_attention(
-            config.model.attention, platform, dtype, data.max_length, turns
+            config.model.attention, platform, dtype, data.row_length or data.max_length, turns
         )
     except ValueError as error:
         raise LlavaError(f"config.model.attention: {error}; choose auto") from None
@@ -198,21 +238,35 @@ def starting_params(
     sources: dict[str, Path],
     components: set[str],
     seed: int,
+    frozen: dict | None = None,
 ) -> dict:
     """Parameters of some components, to be placed on devices.
 
     Those from a folder are LazyParameter: each device's slices are read when they are placed. A
-    projector without a source, and lora, are drawn at random.
+    projector without a source, the newline if its source was trained without tiles, and lora are
+    drawn at random.
+
+    Args:
+      frozen: the frozen parameters of the stage: what is drawn must be trained.
     """
-    params = {}
+    params, newline = {}, ("projector", "newline")
     for folder in dict.fromkeys(sources.values()):
         here = [c for c in COMPONENTS if sources.get(c) == folder and c in components]
         if here:
-            params |= open_components(folder, here, config)
+            params |= open_components(folder, here, config, optional=[newline])
     key = jax.random.key(seed)
-    if "projector" in components - params.keys():
+    projector = params.get("projector")
+    lacks_newline = projector is not None and config.image.newline and "newline" not in projector
+    if lacks_newline and "newline" in (frozen or {}).get("projector", {}):
+        raise LlavaError(
+            f"{sources['projector']} has no projector/newline and config.trainable leaves it "
+            "frozen at its random start: train it, at the language model's rate for one"
+        )
+    if "projector" in components and (projector is None or lacks_newline):
+        if lacks_newline:
+            hosts.report(f"{sources['projector']} has no projector/newline: it is drawn at random")
         fresh = lambda: nn.meta.unbox(init_params(config, key)["projector"])
-        params["projector"] = jax.tree.map(jax.device_get, jax.jit(fresh)()) or {}
+        params["projector"] = jax.tree.map(jax.device_get, jax.jit(fresh)()) | (projector or {})
     if "lora" in components:
         fresh = lambda: init_lora(abstract_lora(lora, abstract_params(config)), key)
         params["lora"] = jax.tree.map(jax.device_get, jax.jit(fresh)())

@@ -170,7 +170,7 @@ class Stage:
         """
         components = set(self.frozen) | set(() if resumed else self.state.params)
         params = recipe.starting_params(
-            self.model.config, self.lora, sources, components, self.config.seed
+            self.model.config, self.lora, sources, components, self.config.seed, self.frozen
         )
         frozen = place(params, self.frozen)
         return resumed or fresh_state(self.state, params, optimizer), frozen
@@ -251,7 +251,7 @@ class Stage:
         paths = flatten_dict(self.state.params)  # checks config.trainable, in any case
         names = {path[1] if path[0] == "lora" else path[0] for path in paths}
         idle = sorted(names & {"vision", "projector"})
-        if data.images_per_epoch:
+        if data.tiles_per_epoch:
             return
         fault = f"no record of {data.records.path} has a picture"
         if idle and names == set(idle):

@@ -4,7 +4,7 @@ What a folder holds is LazyParameter until it is placed: each device's slices ar
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -74,12 +74,18 @@ def source_config(path: Path) -> LlavaConfig:
     return read_run_model(checkpoint_of(path).parent.parent).config
 
 
-def open_components(path: Path, components: list[str], config: LlavaConfig) -> dict:
+def open_components(
+    path: Path,
+    components: list[str],
+    config: LlavaConfig,
+    optional: Collection[tuple[str, ...]] = (),
+) -> dict:
     """Parameters of some components, from any kind of source: checked, but not read yet.
 
     Args:
       path: a LLaVA folder, one of an encoder or of a language model alone, a run, or a step of one.
       config: the model wanted.
+      optional: paths of parameters that the source may lack.
     Returns:
       A nested dict of LazyParameter; what a run trained is read, as float32 arrays.
     """
@@ -98,7 +104,8 @@ def open_components(path: Path, components: list[str], config: LlavaConfig) -> d
     found = {name: leaf for name, leaf in found.items() if name[0] in components}
     expected = expected_shapes(config)
     check_params(str(path), found, expected)
-    check_complete(str(path), found, expected, components)
+    needed = {name: leaf for name, leaf in expected.items() if name not in optional}
+    check_complete(str(path), found, needed, components)
     return {component: {} for component in components} | unflatten_dict(found)
 
 
@@ -132,7 +139,7 @@ def open_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
       LlavaError: the base is gone or changed since the run, or the checkpoint does not fit it.
     """
     run = read_run_model(step_folder.parent.parent)
-    params = {}
+    params, trained = {}, flatten_dict(read_trained(step_folder, run))
     for component in set(run.sources) & set(components):
         source = run.sources[component]
         if weights_checksum(source.path) != source.checksum:
@@ -140,8 +147,7 @@ def open_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
                 f"the weights in {source.path} changed since {step_folder.parent.parent} was "
                 f"trained on them: its {component} would not be the model that was trained"
             )
-        params |= open_components(source.path, [component], run.config)
-    trained = flatten_dict(read_trained(step_folder, run))
+        params |= open_components(source.path, [component], run.config, optional=trained)
     here = lambda path: path[1 if path[0] == "lora" else 0] in components
     merged = {**flatten_dict(params), **{p: leaf for p, leaf in trained.items() if here(p)}}
     check_complete(str(step_folder), merged, expected_shapes(run.config, run.lora), components)

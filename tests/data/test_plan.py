@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from llava_jax.data.plan import plan_rows
+from llava_jax.models.images import ImageSpec, layouts
 
 
 def lengths_and_images(count, seed=0):
@@ -80,6 +81,33 @@ def test_rows_of_the_llava_mix_are_as_full_as_they_can_be(max_length, most):
     lengths, images = mix_665k(30)
     assert 800 < lengths.mean() < 900
     assert empty_share(lengths, images, max_length, 3 * max_length // 2048) < most
+
+
+def next_pictures(count: int) -> list[tuple[int, int]]:
+    """Sizes in three ranges, side log-uniform in each, log of the aspect normal."""
+    random, sizes = np.random.default_rng(0), []
+    for least, most in ((300, 700), (700, 1500), (1500, 4000)):
+        side = np.exp(random.uniform(np.log(least), np.log(most), count))
+        aspect = np.exp(random.normal(0, 0.3, count) / 2)
+        sizes += zip((side * aspect).astype(int), (side / aspect).astype(int), strict=True)
+    return [(int(width), int(height)) for width, height in sizes]
+
+
+@pytest.mark.parametrize("text_only", [0.0, 0.06])
+def test_rows_of_pictures_in_tiles_fill_both_budgets(text_only):
+    """LLaVA-NeXT's rows of configs/llava16_7b_instruct.py: 8,192 tokens and 15 tiles."""
+    spec, random = ImageSpec(336, "anyres"), np.random.default_rng(0)
+    found = [layouts(spec, 576, [size])[0] for size in next_pictures(2000)]
+    text = 42 + np.minimum(1500, random.gamma(2.0, 130, len(found)).astype(int))
+    lengths = np.minimum([len(layout) for layout in found] + text, 4096)
+    tiles = np.array([layout.tiles for layout in found])
+    assert 2200 < lengths.mean() < 2800 and tiles.min() == 3 and tiles.max() == 5
+    more = int(len(lengths) * text_only)
+    chats = np.minimum(42 + random.gamma(2.0, 600, more).astype(int), 4096)
+    lengths, tiles = np.append(lengths, chats), np.append(tiles, np.zeros(more, int))
+    rows = len(plan_rows(lengths, tiles, 8192, 15, 0, 0))
+    assert 1 - lengths.sum() / (rows * 8192) < 0.10
+    assert 1 - tiles.sum() / (rows * 15) < 0.15
 
 
 def test_the_llava_mix_is_planned_in_seconds():

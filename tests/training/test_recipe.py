@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import LlavaError
+from llava_jax.models.anyres import NEXT_GRIDS, Tiling
 from llava_jax.models.presets import PRESETS
 from llava_jax.training import recipe
 from tests import tiny_run
@@ -170,3 +171,54 @@ def test_keys_that_came_or_went_are_differences():
         "trainable.decoder: None -> 0.0001"
     ]
     assert recipe.differences({"a": {"b": 1}}, {}) == ["a.b: 1 -> None"]
+
+
+ANYRES = {"model__image_mode": "anyres"}
+
+
+def test_any_model_may_cut_pictures_into_tiles(parts):
+    tiling = recipe.model_config(config(parts, **ANYRES)).image.tiling
+    assert tiling == Tiling()
+    changes = {"grids": "1x1..2x2", "cap": 2, "one_view": True}
+    changes = {f"model__tiling__{name}": value for name, value in changes.items()}
+    image = recipe.model_config(config(parts, **ANYRES, **changes)).image
+    assert image.tiling == Tiling(((1, 1), (1, 2), (2, 1), (2, 2)), cap=2, one_view=True)
+    assert (image.taps, image.newline) == (4, True)
+    listed = config(parts, **ANYRES, model__tiling__grids="2x1, 1x2 3x1")
+    assert recipe.model_config(listed).image.tiling.grids == ((2, 1), (1, 2), (3, 1))
+
+
+def test_a_stage_without_tiles_has_no_newline(parts):
+    image = recipe.model_config(config(parts, model__image_mode="pad")).image
+    assert image.tiling is None and not image.newline
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__tiling__cap": 2}, "config.model.tiling.cap is set, but image_mode is 'square'"),
+        (ANYRES | {"model__tiling__grids": "2"}, "model.tiling.grids is '2': give columns x rows"),
+        (ANYRES | {"model__tiling__grids": "2x2..1x1"}, "tiling.grids is empty"),
+        (ANYRES | {"model__tiling__merge": "sum"}, "tiling.merge is 'sum': choose one of spatial"),
+        (ANYRES | {"model__tiling__cap": -1}, "tiling.cap is -1: give a number of tiles"),
+    ],
+)
+def test_each_wrong_tiling_is_reported(parts, changes, message):
+    with pytest.raises(LlavaError, match=message):
+        recipe.model_config(config(parts, **changes))
+
+
+def test_training_may_use_fewer_tiles_than_the_model(parts):
+    few = config(parts, **ANYRES, data__max_tiles=2)
+    model = recipe.model_config(few)
+    rows = recipe.row_format(few, model)
+    assert model.image.tiling.grids == NEXT_GRIDS
+    assert rows.image.tiling.grids == ((1, 2), (2, 1))
+    assert rows.layouts([(100, 100)])[0].tiles == 3 and model.layouts([(100, 100)])[0].tiles == 5
+    for changes, message in (
+        (ANYRES | {"data__max_tiles": 1}, "data.max_tiles is 1: the smallest .* has 2 tiles"),
+        ({"data__max_tiles": 4}, "data.max_tiles is 4, but image_mode is 'square'"),
+    ):
+        wrong = config(parts, **changes)
+        with pytest.raises(LlavaError, match=message):
+            recipe.row_format(wrong, recipe.model_config(wrong))
