@@ -175,6 +175,8 @@ def report_start(stage: Stage, state: TrainState, frozen: dict, data: TrainingDa
         f"{model.image.size} pixels, {model.tokens_per_tile} tokens; "
         f"steps: {int(state.step)} of {data.steps} done"
     )
+    if stage.refused:
+        hosts.report(f"attention: {stage.model.attention}, not {stage.refused}")
 
 
 def finish(workdir: Path, done: int, steps: int) -> None:

@@ -4,6 +4,7 @@ B rows, T query length, S key length, N heads, K kv heads, H head size.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,36 +22,64 @@ from llava_jax.models.linear import product_dtype, transposed
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 
 
-def choose_attention(name: str, platform: str, dtype, length: int, turns: bool) -> str:
-    """The implementation to train with on a platform.
+def choose_attention(
+    name: str, device: jax.Device, shards: int, dtype, decoder, length: int, turns: bool
+) -> tuple[str, str]:
+    """The implementation to train with, and why it is not the device's own kernel.
 
     Args:
-      name: one of IMPLEMENTATIONS, or `auto`: the platform's kernel if it can do the work.
-      platform: of the mesh's devices: tpu, gpu, cpu.
+      name: one of IMPLEMENTATIONS, or `auto`: the device's kernel if it can do the work, else xla.
+      device: one of the mesh.
+      shards: of the mesh, over which heads are split.
+      decoder: its DecoderConfig.
       length: tokens of a row.
       turns: whether rows hold independent turns.
+
+    Returns:
+      (one of IMPLEMENTATIONS, reasons); the reasons are empty if the device's kernel was taken, if
+      it has none, or if another implementation was named.
 
     Raises:
       ValueError: the named implementation cannot do the work.
     """
     cannot = {
         "xla": {},
-        "cudnn": {
-            "it runs on NVIDIA GPUs": platform not in ("gpu", "cuda"),
-            "it takes bfloat16": jnp.dtype(dtype) != jnp.bfloat16,
-        },
+        "cudnn": _cannot_use_cudnn(device, shards, dtype, decoder, length),
         "splash": {
-            "it runs on TPUs": platform != "tpu",
+            "it runs on TPUs": device.platform != "tpu",
             f"a row's length must be a multiple of {SPLASH_TILE}": bool(length % SPLASH_TILE),
             "it cannot keep independent turns apart": turns,
+            **_uneven_heads(shards, decoder),
         },
     }
-    if name == "auto":
-        return next(n for n in ("splash", "cudnn", "xla") if not any(cannot[n].values()))
-    reasons = [reason for reason, holds in cannot[name].items() if holds]
-    if reasons:
-        raise ValueError(f"{name} attention cannot be used here: {'; '.join(reasons)}")
-    return name
+    reasons = {n: "; ".join(r for r, holds in cannot[n].items() if holds) for n in cannot}
+    if name != "auto":
+        if reasons[name]:
+            raise ValueError(f"{name} attention cannot be used here: {reasons[name]}")
+        return name, ""
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
+    return ("xla", f"{kernel}: {reasons[kernel]}") if reasons[kernel] else (kernel, "")
+
+
+def _cannot_use_cudnn(device, shards: int, dtype, decoder, length: int) -> dict[str, bool]:
+    """What cuDNN's kernels refuse, as jax._src.cudnn.fused_attention_stablehlo has it."""
+    version = re.fullmatch(r"\d+\.\d+", getattr(device, "compute_capability", None) or "")
+    capability = float(version[0]) if device.platform == "gpu" and version else 0.0
+    largest = 256 if capability >= 9 else 128
+    return {
+        "it runs on NVIDIA GPUs from Ampere (A100) on": capability < 8,
+        "it takes bfloat16": jnp.dtype(dtype) != jnp.bfloat16,
+        "a row's length must be even": bool(length % 2),
+        f"a head's size must be a multiple of 8 up to {largest}": (
+            bool(decoder.head_dim % 8) or decoder.head_dim > largest
+        ),
+        **_uneven_heads(shards, decoder),
+    }
+
+
+def _uneven_heads(shards: int, decoder) -> dict[str, bool]:
+    fault = f"{shards} shards of the mesh's tensor axis must divide {decoder.num_heads} heads"
+    return {fault: bool(decoder.num_heads % shards)}
 
 
 def attention_mask(

@@ -5,7 +5,10 @@ For real tokens each kernel equals `attention` up to rounding.
 B rows, T length, N heads, K kv heads, H head size.
 """
 
+import contextlib
 import functools
+import math
+from collections.abc import Callable, Iterator
 
 import flax
 import jax
@@ -33,8 +36,7 @@ def splash_attention(
 ) -> jax.Array:
     """Attention by JAX's block-sparse TPU kernel, one program on each shard of the mesh.
 
-    Rows are sharded over the mesh axes of `batch`, heads over those of `act_heads`; without a mesh
-    the kernel runs on one device. Blocks that are masked as a whole are never read.
+    Blocks that are masked as a whole are never read.
 
     Args:
       query: [B, T, N, H], T a multiple of SPLASH_TILE.
@@ -45,15 +47,41 @@ def splash_attention(
       [B, T, N, H] in the query's dtype.
     """
     run = functools.partial(_splash, window=mask.sliding_window, interpret=interpret)
+    return _on_each_shard(run, query, key, value, mask.segment_ids)
+
+
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Attention by cuDNN's fused kernel, one program on each shard of the mesh.
+
+    Args and result are those of `attention`, in float16 or bfloat16.
+    """
+    return _on_each_shard(_cudnn, query, key, value, mask)
+
+
+def _on_each_shard(run: Callable, query, key, value, mask: jax.Array) -> jax.Array:
+    """run(query, key, value, mask) on the rows and heads of each device.
+
+    Rows are sharded over the mesh axes of `batch`, heads over those of `act_heads`. With fewer kv
+    heads than shards a device gets a copy of the one that its query heads share. Example, four
+    query heads and two kv heads over four devices:
+
+        device      0   1   2   3
+        query       q0  q1  q2  q3
+        key         k0  k0  k1  k1
+
+    Args:
+      mask: an array whose first axis is the rows.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return run(query, key, value, mask.segment_ids)
+        return run(query, key, value, mask)
     heads = flax.linen.logical_to_mesh_axes(("batch", None, "act_heads", None))
-    rows = flax.linen.logical_to_mesh_axes(("batch", None))
-    if heads[2] is not None and key.shape[2] % mesh.shape[heads[2]]:
-        # Fewer kv heads than shards: each query head gets its own copy.
-        groups = query.shape[2] // key.shape[2]
-        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    rows = flax.linen.logical_to_mesh_axes(("batch", *[None] * (mask.ndim - 1)))
+    if heads[2] is not None:
+        copies = math.lcm(key.shape[2], mesh.shape[heads[2]]) // key.shape[2]
+        key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
     sharded = jax.shard_map(
         run,
         in_specs=(heads, heads, heads, rows),
@@ -61,7 +89,7 @@ def splash_attention(
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,
     )
-    return sharded(query, key, value, mask.segment_ids)
+    return sharded(query, key, value, mask)
 
 
 def _splash(query, key, value, segment_ids, window: int | None, interpret: bool) -> jax.Array:
@@ -107,8 +135,26 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
     )
 
 
-def cudnn_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """Attention by cuDNN's fused kernel in float16 or bfloat16; arguments as in `attention`."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+def _cudnn(query, key, value, mask) -> jax.Array:
+    with _no_gradient_of_masks():
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+
+
+@contextlib.contextmanager
+def _no_gradient_of_masks() -> Iterator[None]:
+    """Keeps cuDNN's backward pass from computing the gradient of the mask, which nothing reads.
+
+    To jax before 0.11.2 a mask is a bias like any other, and has a gradient: B x N x T x T numbers
+    in memory. Later versions leave it out by themselves.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    asks = getattr(library, "should_export_dbias", None)
+    if asks is None:
+        yield
+        return
+    library.should_export_dbias = lambda *_: False
+    try:
+        yield
+    finally:
+        library.should_export_dbias = asks

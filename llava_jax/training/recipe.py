@@ -175,18 +175,27 @@ def _with_few_tiles(image: ImageSpec, most: int) -> ImageSpec:
         raise LlavaError(f"config.data.max_tiles is {most}: {error}") from None
 
 
-def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> LlavaModel:
-    """The module that a stage trains; `auto` in the config becomes what suits the devices."""
-    platform, data = mesh.devices.flat[0].platform, config.data
-    dtype, _ = compute_precision(config.model.dtype, platform)
-    turns = data.turns == "independent"
+def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> tuple[LlavaModel, str]:
+    """The module that a stage trains; `auto` in the config becomes what suits the devices.
+
+    Returns:
+      The module, and why its attention is not the devices' own kernel (see `choose_attention`).
+    """
+    device, data = mesh.devices.flat[0], config.data
+    dtype, _ = compute_precision(config.model.dtype, device.platform)
     try:
-        attention = choose_attention(
-            config.model.attention, platform, dtype, data.row_length or data.max_length, turns
+        attention, refused = choose_attention(
+            config.model.attention,
+            device,
+            mesh.shape["tensor"],
+            dtype,
+            model.decoder,
+            data.row_length or data.max_length,
+            data.turns == "independent",
         )
     except ValueError as error:
         raise LlavaError(f"config.model.attention: {error}; choose auto") from None
-    return LlavaModel(model, dtype, config.model.remat_policy, attention)
+    return LlavaModel(model, dtype, config.model.remat_policy, attention), refused
 
 
 def existing(path: str, key: str) -> Path:

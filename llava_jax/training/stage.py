@@ -45,6 +45,7 @@ class Stage:
       microbatches: parts that a batch is cut into: config.accumulation, or fewer if a device would
         get no row.
       row_format: how records become rows of a batch.
+      refused: the devices' own kernel of attention and why the model does without; often empty.
     """
 
     config: ConfigDict
@@ -53,6 +54,7 @@ class Stage:
     lora: LoraConfig | None
     microbatches: int
     row_format: RowFormat
+    refused: str
 
     @classmethod
     def of(cls, config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> "Stage":
@@ -66,9 +68,9 @@ class Stage:
         lora = recipe.lora_config(config, model_config)
         mesh = make_mesh(**config.mesh, devices=devices and list(devices))
         parts = microbatches(mesh, config.batch_size, config.accumulation)
-        model = recipe.training_model(config, model_config, mesh)
+        model, refused = recipe.training_model(config, model_config, mesh)
         rows = recipe.row_format(config, model_config)
-        return cls(config, mesh, model, lora, parts, rows)
+        return cls(config, mesh, model, lora, parts, rows, refused)
 
     @functools.cached_property
     def _abstract(self) -> tuple[TrainState, dict]:
