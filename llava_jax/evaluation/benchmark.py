@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llava_jax.data.boxes import Boxes
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.parquet import StoredPicture
 from llava_jax.evaluation.statistics import bootstrap_errors, percent, standard_error
@@ -83,6 +84,8 @@ class Benchmark:
         first value of the last line. None if labels are hidden.
       submit: writes the official file of answers into a folder and returns its path.
       draw: draws on a picture what its question and answer mean, for the page of failures.
+      by_boxes: (how a model writes boxes) -> `grade`, `score` and `draw` of its answers; None if
+        no answer has a box.
       fingerprint: hash of the questions, by which results of other questions are recognised.
     """
 
@@ -93,6 +96,7 @@ class Benchmark:
     score: Callable[[Sequence[Question], Sequence[str]], list[Score]] | None = None
     submit: Callable[[Sequence[Question], Sequence[str], Path], Path] | None = None
     draw: Callable[[Image.Image, Question, str], Image.Image] | None = None
+    by_boxes: Callable[[Boxes], dict[str, Callable]] | None = None
     fingerprint: str = field(default="")
 
     def __post_init__(self):
@@ -104,6 +108,10 @@ class Benchmark:
             raise LlavaError(f"{self.name}: two questions have the id {twice!r}")
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", fingerprint(self.questions))
+
+    def reading(self, boxes: Boxes) -> "Benchmark":
+        """The benchmark for a model that writes boxes so."""
+        return dataclasses.replace(self, **self.by_boxes(boxes))
 
     def first(self, limit: int) -> "Benchmark":
         """The first `limit` questions as a benchmark with its own name and no submission.

@@ -1,14 +1,15 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: the box of the object that a sentence describes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from llava_jax.data.boxes import Box, Boxes, draw_boxes
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, mean_score
 from llava_jax.evaluation.files import Folder, questions_of
-from llava_jax.inference.boxes import Box, draw_boxes, parse_boxes, to_pixels
 
 # name -> (the file of references, its splits)
 REFERENCES = {
@@ -23,9 +24,9 @@ OTHER_THRESHOLDS = (0.1, 0.3, 0.7, 0.9)
 def load(root: Path, name: str, split: str) -> Benchmark:
     """One split of one of the three sets.
 
-    The question is that of LLaVA-1.5's training data; the answer is a box in shares of the padded
-    square. It counts as right if its intersection over union (IoU) with the true box is at least
-    0.5. Reported as well: the share of boxes at other thresholds, of boxes whose centre is in the
+    The question is that of LLaVA-1.5's training data; the answer is a box as the model writes them
+    (`data.boxes`). It counts as right if its intersection over union (IoU) with the true box is at
+    least 0.5. Reported as well: the share of boxes at other thresholds, of boxes whose centre is in the
     true box, and the mean IoU.
     """
     if name not in REFERENCES or split not in REFERENCES[name][1]:
@@ -54,37 +55,55 @@ def load(root: Path, name: str, split: str) -> Benchmark:
     pairs = [(ref, s) for ref in refs if ref["split"] == split for s in ref["sentences"]]
     questions = questions_of(pairs, root / file, make)
     source = f"{folder.source} (pictures: https://cocodataset.org, train2014)"
-    return Benchmark(f"{name}/{split}", source, questions, grade, score, draw=draw)
+    benchmark = Benchmark(f"{name}/{split}", source, questions, by_boxes=metric)
+    return benchmark.reading(Boxes())
 
 
-def predicted_box(question: Question, text: str) -> Box | None:
-    """The first box in the answer in pixels of the picture, or None."""
-    boxes = parse_boxes(text)
-    return to_pixels(boxes[0], question.label[1]) if boxes else None
+@dataclass(frozen=True)
+class Metric:
+    """Grades, scores and drawings of answers whose boxes are written as `boxes` says."""
+
+    boxes: Boxes
+
+    def predicted(self, question: Question, text: str) -> Box | None:
+        """The first box in the answer in pixels of the picture, or None."""
+        found = self.boxes.read(text, question.label[1])
+        return found[0] if found else None
+
+    def grade(self, question: Question, text: str) -> float:
+        """1 if the IoU of the first box in the answer with the true box is at least 0.5."""
+        box = self.predicted(question, text)
+        return float(box is not None and iou(box, question.label[0]) >= IOU_THRESHOLD)
+
+    def score(self, questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
+        """One line: accuracy at IoU 0.5 and at other thresholds, centre accuracy, mean IoU."""
+        pairs = [
+            (self.predicted(question, text), question.label[0])
+            for question, text in zip(questions, predictions, strict=True)
+        ]
+        overlaps = [iou(box, truth) if box else 0.0 for box, truth in pairs]
+        columns = {"accuracy": [float(o >= IOU_THRESHOLD) for o in overlaps]}
+        columns |= {f"IoU {t}": [float(o >= t) for o in overlaps] for t in OTHER_THRESHOLDS}
+        columns["centre"] = [float(bool(box) and centre_inside(box, truth)) for box, truth in pairs]
+        columns["mean IoU"] = overlaps
+        lines = [mean_score("overall", questions, grades, name) for name, grades in columns.items()]
+        values, errors = {}, {}
+        for line in lines:
+            values |= line.values
+            errors |= line.errors
+        return [Score("overall", len(questions), values, errors)]
+
+    def draw(self, image: Image.Image, question: Question, text: str) -> Image.Image:
+        """The true box in green, the predicted box in red."""
+        image = draw_boxes(image, [question.label[0]], "lime")
+        predicted = self.predicted(question, text)
+        return draw_boxes(image, [predicted] if predicted else [], "red")
 
 
-def grade(question: Question, text: str) -> float:
-    """1 if the IoU of the first box in the answer with the true box is at least 0.5."""
-    box = predicted_box(question, text)
-    return float(box is not None and iou(box, question.label[0]) >= IOU_THRESHOLD)
-
-
-def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
-    """One line: accuracy at IoU 0.5 and at other thresholds, centre accuracy, mean IoU."""
-    boxes = [predicted_box(q, text) for q, text in zip(questions, predictions, strict=True)]
-    truths = [question.label[0] for question in questions]
-    pairs = list(zip(boxes, truths, strict=True))
-    overlaps = [iou(box, truth) if box else 0.0 for box, truth in pairs]
-    columns = {"accuracy": [float(o >= IOU_THRESHOLD) for o in overlaps]}
-    columns |= {f"IoU {t}": [float(o >= t) for o in overlaps] for t in OTHER_THRESHOLDS}
-    columns["centre"] = [float(bool(box) and centre_inside(box, truth)) for box, truth in pairs]
-    columns["mean IoU"] = overlaps
-    lines = [mean_score("overall", questions, grades, name) for name, grades in columns.items()]
-    values, errors = {}, {}
-    for line in lines:
-        values |= line.values
-        errors |= line.errors
-    return [Score("overall", len(questions), values, errors)]
+def metric(boxes: Boxes) -> dict[str, Callable]:
+    """`grade`, `score` and `draw` of a benchmark."""
+    of = Metric(boxes)
+    return {"grade": of.grade, "score": of.score, "draw": of.draw}
 
 
 def centre_inside(box: Box, truth: Box) -> bool:
@@ -102,10 +121,3 @@ def iou(a: Box, b: Box) -> float:
 
 def _area(box: Box) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-
-
-def draw(image: Image.Image, question: Question, text: str) -> Image.Image:
-    """The true box in green, the predicted box in red."""
-    image = draw_boxes(image, [question.label[0]], "lime")
-    predicted = predicted_box(question, text)
-    return draw_boxes(image, [predicted] if predicted else [], "red")

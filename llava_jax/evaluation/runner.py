@@ -44,6 +44,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise LlavaError(f"batch_size must be at least 1, not {batch_size}")
+    if benchmark.by_boxes:
+        benchmark = benchmark.reading(model.boxes)
     params = SamplingParams(max_new_tokens)
     run = {
         "benchmark": benchmark.name,

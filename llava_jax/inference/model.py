@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llava_jax.data.boxes import Boxes
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine
@@ -61,6 +62,7 @@ class Llava:
       chat_template: of a Hugging Face processor, used instead of `template`; answers still end at
         the `stop` texts of `template`.
       stop_token_ids: tokens that end an answer, besides those of tokenizer and template.
+      box_convention: how it writes boxes; `boxes` reads them from its answers.
       mesh: of several devices (`llava_jax.parallel.mesh.make_mesh`). Its data axis counts the
         copies of the model, which share the requests; each is spread over fsdp and tensor.
     """
@@ -78,11 +80,13 @@ class Llava:
         allow_urls: bool = False,
         chat_template: str | None = None,
         stop_token_ids: Sequence[int] = (),
+        box_convention: str = "llava",
         mesh: Mesh | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
         self.template = get_template(template)
+        self.boxes = Boxes(box_convention, config.image)
         self.dtype = check_dtype(dtype)
         vocabulary = tokenizer.get_vocab()
         ends = {vocabulary.get(stop) for stop in self.template.stop}  # those that are one token
@@ -138,6 +142,7 @@ class Llava:
             allow_urls=allow_urls,
             chat_template=loaded.chat_template,
             stop_token_ids=loaded.stop_token_ids,
+            box_convention=loaded.box_convention,
             mesh=mesh,
         )
 

@@ -244,6 +244,14 @@ def _is_one_view(spec: ImageSpec, several: bool) -> bool:
     return several and spec.tiling is not None and spec.tiling.one_view
 
 
+def box_view(spec: ImageSpec, size: Size, several: bool = False) -> View:
+    """The view on whose square boxes lie: the picture's only one, of AnyRes the padded square.
+
+    AnyRes looks at a picture several times; its checkpoints learnt from the boxes of LLaVA-1.5.
+    """
+    return (_pad(spec, size) if spec.tiling is not None else views(spec, size, several))[0]
+
+
 def frame_views(spec: ImageSpec, size: Size) -> tuple[View, ...]:
     """How the tile of a video's frame is cut."""
     return MODES[needed_video(spec).mode].views(spec, size)

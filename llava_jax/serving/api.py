@@ -72,6 +72,12 @@ class ApiError(Exception):
         self.status, self.message = status, message
         self.param, self.code, self.retry_after = param, code, retry_after
 
+    def headers(self) -> dict[str, str]:
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        return headers
+
     def body(self) -> dict:
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"

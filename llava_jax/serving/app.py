@@ -26,6 +26,7 @@ from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.jobs import Job, Picture
 from llava_jax.inference.model import Llava
 from llava_jax.serving.api import ApiError, Asked, Defaults, Limits, read_settings
+from llava_jax.serving.boxes import boxes_in
 from llava_jax.serving.guards import Guards
 from llava_jax.serving.messages import Messages, read_messages, read_prompt
 from llava_jax.serving.metrics import TYPE, Metrics
@@ -89,6 +90,7 @@ class Server:
                 Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/boxes", self.boxes, methods=["POST"]),
             ],
             exception_handlers={
                 ApiError: self._on_api_error,
@@ -221,6 +223,13 @@ class Server:
         """POST /v1/completions: a text that is continued, without a template."""
         return await self._answer(request, chat=False)
 
+    async def boxes(self, request: Request) -> Response:
+        """POST /v1/boxes: where the boxes of a text lie on a picture."""
+        self._check_open()
+        with contextlib.ExitStack() as held:
+            body = await self._guards.read_json(request, held)
+        return JSONResponse(boxes_in(body, self.model.boxes))
+
     def _read(self, body: dict, chat: bool) -> tuple[Asked, Messages]:
         """What a body asks for."""
         limits = self.options.limits
@@ -239,8 +248,6 @@ class Server:
                 self._logged.add(name)
                 LOG.warning("requests have the unknown field %.80r, which is not read", name)
         return asked
-
-    # The way of a request through the engine.
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         """The response to a request.
@@ -374,16 +381,9 @@ class Server:
             yield event(ApiError(500, "the server failed", code="internal").body())
         yield b"data: [DONE]\n\n"
 
-    # Errors.
-
     def _error(self, error: ApiError) -> Response:
         self.metrics.rejected(error.status)
-        headers = {}
-        if error.retry_after is not None:
-            headers["Retry-After"] = str(error.retry_after)
-        if error.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(error.body(), error.status, headers)
+        return JSONResponse(error.body(), error.status, error.headers())
 
     async def _on_api_error(self, request: Request, error: ApiError) -> Response:
         return self._error(error)

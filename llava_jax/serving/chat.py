@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_jax.data.boxes import Boxes, draw_boxes
 from llava_jax.data.media import load_image
 from llava_jax.errors import LlavaError
-from llava_jax.inference.boxes import draw_boxes, parse_boxes, to_pixels
 from llava_jax.inference.model import Llava
 from llava_jax.inference.pictures import fetch, source_name
 from llava_jax.inference.sampling import SamplingParams
@@ -71,15 +71,21 @@ class Conversation:
         except OSError as error:
             raise LlavaError(f"cannot write {path!r}: {error.strerror}") from None
 
-    def save_boxes(self, path: str) -> None:
-        """Writes the last picture of a question, with the boxes of the last answer drawn on it."""
-        boxes = parse_boxes(self.history[-1][1]) if self.history else []
-        if not boxes:
-            raise LlavaError("the last answer has no box such as [0.1, 0.2, 0.5, 0.9]")
+    def save_boxes(self, path: str, boxes: Boxes) -> None:
+        """Writes the last picture of a question, with the boxes of the last answer drawn on it.
+
+        boxes: how the model writes them.
+        """
         shown = self.images[: len(self.images) - self.waiting]
-        if not shown:
+        if self.history and not shown:
             raise LlavaError("no picture was shown: there is nothing to draw on")
-        drawn = draw_boxes(shown[-1], [to_pixels(box, shown[-1].size) for box in boxes], "red")
+        found = []
+        if self.history:
+            found = boxes.drawable(self.history[-1][1], shown[-1].size, len(shown) > 1)
+        if not found:
+            example = boxes.write((2, 1, 8, 9), (10, 10))
+            raise LlavaError(f"the last answer has no box such as {example} on the picture")
+        drawn = draw_boxes(shown[-1], found, "red")
         try:
             drawn.save(path)
         except (OSError, ValueError) as error:  # the latter: an unknown suffix
@@ -163,7 +169,7 @@ def _one_line(model: Llava, conversation: Conversation, line: str, settings: dic
     elif command == "/image":
         conversation.add_image(path)
     elif command == "/boxes":
-        conversation.save_boxes(path)
+        conversation.save_boxes(path, model.boxes)
     elif command == "/save":
         conversation.save(path)
     elif command.startswith("/"):

@@ -46,6 +46,7 @@ class LoadedModel:
       tokenizer_dir: the folder of its tokenizer.
       words: how it is asked, and where its answers end.
       added_tokens: tokens to add to the tokenizer first, in this order.
+      box_convention: how it writes boxes; see `data.boxes`.
     """
 
     config: LlavaConfig
@@ -53,6 +54,7 @@ class LoadedModel:
     tokenizer_dir: Path
     words: PromptWords
     added_tokens: tuple[str, ...] = ()
+    box_convention: str = "llava"
 
     @property
     def template(self) -> str:
@@ -189,7 +191,7 @@ def load_model(
     """
     path = local_folder(path, options.get("allow_pickle", False))
     if is_llava_folder(path) or options.get("vision_tower"):
-        opened = open_llava(path, **options)
+        opened, box_convention = open_llava(path, **options), "llava"
         tokenizer_dir, words = opened.needed_tokenizer(), opened.words(template)
         config, added_tokens = opened.config, opened.added_tokens
         if place:
@@ -204,10 +206,11 @@ def load_model(
         tokenizer_dir, added_tokens = step_folder.parent.parent / "tokenizer", ()
         run, params = open_run(step_folder) if place else load_run(step_folder)
         config, words = run.config, run_words(tokenizer_dir, run.template, template)
+        box_convention = run.box_convention
         if place:
             params = place(config, params)
         else:
             params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
     if words.warning:
         hosts.report(words.warning)
-    return LoadedModel(config, params, tokenizer_dir, words, added_tokens)
+    return LoadedModel(config, params, tokenizer_dir, words, added_tokens, box_convention)

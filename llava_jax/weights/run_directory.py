@@ -1,7 +1,7 @@
 """A run directory, which train.py writes: its files, its steps, and the trained tree of a step.
 
 config.json              the recipe, as the command line left it
-model.json               model config, template, and where frozen parameters came from
+model.json               model config, words, boxes, and where frozen parameters came from
 tokenizer/               a copy of the tokenizer
 checkpoints/STEP/        Orbax items: params (the trainable tree), opt_state
 metrics.jsonl, samples.jsonl, loss.png, tensorboard/
@@ -54,6 +54,7 @@ class RunModel:
     template: str
     sources: dict[str, Source]  # component -> source, for components with frozen parameters
     lora: LoraConfig | None = None
+    box_convention: str = "llava"  # see data.boxes
 
 
 def config_from_dict(values: dict) -> LlavaConfig:
@@ -90,6 +91,7 @@ def write_run_model(workdir: Path, model: RunModel) -> None:
         {
             "config": dataclasses.asdict(model.config),
             "template": model.template,
+            "box_convention": model.box_convention,
             "sources": sources,
             "lora": model.lora and dataclasses.asdict(model.lora),
         },
@@ -103,7 +105,13 @@ def read_run_model(workdir: Path) -> RunModel:
         sources = {c: _find_source(workdir, c, s) for c, s in values["sources"].items()}
         lora = values.get("lora")
         lora = lora and LoraConfig(**lora | {"targets": tuple(lora["targets"])})
-        return RunModel(config_from_dict(values["config"]), values["template"], sources, lora)
+        return RunModel(
+            config_from_dict(values["config"]),
+            values["template"],
+            sources,
+            lora,
+            values.get("box_convention", "llava"),
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise LlavaError(f"{path} is damaged ({error!r}): it is written by train.py") from None
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from llava_jax.data.boxes import Boxes, draw_boxes
 from llava_jax.data.media import load_image
 from llava_jax.errors import LlavaError
-from llava_jax.inference.boxes import draw_boxes, to_pixels
 from llava_jax.inference.model import Llava
 from llava_jax.serving import chat, command_line
 from tests.tiny_model import random_image
@@ -19,7 +19,7 @@ class Recorder:
     """Stands for a model: answers with a number and remembers what it was asked."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.boxes = [], Boxes()
 
     def describe_stops(self):
         return "</s>"
@@ -125,7 +125,7 @@ def test_boxes_are_drawn_on_the_picture_they_are_about(
     arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0]]
     assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
     shown = load_image(pictures[0])  # 11 x 9: the second was in no question yet
-    expected = draw_boxes(shown, [to_pixels((0.5, 0.25, 1, 0.75), (11, 9))], "red")
+    expected = draw_boxes(shown, Boxes().read("[0.5, 0.25, 1, 0.75]", (11, 9)), "red")
     assert load_image(str(path)).tobytes() == expected.tobytes() != shown.tobytes()
     err = capsys.readouterr().err
     assert err.count("the last answer has no box") == 2 and "no picture was shown" in err
