@@ -134,7 +134,7 @@ class Boxes:
         """A box in pixels of a picture as the model writes it.
 
         Raises:
-          LlavaError: it is not finite, has no area, or lies outside of the picture or of what the
+          LlavaError: it is not finite, has no area, or is outside the picture or of what the
             model is shown of it.
         """
         check_box(box, size)
@@ -155,7 +155,7 @@ class Boxes:
     def read(self, text: str, size: Size, several: bool = False) -> list[Box]:
         """The boxes in a text in pixels of the picture, in their order and as they are written.
 
-        What a model writes may have swapped corners, or lie outside of the picture.
+        What a model writes may have swapped corners, or be outside the picture.
         """
         convention = CONVENTIONS[self.convention]
         left, top, right, bottom = self.frame(size, several)
@@ -189,7 +189,7 @@ def check_box(box: Box, size: Size) -> None:
         )
     beyond = max(-box[0], -box[1], box[2] - size[0], box[3] - size[1])
     if beyond > OVERHANG or not _has_area(_overlap(box, (0.0, 0.0, *size))):
-        raise LlavaError(f"{shown(box)} lies outside of the picture of {size[0]}x{size[1]} pixels")
+        raise LlavaError(f"{shown(box)} is outside the picture of {size[0]}x{size[1]} pixels")
 
 
 def shown(box: Sequence[float]) -> str:

@@ -26,8 +26,8 @@ def load(root: Path, name: str, split: str) -> Benchmark:
 
     The question is that of LLaVA-1.5's training data; the answer is a box as the model writes them
     (`data.boxes`). It counts as right if its intersection over union (IoU) with the true box is at
-    least 0.5. Reported as well: the share of boxes at other thresholds, of boxes whose centre is in the
-    true box, and the mean IoU.
+    least 0.5. Reported as well: the share of boxes at other thresholds, of boxes whose centre is in
+    the true box, and the mean IoU.
     """
     if name not in REFERENCES or split not in REFERENCES[name][1]:
         known = "; ".join(f"{name}: {', '.join(s)}" for name, (_, s) in REFERENCES.items())

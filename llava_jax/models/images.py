@@ -245,7 +245,7 @@ def _is_one_view(spec: ImageSpec, several: bool) -> bool:
 
 
 def box_view(spec: ImageSpec, size: Size, several: bool = False) -> View:
-    """The view on whose square boxes lie: the picture's only one, of AnyRes the padded square.
+    """The view whose square boxes are on: the picture's only one, of AnyRes the padded square.
 
     AnyRes looks at a picture several times; its checkpoints learnt from the boxes of LLaVA-1.5.
     """

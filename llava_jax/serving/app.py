@@ -224,7 +224,7 @@ class Server:
         return await self._answer(request, chat=False)
 
     async def boxes(self, request: Request) -> Response:
-        """POST /v1/boxes: where the boxes of a text lie on a picture."""
+        """POST /v1/boxes: where the boxes of a text are on a picture."""
         self._check_open()
         with contextlib.ExitStack() as held:
             body = await self._guards.read_json(request, held)

@@ -7,7 +7,7 @@ LONGEST_SIDE = 1 << 20
 
 
 def boxes_in(body: dict, boxes: Boxes) -> dict:
-    """The answer to POST /v1/boxes: where the boxes of a text lie on a picture.
+    """The answer to POST /v1/boxes: where the boxes of a text are on a picture.
 
         {"text": "[0.25, 0.25, 0.75, 0.5]", "width": 200, "height": 100}
         ->  {"boxes": [[50, 0, 150, 50]]}
