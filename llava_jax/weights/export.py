@@ -178,6 +178,7 @@ def hugging_face(
     token for `<image>`, and the embedding table and the head get rows for it if they have none to
     spare.
     """
+    _check_form("hf", checkpoint.config)
     words = _words(checkpoint, template)
     if hf_form.is_hf_folder(checkpoint.folder):
         parts = _component_tensors(checkpoint, dtype, checkpoint.families)
@@ -185,7 +186,6 @@ def hugging_face(
         dtype = _main_dtype(tensors)
         write = hf_form.copied_side_files(checkpoint, words, bool(template), dtype, _tell)
         return FolderToWrite(checkpoint.config, tensors, write, _loaded_by(checkpoint))
-    _check_form("hf", checkpoint.config)
     tokenizer = _tokenizer(checkpoint, words)
     if words.chat_template is None:
         hf_form.warn_of_other_tokens(tokenizer, get_template(words.template), _tell)

@@ -1,4 +1,4 @@
-"""A component's parameters matched with the tensors of a checkpoint, by names and shapes alone.
+"""A checkpoint's tensors matched with the parameters of each component, by names and shapes alone.
 
 Every fault is reported before the first value is read: each tensor of a checkpoint is used, known
 to be unneeded, or an error.
@@ -6,9 +6,17 @@ to be unneeded, or an error.
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from llava_jax.errors import LlavaError
-from llava_jax.weights.name_tables import STACKED, NameTable, Parameter
+from llava_jax.weights.name_tables import (
+    LLAVA_HEAD,
+    LLAVA_ROOTS,
+    NEWLINE,
+    STACKED,
+    NameTable,
+    Parameter,
+)
 from llava_jax.weights.tensors import DTYPES, LazyParameter, StoredTensor
 
 _NAMES_IN_MESSAGE = 5
@@ -169,6 +177,34 @@ def idle_tensors(
         if key in names or any(re.fullmatch(pattern, key) for pattern in table.carried):
             found[names.get(key, key)] = tensor
     return found
+
+
+def split_llava(
+    folder: Path, tensors: dict[str, StoredTensor]
+) -> dict[str, dict[str, StoredTensor]]:
+    """Tensors by component, under the names that a folder of the component alone would have."""
+    parts = {"vision": {}, "projector": {}, "decoder": {}}
+    for name, tensor in tensors.items():
+        part, short = component_of(name, tensor)
+        if short in parts[part]:
+            raise twice(parts[part][short], tensor)
+        parts[part][short] = tensor
+    empty = [part for part, held in parts.items() if not held]
+    if empty:
+        raise LlavaError(f"{folder} holds no tensor of the {' and the '.join(empty)}")
+    return parts
+
+
+def component_of(name: str, tensor: StoredTensor) -> tuple[str, str]:
+    """The component that a tensor is of, and the name that a folder of it alone would have."""
+    if name in (NEWLINE, f"model.{NEWLINE}"):
+        return "projector", NEWLINE
+    for root, part in LLAVA_ROOTS:
+        if name.startswith(root):
+            return part, name.removeprefix(root)
+    if name.startswith(LLAVA_HEAD):
+        return "decoder", name
+    raise LlavaError(f"{tensor.path} holds the tensor {name!r}, which is no part of a LLaVA model")
 
 
 def twice(first: StoredTensor, second: StoredTensor) -> LlavaError:

@@ -284,16 +284,25 @@ LLAVA_ROOTS = (
     ("model.multi_modal_projector.", "projector"),
 )
 LLAVA_HEAD = "lm_head."  # next to the roots of the second form
+NEWLINE = "image_newline"  # a part of the projector here, at the root in every form
 
 
 def projector_table(
-    kind: str, use_bias: bool, features_in: int, features_out: int, original: bool = False
+    kind: str,
+    use_bias: bool,
+    features_in: int,
+    features_out: int,
+    original: bool = False,
+    newline: bool = False,
 ) -> NameTable:
     """Names of LLaVA's projector in Hugging Face form or, with `original`, in the original form.
 
-    ours        Hugging Face   original     original, `linear`
-    linear_0    linear_1       0            (no name)
-    linear_1    linear_2       2
+    ours        Hugging Face     original         original, `linear`
+    linear_0    linear_1         0                (no name)
+    linear_1    linear_2         2
+    newline     image_newline    image_newline    image_newline
+
+    newline: whether the model has one. The original code saves it for models that never use it.
     """
     spec = ProjectorSpec.parse(kind)
 
@@ -305,5 +314,9 @@ def projector_table(
         for i in range(spec.depth)
         for parameter in _linear(f"linear_{i}", key(i), "O O" if i else "I O", no_bias=not use_bias)
     ]
+    if newline:
+        parameters.append(Parameter("newline", "O", (NEWLINE,)))
     widths = next(spec.layer_sizes(features_in, features_out), (features_in, features_out))
-    return NameTable(tuple(parameters), lambda _: dict(zip("IO", widths, strict=True)))
+    sizes = dict(zip("IO", (widths[0], features_out), strict=True))
+    unused = (NEWLINE,) if original and not newline else ()
+    return NameTable(tuple(parameters), lambda _: sizes, unused=unused)

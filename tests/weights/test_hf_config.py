@@ -85,11 +85,9 @@ def test_no_vision_config_means_clip_large(tmp_path):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_type": "llava_next"}, "LLaVA-NeXT"),
-        ({"model_type": "llava_next_video"}, "LLaVA-NeXT"),
-        ({"model_type": "llava_onevision"}, "LLaVA-OneVision.*not supported yet"),
-        ({"model_type": "blip-2"}, "BLIP.*not supported yet"),
-        ({"model_type": "qwen2_5_vl"}, "Qwen2.5-VL.*not supported yet"),
+        ({"model_type": "llavaonevision1_5"}, "LLaVA-OneVision-1.5.*not supported"),
+        ({"model_type": "blip-2"}, "BLIP.*not supported; llava, llava_next.* are"),
+        ({"model_type": "qwen2_5_vl"}, "Qwen2.5-VL.*not supported"),
         ({"model_type": "llama"}, "language model alone.*--vision_tower"),
         ({"model_type": "dinov2"}, "vision encoder alone"),
         ({"model_type": "resnet"}, "resnet"),

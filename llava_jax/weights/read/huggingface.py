@@ -1,6 +1,9 @@
 """A Hugging Face LLaVA's `config.json` -> LlavaConfig; `write/huggingface.py` is the way back."""
 
+import dataclasses
 from pathlib import Path
+
+import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import DecoderConfig
@@ -12,15 +15,18 @@ from llava_jax.weights.families import (
     Families,
     family_of,
 )
+from llava_jax.weights.llava_classes import CLASSES, NEXT_VIDEO, STRATEGY, LlavaClass
+from llava_jax.weights.own_keys import with_own_keys
 from llava_jax.weights.read.fields import Fields, read_json
 from llava_jax.weights.read.image_settings import image_settings
+from llava_jax.weights.read.tiled_pictures import tiled_pictures
+from llava_jax.weights.tensors import StoredTensor
 
-_STRATEGY = "vision_feature_select_strategy"
-# Models that read pictures in other ways than LLaVA-1.5, by the start of their model_type.
+HEAD = "lm_head.weight"
+
+# Models that read pictures in other ways than LLaVA, by the start of their model_type.
 _OTHER_FAMILIES = {
-    "llava_next": "LLaVA-NeXT",
-    "llava_onevision": "LLaVA-OneVision",
-    "llava_qwen": "LLaVA-OneVision",
+    "llavaonevision": "LLaVA-OneVision-1.5",
     "video_llava": "Video-LLaVA",
     "vipllava": "ViP-LLaVA",
     "blip": "BLIP",
@@ -46,14 +52,23 @@ _OTHER_FAMILIES = {
 }
 
 
-def _refuse_family(values: dict, source: str) -> None:
-    """Raises LlavaError for the config.json of anything but a Hugging Face LLaVA."""
+_VIDEO_ARCHITECTURE = NEXT_VIDEO.class_name
+
+
+def llava_class(values: dict, source: str) -> LlavaClass:
+    """The class of transformers that a `config.json` is for.
+
+    Raises:
+      LlavaError: it is of anything but a Hugging Face LLaVA.
+    """
     family = str(values.get("model_type"))
-    if family == "llava" and "text_config" in values:
+    if family in CLASSES and (family != "llava" or "text_config" in values):
         for key in ("text_config", "vision_config"):
             if not isinstance(values.get(key), dict | None):
                 raise LlavaError(f"{source} has {key}={values[key]!r}: it must be an object")
-        return
+        # The first revisions of LLaVA-NeXT-Video call themselves llava_next.
+        named = str(values.get("architectures"))
+        return NEXT_VIDEO if _VIDEO_ARCHITECTURE in named else CLASSES[family]
     if family in DECODERS:
         raise LlavaError(
             f"{source} is of a {family} language model alone: give the folder of a vision encoder "
@@ -64,52 +79,50 @@ def _refuse_family(values: dict, source: str) -> None:
             f"{source} is of a {family} vision encoder alone: give the language model's folder, "
             "and this one as --vision_tower (vision_tower=)"
         )
-    names = [name for start, name in _OTHER_FAMILIES.items() if str(family).startswith(start)]
+    names = [name for start, name in _OTHER_FAMILIES.items() if family.startswith(start)]
     if names:
         raise LlavaError(
             f"{source} is a {names[0]} checkpoint (model_type {family}): that family is not "
-            "supported yet; LLaVA 1 and 1.5 are"
+            f"supported; {', '.join(CLASSES)} are"
         )
     raise LlavaError(
-        f"{source} has model_type={family!r}: LLaVA 1 and 1.5 can be read, in Hugging Face form "
-        "(model_type llava, with text_config and vision_config) or the original's (mm_* keys)"
+        f"{source} has model_type={family!r}: LLaVAs can be read in Hugging Face form (model_type "
+        f"{', '.join(CLASSES)}, with text_config and vision_config) or the original's (mm_* keys)"
     )
 
 
-def llava_config(folder: Path, values: dict | None = None) -> tuple[LlavaConfig, Families]:
-    """The model in a folder that `LlavaForConditionalGeneration` of transformers loads.
+def llava_config(
+    folder: Path, values: dict | None = None, pinpoint_order: str | None = None
+) -> tuple[LlavaConfig, Families]:
+    """The model in a folder that one of transformers' LLaVA classes loads.
 
     Args:
       values: the folder's `config.json`, if it is read already.
+      pinpoint_order: as in `open_llava`.
     """
     source = str(folder / "config.json")
     values = read_json(folder / "config.json") if values is None else values
-    _refuse_family(values, source)
-    f = Fields(
-        values,
-        {
-            "image_token_index": 32000,
-            "vision_feature_layer": -2,
-            _STRATEGY: "default",
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
-        },
-        source,
-    )
+    llava = llava_class(values, source)
+    f = Fields(values, llava.defaults, source)
+    parts = {"vision": _vision_values(values, llava), "text": _text_values(values, llava)}
     families = Families(
-        family_of("vision", _vision_values(values), f"{source} (vision_config)"),
-        family_of("decoder", values["text_config"] or {}, f"{source} (text_config)"),
+        family_of("vision", parts["vision"], f"{source} (vision_config)"),
+        family_of("decoder", parts["text"], f"{source} (text_config)"),
     )
-    vision = families.vision.read(_vision_values(values), f"{source} (vision_config)")
-    decoder = families.decoder.read(values["text_config"] or {}, f"{source} (text_config)")
+    vision = families.vision.read(parts["vision"], f"{source} (vision_config)")
+    decoder = families.decoder.read(parts["text"], f"{source} (text_config)")
     _check_llava(f, vision)
-    image = image_settings(folder, families.vision.images, vision.image_size)
+    if llava.tiled:
+        image = tiled_pictures(folder, f, llava, families.vision.images, vision, pinpoint_order)
+    else:
+        image = image_settings(folder, families.vision.images, vision.image_size)
     if image.size != vision.image_size and not vision.layer_scale:
         raise LlavaError(
             f"{source} has an encoder for pictures of {vision.image_size} pixels, and the folder's "
             f"preprocessor makes {image.size}: only DINOv2 takes another size"
         )
-    layers, drops_first = f["vision_feature_layer"], f[_STRATEGY] == "default"
+    layers, drops_first = f["vision_feature_layer"], f[STRATEGY] == "default"
+    videos = {"video_token_id": _placeholder(f, "video", decoder)} if llava.video else {}
     config = LlavaConfig(
         vision=vision,
         decoder=decoder,
@@ -118,35 +131,35 @@ def llava_config(folder: Path, values: dict | None = None) -> tuple[LlavaConfig,
         feature_layer=tuple(layers) if isinstance(layers, list) else layers,
         keep_class_token=not drops_first and vision.class_token,
         drop_first_patch=drops_first and not vision.class_token,
-        image=image,
-        image_token_id=_image_token(f, decoder),
+        image=with_own_keys(image, values, source),
+        image_token_id=_placeholder(f, "image", decoder),
+        **videos,
     )
+    if config.video_token_id == config.image_token_id:
+        f.refuse("video_token_index", "pictures have the same placeholder")
     return config, families
 
 
-def _image_token(f: Fields, decoder: DecoderConfig) -> int:
-    token_id = f["image_token_id"]  # the newer spelling of the same key
-    token_id = f["image_token_index"] if token_id is None else token_id
+def _placeholder(f: Fields, kind: str, decoder: DecoderConfig) -> int:
+    """The placeholder of an `image` or a `video`."""
+    token_id = f[f"{kind}_token_id"]  # the newer spelling of the same key
+    token_id = f[f"{kind}_token_index"] if token_id is None else token_id
     if type(token_id) is not int or not 0 <= token_id < decoder.vocab_size:
         raise LlavaError(
-            f"{f.source} has image_token_index={token_id!r}: it must be a token of the vocabulary "
+            f"{f.source} has {kind}_token_index={token_id!r}: it must be a token of the vocabulary "
             f"of {decoder.vocab_size}"
         )
     return token_id
 
 
-def _vision_values(values: dict) -> dict:
-    if values.get("vision_config") is not None:
-        return values["vision_config"]
-    return {  # transformers' LlavaConfig without a vision_config: CLIP-L/14 at 336 pixels
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    }
+def _vision_values(values: dict, llava: LlavaClass) -> dict:
+    if values.get("vision_config") is None:
+        return dict(llava.vision)
+    return {"model_type": llava.vision["model_type"]} | values["vision_config"]
+
+
+def _text_values(values: dict, llava: LlavaClass) -> dict:
+    return {"model_type": llava.text_type} | (values.get("text_config") or {})
 
 
 def _check_llava(f: Fields, vision: ViTConfig) -> None:
@@ -160,8 +173,36 @@ def _check_llava(f: Fields, vision: ViTConfig) -> None:
         feature_states(vision, tuple(layers))
     except ValueError as error:
         f.refuse("vision_feature_layer", str(error))
-    if f[_STRATEGY] not in ("default", "full"):
-        f.refuse(_STRATEGY, "choose default or full")
+    if f[STRATEGY] not in ("default", "full"):
+        f.refuse(STRATEGY, "choose default or full")
+
+
+def settle_tying(
+    config: LlavaConfig, values: dict, decoder_tensors: dict[str, StoredTensor]
+) -> LlavaConfig:
+    """Decides whether the output head is the embedding table.
+
+    In every version of transformers they are tied if `text_config` says so. The top level, which is
+    true by default in the 4.x line whatever the model, counts only if there is no head. A head that
+    differs from the table is one of its own: LLaVA-NeXT of transformers 5 is tied by its top level,
+    and its other classes do not tie tables that differ.
+    """
+    held = HEAD in decoder_tensors
+    tied = config.decoder.tie_word_embeddings
+    tied |= bool(values.get("tie_word_embeddings")) and not held
+    tables = [t for name, t in decoder_tensors.items() if name.endswith("embed_tokens.weight")]
+    if tied and held and tables and config.image.tiling is not None:
+        tied = _same_rows(*tables, decoder_tensors[HEAD])
+    decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
+    return dataclasses.replace(config, decoder=decoder)
+
+
+def _same_rows(first: StoredTensor, second: StoredTensor, rows: int = 16) -> bool:
+    """Whether two tables are equal in some rows from the first to the last."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    some = np.linspace(0, first.shape[0] - 1, rows).astype(int)
+    return np.array_equal(first.map()[some], second.map()[some])
 
 
 def composed_config(

@@ -11,6 +11,7 @@ from llava_jax.weights.read.fields import Fields, is_positive, read_json
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
 _KINDS = ("CLIP", "Siglip", "Llava", "Bit")  # of image processors; DINOv2's is Bit
+TILED_KINDS = ("LlavaNext", "LlavaNextVideo", "LlavaOnevision")
 _CLIP_DEFAULTS = {
     "do_center_crop": True,
     "size": {"shortest_edge": 224},
@@ -21,6 +22,10 @@ _CLIP_DEFAULTS = {
 _SIGLIP_DEFAULTS = _CLIP_DEFAULTS | {
     "do_center_crop": False,
     "size": {"height": 224, "width": 224},
+}
+_ONEVISION_DEFAULTS = _CLIP_DEFAULTS | {
+    "do_center_crop": False,
+    "size": {"height": 384, "width": 384},
 }
 
 
@@ -38,22 +43,44 @@ def image_settings(folder: Path, default: ImageSpec, size: int, trained: bool = 
     Raises:
       LlavaError: the file asks for preprocessing that none of our image modes does.
     """
-    path, values = folder / "preprocessor_config.json", None
-    if path.exists():
-        values = read_json(path)
-    elif (folder / "processor_config.json").exists():
-        path = folder / "processor_config.json"
-        values = read_json(path).get("image_processor")
+    path, values = processor_values(folder)
     if values is None:
         return dataclasses.replace(default, size=size)
-    if not isinstance(values, dict):
-        raise LlavaError(f"{path} has image_processor={values!r}: it must be an object")
-    kind = str(values.get("image_processor_type") or "CLIPImageProcessor")
-    kind = re.split("ImageProcessor|FeatureExtractor", kind)[0]  # some end in Fast or Pil
+    return settings_of(values, str(path), _KINDS, trained)
+
+
+def processor_values(
+    folder: Path, name: str = "preprocessor_config.json", key: str = "image_processor"
+) -> tuple[Path, dict | None]:
+    """A processor's file and what it says: a file of its own, else `key` of the one for all."""
+    path = folder / name
+    if path.exists():
+        return path, read_json(path)
+    path = folder / "processor_config.json"
+    values = read_json(path).get(key) if path.exists() else None
+    if not isinstance(values, dict | None):
+        raise LlavaError(f"{path} has {key}={values!r}: it must be an object")
+    return path, values
+
+
+def settings_of(
+    values: dict, source: str, kinds: tuple[str, ...], trained: bool = True
+) -> ImageSpec:
+    """How a processor's values prepare a picture, or a tile of one, or a frame.
+
+    Args:
+      kinds: beginnings of class names that are understood; CLIP, or the first, is meant if the
+        values name none.
+    """
+    default = "CLIP" if "CLIP" in kinds else kinds[0]
+    kind = values.get("image_processor_type") or values.get("video_processor_type") or default
+    # Some names end in Fast or Pil.
+    kind = re.split("ImageProcessor|VideoProcessor|FeatureExtractor", str(kind))[0]
     siglip = kind == "Siglip"
-    f = Fields(values, _SIGLIP_DEFAULTS if siglip else _CLIP_DEFAULTS, str(path))
-    if kind not in _KINDS:
-        f.refuse("image_processor_type", f"only those of {', '.join(_KINDS)} are supported")
+    defaults = {"Siglip": _SIGLIP_DEFAULTS, "LlavaOnevision": _ONEVISION_DEFAULTS}
+    f = Fields(values, defaults.get(kind, _CLIP_DEFAULTS), source)
+    if kind not in kinds:
+        f.refuse("image_processor_type", f"only those of {', '.join(kinds)} are supported")
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if values.get(step) is False:
             f.refuse(step, "pictures are always resized, divided by 255 and normalised")
@@ -61,13 +88,14 @@ def image_settings(folder: Path, default: ImageSpec, size: int, trained: bool = 
         f.refuse("resample", "only bicubic (3) is supported")
     if not math.isclose(f.number("rescale_factor"), 1 / 255, rel_tol=1e-6):
         f.refuse("rescale_factor", "pictures are always divided by 255")
-    mode, side = _mode_and_side(f, trained)
+    mode, side = _mode_and_side(f, trained, padded=kind not in TILED_KINDS and bool(f["do_pad"]))
     default_mean, default_std = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
     mean, std = _channels(f, "image_mean", default_mean), _channels(f, "image_std", default_std)
     return ImageSpec(side, mode, mean, std)
 
 
-def _mode_and_side(f: Fields, trained: bool) -> tuple[str, int]:
+def _mode_and_side(f: Fields, trained: bool, padded: bool) -> tuple[str, int]:
+    """padded: pictures are padded to squares; do_pad of tiled classes is about batches."""
     size, side, crop = f["size"], _side(f["size"]), f["do_center_crop"]
     if side is None:
         f.refuse("size", "pictures must become squares of one size")
@@ -75,7 +103,7 @@ def _mode_and_side(f: Fields, trained: bool) -> tuple[str, int]:
         if trained or _side(f["crop_size"]) is None:
             f.refuse("crop_size", f"it must be the square that size={size!r} leaves")
         side = _side(f["crop_size"])
-    if f["do_pad"]:
+    if padded:
         return "pad", side
     if isinstance(size, dict) and "height" in size:
         return "resize", side

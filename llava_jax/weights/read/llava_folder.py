@@ -22,10 +22,17 @@ from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig, num_blocks
 from llava_jax.weights.families import Families, family_of, is_part
 from llava_jax.weights.formats.folders import open_weights
-from llava_jax.weights.match import canonical_names, idle_tensors, match, twice
-from llava_jax.weights.name_tables import LLAVA_HEAD, LLAVA_ROOTS, NameTable, projector_table
+from llava_jax.weights.llava_classes import CLASSES
+from llava_jax.weights.match import (
+    canonical_names,
+    component_of,
+    idle_tensors,
+    match,
+    split_llava,
+)
+from llava_jax.weights.name_tables import NameTable, projector_table
 from llava_jax.weights.read.fields import convert_command, read_json
-from llava_jax.weights.read.huggingface import composed_config, llava_config
+from llava_jax.weights.read.huggingface import composed_config, llava_config, settle_tying
 from llava_jax.weights.read.merging import ComputedTensor
 from llava_jax.weights.read.original import (
     EMBEDDING,
@@ -35,6 +42,7 @@ from llava_jax.weights.read.original import (
 )
 from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_adapter, open_adapter, unties
 from llava_jax.weights.read.prompt_words import PromptWords, prompt_words
+from llava_jax.weights.read.tiled_pictures import check_order
 from llava_jax.weights.tensors import LazyParameter, StoredTensor, check_dtype, read_tree
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -86,6 +94,7 @@ def open_llava(
     delta_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     allow_pickle: bool = False,
+    pinpoint_order: str | None = None,
 ) -> LlavaFolder:
     """Opens a LLaVA of any form that we read; blocks past the feature layer are left out.
 
@@ -98,10 +107,14 @@ def open_llava(
       delta_base: the folder of the LLaMA that delta weights were taken from.
       vision_tower: the folder of the vision encoder, if the checkpoint only names it.
       allow_pickle: read PyTorch's `.bin` and `.pth` files: their tensors, never their code.
+      pinpoint_order: whose code chooses the tiles of a picture, if not that of the folder's form:
+        `hf` or `original`. They read image_grid_pinpoints the other way round, and round the size
+        without padding otherwise.
     Raises:
       LlavaError: anything wrong with the folder, naming file and tensor.
     """
     folder = Path(folder)
+    check_order(pinpoint_order)
     given = {"base": base, "delta_base": delta_base, "vision_tower": vision_tower}
     paths = {name: Path(path) for name, path in given.items() if path}
     for name, path in paths.items():
@@ -110,31 +123,33 @@ def open_llava(
     adapter = (folder / ADAPTER_CONFIG).exists()
     values = _config_values(folder, paths.get("base"), adapter)
     if is_original(values):
-        return _original(folder, paths, allow_pickle)
+        return _original(folder, paths, allow_pickle, pinpoint_order)
     if adapter:
-        return _adapted(folder, paths, allow_pickle)
+        return _adapted(folder, paths, allow_pickle, pinpoint_order)
     if set(paths) == {"vision_tower"} and is_part("decoder", values):
         return _composed(folder, values, paths["vision_tower"], allow_pickle)
-    config, families, parts = _huggingface(folder, values, allow_pickle)
+    config, families, parts = _huggingface(folder, values, allow_pickle, pinpoint_order)
     if paths:
         raise LlavaError(f"{folder} is a whole LLaVA: leave out {' and '.join(paths)}")
     return _opened([folder], values, config, families, parts)
 
 
-def _original(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> LlavaFolder:
-    found = open_original(folder, allow_pickle=allow_pickle, **paths)
+def _original(
+    folder: Path, paths: dict[str, Path], allow_pickle: bool, pinpoint_order: str | None
+) -> LlavaFolder:
+    found = open_original(folder, allow_pickle=allow_pickle, pinpoint_order=pinpoint_order, **paths)
     places = [folder, *(paths[name] for name in ("base", "delta_base") if name in paths)]
     opened = _opened(places, found.values, found.config, found.families, found.parts, True)
     return dataclasses.replace(opened, added_tokens=found.added_tokens)
 
 
 def _huggingface(
-    folder: Path, values: dict, allow_pickle: bool
+    folder: Path, values: dict, allow_pickle: bool, pinpoint_order: str | None
 ) -> tuple[LlavaConfig, Families, dict[str, dict[str, StoredTensor]]]:
     """Config, model types and tensors by component of a Hugging Face LLaVA."""
-    config, families = llava_config(folder, values)
-    parts = _split_llava(folder, open_weights(folder, allow_pickle))
-    config = _settle_tying(config, values, parts["decoder"])
+    config, families = llava_config(folder, values, pinpoint_order)
+    parts = split_llava(folder, open_weights(folder, allow_pickle))
+    config = settle_tying(config, values, parts["decoder"])
     return config, families, parts
 
 
@@ -160,17 +175,19 @@ def _no_base(folder: Path) -> LlavaError:
     )
 
 
-def _adapted(folder: Path, paths: dict[str, Path], allow_pickle: bool) -> LlavaFolder:
+def _adapted(
+    folder: Path, paths: dict[str, Path], allow_pickle: bool, pinpoint_order: str | None
+) -> LlavaFolder:
     """A LoRA adapter that PEFT trained on a Hugging Face LLaVA."""
     if set(paths) != {"base"}:
         raise _no_base(folder)
     values = read_json(paths["base"] / "config.json")
-    config, families, parts = _huggingface(paths["base"], values, allow_pickle)
+    config, families, parts = _huggingface(paths["base"], values, allow_pickle, pinpoint_order)
     tables = components(config, families)
     named = {part: canonical_names(table, sub) for part, (table, sub, _) in tables.items()}
     adapters = {part: [] for part in parts}
     for trained in open_adapter(folder, allow_pickle):
-        part, name = _component(trained.name, trained.tensor)
+        part, name = component_of(trained.name, trained.tensor)
         adapters[part].append(dataclasses.replace(trained, name=named[part](name)))
     for part, held in parts.items():
         parts[part] = renamed = {named[part](name): tensor for name, tensor in held.items()}
@@ -294,7 +311,9 @@ def components(
     """
     blocks = num_blocks(config.vision, config.feature_layer)
     sizes = config.feature_size, config.decoder.hidden_size
-    projector = projector_table(config.projector, config.projector_bias, *sizes, original)
+    projector = projector_table(
+        config.projector, config.projector_bias, *sizes, original, config.image.newline
+    )
     return {
         "vision": (families.vision.names, config.vision, blocks),
         "projector": (projector, config, 0),
@@ -354,44 +373,5 @@ def is_llava_folder(folder: Path) -> bool:
         values = read_json(folder / "config.json")
     except LlavaError:
         return False
-    return not (folder / "model.json").exists() and ("text_config" in values or is_original(values))
-
-
-def _split_llava(
-    folder: Path, tensors: dict[str, StoredTensor]
-) -> dict[str, dict[str, StoredTensor]]:
-    """Tensors by component, under the names that a folder of the component alone would have."""
-    parts = {"vision": {}, "projector": {}, "decoder": {}}
-    for name, tensor in tensors.items():
-        part, short = _component(name, tensor)
-        if short in parts[part]:
-            raise twice(parts[part][short], tensor)
-        parts[part][short] = tensor
-    empty = [part for part, held in parts.items() if not held]
-    if empty:
-        raise LlavaError(f"{folder} holds no tensor of the {' and the '.join(empty)}")
-    return parts
-
-
-def _component(name: str, tensor: StoredTensor) -> tuple[str, str]:
-    """The component that a tensor is of, and the name that a folder of it alone would have."""
-    for root, part in LLAVA_ROOTS:
-        if name.startswith(root):
-            return part, name.removeprefix(root)
-    if name.startswith(LLAVA_HEAD):
-        return "decoder", name
-    raise LlavaError(f"{tensor.path} holds the tensor {name!r}, which is no part of a LLaVA model")
-
-
-def _settle_tying(
-    config: LlavaConfig, values: dict, decoder_tensors: dict[str, StoredTensor]
-) -> LlavaConfig:
-    """Decides whether the output head is the embedding table.
-
-    In every version of transformers they are tied if `text_config` says so. The top level, which is
-    true by default in the 4.x line whatever the model, counts only if there is no head.
-    """
-    top_level = bool(values.get("tie_word_embeddings")) and "lm_head.weight" not in decoder_tensors
-    tied = config.decoder.tie_word_embeddings or top_level
-    decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
-    return dataclasses.replace(config, decoder=decoder)
+    whole = "text_config" in values or values.get("model_type") in CLASSES
+    return not (folder / "model.json").exists() and (whole or is_original(values))

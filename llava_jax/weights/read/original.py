@@ -71,6 +71,7 @@ def open_original(
     delta_base: Path | None = None,
     vision_tower: Path | None = None,
     allow_pickle: bool = False,
+    pinpoint_order: str | None = None,
 ) -> Original:
     """Opens any of the forms above; arguments and errors as in `open_llava`.
 
