@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and the sentence for faults of files."""
+"""The one exception that means "the user can fix this", and words for messages."""
 
 import errno
 
@@ -32,3 +32,9 @@ def file_fault(error: OSError) -> str:
     if error.errno in _NO_PATH and error.filename is not None:
         return f"cannot use {error.filename}: {error.strerror}"
     raise error
+
+
+def brief(value) -> str:
+    """`repr` of a value for a message, at most 80 characters."""
+    text = repr(value[:100] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

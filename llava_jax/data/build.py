@@ -1,7 +1,7 @@
 """`llava-jax build`: a LLaVA JSON or JSONL file and its images -> a TFDS ArrayRecord data set.
 
-Each example holds the record's id, its conversation as JSON and its images as encoded bytes, so
-the set is self-contained, randomly accessible and read back without TensorFlow
+Each example holds the record's id, its conversation as JSON and its images, and whole video files,
+as encoded bytes, so the set is self-contained, randomly accessible and read back without TensorFlow
 (`open_records(folder)`). Order is kept; ids may repeat.
 """
 
@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from llava_jax.data.attachments import marked
 from llava_jax.data.parsing import Record
 from llava_jax.data.records import JsonRecords, checked_record, ignored_keys_text, open_records
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 
 VERSION = "1.0.0"
@@ -93,14 +95,14 @@ def _existing(target: Path, split: str) -> str | None:
 
 def _check_and_hash(records: JsonRecords, progress: bool) -> dict:
     """Counts and a hash of everything; raises LlavaError for the first faulty record."""
-    digest, images = hashlib.sha256(), 0
+    digest, images, videos = hashlib.sha256(), 0, 0
     for index in tqdm(range(len(records)), "checking", unit=" records", disable=not progress):
         record = checked_record(records, index)
-        images += len(record.images)
         example = _example(record)
+        images, videos = images + len(example["images"]), videos + len(example["videos"])
         for part in (example["id"], example["conversations"], *example["image_names"]):
             digest.update(f"{len(part.encode())}:{part}".encode())
-        for encoded in example["images"]:
+        for encoded in (*example["images"], *example["videos"]):
             digest.update(f"{len(encoded)}:".encode() + encoded)
     return {
         "format": "llava_jax records 1",
@@ -109,18 +111,23 @@ def _check_and_hash(records: JsonRecords, progress: bool) -> dict:
         "sha256": digest.hexdigest(),
         "records": len(records),
         "images": images,
-    }
+    } | ({"videos": videos} if videos else {})
 
 
 def _example(record: Record) -> dict:
-    conversations = [{"from": turn.role, "value": turn.text} for turn in record.turns]
+    conversations = [
+        {"from": turn.role, "value": turn.text} for turn in marked(record.turns, record.images)
+    ]
     if record.system is not None:
         conversations = [{"from": "system", "value": record.system}, *conversations]
+    images = [image for image in record.images if not isinstance(image, Video)]
+    videos = [video.source for video in record.images if isinstance(video, Video)]
     return {
         "id": record.id,
         "conversations": json.dumps(conversations, ensure_ascii=False),
-        "n_images": len(record.images),
-        "images": [_read(image, record) for image in record.images],
+        "n_images": len(images),
+        "images": [_read(image, record) for image in images],
+        "videos": [_read(video, record) for video in videos],
         "image_names": list(record.image_names),
     }
 
@@ -131,7 +138,10 @@ def _read(image: str | bytes, record: Record) -> bytes:
     try:
         return Path(image).read_bytes()
     except OSError as error:
-        raise LlavaError(f"{record.name}: cannot read image {image!r}: {error.strerror}") from None
+        reason = error.strerror
+        if isinstance(error, IsADirectoryError):
+            reason = "a data set holds files: make one of the frames, such as with ffmpeg"
+        raise LlavaError(f"{record.name}: cannot read {image!r}: {reason}") from None
 
 
 def _scratch(out: Path, name: str) -> Path:
@@ -148,14 +158,16 @@ def _write(records, out: Path, name: str, split: str, metadata: dict, progress: 
         VERSION = tfds.core.Version(VERSION)
 
         def _info(self):
+            encoded = tfds.features.Sequence(tfds.features.Text(doc="encoded bytes"))
             features = tfds.features.FeaturesDict(
                 {
                     "id": tfds.features.Text(),
                     "conversations": tfds.features.Text(doc="JSON list of {from, value}"),
                     "n_images": tfds.features.Scalar(np.int32),
-                    "images": tfds.features.Sequence(tfds.features.Text(doc="encoded bytes")),
+                    "images": encoded,
                     "image_names": tfds.features.Sequence(tfds.features.Text()),
                 }
+                | ({"videos": encoded} if "videos" in metadata else {})
             )
             return tfds.core.DatasetInfo(
                 builder=self,
@@ -171,7 +183,10 @@ def _write(records, out: Path, name: str, split: str, metadata: dict, progress: 
         def _generate_examples(self) -> Iterator[tuple[int, dict]]:
             bar = tqdm(range(len(records)), "writing", unit=" records", disable=not progress)
             for index in bar:
-                yield index, _example(records[index])
+                example = _example(records[index])
+                if "videos" not in metadata:
+                    del example["videos"]
+                yield index, example
 
     Builder.name = name
     scratch = _scratch(out, name)

@@ -16,9 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax.data.media import ImageError, check_shape, file_state, inspect_image
+from llava_jax.data import sources
+from llava_jax.data.attachments import NO_FILE
+from llava_jax.data.media import ImageError
 from llava_jax.data.parsing import Record, check_record
-from llava_jax.data.rows import RowFormat, render_record
+from llava_jax.data.rows import RowFormat, is_several, render_record
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
 from llava_jax.text.templates import Segment
@@ -26,7 +29,7 @@ from llava_jax.text.tokenization import SegmentTokenizer, token_row, truncate
 
 _CHUNK = 1024  # records tokenized at a time
 _CACHE_VERSION = 4  # raise it when the meaning of a cached value changes
-_NO_FILE = ("missing image", "image outside the root")  # kinds of fault
+_NOT_READ = (*NO_FILE, "image outside the root", "video outside the root")  # kinds of fault
 
 
 class Measured(NamedTuple):
@@ -132,8 +135,9 @@ class _Look(NamedTuple):
     """What was seen of one record.
 
     record: None if it has not the right form. errors: its faults. is_image: whether they are of
-    its images. files: path, size and time of modification of its image files. layouts: (tiles,
-    tokens) of each image, nominal for one that is faulty or was not inspected.
+    its images or videos. files: path, size and time of modification of their files. layouts:
+    (tiles, tokens) of each image, nominal for one that is faulty or was not inspected. times: of
+    each, as `sources.Seen` has them.
     """
 
     record: Record | None
@@ -141,6 +145,7 @@ class _Look(NamedTuple):
     is_image: bool
     files: bytes
     layouts: list[tuple[int, int]]
+    times: list[str]
 
 
 def _look_at_all(
@@ -172,26 +177,38 @@ def _look_at_all(
 
 def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -> _Look:
     """Checks a record, and with `inspect` its images."""
-    record, errors, is_image, files, sizes = None, [], True, b"", []
+    record, errors, is_image, files, seen = None, [], True, b"", []
     try:
         record = records[index]
-        sizes = [(row_format.image.size, row_format.image.size)] * len(record.images)
+        seen = [_nominal(source, row_format) for source in record.images]
         check_record(record, records.image_root)
-        files = b"".join(map(file_state, record.images))
+        files = b"".join(map(sources.state, record.images))
     except RecordError as error:
-        errors, is_image = [error], error.kind == "missing image"
-        inspect = inspect and record is not None and error.kind not in _NO_FILE
+        errors, is_image = [error], error.kind in NO_FILE
+        inspect = inspect and record is not None and error.kind not in _NOT_READ
     images = zip(record.images, record.image_names, strict=True) if inspect else ()
-    several = len(sizes) > 1
     for i, (source, name) in enumerate(images):
         try:
-            size = inspect_image(source, name, policy.max_pixels)
-            check_shape(size, row_format.image, name, policy.max_pixels, several)
-            sizes[i] = size
+            seen[i] = sources.look_at(
+                source, row_format.image, name, policy.max_pixels, is_several(record)
+            )
         except ImageError as error:
             errors.append(RecordError(error.kind, f"{record.name}: {error}"))
-    layouts = [(layout.tiles, len(layout)) for layout in row_format.layouts(sizes)]
-    return _Look(record if is_image else None, errors, is_image, files, layouts)
+        except LlavaError as error:  # the model takes no videos, or they cannot be read here
+            errors, is_image = [RecordError("video", f"{record.name}: {error}")], False
+            break
+    layouts = []
+    if is_image:
+        found = row_format.layouts([one.source for one in seen])
+        layouts = [(layout.tiles, len(layout)) for layout in found]
+    times = [one.time for one in seen]
+    return _Look(record if is_image else None, errors, is_image, files, layouts, times)
+
+
+def _nominal(source, row_format: RowFormat) -> sources.Seen:
+    """Of a picture or video that was not looked at."""
+    size = (row_format.image.size,) * 2
+    return sources.Seen((*size, 1) if isinstance(source, Video) else size)
 
 
 def _tokenize(
@@ -230,7 +247,7 @@ def _rendered(
         if look.errors and not look.is_image:
             continue
         try:
-            texts = render_record(row_format, records, records[index], tokenizer)
+            texts = render_record(row_format, records, records[index], tokenizer, look.times)
         except RecordError as error:
             findings.fault(index, error)
             continue

@@ -7,49 +7,44 @@ https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md):
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                        {"from": "gpt", "value": "A cat."}]}
 
-`image` is a path below the image root, a `data:image/...;base64,...` address, or a list of them;
-a text-only record has none. `system`, or a first turn from "system", replaces the template's system
-prompt. Ids may repeat, as they do in LLaVA's own data: a record's index is what identifies it, and
-stands in for a missing id.
+`image` is a path below the image root, a `data:image/...;base64,...` address, or a list of them.
+`video` is the path of a video file or of a folder of frames below the same root, or a list of them,
+each with one `<image>`, or `<video>`, in the text. A text-only record has neither. `system`, or a
+first turn from "system", replaces the template's system prompt. Ids may repeat, as they do in
+LLaVA's own data: a record's index is what identifies it, and stands in for a missing id.
 """
 
 import difflib
-import functools
-import os
-import re
-import stat
 from collections import Counter
 from dataclasses import dataclass
 
-from llava_jax.data.addresses import decode_data_address
-from llava_jax.errors import LlavaError, RecordError
+from llava_jax.data import attachments
+from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
+from llava_jax.data.video import Video
+from llava_jax.errors import RecordError, brief
 from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
 
-# The keys of a record. Of the keys for images `image` wins; the others are used if it is absent.
-IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file", "image_files")
 SYSTEM_KEYS = ("system", "system_prompt")
-UNSUPPORTED_KEYS = tuple(
-    f"{kind}{ending}"
-    for kind in ("video", "audio")
-    for ending in ("", "s", "_path", "_paths", "_file", "_files")
-)
+UNSUPPORTED_KEYS = tuple(key.replace("image", "audio") for key in IMAGE_KEYS)
 # Where a record comes from and what it is about: of no use in training.
 PLAIN_KEYS = tuple(
     "id uid image_id image_ids question_id model source data_source source_dataset dataset "
     "dataset_name split type task task_type category metadata meta width height license".split()
 )
-_READ_KEYS = frozenset((*PLAIN_KEYS, *SYSTEM_KEYS, *UNSUPPORTED_KEYS, *IMAGE_KEYS, "conversations"))
+_READ_KEYS = frozenset(
+    (*PLAIN_KEYS, *SYSTEM_KEYS, *UNSUPPORTED_KEYS, *IMAGE_KEYS, *VIDEO_KEYS, "conversations")
+)
 _TURN_KEYS = frozenset(("from", "value"))
 _ROLE_NAMES = {"user": "human", "assistant": "gpt"}  # of other formats -> LLaVA's
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")  # longer than a path without a dot
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation and its images.
+    """One conversation and its images and videos.
 
-    images: for each image its path on disk (str) or its encoded bytes, in `<image>` order.
-    image_names: what messages call each image, such as its path in the source file.
+    images: in the order of their `<image>`, for each image its path on disk (str) or its encoded
+    bytes, for each video a Video.
+    image_names: what messages call each of them, such as its path in the source file.
     system: the system prompt, if the record brings its own.
     ignored_keys: keys that hold something which nothing reads.
     """
@@ -57,7 +52,7 @@ class Record:
     index: int
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str | bytes, ...] = ()
+    images: tuple[str | bytes | Video, ...] = ()
     image_names: tuple[str, ...] = ()
     system: str | None = None
     ignored_keys: tuple[str, ...] = ()
@@ -68,18 +63,12 @@ class Record:
         return f"record {self.index} (id {brief(self.id)})"
 
 
-def brief(value) -> str:
-    """`repr` of a value for a message, at most 80 characters."""
-    text = repr(value[:100] if isinstance(value, str) else value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
 def ignored_keys(item: dict) -> list[str]:
     """The keys of a decoded record that hold something which nothing reads.
 
     `conversations.weight` stands for a key `weight` of a turn.
     """
-    keys = _image_field(item)[1]
+    keys = attachments.field(item, IMAGE_KEYS)[1] + attachments.field(item, VIDEO_KEYS)[1]
     spare = [key for key in item if key not in _READ_KEYS]
     keys += [key for key in spare if item[key] not in (None, "", [], {})]
     conversations = item.get("conversations")
@@ -108,11 +97,16 @@ def parse_record(item, index: int, image_root: str | None) -> Record:
         if item.get(key):
             raise RecordError(
                 f"{key} field",
-                f"{where} has {key!r} {brief(item[key])}: only images are supported; leave the "
-                "record out" + (", or give frames as images" if key.startswith("video") else ""),
+                f"{where} has {key!r} {brief(item[key])}: only images and videos are supported; "
+                "leave the record out",
             )
     system, turns = _parse_turns(item, where)
-    images = [_parse_image(source, image_root, where) for source in _image_sources(item, where)]
+    images, videos = (
+        [parse(source, image_root, where) for source in attachments.sources(item, kind, where)]
+        for kind, parse in (("image", attachments.image), ("video", attachments.video))
+    )
+    if videos:
+        turns, images = attachments.placed(turns, images, videos, where)
     return Record(
         index,
         record_id,
@@ -186,72 +180,6 @@ def _parse_system(item: dict, first_turn: str | None, where: str) -> str | None:
     return next(iter(texts.values()), None)
 
 
-def _image_field(item: dict) -> tuple[str | None, list[str]]:
-    """The key whose images are used, and the other keys that name different images."""
-    given = [key for key in IMAGE_KEYS if item.get(key)]
-    if not given:
-        return ("image" if item.get("image") is not None else None), []
-    as_list = lambda value: [value] if isinstance(value, str) else value
-    first = as_list(item[given[0]])
-    return given[0], [key for key in given[1:] if as_list(item[key]) != first]
-
-
-def _image_sources(item: dict, where: str) -> list[str | bytes]:
-    key, different = _image_field(item)
-    if different and key != "image":
-        raise RecordError(
-            "bad image field",
-            f"{where} has different images in {key!r} and {different[0]!r}: keep one of them",
-        )
-    sources = [] if key is None else item[key]
-    sources = [sources] if isinstance(sources, str | bytes) else sources
-    if not isinstance(sources, list) or not all(isinstance(s, str | bytes) for s in sources):
-        raise RecordError(
-            "bad image field",
-            f"{where}: {key!r} must be a path or a list of paths, not {brief(sources)}",
-        )
-    return sources
-
-
-def _parse_image(source: str | bytes, image_root: str | None, where: str):
-    """An image as given -> (path below the root, or encoded bytes; its name in messages)."""
-    if isinstance(source, bytes):
-        is_text = len(source) < 1000 and source.isascii() and source.decode().isprintable()
-        return source, brief(source.decode()) if is_text else f"of {len(source):,} bytes"
-    if source[:5].lower() == "data:":
-        try:
-            data = decode_data_address(source)
-        except LlavaError as error:
-            raise RecordError("bad image field", f"{where}: {error}") from None
-        return data, f"{source.partition(',')[0][:40]} ({len(data):,} bytes)"
-    if "://" in source[:10]:
-        raise RecordError(
-            "image is an address", f"{where}: image {brief(source)} is an address; download it"
-        )
-    if _BASE64.fullmatch(source):
-        raise RecordError(
-            "bad image field",
-            f"{where}: image {brief(source)} is not a path; if it is base64, write "
-            "data:image/png;base64, before it",
-        )
-    return _join_root(image_root, source, where), source
-
-
-def _join_root(image_root: str | None, name: str, where: str) -> str:
-    parts = name.replace("\\", "/").split("/")
-    if not name:
-        raise RecordError(
-            "bad image field", f"{where}: an image path is empty; a text-only record has no 'image'"
-        )
-    if "\0" in name or os.path.isabs(name) or ".." in parts:
-        raise RecordError(
-            "image outside the root",
-            f"{where}: image path {brief(name)} must be relative to the image root and stay "
-            "inside it",
-        )
-    return os.path.join(image_root or "", name)
-
-
 def _closest(keys, known) -> str:
     """ " (did you mean 'image' instead of 'imgae'?)", or ""."""
     for key in map(str, keys):
@@ -292,12 +220,19 @@ def check_record(record: Record, image_root: str | None = None) -> None:
     if places != len(record.images):
         raise RecordError(
             "<image> count",
-            f"{where} has {places} <image> in its text but {len(record.images)} image(s)"
-            f"{_unread(record)}",
+            f"{where} has {places} <image> in its text but {len(record.images)} "
+            f"{'image(s) and video(s)' if _videos(record) else 'image(s)'}{_unread(record)}",
         )
-    for path, name in zip(record.images, record.image_names, strict=True):
+    for source, name in zip(record.images, record.image_names, strict=True):
+        path = source.source if isinstance(source, Video) else source
         if isinstance(path, str):
-            _check_image_file(path, name, image_root, where)
+            attachments.check_file(
+                path, name, image_root, where, "image" if path is source else "video"
+            )
+
+
+def _videos(record: Record) -> bool:
+    return any(isinstance(source, Video) for source in record.images)
 
 
 def _unread(record: Record) -> str:
@@ -305,37 +240,3 @@ def _unread(record: Record) -> str:
     if not keys:
         return ""
     return f"; nothing reads its keys {brief(', '.join(keys))}{_closest(keys, IMAGE_KEYS)}"
-
-
-def _check_image_file(path: str, name: str, image_root: str | None, where: str) -> None:
-    try:
-        status = os.lstat(path)
-        if stat.S_ISLNK(status.st_mode):
-            status = os.stat(path)
-            real = os.path.realpath(path)
-        else:
-            real = os.path.join(_real_directory(os.path.dirname(path)), os.path.basename(path))
-    except OSError as error:
-        raise RecordError(
-            "missing image", f"{where}: no image file {_path(path)} ({error.strerror})"
-        ) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise RecordError("missing image", f"{where}: {_path(path)} is not a file")
-    if image_root is not None:
-        root = _real_directory(image_root)
-        if os.path.commonpath([root, real]) != root:
-            raise RecordError(
-                "image outside the root",
-                f"{where}: image {_path(name)} links to a file outside the image root "
-                f"{image_root!r}",
-            )
-
-
-def _path(path: str) -> str:
-    """`repr` of a path for a message: its end is what tells paths apart."""
-    return repr(path if len(path) <= 300 else f"…{path[-80:]}")
-
-
-@functools.lru_cache(maxsize=4096)
-def _real_directory(path: str) -> str:
-    return os.path.realpath(path)

@@ -6,18 +6,17 @@ import json
 import os
 from pathlib import Path
 
+from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.parsing import (
-    IMAGE_KEYS,
     PLAIN_KEYS,
     SYSTEM_KEYS,
     UNSUPPORTED_KEYS,
     Record,
-    brief,
     check_record,
     count_ignored_keys,
     parse_record,
 )
-from llava_jax.errors import LlavaError, RecordError
+from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.text.conversation import Turn  # noqa: F401  what a Record's turns are
 
 
@@ -78,7 +77,7 @@ def _reads_more(item) -> bool:
     if not isinstance(item, dict):
         return False
     keys = SYSTEM_KEYS if item.get("image") else (*SYSTEM_KEYS, *IMAGE_KEYS)
-    return any(item.get(key) for key in keys)
+    return any(item.get(key) for key in (*keys, *VIDEO_KEYS))
 
 
 def _load_json(path: Path) -> list:
@@ -128,7 +127,8 @@ class ArrayRecords:
 
     `llava-jax build` writes such sets. One made by another program is read if its features are
     named like the keys of a JSON record: `conversations` is JSON text or a sequence of `from` and
-    `value`, an image is an Image or a Text of its encoded bytes, several are a sequence of them.
+    `value`, an image is an Image or a Text of its encoded bytes, a video a Text of those of a file,
+    several are a sequence of them.
     """
 
     image_root = None
@@ -219,7 +219,7 @@ def _read_features(tfds, features, path) -> tuple:
     read, ignored = {}, []
     for name, feature in features.items():
         if name in UNSUPPORTED_KEYS:
-            raise LlavaError(f"{path} has a feature {name!r}: only images are supported")
+            raise LlavaError(f"{path} has a feature {name!r}: only images and videos are supported")
         if name == "conversations":
             turn = getattr(feature, "feature", None)
             nested = isinstance(turn, tfds.features.FeaturesDict) and all(
@@ -228,6 +228,10 @@ def _read_features(tfds, features, path) -> tuple:
             read[name] = feature if is_text(feature) or nested else None
         elif name in IMAGE_KEYS:
             read[name] = stored(feature)
+        elif name in VIDEO_KEYS:
+            inner = getattr(feature, "feature", None)
+            whole = is_text(feature) or inner is not None and is_text(inner)
+            read[name] = stored(feature) if whole else None
         elif name in SYSTEM_KEYS:
             read[name] = feature if is_text(feature) else None
         elif name == "id":
@@ -241,14 +245,15 @@ def _read_features(tfds, features, path) -> tuple:
         raise LlavaError(
             f"{path}: cannot read the feature {unknown[0]!r} among {found}; expected: id (Text or "
             "a number), conversations (Text of JSON, or a Sequence of from and value), image or "
-            "images (Text of encoded bytes, Image, or a Sequence), system (Text)"
+            "images (Text of encoded bytes, Image, or a Sequence), video or videos (Text of the "
+            "bytes of a file, or a Sequence), system (Text)"
         )
     return tfds.features.FeaturesDict(read), tuple(ignored)
 
 
 def _as_json(key: str, value):
-    """A feature's value as a JSON record has it; images stay bytes."""
-    if key in IMAGE_KEYS:
+    """A feature's value as a JSON record has it; images and videos stay bytes."""
+    if key in (*IMAGE_KEYS, *VIDEO_KEYS):
         return value if isinstance(value, bytes) else [bytes(image) for image in value]
     if key == "conversations" and not isinstance(value, bytes):
         if isinstance(value, dict):  # of a Sequence: a list for each key; a Dataset gives turns

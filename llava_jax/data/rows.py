@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.data.media import ImageError, load_image, preprocess
+from llava_jax.data import sources
+from llava_jax.data.media import ImageError
 from llava_jax.data.parsing import Record
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import (
     IMAGE_TOKEN_ID,
@@ -21,6 +23,7 @@ from llava_jax.models.images import (
     layouts,
 )
 from llava_jax.models.taps import inverse
+from llava_jax.text.conversation import with_times
 from llava_jax.text.templates import TURNS, Segment, Template, get_template, render_turns
 from llava_jax.text.tokenization import (
     IGNORE_INDEX,
@@ -224,16 +227,37 @@ class Batch(NamedTuple):
 
 
 def render_record(
-    row_format: RowFormat, records, record: Record, tokenizer: SegmentTokenizer | None
+    row_format: RowFormat,
+    records,
+    record: Record,
+    tokenizer: SegmentTokenizer | None,
+    times: Sequence[str],
 ) -> list[tuple[Segment, ...]]:
-    """`render_turns` of a record, for training; its errors name data and record."""
+    """`render_turns` of a record, for training; its errors name data and record.
+
+    times: for each of the record's sources what `sources.Seen.time` says.
+    """
     try:
         placeholder = tokenizer and tokenizer.placeholder
+        turns = record.turns
+        if any(times):
+            if row_format.turns == "independent":
+                raise RecordError(
+                    "times of a video",
+                    "the model reads the times of a video's frames before the first question: set "
+                    "data.turns=conversation",
+                )
+            turns = with_times(turns, times)
         return render_turns(
-            row_format.template, record.turns, row_format.turns, record.system, placeholder
+            row_format.template, turns, row_format.turns, record.system, placeholder
         )
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
+
+
+def is_several(record: Record) -> bool:
+    """Whether a record has more than one picture; videos do not count."""
+    return sum(not isinstance(source, Video) for source in record.images) > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +283,13 @@ class RowBuilder:
         for member in members:
             record = self.records[int(self.usable[member])]
             try:
-                found = self._pictures(record)
+                found, times = self._sources(record)
             except ImageError as error:
                 if not self.skip_bad_images:
                     raise LlavaError(f"{self.records.path}: {record.name}: {error}") from None
                 skipped.append(record.name)
                 continue
-            texts = render_record(self.row_format, self.records, record, self.tokenizer)
+            texts = render_record(self.row_format, self.records, record, self.tokenizer, times)
             row = token_row(self.tokenizer, texts, [len(layout) for layout, _ in found])
             row, reason = truncate(row, self.row_format.max_length)
             if row is None:
@@ -277,19 +301,16 @@ class RowBuilder:
             ids.append(record.id)
         return pack(conversations, pictures, self.row_format), ids, skipped
 
-    def _pictures(self, record: Record) -> list[tuple[Layout, np.ndarray]]:
-        """Layout and tiles of each of a record's pictures."""
-        images = [
-            load_image(source, name, self.max_pixels)
+    def _sources(self, record: Record) -> tuple[list[tuple[Layout, np.ndarray]], list[str]]:
+        """Layout and tiles of each of a record's pictures and videos, and their times."""
+        spec, several = self.row_format.image, is_several(record)
+        found = [
+            sources.tiles(source, spec, name, self.max_pixels, several)
             for source, name in zip(record.images, record.image_names, strict=True)
         ]
-        spec, several = self.row_format.image, len(images) > 1
-        tiles = [
-            preprocess(image, spec, name, self.max_pixels, several)
-            for image, name in zip(images, record.image_names, strict=True)
-        ]
-        layouts = self.row_format.layouts([image.size for image in images])
-        return list(zip(layouts, tiles, strict=True))
+        layouts = self.row_format.layouts([seen.source for seen, _ in found])
+        tiles = [tiles for _, tiles in found]
+        return list(zip(layouts, tiles, strict=True)), [seen.time for seen, _ in found]
 
 
 def stack(rows) -> Batch | LlavaError:

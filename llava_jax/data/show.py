@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from llava_jax.data.media import MAX_PIXELS, ImageError, check_shape, inspect_image
-from llava_jax.data.parsing import Record, brief
+from llava_jax.data import sources
+from llava_jax.data.attachments import NO_FILE
+from llava_jax.data.media import MAX_PIXELS, ImageError
+from llava_jax.data.parsing import Record
 from llava_jax.data.records import checked_record
-from llava_jax.data.rows import RowFormat, render_record
-from llava_jax.errors import LlavaError, RecordError
+from llava_jax.data.rows import RowFormat, is_several, render_record
+from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.text.conversation import IMAGE_TOKEN
 from llava_jax.text.tokenization import (
     IGNORE_INDEX,
@@ -28,9 +30,10 @@ def show(
     Returns:
       id, index, template, text; input_ids, labels, position_ids, segment_ids; image_slots:
       [{"image", "size", "tiles", "grid", "start", "end"}], the half-open range of tokens of each
-      image, whose size is None if it cannot be read and whose grid (columns, rows) of tiles is None
-      if it is one tile; lengths; training: what becomes of the record;
-      ignored_keys; supervised_spans: the [start, end) characters of the text that are learnt.
+      image, whose size (of a video width, height and frames) is None if it cannot be read and whose
+      grid (columns, rows) of tiles is None if it is one tile; lengths; training: what becomes of
+      the record; ignored_keys; supervised_spans: the [start, end) characters of the text that are
+      learnt.
       If turns are independent also turn_ids, and the text has what each question adds to the part
       that they share.
     Raises:
@@ -43,13 +46,13 @@ def show(
     try:
         record = checked_record(records, index)
     except RecordError as error:
-        if error.kind != "missing image":  # its text can be shown all the same
+        if error.kind not in NO_FILE:  # its text can be shown all the same
             raise
         record = records[index]
     f = row_format
     segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
-    texts = render_record(f, records, record, segment_tokenizer)
-    slots, faults = _look_at_images(record, f, max_pixels)
+    slots, times, faults = _look_at_images(record, f, max_pixels)
+    texts = render_record(f, records, record, segment_tokenizer, times)
     layouts = f.layouts([slot["size"] or (f.image.size, f.image.size) for slot in slots])
     row = token_row(segment_tokenizer, texts, [len(layout) for layout in layouts])
     for slot, layout, (start, end) in zip(slots, layouts, row.image_spans, strict=True):
@@ -81,17 +84,17 @@ def show(
 
 
 def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
-    """([{"image", "size"}], what is wrong with the images)."""
-    slots, faults, several = [], [], len(record.images) > 1
+    """([{"image", "size"}], times of videos, what is wrong with the images)."""
+    slots, times, faults = [], [], []
     for source, name in zip(record.images, record.image_names, strict=True):
-        size = None
+        seen = sources.Seen(None)
         try:
-            size = inspect_image(source, name, max_pixels)
-            check_shape(size, row_format.image, name, max_pixels, several)
+            seen = sources.look_at(source, row_format.image, name, max_pixels, is_several(record))
         except ImageError as error:
             faults.append(f"not used: {error}")
-        slots.append({"image": name, "size": size})
-    return slots, faults
+        slots.append({"image": name, "size": seen.source})
+        times.append(seen.time)
+    return slots, times, faults
 
 
 def _fate(row: TokenRow, layouts: list, row_format: RowFormat) -> str:
@@ -144,6 +147,7 @@ def as_text(shown: dict, colour: bool) -> str:
     lines = [f"record {shown['index']} (id {shown['id']!r}), template {shown['template']}", marked]
     for number, slot in enumerate(shown["image_slots"]):
         size = "{}x{} pixels".format(*slot["size"]) if slot["size"] else "size unknown"
+        size += ", {} frames".format(*slot["size"][2:]) if len(slot["size"] or ()) > 2 else ""
         tiles = f"{slot['tiles']} tile(s)"
         if slot["grid"]:
             tiles = "a base view and {}x{} tiles".format(*slot["grid"])

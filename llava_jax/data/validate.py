@@ -14,12 +14,15 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 from tqdm import tqdm
 
+from llava_jax.data import sources
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS, ImageError, load_image
-from llava_jax.data.parsing import Record, brief
+from llava_jax.data.parsing import Record
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.rows import RowFormat
-from llava_jax.errors import LlavaError, RecordError
+from llava_jax.data.video import Video
+from llava_jax.errors import LlavaError, RecordError, brief
+from llava_jax.models.images import ImageSpec
 
 _SHOWN = 3  # culprits printed of each kind
 _BAR_WIDTH = 40
@@ -161,15 +164,18 @@ def validate(
         if not report.faults:
             report.fault(None, error)
     report.left_out(refused)
-    _decode_images(report, records, refused, policy, common["threads"], progress)
+    decode = _Decoder(records, row_format.image, max_pixels)
+    _decode_images(report, decode, refused, policy, common["threads"], progress)
     return report
 
 
-def _decode_images(report: Report, records, refused, policy: ImagePolicy, threads, progress):
+def _decode_images(
+    report: Report, decode: "_Decoder", refused, policy: ImagePolicy, threads, progress
+):
     """Decodes the images of the records that training uses: it meets damage in their middle."""
     unused = {*report.faulty, *(index for indices in refused.values() for index in indices)}
-    used = [index for index in range(len(records)) if index not in unused]
-    decode, damaged = _Decoder(records, policy.max_pixels), []
+    used = [index for index in range(report.records_total) if index not in unused]
+    damaged = []
     # Threads suffice: Pillow lets go of the interpreter while it decodes.
     with ThreadPool(threads) as pool:
         errors = pool.imap(decode, used, chunksize=8)
@@ -194,8 +200,8 @@ def _decode_images(report: Report, records, refused, policy: ImagePolicy, thread
 class _Decoder:
     """Number of a record -> the error of its first image that cannot be decoded, or None."""
 
-    def __init__(self, records, max_pixels: int):
-        self._records, self._max_pixels = records, max_pixels
+    def __init__(self, records, spec: ImageSpec, max_pixels: int):
+        self._records, self._spec, self._max_pixels = records, spec, max_pixels
         self._known: dict[str, ImageError | None] = {}  # each file is decoded once
         self._lock = threading.Lock()
         self._in_records = 0  # images that are no files
@@ -203,10 +209,11 @@ class _Decoder:
     def __call__(self, index: int) -> RecordError | None:
         record = self._records[index]
         for source, name in zip(record.images, record.image_names, strict=True):
-            if isinstance(source, str) and source in self._known:
-                error = self._known[source]
+            path = source.source if isinstance(source, Video) else source
+            if isinstance(path, str) and path in self._known:
+                error = self._known[path]
             else:
-                error = self._decode(source, name)
+                error = self._decode(source, path, name)
             if error is not None:
                 return RecordError(error.kind, f"{record.name}: {error}")
         return None
@@ -215,15 +222,18 @@ class _Decoder:
     def total(self) -> int:
         return len(self._known) + self._in_records
 
-    def _decode(self, source: str | bytes, name: str) -> ImageError | None:
+    def _decode(self, source: sources.Media, path: str | bytes, name: str) -> ImageError | None:
         error = None
         try:
-            load_image(source, name, self._max_pixels)
+            if isinstance(source, Video):
+                sources.tiles(source, self._spec, name, self._max_pixels)
+            else:
+                load_image(source, name, self._max_pixels)
         except ImageError as found:
             error = found
         with self._lock:
-            if isinstance(source, str):
-                self._known[source] = error
+            if isinstance(path, str):
+                self._known[path] = error
             else:
                 self._in_records += 1
         return error

@@ -59,8 +59,8 @@ class ImageSpec:
 
     @property
     def by_size(self) -> bool:
-        """Whether tiles and tokens depend on the size of a picture, or on how many there are."""
-        return MODES[self.mode].by_size
+        """Whether tiles and tokens depend on sizes, on how many there are, or on frames."""
+        return MODES[self.mode].by_size or self.video is not None
 
     @property
     def taps(self) -> int:

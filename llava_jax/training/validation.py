@@ -6,6 +6,7 @@ from tqdm import tqdm
 from llava_jax.data.media import load_image
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import Record
+from llava_jax.data.video import Video
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.training.metrics import MetricsLog, NoLog
@@ -74,7 +75,7 @@ class Validation:
         # Only the images that the first question shows.
         shown = record.turns[0].images
         images = [
-            load_image(source, name)
+            source if isinstance(source, Video) else load_image(source, name)
             for source, name in zip(record.images[:shown], record.image_names, strict=False)
         ]
         return self._answerer.request(record.turns[0].text, images, self._sampling)

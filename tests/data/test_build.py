@@ -57,8 +57,8 @@ def test_faults_are_reported_before_anything_is_written(data_set, tmp_path):
     path, root = data_set
     items = json.loads(path.read_text())
     out = tmp_path / "sets"
-    path.write_text(json.dumps([*items, items[3] | {"video": "a.mp4"}]))
-    with pytest.raises(LlavaError, match="data.json: record 24 .*'video'"):
+    path.write_text(json.dumps([*items, items[3] | {"audio": "a.wav"}]))
+    with pytest.raises(LlavaError, match="data.json: record 24 .*'audio'"):
         build_data_set(path, root, out, "shapes", progress=False)
     path.write_text(json.dumps(items))
     (root / "a/9.png").unlink()

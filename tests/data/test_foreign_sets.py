@@ -95,8 +95,10 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         ({"conversations": Sequence(Text())}, {"conversations": ["a"]}, "feature 'conversations'"),
         ({"conversations": Text(), "image": np.int64}, {"conversations": "[]", "image": 1},
          "the feature 'image' .*expected: id"),
-        ({"conversations": Text(), "video": Text()}, {"conversations": "[]", "video": "a"},
-         "feature 'video': only images"),
+        ({"conversations": Text(), "audio": Text()}, {"conversations": "[]", "audio": "a"},
+         "feature 'audio': only images"),
+        ({"conversations": Text(), "video": np.int64}, {"conversations": "[]", "video": 1},
+         "the feature 'video' .*expected: id"),
     ],
 )  # fmt: skip
 def test_features_that_are_not(tmp_path, features, example, words):

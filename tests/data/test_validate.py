@@ -86,7 +86,8 @@ CHANGES = [
     {"image": 3},
     {"image": None, "images": ["good.png"]},
     {"image": None, "photo": "good.png"},
-    {"video": "a.mp4"},
+    {"video": "a.mp4", "image": None},
+    {"audio": "a.wav"},
     {"foo": 1, "id": "same"},
     {"image": "data:image/png;base64,AAAA"},
 ]  # fmt: skip
