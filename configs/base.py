@@ -26,6 +26,13 @@ def get_config() -> ConfigDict:
     config.model.tiling.merge = placeholder(str)  # spatial_unpad (with a newline) | spatial | flat
     config.model.tiling.cap = placeholder(int)  # N: shrink features to about N tiles; 0: never
     config.model.tiling.one_view = placeholder(bool)  # of several pictures each is one tile
+    # How videos become tokens; if any is set the model takes videos. See llava_jax/models/video.py
+    config.model.video = ConfigDict()
+    config.model.video.mode = placeholder(str)  # of a frame: square | pad | resize
+    config.model.video.pool = placeholder(str)  # bilinear | average | average_before_projector
+    config.model.video.newline = placeholder(str)  # no_token | one_token | frame | grid
+    config.model.video.frames = placeholder(int)  # sampled when the model is asked
+    config.model.video.time_instruction = placeholder(bool)  # times of the frames in the question
     config.model.template = "v1"
     config.model.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
     config.model.attention = "auto"  # xla | cudnn (GPU) | splash (TPU) | auto: by the devices
@@ -60,6 +67,10 @@ def get_config() -> ConfigDict:
     config.data.max_length = 2048  # tokens of a conversation; a longer one loses its end
     config.data.row_length = placeholder(int)  # tokens a row; None: max_length
     config.data.images_per_row = 4  # counts tiles, where pictures are cut into several
+    # Frames of a video in training: as many, evenly spread, or so many a second and no more than
+    # video_frames, if it is not 0. None: as the model has it.
+    config.data.video_frames = placeholder(int)
+    config.data.video_fps = placeholder(float)
     config.data.max_tiles = placeholder(int)  # of a picture besides its base view; None: all
     config.data.packing = True  # several conversations a row
     # conversation | independent: each question of a record sees the images and itself alone.

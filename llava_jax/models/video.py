@@ -7,6 +7,7 @@ import numpy as np
 from llava_jax.errors import LlavaError
 from llava_jax.models.taps import Taps, average, bilinear
 
+FRAME_MODES = ("square", "pad", "resize")  # those of `models.images` that give one tile
 POOLS = ("bilinear", "average", "average_before_projector")
 NEWLINES = ("no_token", "one_token", "frame", "grid")
 
@@ -16,7 +17,7 @@ class VideoSpec:
     """How a model's videos are prepared.
 
     Attributes:
-      mode: how a frame becomes its tile, a mode of `models.images`.
+      mode: how a frame becomes its tile, one of FRAME_MODES.
       pool: `bilinear` of the projector's features (OneVision), `average` of them, or
         `average_before_projector`, of the encoder's (LLaVA-NeXT-Video).
       newline: where the learnt newline stands: nowhere (`no_token`), at the end (`one_token`),
@@ -34,7 +35,7 @@ class VideoSpec:
     time_instruction: bool = False
 
     def __post_init__(self):
-        for name, choices in (("pool", POOLS), ("newline", NEWLINES)):
+        for name, choices in (("mode", FRAME_MODES), ("pool", POOLS), ("newline", NEWLINES)):
             if (value := getattr(self, name)) not in choices:
                 raise LlavaError(
                     f"the {name} of videos is {value!r}: choose one of {', '.join(choices)}"

@@ -20,6 +20,7 @@ from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, ini
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
+from llava_jax.models.video import VideoSpec
 from llava_jax.parallel import hosts
 from llava_jax.text.templates import get_template
 from llava_jax.training.step import PARITY_DEVICES
@@ -115,6 +116,7 @@ def model_config(config: ConfigDict) -> LlavaConfig:
     image = {k: changes.pop(f"image_{k}") for k in ("size", "mode") if f"image_{k}" in changes}
     try:
         image["tiling"] = _tiling(config, base.image, image.get("mode", base.image.mode))
+        image["video"] = _video(config, base.image)
         changes["image"] = dataclasses.replace(base.image, **image)
     except LlavaError as error:
         raise LlavaError(f"config.model.{error}") from None
@@ -144,14 +146,29 @@ def _tiling(config: ConfigDict, base: ImageSpec, mode: str) -> Tiling | None:
         raise LlavaError(f"tiling.{error}") from None
 
 
+def _video(config: ConfigDict, base: ImageSpec) -> VideoSpec | None:
+    """How videos become tokens; None if the model takes none."""
+    changes = {k: v for k, v in config.model.video.items() if v is not None}
+    if not changes:
+        return base.video
+    try:
+        return dataclasses.replace(base.video or VideoSpec(), **changes)
+    except LlavaError as error:
+        raise LlavaError(f"video: {error}") from None
+
+
 def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
     """The rows that a stage trains on.
 
-    `data.max_tiles` is about training alone: the run keeps all grids of the model.
+    `data.max_tiles` and the sampling of videos are about training alone: the run keeps the model's.
     """
     data = config.data
     if data.max_tiles is not None:
         model = dataclasses.replace(model, image=_with_few_tiles(model.image, data.max_tiles))
+    sampling = {"frames": data.video_frames, "fps": data.video_fps}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if sampling:
+        model = dataclasses.replace(model, image=_with_sampling(model.image, sampling))
     return RowFormat.of(
         model,
         config.model.template,
@@ -173,6 +190,18 @@ def _with_few_tiles(image: ImageSpec, most: int) -> ImageSpec:
         return dataclasses.replace(image, tiling=image.tiling.up_to(most))
     except ValueError as error:
         raise LlavaError(f"config.data.max_tiles is {most}: {error}") from None
+
+
+def _with_sampling(image: ImageSpec, sampling: dict) -> ImageSpec:
+    if image.video is None:
+        raise LlavaError(
+            f"config.data.video_{next(iter(sampling))} is set, but the model takes no videos: say "
+            "how with config.model.video"
+        )
+    try:
+        return dataclasses.replace(image, video=dataclasses.replace(image.video, **sampling))
+    except LlavaError as error:
+        raise LlavaError(f"config.data.video_frames and video_fps: {error}") from None
 
 
 def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> tuple[LlavaModel, str]:

@@ -62,7 +62,7 @@ FAULTY = [
     ({"video": "../a.mp4", "conversations": [HUMAN, GPT]}, "video outside the root", "inside"),
     ({"video": "http://a/b.mp4", "conversations": [HUMAN, GPT]}, "video is an address", "save it"),
     ({"video": [""], "conversations": [HUMAN, GPT]}, "bad video field", "a video path is empty"),
-    ({"video": "a.mp4", "conversations": [HUMAN, GPT]}, "missing video", "a.mp4"),
+    ({"video": "a.mp4", "conversations": [PICTURE, GPT]}, "missing video", "a.mp4"),
     ({"video": "a.mp4", "image": "cat.png", "conversations": [HUMAN, GPT]}, "<video> count",
      "0 <video> in its text but 1 video(s): write one <video> for each"),
     ({"images": ["cat.png"], "conversations": [HUMAN, GPT]}, "<image> count", "1 image(s)"),

@@ -9,6 +9,7 @@ import pytest
 from llava_jax.errors import LlavaError
 from llava_jax.models.anyres import NEXT_GRIDS, Tiling
 from llava_jax.models.presets import PRESETS
+from llava_jax.models.video import VideoSpec
 from llava_jax.training import recipe
 from tests import tiny_run
 from tests.tiny_model import CONFIG
@@ -222,3 +223,35 @@ def test_training_may_use_fewer_tiles_than_the_model(parts):
         wrong = config(parts, **changes)
         with pytest.raises(LlavaError, match=message):
             recipe.row_format(wrong, recipe.model_config(wrong))
+
+
+def test_any_model_may_take_videos(parts):
+    assert recipe.model_config(config(parts)).image.video is None
+    given = {"model__video__newline": "grid", "model__video__time_instruction": True}
+    video = recipe.model_config(config(parts, **given, model__video__frames=64)).image.video
+    assert video == VideoSpec(newline="grid", frames=64, time_instruction=True)
+
+
+def test_training_may_sample_other_frames_than_the_model_is_asked_with(parts):
+    given = config(parts, model__video__frames=32, data__video_frames=0, data__video_fps=1.0)
+    model = recipe.model_config(given)
+    video = recipe.row_format(given, model).image.video
+    assert (video.frames, video.fps, model.image.video.frames) == (0, 1.0, 32)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data__video_fps": 1.0}, "config.data.video_fps is set, but the model takes no videos"),
+        ({"model__video__pool": "max"}, "config.model.video: the pool of videos is 'max'"),
+        ({"model__video__mode": "anyres"}, "config.model.video: the mode of videos is 'anyres'"),
+        (
+            {"model__video__pool": "average", "data__video_frames": 0},
+            "config.data.video_frames and video_fps: videos are sampled by 0 frames and 0.0",
+        ),
+    ],
+)
+def test_each_wrong_video_is_reported(parts, changes, message):
+    with pytest.raises(LlavaError, match=message):
+        given = config(parts, **changes)
+        recipe.row_format(given, recipe.model_config(given))
