@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -182,21 +182,32 @@ def video_tiles(
       ImageError: as `inspect_video`, or a frame cannot be decoded.
     """
     frames, fps = video.sampling(needed_video(spec))
+    tile = lambda image: _tile(image, spec, name, max_pixels)
+    footage, numbers, tiles = _shown(video, frames, fps, name, max_pixels, tile)
+    return footage, numbers, np.concatenate([tiles[number] for number in numbers.tolist()])
+
+
+def frames(video: Video, name: str, count: int) -> list[Image.Image]:
+    """So many frames of a video, evenly spread, each once; for people. Errors as `video_tiles`."""
+    return [*_shown(video, count, 0, name, MAX_PIXELS, lambda image: image)[2].values()]
+
+
+def _shown(
+    video: Video, frames: int, fps: float, name: str, max_pixels: int, use: Callable
+) -> tuple[Footage, np.ndarray, dict]:
+    """Footage, numbers int[F], and number -> `use` of its picture, of which one is kept a time."""
     pictures = _pictures(video, name)
     if pictures is not None:
         footage = inspect_video(video, name, max_pixels)
         numbers = sampled(footage, frames, fps, name)
         load = lambda n: load_image(pictures[n], f"{name}, frame {n}", max_pixels)
-        shown = {n: _tile(load(n), spec, name, max_pixels) for n in dict.fromkeys(numbers.tolist())}
-    else:
-        with _opened(video.source, name) as (container, stream):
-            footage = _footage(container, stream, video.source, name, max_pixels)
-            numbers = sampled(footage, frames, fps, name)
-            wanted = np.unique(numbers)
-            images = _decoded(container, stream, wanted, footage.frames, name)
-            tiles = (_tile(image, spec, name, max_pixels) for image in images)
-            shown = dict(zip(wanted.tolist(), tiles, strict=True))
-    return footage, numbers, np.concatenate([shown[number] for number in numbers.tolist()])
+        return footage, numbers, {n: use(load(n)) for n in dict.fromkeys(numbers.tolist())}
+    with _opened(video.source, name) as (container, stream):
+        footage = _footage(container, stream, video.source, name, max_pixels)
+        numbers = sampled(footage, frames, fps, name)
+        wanted = np.unique(numbers)
+        images = _decoded(container, stream, wanted, footage.frames, name)
+        return footage, numbers, dict(zip(wanted.tolist(), map(use, images), strict=True))
 
 
 def _tile(image: Image.Image, spec: ImageSpec, name: str, max_pixels: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from llava_jax.evaluation import (
     paired,
     refcoco,
     short_answers,
+    videos,
     yes_no,
 )
 from llava_jax.evaluation.benchmark import Benchmark, Shard
@@ -61,6 +62,9 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "cvbench": exams.load_cvbench,
     "mathvista": documents.load_mathvista,
     "muirbench": exams.load_muirbench,
+    "mvbench": videos.load_mvbench,
+    "videomme": videos.load_videomme,
+    "nextqa": videos.load_nextqa,
     "coco_captions": coco_captions.load,
 }
 

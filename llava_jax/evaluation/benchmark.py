@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.data.boxes import Boxes
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.parquet import StoredPicture
 from llava_jax.evaluation.statistics import bootstrap_errors, percent, standard_error
 from llava_jax.text.conversation import IMAGE_TOKEN, images_in
 
-Picture = str | bytes | StoredPicture
+Picture = str | bytes | StoredPicture | Video
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Question:
       prompt: the question for the model, with an `<image>` for each picture; the checkpoint's
         template is put around it.
       reference: the expected answer for people; empty if labels are hidden.
-      images: a path, encoded bytes or a picture in a Parquet file for each `<image>`.
+      images: for each `<image>` a path, encoded bytes, a picture in a Parquet file, or a video.
       image_name: the name of the picture in reports.
       kind: the group under which the question is scored.
       label: whatever the benchmark's own metric and submission need.
@@ -52,8 +53,8 @@ class Question:
         """The questions that are not independent of this one share its unit (see `statistics`)."""
         return self.group or self.image_name or self.id
 
-    def read_images(self) -> tuple[str | bytes, ...]:
-        """The pictures as paths or encoded bytes."""
+    def read_images(self) -> tuple[str | bytes | Video, ...]:
+        """The pictures as paths or encoded bytes, videos as they are."""
         return tuple(i.read() if isinstance(i, StoredPicture) else i for i in self.images)
 
 
@@ -188,7 +189,8 @@ def ask(
 def _name(image: Picture) -> str:
     if isinstance(image, StoredPicture):
         return image.name
-    return image if isinstance(image, str) else ""
+    path = image.source if isinstance(image, Video) else image
+    return path if isinstance(path, str) else ""
 
 
 def fingerprint(questions: Sequence[Question]) -> str:

@@ -13,11 +13,13 @@ from pathlib import Path
 from PIL import Image
 
 from llava_jax.data.media import ImageError, load_image
+from llava_jax.data.video import Video, frames
 from llava_jax.evaluation.benchmark import Benchmark, Question
 from llava_jax.files import whole_file
 
 MAX_FAILURES = 200
 SIDE = 320  # longer side of a picture in pixels
+FRAMES = 3  # shown of a video
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -60,19 +62,32 @@ def _article(benchmark: Benchmark, question: Question, text: str, grade: float) 
         "picture": question.image_name,
     }
     facts = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows.items())
-    images = [_picture(benchmark, question, text, image) for image in question.read_images()]
+    images = [
+        picture
+        for image in question.read_images()
+        for picture in _pictures(benchmark, question, text, image)
+    ]
     pictures = "".join(images) or "<div>no picture</div>"
     return f"<article>{pictures}<dl>{facts}</dl></article>"
 
 
-def _picture(benchmark: Benchmark, question: Question, text: str, source: str | bytes) -> str:
-    """An <img> with the picture inside, or the reason why it cannot be shown."""
+def _pictures(
+    benchmark: Benchmark, question: Question, text: str, source: str | bytes | Video
+) -> list[str]:
+    """An <img> with the picture, or some frames of the video, inside; or why there is none."""
     try:
-        image = load_image(source, question.image_name)
+        if isinstance(source, Video):
+            images = frames(source, question.image_name, FRAMES)
+        else:
+            images = [load_image(source, question.image_name)]
     except ImageError as error:
-        return f"<div>{escape(str(error))}</div>"
+        return [f"<div>{escape(str(error))}</div>"]
     if benchmark.draw:
-        image = benchmark.draw(image, question, text)
+        images = [benchmark.draw(image, question, text) for image in images]
+    return [_embedded(image) for image in images]
+
+
+def _embedded(image: Image.Image) -> str:
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Question
 from llava_jax.evaluation.parquet import ParquetRow, rows
@@ -127,11 +128,15 @@ def questions_of(
 
 
 def check_images(questions: Sequence[Question], source: str) -> None:
-    """MissingFile if a picture of a question does not exist."""
-    paths = {path for q in questions for path in q.images if isinstance(path, str)}
+    """MissingFile if a picture or video of a question does not exist."""
+    images = [image for q in questions for image in q.images]
+    videos = {image.source for image in images if isinstance(image, Video)}
+    paths = {image for image in images if isinstance(image, str)}
     missing = sorted(path for path in paths if not os.path.isfile(path))
+    missing += sorted(path for path in videos if not os.path.exists(path))
     if missing:
+        what = "videos" if videos else "pictures"
         raise MissingFile(
-            f"{len(missing):,} of {len(paths):,} pictures are missing, for example {missing[0]}: "
-            f"they are published at {source}"
+            f"{len(missing):,} of {len(paths | videos):,} {what} are missing, for example "
+            f"{missing[0]}: they are published at {source}"
         )

@@ -1,9 +1,9 @@
 """Scores published for models of the LLaVA family, by benchmark.
 
 LLaVA-1.5 and 1.6 (LLaVA-NeXT): the model zoo of https://github.com/haotian-liu/LLaVA. OneVision
-0.5B and 72B (single-image): their model cards; 7B: the measurements of lmms-eval 0.4. MM-Vet,
-LLaVA-Bench and MathVista were graded by language models of the time, which no later grading
-reproduces.
+0.5B and 72B (single-image): their model cards; 7B: the measurements of lmms-eval 0.4. LLaVA-Video
+and LLaVA-NeXT-Video 32B (Video-MME without subtitles): their model cards. MM-Vet, LLaVA-Bench and
+MathVista were graded by language models of the time, which no later grading reproduces.
 """
 
 PUBLISHED: dict[str, dict[str, float]] = {}
@@ -62,6 +62,14 @@ _add(
         "mme": (1238.0, 1579.0, None),
         "realworldqa": (None, 66.3, None),
         "ocrbench": (None, 621.0, None),
+    },
+)
+_add(
+    ("LLaVA-Video 7B", "LLaVA-Video 72B", "NeXT-Video 32B"),
+    {
+        "mvbench": (58.6, 64.1, None),
+        "nextqa": (None, 85.4, 77.3),
+        "videomme": (None, None, 60.2),
     },
 )
 
