@@ -10,9 +10,14 @@ import dataclasses
 
 from llava_jax.dry_run.topology import Topology
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.training.flops import attention_flops, decoder_flops_per_token, step_flops
+from llava_jax.training.flops import (
+    attention_flops,
+    decoder_flops_per_token,
+    image_flops,
+    step_flops,
+)
 
-# The share of the decoder's forward pass that each remat policy computes twice.
+# The share of the forward pass, where gradients are taken, that each remat policy computes twice.
 RECOMPUTED = {"none": 0.0, "linear": 0.0, "attention": 1.0, "full": 1.0}
 
 
@@ -25,30 +30,51 @@ class Contents:
       text: tokens of a conversation besides its picture.
       supervised: share of the text that is learnt.
       pictured: share of conversations with a picture.
+      sizes: (width, height) of pictures, each as frequent as the others.
     """
 
     fill: float
     text: int
     supervised: float
     pictured: float
+    sizes: tuple[tuple[int, int], ...] = ((640, 427),)
 
 
 # Captions of LCS-558K; the 665K mix: 94% have a picture, and about 900 tokens with it.
 CAPTIONS = Contents(fill=0.95, text=32, supervised=0.9, pictured=1.0)
 CONVERSATIONS = Contents(fill=0.88, text=340, supervised=0.4, pictured=0.94)
+# Where tiles and tokens depend on the size: two of COCO, Visual Genome, OCR-VQA, ChartQA, DocVQA,
+# InfographicVQA, a small one. Rows of several such pictures are fuller (tests/data/test_plan.py).
+SIZES = ((640, 427), (427, 640), (500, 375), (325, 500))
+SIZES += ((850, 600), (1700, 2200), (800, 2500), (448, 336))
+TILED = dataclasses.replace(CONVERSATIONS, fill=0.95, sizes=SIZES)
+
+
+def contents_of(config: LlavaConfig, captions: bool) -> Contents:
+    """What rows are assumed to hold."""
+    if captions:
+        return CAPTIONS
+    return TILED if config.image.by_size else CONVERSATIONS
 
 
 def assumed_counts(
-    config: LlavaConfig, contents: Contents, rows: int, length: int, images_per_row: int
+    config: LlavaConfig, contents: Contents, rows: int, length: int, tiles: int
 ) -> dict[str, float]:
-    """The contents of a step's batch, as `step_flops` takes them."""
-    conversation = contents.text + contents.pictured * config.tokens_per_tile
-    in_a_row = min(length * contents.fill / conversation, images_per_row / contents.pictured)
+    """The contents of a step's batch, as `step_flops` takes them.
+
+    Args:
+      length, tiles: tokens and tiles that a row has room for.
+    """
+    pictures = [config.layouts([size])[0] for size in contents.sizes]
+    mean = lambda values: sum(values) / len(pictures)
+    tiles_each = contents.pictured * mean(picture.tiles for picture in pictures)
+    conversation = contents.text + contents.pictured * mean(map(len, pictures))
+    in_a_row = min(length * contents.fill / conversation, tiles / tiles_each)
     conversations = rows * in_a_row
     tokens = conversations * conversation
     return {
         "tokens": tokens,
-        "images": conversations * contents.pictured,
+        "images": conversations * tiles_each,
         "attention_pairs": tokens * (conversation + 1) / 2,
         "supervised_tokens": conversations * contents.text * contents.supervised,
     }
@@ -69,6 +95,8 @@ def executed_flops(
     }
     once = rows * length * decoder_flops_per_token(config)
     once += attention_flops(config, everything["attention_pairs"])
+    if "vision" in trainable:
+        once += rows * images * image_flops(config)[0]
     return step_flops(config, trainable, everything) + RECOMPUTED[remat] * once
 
 

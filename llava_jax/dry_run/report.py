@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from llava_jax.dry_run.collectives import BETWEEN_SLICES, Collective
 from llava_jax.dry_run.compiling import Compiled
 from llava_jax.dry_run.estimate import (
-    CAPTIONS,
-    CONVERSATIONS,
     assumed_counts,
+    contents_of,
     estimate,
     executed_flops,
     memory_traffic,
@@ -45,9 +44,9 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
     config, state, model = stage.config, stage.state, stage.model.config
     rows, length = config.batch_size, stage.row_format.length
     is_captions = get_template(config.model.template).image_only_question
-    contents = CAPTIONS if is_captions else CONVERSATIONS
+    contents = contents_of(model, is_captions)
     contents = dataclasses.replace(contents, fill=fill) if fill else contents
-    counts = assumed_counts(model, contents, rows, length, config.data.images_per_row)
+    counts = assumed_counts(model, contents, rows, length, stage.row_format.tiles)
     figures = {
         "topology": where.name,
         "mesh": dict(stage.mesh.shape),
@@ -137,7 +136,7 @@ def estimate_of(
     """
     config, model, trainable = stage.config, stage.model.config, stage.trainable
     rows, length, remat = config.batch_size, stage.row_format.length, config.model.remat_policy
-    executed = executed_flops(model, trainable, rows, length, config.data.images_per_row, remat)
+    executed = executed_flops(model, trainable, rows, length, stage.row_format.tiles, remat)
     decoder = {**stage.frozen, **stage.state.params}["decoder"]
     plan = {
         "trainable": figures["bytes"]["trainable_weights"],

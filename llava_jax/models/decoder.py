@@ -17,15 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.models.attention import attention, attention_mask
 from llava_jax.models.cache import Chunks, KVCache, write_cache
-from llava_jax.models.flash_attention import ATTENTION_OUT, PackedCausal
-from llava_jax.models.linear import LINEAR_OUT, Linear
-
-REMAT_POLICIES = {
-    "none": None,  # keep every activation
-    "linear": jax.checkpoint_policies.save_only_these_names(LINEAR_OUT, ATTENTION_OUT),
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+from llava_jax.models.flash_attention import PackedCausal
+from llava_jax.models.linear import Linear
+from llava_jax.models.remat import rematted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +267,8 @@ class Decoder(nn.Module):
             c.hidden_size,
             embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
         )
-        block = DecoderBlock
-        if self.remat_policy != "none":
-            policy = REMAT_POLICIES[self.remat_policy]
-            block = nn.remat(block, prevent_cse=False, policy=policy)
         if self.stacked:
-            self.layers = self._scan(block)
+            self.layers = self._scan(rematted(DecoderBlock, self.remat_policy))
         else:
             self.layers = SeparateLayers(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)

@@ -111,7 +111,9 @@ class LlavaModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.vision = ViT(c.vision, c.feature_layer, c.keep_class_token, self.dtype)
+        self.vision = ViT(
+            c.vision, c.feature_layer, c.keep_class_token, self.dtype, self.remat_policy
+        )
         self.projector = Projector(
             c.projector, c.decoder.hidden_size, c.projector_bias, c.image.newline, self.dtype
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_jax.models.attention import attention
 from llava_jax.models.linear import Linear
+from llava_jax.models.remat import rematted
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -171,12 +172,14 @@ class ViT(nn.Module):
       feature_layer: index into Hugging Face's `hidden_states`, -2 in LLaVA; several are
         concatenated.
       keep_class_token: the class token stays in front of the patches.
+      remat_policy: which activations the backward pass recomputes, a key of REMAT_POLICIES.
     """
 
     config: ViTConfig
     feature_layer: int | tuple[int, ...]
     keep_class_token: bool = False
     dtype: jnp.dtype = jnp.float32
+    remat_policy: str = "none"
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -199,7 +202,7 @@ class ViT(nn.Module):
         outputs, embeddings = (), x
         if blocks:
             x, outputs = nn.scan(
-                ViTBlock,
+                rematted(ViTBlock, self.remat_policy),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=blocks,

@@ -14,12 +14,12 @@ from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError
 from llava_jax.models.anyres import Tiling, read_grids
 from llava_jax.models.attention import IMPLEMENTATIONS, choose_attention
-from llava_jax.models.decoder import REMAT_POLICIES
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, init_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import PRECISIONS, compute_precision
 from llava_jax.models.presets import preset
+from llava_jax.models.remat import REMAT_POLICIES
 from llava_jax.models.video import VideoSpec
 from llava_jax.parallel import hosts
 from llava_jax.text.templates import get_template

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llava_jax.models.attention import attention_mask
-from llava_jax.models.decoder import REMAT_POLICIES, Decoder, output_embedding
+from llava_jax.models.decoder import Decoder, output_embedding
+from llava_jax.models.remat import REMAT_POLICIES
 from tests.tiny_model import config_with, random_params
 
 LENGTHS = (9, 6, 3)  # of the conversations in a packed row of 20

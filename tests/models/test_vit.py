@@ -113,3 +113,19 @@ def test_patches_are_read_row_by_row_and_what_does_not_fill_one_is_cut():
         for column in range(4)
     ]
     np.testing.assert_array_equal(found[0], wanted)
+
+
+@pytest.mark.parametrize("policy", ["linear", "attention", "full"])
+def test_remat_computes_blocks_again_and_changes_no_gradient(policy):
+    @functools.partial(jax.jit, static_argnames="policy")
+    def grads(params, policy):
+        encoder = ViT(VISION, -2, remat_policy=policy)
+        return jax.grad(lambda p: jnp.sum(encoder.apply({"params": p}, PIXELS) ** 2))(params)
+
+    params = draw()
+    products = lambda policy: grads.lower(params, policy).as_text().count("stablehlo.dot_general ")
+    assert products(policy) > products("none")
+    again, plain = (jax.tree.leaves(grads(params, p)) for p in (policy, "none"))
+    largest = max(float(abs(leaf).max()) for leaf in plain)
+    for a, b in zip(again, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
