@@ -25,6 +25,7 @@ setup(
         "sentencepiece",
         "jinja2",
         "numpy",
+        "pyyaml",
         "pillow",
         "tensorboardX",
         "matplotlib",

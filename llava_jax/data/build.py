@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from llava_jax.data.attachments import marked
 from llava_jax.data.parsing import Record
-from llava_jax.data.records import JsonRecords, checked_record, ignored_keys_text, open_records
+from llava_jax.data.records import ArrayRecords, checked_record, ignored_keys_text, open_records
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 
@@ -67,7 +67,7 @@ def build_data_set(
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
             raise LlavaError(f"{option} {value!r} must be made of a-z, 0-9 and _")
     records = open_records(data, image_root)
-    if not isinstance(records, JsonRecords):
+    if isinstance(records, ArrayRecords):
         raise LlavaError(f"{data} is a data set already: build takes a JSON or JSONL file")
     if ignored := ignored_keys_text(records):
         print(f"{records.path}: {ignored}")
@@ -93,7 +93,7 @@ def _existing(target: Path, split: str) -> str | None:
         return None
 
 
-def _check_and_hash(records: JsonRecords, progress: bool) -> dict:
+def _check_and_hash(records, progress: bool) -> dict:
     """Counts and a hash of everything; raises LlavaError for the first faulty record."""
     digest, images, videos = hashlib.sha256(), 0, 0
     for index in tqdm(range(len(records)), "checking", unit=" records", disable=not progress):

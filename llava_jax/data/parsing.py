@@ -47,6 +47,7 @@ class Record:
     image_names: what messages call each of them, such as its path in the source file.
     system: the system prompt, if the record brings its own.
     ignored_keys: keys that hold something which nothing reads.
+    origin: "number 3 of ocr.json", where the record is one of a mixture.
     """
 
     index: int
@@ -56,11 +57,13 @@ class Record:
     image_names: tuple[str, ...] = ()
     system: str | None = None
     ignored_keys: tuple[str, ...] = ()
+    origin: str = ""
 
     @property
     def name(self) -> str:
         """What error messages call this record."""
-        return f"record {self.index} (id {brief(self.id)})"
+        origin = f", {self.origin}" if self.origin else ""
+        return f"record {self.index} (id {brief(self.id)}{origin})"
 
 
 def ignored_keys(item: dict) -> list[str]:

@@ -30,6 +30,11 @@ def checked_record(records, index: int) -> Record:
     return record
 
 
+def shares_of(records) -> list[str]:
+    """A line for each file of a mixture, of any other records none."""
+    return records.shares() if hasattr(records, "shares") else []
+
+
 def ignored_keys_text(records) -> str:
     """ "ignored keys: foo (2 records)" for the records of `open_records`, or ""."""
     counts = [
@@ -281,15 +286,20 @@ def _data_set_directory(path: Path) -> Path:
 
 
 def open_records(
-    path: str | os.PathLike, image_root: str | os.PathLike | None = None, split: str | None = None
+    path: str | os.PathLike,
+    image_root: str | os.PathLike | None = None,
+    split: str | None = None,
+    seed: int = 0,
 ):
-    """The records of a LLaVA JSON or JSONL file, or of a TFDS ArrayRecord data set.
+    """The records of a LLaVA JSON or JSONL file, a mixture of such, or a TFDS ArrayRecord data set.
 
-    path: the file, or the folder of the data set (its version folder or a parent of it).
+    path: the file, the YAML file of a mixture, or the folder of the data set (its version folder or
+    a parent of it).
     image_root: the folder that image paths start from (default: the folder of the file).
     split: of a data set only; default "train".
-    Gives JsonRecords or ArrayRecords: a picklable sequence with random access, whose items are
-    parsed but not checked (`check_record`). Raises LlavaError, naming the file and the place.
+    seed: of what a mixture draws.
+    Gives a picklable sequence with random access, whose items are parsed but not checked
+    (`check_record`). Raises LlavaError, naming the file and the place.
     """
     path = Path(path)
     if path.is_dir():
@@ -300,10 +310,17 @@ def open_records(
         raise LlavaError(f"no data file or data set at {path}")
     if split is not None:
         raise LlavaError(f"{path} is a file and has no splits: leave split out")
-    if path.suffix not in (".json", ".jsonl"):
-        raise LlavaError(f"{path}: expected a .json or .jsonl file, or the folder of a data set")
+    if path.suffix not in (".json", ".jsonl", ".yaml", ".yml"):
+        raise LlavaError(
+            f"{path}: expected a .json or .jsonl file, a .yaml that lists such files, or the "
+            "folder of a data set"
+        )
     if image_root is not None and not Path(image_root).is_dir():
         raise LlavaError(f"the image root {image_root} is not a folder")
+    if path.suffix in (".yaml", ".yml"):
+        from llava_jax.data.mixture import MixedRecords  # late: it is made of the records above
+
+        return MixedRecords(path, image_root, seed)
     return _not_empty(JsonRecords(path, image_root))
 
 

@@ -228,7 +228,8 @@ class Stage:
         if held_out:
             path, split = data.validation, data.validation_split
         holds_images = Path(path).is_dir()  # a data set of `llava-jax build`
-        return open_records(path, None if holds_images else data.image_root or None, split)
+        root = None if holds_images else data.image_root or None
+        return open_records(path, root, split, self.config.seed)
 
     def data_arguments(self, held_out: bool = False) -> dict:
         """Arguments of `TrainingData`; held-out data come in batches of a microbatch's size."""
