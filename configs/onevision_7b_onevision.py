@@ -13,4 +13,5 @@ def get_config():
     config.workdir = f"{ROOT}/onevision"
     config.init.checkpoint = f"{ROOT}/single"
     config.data.train = "data/onevision/onevision.yaml"
+    config.data.video_frames = 32
     return config
