@@ -34,7 +34,9 @@ from llava_jax.weights.run_directory import latest_step, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
 DRY_RUN = flags.DEFINE_string(
-    "dry_run", None, "Compile the step for a topology such as v5e:4x4 or cpu:8; report its cost."
+    "dry_run",
+    None,
+    "Compile the step for a topology such as v5e:4x4, h100:8 or cpu:8; report its cost.",
 )
 FIT = flags.DEFINE_bool("fit", False, "With --dry_run: find the fastest settings that fit.")
 

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import base
 from llava_jax import command
+from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.compiling import compile_stage
 from llava_jax.dry_run.report import report
-from llava_jax.dry_run.topology import GIB, topology
+from llava_jax.dry_run.topology import topology
 from llava_jax.training.stage import Stage
 
 HEAD = ("topology", "rows", "microbatches", "GiB a chip", "GB into a chip", "compute s")

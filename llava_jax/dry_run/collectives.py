@@ -26,6 +26,7 @@ _GROUPS = re.compile(
 )
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OF_HOSTS = "xla_megascale_runtime"
+_WAITS = '"is_sync":true'  # a pair of start and done with nothing between them, on GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     A loop whose number of turns depends on data counts once. The TPU compiler splits a collective
     over fusions that it hides behind products; the parts, of which some have lost their name,
     count as one. A reduce-scatter it writes as a fusion `all-reduce-scatter`: an all-reduce, a
-    slice of it kept. What crosses slices it makes a transfer of the hosts.
+    slice of it kept. What crosses slices it makes a transfer of the hosts. The GPU compiler writes
+    every collective as a pair of start and done, and marks those that wait.
 
     Args:
       devices: of the program, for collectives that name no groups.
@@ -117,6 +119,7 @@ def _is_part(seen: dict, result: str, opcode: str, rest: str) -> bool:
 def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
     """The collectives of one instruction: one for each array that it was combined from."""
     kind, arrays = opcode.removesuffix("-start"), _arrays(result)
+    hidden = opcode != kind and _WAITS not in rest
     if opcode != kind and kind != "all-reduce":  # the result lists the operands first
         operands = rest.split(")")[0].count("%")
         arrays = arrays[operands : 2 * operands]
@@ -128,7 +131,7 @@ def _collectives(opcode: str, result: str, rest: str, runs: int, devices: int):
             shape = (*shape[:dimension], shape[dimension] * len(group), *shape[dimension + 1 :])
         size = math.prod(shape) * DTYPE_BYTES[dtype]
         name = scope[1] if scope else ""
-        yield Collective(kind, dtype, shape, size, group, runs, opcode != kind, name)
+        yield Collective(kind, dtype, shape, size, group, runs, hidden, name)
 
 
 def _arrays(result: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -8,10 +8,13 @@ import re
 import time
 
 import jax
+import jaxlib
 
+from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.collectives import Collective, read_collectives
+from llava_jax.dry_run.gpu import cudnn_workspace
 from llava_jax.dry_run.program import kernel_cycles
-from llava_jax.dry_run.topology import GIB
+from llava_jax.errors import LlavaError
 from llava_jax.training.stage import Stage
 
 
@@ -22,7 +25,8 @@ class Compiled:
     Attributes:
       memory: bytes on a device by kind; None if it ran out of memory. Kinds that live at
         different times share room, so they add up to more than is needed.
-      needed: bytes on a device at the peak, as far as the compiler reports them.
+      needed: bytes on a device at the peak, as far as the compiler reports them, and on GPUs
+        cuDNN's workspace.
       kernel_cycles: see `program.kernel_cycles`.
       seconds: time to compile.
     """
@@ -53,12 +57,31 @@ def compile_stage(stage: Stage) -> Compiled:
         "temporary": m.temp_size_in_bytes,
         "code": m.generated_code_size_in_bytes,
     }
-    text = program.as_text()
+    needed = m.peak_memory_in_bytes
+    text = _text_of(program)
+    if stage.platform == "gpu":
+        capability = stage.mesh.devices.flat[0].compute_capability
+        memory["cudnn_workspace"] = cudnn_workspace(text, capability)
+        needed += memory["cudnn_workspace"]
     collectives = read_collectives(text, stage.mesh.size)
-    return Compiled(memory, m.peak_memory_in_bytes, collectives, kernel_cycles(text), seconds)
+    return Compiled(memory, needed, collectives, kernel_cycles(text), seconds)
+
+
+def _text_of(program: jax.stages.Compiled) -> str:
+    try:
+        return program.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise LlavaError(
+            f"jaxlib {jaxlib.__version__} cannot read back what its compiler wrote, as with libtpu "
+            f"0.0.52 for TPU7x: install the libtpu that this jax asks for, with pip install "
+            f"'jax[tpu]=={jax.__version__}' ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def needed_by(message: str) -> int:
     """Bytes that a program needs, read from the compiler's error that there are too few."""
-    found = re.search(r"\(([\d.]+)G\)|[Uu]sed ([\d.]+)G of", message)
-    return int(float(found[1] or found[2]) * GIB) if found else 0
+    found = re.search(r"\(([\d.]+)([GT])\)|[Uu]sed ([\d.]+)([GT]) of", message)
+    if not found:
+        return 0
+    number, unit = filter(None, found.groups())
+    return int(float(number) * GIB * {"G": 1, "T": 1024}[unit])

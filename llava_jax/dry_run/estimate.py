@@ -3,7 +3,7 @@
 Each term is a lower bound set by the hardware. The estimate is a range: the largest term alone, as
 if all others were hidden behind it, up to the sum of all, as if none were. A third figure describes
 the program as compiled: the time that the compiler expects of its kernels, which never reach the
-roofline, plus the time they wait for data.
+roofline (or the roofline, on GPUs, where it says nothing), plus the time they wait for data.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def estimate(
     links: float,
     between: float = 0.0,
     waiting: float = 0.0,
-    kernels: float = 0.0,
+    kernels: float | None = 0.0,
 ) -> dict:
     """Seconds of each term on a chip and of the whole step, and the resulting MFU.
 
@@ -136,7 +136,8 @@ def estimate(
         between slices.
       links: seconds of traffic over the links of a slice.
       waiting: the part of `links` that is not overlapped with compute.
-      kernels: seconds that the compiler expects its kernels to take.
+      kernels: seconds that the compiler expects its kernels to take; None: it says nothing, and
+        they are counted at the roofline.
     """
     chip, chips = where.chip, len(where.devices)
     terms = {
@@ -149,6 +150,8 @@ def estimate(
     # Only the sum of a step's gradients crosses between slices, after everything else.
     waits = waiting + terms.get("between slices", 0.0)
     best, worst = max(terms.values()), sum(terms.values())
+    if kernels is None:
+        kernels = max(terms["compute"], terms["memory"])
     share = lambda seconds: model / chips / chip.peak / seconds
     return {
         "seconds": terms,

@@ -14,6 +14,7 @@ _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)|branch_computations=\{(.*?)\}"
 )
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -85,7 +86,13 @@ def _run_counts(computations: dict[str, list[str]], entry: str) -> collections.C
 
 
 def _trip_count(computations: dict[str, list[str]], rest: str) -> int:
-    """The constant that a loop's condition compares its counter with; 1 if there is none."""
+    """How often a loop turns; 1 if that depends on data.
+
+    Written down by the compiler for GPUs; with others the constant that the loop's condition
+    compares its counter with.
+    """
+    if known := _TURNS.search(rest):
+        return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
     limits = [int(n) for line in computations[condition] for n in _CONSTANT.findall(line)]
     return limits[0] if len(limits) == 1 else 1

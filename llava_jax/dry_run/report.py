@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llava_jax.dry_run.chips import GIB, Tpu
 from llava_jax.dry_run.collectives import BETWEEN_SLICES, Collective
 from llava_jax.dry_run.compiling import Compiled
 from llava_jax.dry_run.estimate import (
@@ -15,10 +16,14 @@ from llava_jax.dry_run.estimate import (
     executed_flops,
     memory_traffic,
 )
-from llava_jax.dry_run.topology import GIB, Topology
+from llava_jax.dry_run.topology import Topology
 from llava_jax.text.templates import get_template
 from llava_jax.training.flops import attention_flops, step_flops
 from llava_jax.training.stage import Stage
+
+LARGEST_SHARE = 0.95  # of a card's memory; CUDA and NCCL need the rest
+BY_THE_COMPILER = "by the compiler's own figures (attention at the peak)"
+AT_THE_ROOFLINE = "at the roofline, as this compiler gives no figures"
 
 
 def bytes_on_a_device(tree) -> int:
@@ -57,6 +62,7 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
         "rows": rows,
         "microbatches": stage.microbatches,
         "attention": stage.model.attention,
+        "attention_refused": stage.refused,
         "remat_policy": config.model.remat_policy,
         "compile_seconds": compiled.seconds,
         "bytes": {
@@ -66,10 +72,11 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
             "batch": bytes_on_a_device(stage.batch_spec()),
             **(compiled.memory or {}),
             "needed": compiled.needed,
+            "usable": where.usable,
             "hbm": where.chip.hbm if where.chip else None,
         },
         "fits": compiled.memory is not None
-        and (where.chip is None or compiled.needed <= where.chip.hbm),
+        and (where.chip is None or compiled.needed <= where.usable),
         "assumed": dataclasses.asdict(contents),
         "tokens": counts["tokens"],
         "model_flops": step_flops(model, stage.trainable, counts),
@@ -147,7 +154,7 @@ def estimate_of(
         "tokens": rows * length / stage.batch_shards,
     }
     traffic = memory_traffic(model, plan)
-    kernels = kernel_cycles / where.chip.clock
+    kernels = kernel_cycles / where.chip.clock if isinstance(where.chip, Tpu) else None
     if stage.model.attention == "splash":  # the compiler has no figure for it
         passes = 3 + (remat == "full")
         scores = passes * attention_flops(model, rows * length * (length + 1) / 2)
@@ -161,26 +168,39 @@ def estimate_of(
         between=figures["between_slices_bytes"],
         waiting=link_seconds(stage, where, [c for c in within if not c.hidden]),
         kernels=kernels,
-    )
+    ) | {"kernels_by": BY_THE_COMPILER if isinstance(where.chip, Tpu) else AT_THE_ROOFLINE}
+
+
+def share_of_a_card(sizes: dict[str, int]) -> str:
+    """What part of a GPU's memory JAX takes, and the part to give it if a step needs more."""
+    needed, usable, hbm = (sizes[name] for name in ("needed", "usable", "hbm"))
+    if usable == hbm:
+        return ""
+    text = f" (JAX takes {usable / hbm:.0%} of the card's {hbm / GIB:.2f}"
+    least = math.ceil(100 * needed / hbm) / 100
+    if needed > usable and least <= LARGEST_SHARE:
+        text += f"; with export XLA_CLIENT_MEM_FRACTION={least:.2f} the step fits"
+    return text + ")"
 
 
 def print_report(figures: dict) -> None:
     """The figures as lines to read."""
     gib = lambda size: f"{size / GIB:.2f}"
     sizes, counts = figures["bytes"], figures["parameters"]
+    refused = figures["attention_refused"]
+    attention = figures["attention"] + (f" (not {refused})" if refused else "")
     print(
         f"{figures['topology']} as {figures['mesh']}; parameters: "
         f"{counts['trainable'] / 1e6:,.1f}M trained, {counts['frozen'] / 1e6:,.1f}M frozen\n"
         f"{figures['rows']} rows in {figures['microbatches']} microbatches; attention: "
-        f"{figures['attention']}; remat: {figures['remat_policy']}; compiled in "
+        f"{attention}; remat: {figures['remat_policy']}; compiled in "
         f"{figures['compile_seconds']:.0f} s"
     )
-    kinds = {k: v for k, v in sizes.items() if k not in ("needed", "hbm")}
+    kinds = {k: v for k, v in sizes.items() if k not in ("needed", "usable", "hbm")}
     print("GiB a chip: " + ", ".join(f"{k.replace('_', ' ')} {gib(v)}" for k, v in kinds.items()))
-    room = f" of {gib(sizes['hbm'])}" if sizes["hbm"] else ""
-    print(
-        f"at the peak {gib(sizes['needed'])}{room}: {'fits' if figures['fits'] else 'DOES NOT FIT'}"
-    )
+    room = f" of {gib(sizes['usable'])}" if sizes["hbm"] else ""
+    verdict = "fits" if figures["fits"] else "DOES NOT FIT"
+    print(f"at the peak {gib(sizes['needed'])}{room}: {verdict}{share_of_a_card(sizes)}")
     print(f"model FLOPs a step: {figures['model_flops']:.3g}, with {figures['assumed']} assumed")
     for kind, sent in figures.get("collectives", {}).items():
         print(f"{kind}: {sent['runs']} a step, {sent['bytes'] / 1e9:.2f} GB into each chip")
@@ -198,7 +218,7 @@ def print_report(figures: dict) -> None:
             f"roofline: {terms}; a step takes {best:.3f} s (MFU {e['mfu']:.0%}, bound by "
             f"{e['bound_by']}) if the rest hides behind it, {worst:.3f} s "
             f"(MFU {e['mfu_nothing_hidden']:.0%}) if nothing does\n"
-            f"as compiled: kernels {e['kernel_seconds']:.3f} s by the compiler's own figures "
-            f"(attention at the peak), {e['waiting_seconds']:.3f} s in which they wait for "
+            f"as compiled: kernels {e['kernel_seconds']:.3f} s {e['kernels_by']}, "
+            f"{e['waiting_seconds']:.3f} s in which they wait for "
             f"{figures['waiting_bytes'] / 1e9:.2f} GB: MFU {e['mfu_as_compiled']:.0%}"
         )

@@ -8,10 +8,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llava_jax.data.pipeline import TrainingData
+from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.compiling import compile_stage
 from llava_jax.dry_run.fit import fastest_fit
 from llava_jax.dry_run.report import print_report, report
-from llava_jax.dry_run.topology import GIB, Topology, topology
+from llava_jax.dry_run.topology import Topology, topology
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 from llava_jax.training.stage import Stage

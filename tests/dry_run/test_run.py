@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llava_jax.dry_run import run as dry_run
+from llava_jax.dry_run.chips import CHIPS, GIB
 from llava_jax.dry_run.compiling import needed_by
 from llava_jax.dry_run.estimate import (
     CONVERSATIONS,
@@ -19,7 +20,7 @@ from llava_jax.dry_run.estimate import (
     executed_flops,
 )
 from llava_jax.dry_run.report import bytes_on_a_device, parameter_count
-from llava_jax.dry_run.topology import CHIPS, GIB, Topology, topology
+from llava_jax.dry_run.topology import Topology, topology
 from llava_jax.models.presets import preset
 from llava_jax.training.stage import Stage
 from tests import tiny_run
@@ -112,6 +113,7 @@ def test_a_row_as_text_marks_what_is_learnt():
     [
         ("the total memory required for HLO temporaries (24.06G) exceeds available HBM", 24.06),
         ("Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm.", 18.5),
+        ("the total memory required for HLO temporaries (1.50T) exceeds available HBM", 1536),
     ],
 )
 def test_the_compilers_complaint_is_read(message, size):

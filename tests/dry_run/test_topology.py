@@ -8,8 +8,10 @@ import types
 import jax
 import pytest
 
-from llava_jax.dry_run.topology import CHIPS, Topology, topology
+from llava_jax.dry_run.chips import CHIPS
+from llava_jax.dry_run.topology import Topology, topology
 from llava_jax.errors import LlavaError
+from llava_jax.parallel.mesh import make_mesh
 
 
 def test_simulated_cpus_have_no_chip():
@@ -19,7 +21,19 @@ def test_simulated_cpus_have_no_chip():
 
 @pytest.mark.parametrize(
     "name",
-    ["v5e", "v5e:4x", "h100:8", "cpu:2x4", "v5e:0x4", "cpu:9", "0xv5e:2x2", "2xcpu:4", "x", ""],
+    [
+        "v5e",
+        "v5e:4x",
+        "h100:2x4",
+        "v100:8",
+        "cpu:2x4",
+        "v5e:0x4",
+        "cpu:9",
+        "0xv5e:2x2",
+        "2xcpu:4",
+        "x",
+        "",
+    ],
 )
 def test_names_that_mean_no_devices_are_refused(name):
     with pytest.raises(LlavaError, match="dry_run"):
@@ -47,6 +61,10 @@ def chips(*sizes: int, step: int = 1) -> list:
         ("v5p", (2, 2, 1), chips(2, 2, 1), 2),
         ("v6e", (8, 8), chips(8, 8), 2),
         ("v6e", (8, 8), chips(1, 1), math.inf),
+        ("v4", (4, 4, 4), chips(4, 4, 4), 6),
+        ("tpu7x", (2, 2, 1), chips(2, 2, 1) * 2, 2),  # both devices of every chip
+        ("tpu7x", (2, 2, 1), chips(2, 2, 1), 1),  # one of each: the other takes half the links
+        ("tpu7x", (2, 2, 1), chips(1, 1, 1) * 2, math.inf),  # a chip
     ],
 )
 def test_links_into_a_chip(kind, shape, devices, links):
@@ -60,6 +78,19 @@ def test_a_slice_of_a_tpu():
     assert len(where.devices) == 8 and where.devices[0].platform == "tpu"
     with pytest.raises(LlavaError, match="no such slice"):
         topology("v5e:3x5")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+@pytest.mark.parametrize(
+    ("name", "devices", "chips"),
+    [("v4:2x2x1", 4, 4), ("v5p:2x2x1", 4, 4), ("v6e:2x2", 4, 4), ("tpu7x:2x2x1", 8, 4)],
+)
+def test_generations_of_tpus(name, devices, chips):
+    where = topology(name)
+    places = {tuple(device.coords) for device in where.devices}
+    assert (len(where.devices), len(places)) == (devices, chips)
+    assert where.bandwidth(where.devices) == 2 * where.chip.link
+    assert make_mesh(devices=list(where.devices)).size == devices
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
