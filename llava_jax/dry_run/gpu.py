@@ -1,7 +1,7 @@
 """NVIDIA GPUs that are not there: XLA's compiler for them takes a description of the card.
 
 It needs no card and no driver, only the wheels of the extra `gpu_dry_run`. Two things that a card
-brings are missing: what cuDNN asks for beside its operands, counted here by formula, and the
+brings are missing: what cuDNN asks for on top of its operands, counted here by formula, and the
 measuring of kernels, so the compiler's first choices stand.
 """
 
