@@ -1,15 +1,18 @@
-# make quickstart | quickstart-full | test | test-all | lint | docs | clean
+# make quickstart | quickstart-full | quickstart-family | test | test-all | lint | docs | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart quickstart-full test test-all lint docs clean
+.PHONY: quickstart quickstart-full quickstart-family test test-all lint docs clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m llava_jax.quickstart
 
 quickstart-full: $(VENV)/.quickstart
 	$(BIN)/python -m llava_jax.quickstart --full
+
+quickstart-family: $(VENV)/.quickstart
+	$(BIN)/python -m llava_jax.quickstart.family
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests

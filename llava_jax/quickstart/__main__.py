@@ -9,9 +9,7 @@ done are not done again.
 
 import argparse
 import contextlib
-import importlib
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,14 +17,12 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.precision import cpu_multiplies_bfloat16
+from llava_jax.quickstart.commands import python, train
 from llava_jax.quickstart.easy_vqa import prepare_easy_vqa
 from llava_jax.quickstart.parts import prepare_parts
 from llava_jax.quickstart.picture import draw_answers
-from llava_jax.weights.run_directory import latest_step
 
 ROOT = Path("runs/quickstart")
-# A training step on a CPU allocates and frees gigabytes, which is cheaper in huge pages.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def main() -> None:
@@ -119,27 +115,6 @@ def farewell(run: Path, drawn: Path, picture: str, minutes: dict[str, float]) ->
         f"--image {ROOT}/easy_vqa/images/{picture}\n"
         "   .venv/bin/llava-jax show --config=configs/easy_vqa_instruct.py --index 0"
     )
-
-
-def train(recipe: str) -> None:
-    """Takes all steps of a recipe.
-
-    Raises:
-      LlavaError: training failed, or stopped at a signal after it saved its last step.
-    """
-    python("train.py", f"--config=configs/{recipe}.py")
-    config = importlib.import_module(f"configs.{recipe}").get_config()
-    if latest_step(Path(config.workdir)) != config.steps:
-        raise LlavaError(f"{config.workdir} was stopped early: run the same command to continue")
-
-
-def python(script: str, *arguments: str) -> None:
-    """Shows and runs a script of the repository; LlavaError if it fails."""
-    print("$", "python", script, *arguments, flush=True)
-    environment = {**HUGE_PAGES, **os.environ}
-    done = subprocess.run([sys.executable, script, *arguments], env=environment, check=False)
-    if done.returncode:
-        raise LlavaError(f"{script} failed with status {done.returncode}: see its message above")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.quickstart import __main__ as quickstart
+from llava_jax.quickstart import commands, family
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,12 +18,12 @@ def test_a_stage_that_was_stopped_is_not_scored(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
     steps = tmp_path / "runs/quickstart/instruct/checkpoints"
-    monkeypatch.setattr(quickstart, "python", lambda *_: (steps / last).mkdir(parents=True))
+    monkeypatch.setattr(commands, "python", lambda *_: (steps / last).mkdir(parents=True))
     last = "13"
     with pytest.raises(LlavaError, match="runs/quickstart/instruct was stopped early"):
-        quickstart.train("easy_vqa_instruct")
+        commands.train("easy_vqa_instruct")
     last = "160"
-    quickstart.train("easy_vqa_instruct")
+    commands.train("easy_vqa_instruct")
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,40 @@ def test_the_steps_in_order_and_what_they_print(monkeypatch, tmp_path, capsys, f
     assert printed.count(" min  ") == 6 + full  # the minutes of each step
     assert f"--image {Path('runs/quickstart/easy_vqa/images/test/0.png')}" in printed
     assert (tmp_path / "runs/quickstart" / run / "answers.png").is_file()
+
+
+def test_the_proofs_of_the_family_in_order_and_their_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/quickstart/instruct/checkpoints/160").mkdir(parents=True)
+    done = []
+
+    def scored(script, *arguments):
+        given = dict(argument.split("=") for argument in arguments)
+        run, split = Path(given["--checkpoint"]), given["--config.options.split"]
+        done.append((run.name, split))
+        folder = run / "eval/easy_vqa" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        right = 95.0 if len(done) % 2 else 33.0
+        score = {"count": 400, "accuracy": right, "blind": 34.0}
+        (folder / "metrics.json").write_text(json.dumps({"scores": {"overall": score}}))
+
+    monkeypatch.setattr(family, "prepare_composed", lambda name, _: done.append(name))
+    monkeypatch.setattr(family, "train", done.append)
+    monkeypatch.setattr(family, "python", scored)
+    family.family()
+    assert done[:5] == [
+        "poster",
+        "easy_vqa_poster",
+        "easy_vqa_poster_one_view",
+        ("poster_tiles", "test"),
+        ("poster_one_view", "test"),
+    ]
+    table = (tmp_path / "runs/quickstart/family.txt").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert table.count("400") == 3 and table.count("34.0") == 3
+
+
+def test_the_family_needs_the_quickstart(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LlavaError, match="run `make quickstart` first"):
+        family.family()
