@@ -151,7 +151,9 @@ def claim_workdir(workdir: Path, recipe_now: dict) -> None:
     """Makes the run directory this recipe's; LlavaError if it has checkpoints of another."""
     path = workdir / "config.json"
     if path.exists() and latest_step(workdir) is not None:
-        changed = recipe.differences(read_json(path), recipe_now)
+        defaults = json.loads(base.get_config().to_json_best_effort())
+        before = recipe.with_later_options(read_json(path), defaults, base.FREE)
+        changed = recipe.differences(before, recipe_now)
         if changed:
             raise LlavaError(
                 f"{workdir} holds the run of another recipe ({'; '.join(changed)}): choose "

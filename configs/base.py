@@ -75,6 +75,8 @@ def get_config() -> ConfigDict:
     config.data.packing = True  # several conversations a row
     # conversation | independent: each question of a record sees the images and itself alone.
     config.data.turns = "conversation"
+    # How boxes of records are written, as llava_jax/data/boxes.py has it.
+    config.data.box_convention = "llava"  # llava | qwen_1000 | kosmos | pixel
     config.data.bad_image = "error"  # error | skip: for images that cannot be read
     config.data.bad_image_ceiling = 0  # with skip: how many are too many
     config.data.workers = 0  # processes that decode images; 0: threads

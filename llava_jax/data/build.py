@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from llava_jax.data.attachments import marked
 from llava_jax.data.parsing import Record
+from llava_jax.data.record_boxes import as_json
 from llava_jax.data.records import ArrayRecords, checked_record, ignored_keys_text, open_records
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
@@ -95,15 +96,19 @@ def _existing(target: Path, split: str) -> str | None:
 
 def _check_and_hash(records, progress: bool) -> dict:
     """Counts and a hash of everything; raises LlavaError for the first faulty record."""
-    digest, images, videos = hashlib.sha256(), 0, 0
+    digest, images, videos, boxes = hashlib.sha256(), 0, 0, 0
     for index in tqdm(range(len(records)), "checking", unit=" records", disable=not progress):
         record = checked_record(records, index)
         example = _example(record)
         images, videos = images + len(example["images"]), videos + len(example["videos"])
+        boxes += len(record.boxes)
         for part in (example["id"], example["conversations"], *example["image_names"]):
             digest.update(f"{len(part.encode())}:{part}".encode())
         for encoded in (*example["images"], *example["videos"]):
             digest.update(f"{len(encoded)}:".encode() + encoded)
+        if record.boxes:
+            digest.update(example["boxes"].encode())
+    counts = {"videos": videos, "boxes": boxes}
     return {
         "format": "llava_jax records 1",
         "source": Path(records.path).name,
@@ -111,7 +116,7 @@ def _check_and_hash(records, progress: bool) -> dict:
         "sha256": digest.hexdigest(),
         "records": len(records),
         "images": images,
-    } | ({"videos": videos} if videos else {})
+    } | {kind: count for kind, count in counts.items() if count}
 
 
 def _example(record: Record) -> dict:
@@ -129,6 +134,7 @@ def _example(record: Record) -> dict:
         "images": [_read(image, record) for image in images],
         "videos": [_read(video, record) for video in videos],
         "image_names": list(record.image_names),
+        "boxes": json.dumps(as_json(record.boxes)),
     }
 
 
@@ -168,6 +174,7 @@ def _write(records, out: Path, name: str, split: str, metadata: dict, progress: 
                     "image_names": tfds.features.Sequence(tfds.features.Text()),
                 }
                 | ({"videos": encoded} if "videos" in metadata else {})
+                | ({"boxes": tfds.features.Text(doc="JSON")} if "boxes" in metadata else {})
             )
             return tfds.core.DatasetInfo(
                 builder=self,
@@ -184,8 +191,8 @@ def _write(records, out: Path, name: str, split: str, metadata: dict, progress: 
             bar = tqdm(range(len(records)), "writing", unit=" records", disable=not progress)
             for index in bar:
                 example = _example(records[index])
-                if "videos" not in metadata:
-                    del example["videos"]
+                for kind in {"videos", "boxes"} - metadata.keys():
+                    del example[kind]
                 yield index, example
 
     Builder.name = name

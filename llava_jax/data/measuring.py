@@ -106,7 +106,8 @@ def measure(
         changed = cache.images_seen != seen
         if cache.lengths is not None and changed:
             looks, faults, _ = look(inspect=True)
-        if cache.lengths is None or changed and row_format.image.by_size:
+        by_size = row_format.image.by_size or any(look.has_boxes for look in looks)
+        if cache.lengths is None or changed and by_size:
             _tokenize(cache, records, tokenizer, row_format, looks, progress, findings)
         if changed or faults:
             cache.images_seen = "" if faults else seen
@@ -136,8 +137,8 @@ class _Look(NamedTuple):
 
     record: None if it has not the right form. errors: its faults. is_image: whether they are of
     its images or videos. files: path, size and time of modification of their files. layouts:
-    (tiles, tokens) of each image, nominal for one that is faulty or was not inspected. times: of
-    each, as `sources.Seen` has them.
+    (tiles, tokens) of each image, nominal for one that is faulty or was not inspected. seen: what
+    is known of each. has_boxes: whether it has boxes, whose text depends on the size of an image.
     """
 
     record: Record | None
@@ -145,7 +146,8 @@ class _Look(NamedTuple):
     is_image: bool
     files: bytes
     layouts: list[tuple[int, int]]
-    times: list[str]
+    seen: list[sources.Seen]
+    has_boxes: bool
 
 
 def _look_at_all(
@@ -201,8 +203,8 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
     if is_image:
         found = row_format.layouts([one.source for one in seen])
         layouts = [(layout.tiles, len(layout)) for layout in found]
-    times = [one.time for one in seen]
-    return _Look(record if is_image else None, errors, is_image, files, layouts, times)
+    has_boxes = record is not None and bool(record.boxes)
+    return _Look(record if is_image else None, errors, is_image, files, layouts, seen, has_boxes)
 
 
 def _nominal(source, row_format: RowFormat) -> sources.Seen:
@@ -247,7 +249,7 @@ def _rendered(
         if look.errors and not look.is_image:
             continue
         try:
-            texts = render_record(row_format, records, records[index], tokenizer, look.times)
+            texts = render_record(row_format, records, records[index], tokenizer, look.seen)
         except RecordError as error:
             findings.fault(index, error)
             continue
@@ -283,6 +285,7 @@ class _Cache:
             _CACHE_VERSION, records.fingerprint(),
             tokenizer.fingerprint(row_format.image_key()), row_format.template,
             row_format.max_length, row_format.turns,
+            *([row_format.boxes] if records.holds_boxes else []),
         ):  # fmt: skip
             key.update(f"{part}\0".encode())
         self._path = Path(folder) / f"lengths-{key.hexdigest()[:32]}.npz"

@@ -65,6 +65,11 @@ class MixedRecords:
             self._parts.append(_draw(Path(path), entry, number, self.image_root, seed))
         self._ends = np.cumsum([len(part.chosen) for part in self._parts]).tolist()
 
+    @property
+    def holds_boxes(self) -> bool:
+        """Whether a record of one of the files may have boxes."""
+        return any(part.records.holds_boxes for part in self._parts)
+
     def __len__(self) -> int:
         return self._ends[-1]
 

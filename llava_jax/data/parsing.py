@@ -9,9 +9,10 @@ https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md):
 
 `image` is a path below the image root, a `data:image/...;base64,...` address, or a list of them.
 `video` is the path of a video file or of a folder of frames below the same root, or a list of them,
-each with one `<image>`, or `<video>`, in the text. A text-only record has neither. `system`, or a
-first turn from "system", replaces the template's system prompt. Ids may repeat, as they do in
-LLaVA's own data: a record's index is what identifies it, and stands in for a missing id.
+each with one `<image>`, or `<video>`, in the text. A text-only record has neither. `boxes` are of
+its images; see `data.record_boxes`. `system`, or a first turn from "system", replaces the
+template's system prompt. Ids may repeat, as they do in LLaVA's own data: a record's index is what
+identifies it, and stands in for a missing id.
 """
 
 import difflib
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from llava_jax.data import attachments
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
+from llava_jax.data.record_boxes import BOX_KEYS, RecordBox, has_boxes, parse_boxes
 from llava_jax.data.video import Video
 from llava_jax.errors import RecordError, brief
 from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
@@ -47,6 +49,7 @@ class Record:
     image_names: what messages call each of them, such as its path in the source file.
     system: the system prompt, if the record brings its own.
     ignored_keys: keys that hold something which nothing reads.
+    boxes: what each `<box>` in the turns stands for.
     origin: "number 3 of ocr.json", where the record is one of a mixture.
     """
 
@@ -57,6 +60,7 @@ class Record:
     image_names: tuple[str, ...] = ()
     system: str | None = None
     ignored_keys: tuple[str, ...] = ()
+    boxes: tuple[RecordBox, ...] = ()
     origin: str = ""
 
     @property
@@ -72,7 +76,8 @@ def ignored_keys(item: dict) -> list[str]:
     `conversations.weight` stands for a key `weight` of a turn.
     """
     keys = attachments.field(item, IMAGE_KEYS)[1] + attachments.field(item, VIDEO_KEYS)[1]
-    spare = [key for key in item if key not in _READ_KEYS]
+    read = _READ_KEYS | {*BOX_KEYS} if has_boxes(item) else _READ_KEYS
+    spare = [key for key in item if key not in read]
     keys += [key for key in spare if item[key] not in (None, "", [], {})]
     conversations = item.get("conversations")
     turns = conversations if isinstance(conversations, list) else []
@@ -118,6 +123,7 @@ def parse_record(item, index: int, image_root: str | None) -> Record:
         tuple(name for _, name in images),
         _parse_system(item, system, where),
         tuple(ignored_keys(item)),
+        parse_boxes(item, turns, len(images), where),
     )
 
 

@@ -1,6 +1,7 @@
 """Collections of LLaVA records: a JSON file, a JSONL file or a TFDS ArrayRecord data set."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from llava_jax.data.parsing import (
     count_ignored_keys,
     parse_record,
 )
+from llava_jax.data.record_boxes import has_boxes
 from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.text.conversation import Turn  # noqa: F401  what a Record's turns are
 
@@ -53,6 +55,11 @@ class JsonRecords:
         self.image_root = str(image_root if image_root is not None else Path(path).parent)
         self._items = _load_json(Path(path))
 
+    @functools.cached_property
+    def holds_boxes(self) -> bool:
+        """Whether a record has boxes."""
+        return any(isinstance(item, dict) and has_boxes(item) for item in self._items)
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -82,7 +89,7 @@ def _reads_more(item) -> bool:
     if not isinstance(item, dict):
         return False
     keys = SYSTEM_KEYS if item.get("image") else (*SYSTEM_KEYS, *IMAGE_KEYS)
-    return any(item.get(key) for key in (*keys, *VIDEO_KEYS))
+    return any(item.get(key) for key in (*keys, *VIDEO_KEYS)) or has_boxes(item)
 
 
 def _load_json(path: Path) -> list:
@@ -133,7 +140,7 @@ class ArrayRecords:
     `llava-jax build` writes such sets. One made by another program is read if its features are
     named like the keys of a JSON record: `conversations` is JSON text or a sequence of `from` and
     `value`, an image is an Image or a Text of its encoded bytes, a video a Text of those of a file,
-    several are a sequence of them.
+    several are a sequence of them. `boxes` is the JSON text of an object with the keys of boxes.
     """
 
     image_root = None
@@ -154,6 +161,11 @@ class ArrayRecords:
         raw = DeserializeMethod.RAW_BYTES
         self._source = builder.as_data_source(split=split, deserialize_method=raw)
 
+    @property
+    def holds_boxes(self) -> bool:
+        """Whether a record may have boxes."""
+        return "boxes" in self._features
+
     def __len__(self) -> int:
         return len(self._source)
 
@@ -164,6 +176,7 @@ class ArrayRecords:
         names = tuple(name.decode() for name in example.pop("image_names", ()))
         try:
             item = {key: _as_json(key, value) for key, value in example.items()}
+            item |= item.pop("boxes", {})
         except ValueError as error:  # of which broken JSON and broken UTF-8 are two
             raise RecordError("bad text", f"record {index}: {error}") from None
         record = parse_record(item, int(index), None)
@@ -239,6 +252,8 @@ def _read_features(tfds, features, path) -> tuple:
             read[name] = stored(feature) if whole else None
         elif name in SYSTEM_KEYS:
             read[name] = feature if is_text(feature) else None
+        elif name == "boxes" and is_text(feature):  # another program's may be a list
+            read[name] = feature
         elif name == "id":
             read[name] = feature if feature.shape == () else None
         elif name == "image_names":
@@ -269,7 +284,7 @@ def _as_json(key: str, value):
         return [{name: turn[name].decode() for name in ("from", "value")} for turn in value]
     if isinstance(value, bytes):
         value = value.decode()
-        return json.loads(value) if key == "conversations" else value
+        return json.loads(value) if key in ("conversations", "boxes") else value
     return value.item() if hasattr(value, "item") else value
 
 

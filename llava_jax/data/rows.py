@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_jax.data import sources
+from llava_jax.data.boxes import Boxes
 from llava_jax.data.media import ImageError
 from llava_jax.data.parsing import Record
+from llava_jax.data.record_boxes import placed_boxes
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import (
@@ -50,6 +52,7 @@ class RowFormat:
       turns: "conversation", or "independent": each question sees the record's pictures and itself.
       image_token_id: what stands in `input_ids` for a feature.
       use_im_start_end: each picture stands between <im_start> and <im_end>.
+      box_convention: how the boxes of records are written (`data.boxes`).
     """
 
     template: Template
@@ -62,6 +65,7 @@ class RowFormat:
     turns: str = "conversation"
     image_token_id: int = IMAGE_TOKEN_ID
     use_im_start_end: bool = False
+    box_convention: str = "llava"
 
     def __post_init__(self):
         if self.turns not in TURNS:
@@ -96,6 +100,11 @@ class RowFormat:
         """Why a record with more than K tiles is refused."""
         what = "tiles" if self.image.by_size else "images"
         return f"more {what} than images_per_row={self.tiles}"
+
+    @property
+    def boxes(self) -> Boxes:
+        """How the boxes of records are written."""
+        return Boxes(self.box_convention, self.image)
 
     def layouts(self, sources: Sequence[Source]) -> list[Layout]:
         """The tiles and tokens of a record's pictures and videos; see `images.layouts`."""
@@ -231,15 +240,17 @@ def render_record(
     records,
     record: Record,
     tokenizer: SegmentTokenizer | None,
-    times: Sequence[str],
+    seen: Sequence[sources.Seen],
 ) -> list[tuple[Segment, ...]]:
     """`render_turns` of a record, for training; its errors name data and record.
 
-    times: for each of the record's sources what `sources.Seen.time` says.
+    seen: what is known of each of the record's sources.
     """
     try:
         placeholder = tokenizer and tokenizer.placeholder
-        turns = record.turns
+        sizes = [one.source for one in seen]
+        turns = placed_boxes(record.turns, record.boxes, sizes, row_format.boxes)
+        times = [one.time for one in seen]
         if any(times):
             if row_format.turns == "independent":
                 raise RecordError(
@@ -283,13 +294,13 @@ class RowBuilder:
         for member in members:
             record = self.records[int(self.usable[member])]
             try:
-                found, times = self._sources(record)
+                found, seen = self._sources(record)
             except ImageError as error:
                 if not self.skip_bad_images:
                     raise LlavaError(f"{self.records.path}: {record.name}: {error}") from None
                 skipped.append(record.name)
                 continue
-            texts = render_record(self.row_format, self.records, record, self.tokenizer, times)
+            texts = render_record(self.row_format, self.records, record, self.tokenizer, seen)
             row = token_row(self.tokenizer, texts, [len(layout) for layout, _ in found])
             row, reason = truncate(row, self.row_format.max_length)
             if row is None:
@@ -301,16 +312,16 @@ class RowBuilder:
             ids.append(record.id)
         return pack(conversations, pictures, self.row_format), ids, skipped
 
-    def _sources(self, record: Record) -> tuple[list[tuple[Layout, np.ndarray]], list[str]]:
-        """Layout and tiles of each of a record's pictures and videos, and their times."""
+    def _sources(self, record: Record) -> tuple[list[tuple[Layout, np.ndarray]], list]:
+        """Layout and tiles of each of a record's pictures and videos, and what is known of it."""
         spec, several = self.row_format.image, is_several(record)
         found = [
             sources.tiles(source, spec, name, self.max_pixels, several)
             for source, name in zip(record.images, record.image_names, strict=True)
         ]
-        layouts = self.row_format.layouts([seen.source for seen, _ in found])
-        tiles = [tiles for _, tiles in found]
-        return list(zip(layouts, tiles, strict=True)), [seen.time for seen, _ in found]
+        seen, tiles = [seen for seen, _ in found], [tiles for _, tiles in found]
+        layouts = self.row_format.layouts([one.source for one in seen])
+        return list(zip(layouts, tiles, strict=True)), seen
 
 
 def stack(rows) -> Batch | LlavaError:

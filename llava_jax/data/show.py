@@ -1,13 +1,17 @@
 """One record as the model reads it in training."""
 
 import numpy as np
+from PIL import Image
 
 from llava_jax.data import sources
 from llava_jax.data.attachments import NO_FILE
-from llava_jax.data.media import MAX_PIXELS, ImageError
+from llava_jax.data.boxes import draw_boxes
+from llava_jax.data.media import MAX_PIXELS, ImageError, load_image
 from llava_jax.data.parsing import Record
+from llava_jax.data.record_boxes import box_texts
 from llava_jax.data.records import checked_record
 from llava_jax.data.rows import RowFormat, is_several, render_record
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.text.conversation import IMAGE_TOKEN
 from llava_jax.text.tokenization import (
@@ -33,7 +37,8 @@ def show(
       image, whose size (of a video width, height and frames) is None if it cannot be read and whose
       grid (columns, rows) of tiles is None if it is one tile; lengths; training: what becomes of
       the record; ignored_keys; supervised_spans: the [start, end) characters of the text that are
-      learnt.
+      learnt. Of a record with boxes also boxes: [{"image", "pixels", "text"}], the number of its
+      image, the box on it and how it is written.
       If turns are independent also turn_ids, and the text has what each question adds to the part
       that they share.
     Raises:
@@ -51,9 +56,9 @@ def show(
         record = records[index]
     f = row_format
     segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
-    slots, times, faults = _look_at_images(record, f, max_pixels)
-    texts = render_record(f, records, record, segment_tokenizer, times)
-    layouts = f.layouts([slot["size"] or (f.image.size, f.image.size) for slot in slots])
+    slots, seen, faults = _look_at_images(record, f, max_pixels)
+    texts = render_record(f, records, record, segment_tokenizer, seen)
+    layouts = f.layouts([one.source for one in seen])
     row = token_row(segment_tokenizer, texts, [len(layout) for layout in layouts])
     for slot, layout, (start, end) in zip(slots, layouts, row.image_spans, strict=True):
         slot |= {"tiles": layout.tiles, "grid": layout.grid, "start": start, "end": end}
@@ -80,21 +85,61 @@ def show(
     if row.turn_ids is not None:
         shown["turn_ids"] = row.turn_ids.tolist()
         shown["position_ids"] = turn_positions(row.turn_ids).tolist()
+    if record.boxes:
+        sizes = [one.source for one in seen]
+        shown["boxes"] = [
+            {"image": box.image, "pixels": box.pixels(sizes[box.image]), "text": written}
+            for box, written in zip(
+                record.boxes, box_texts(record.boxes, sizes, f.boxes), strict=True
+            )
+        ]
     return shown
 
 
+def draw_record(record: Record, shown: dict) -> Image.Image:
+    """The images of a record in a row, with its boxes.
+
+    shown: of the same record, from `show`.
+
+    Raises:
+      LlavaError: it has no image, or one that cannot be read.
+    """
+    pictures = [
+        load_image(source, name)
+        for source, name in zip(record.images, record.image_names, strict=True)
+        if not isinstance(source, Video)
+    ]
+    if not pictures or len(pictures) < len(record.images):
+        raise LlavaError(f"{record.name} has no images alone: there is nothing to draw on")
+    drawn = [
+        draw_boxes(picture, [box["pixels"] for box in shown.get("boxes", ()) if box["image"] == i],
+                   "red")
+        for i, picture in enumerate(pictures)
+    ]  # fmt: skip
+    width, height = sum(p.width for p in drawn), max(p.height for p in drawn)
+    canvas, left = Image.new("RGB", (width, height), "white"), 0
+    for picture in drawn:
+        canvas.paste(picture, (left, 0))
+        left += picture.width
+    return canvas
+
+
 def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
-    """([{"image", "size"}], times of videos, what is wrong with the images)."""
-    slots, times, faults = [], [], []
+    """([{"image", "size"}], what is known of each image, what is wrong with them).
+
+    One that cannot be read is taken for a picture of the size of a tile.
+    """
+    slots, found, faults = [], [], []
     for source, name in zip(record.images, record.image_names, strict=True):
-        seen = sources.Seen(None)
+        seen, size = sources.Seen((row_format.image.size,) * 2), None
         try:
             seen = sources.look_at(source, row_format.image, name, max_pixels, is_several(record))
+            size = seen.source
         except ImageError as error:
             faults.append(f"not used: {error}")
-        slots.append({"image": name, "size": seen.source})
-        times.append(seen.time)
-    return slots, times, faults
+        slots.append({"image": name, "size": size})
+        found.append(seen)
+    return slots, found, faults
 
 
 def _fate(row: TokenRow, layouts: list, row_format: RowFormat) -> str:
@@ -154,6 +199,11 @@ def as_text(shown: dict, colour: bool) -> str:
         lines.append(
             f"image {number}: {slot['image']}, {size}, {tiles}, "
             f"in tokens {slot['start']} to {slot['end'] - 1}"
+        )
+    for number, box in enumerate(shown.get("boxes", ())):
+        pixels = ", ".join(f"{value:.6g}" for value in box["pixels"])
+        lines.append(
+            f"box {number}: {pixels} in pixels of image {box['image']}, written {box['text']}"
         )
     lines.append(
         f"{lengths['tokens']} tokens: {lengths['image_tokens']} of images, "

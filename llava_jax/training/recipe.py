@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from llava_jax.data.boxes import CONVENTIONS
 from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError
 from llava_jax.models.anyres import Tiling, read_grids
@@ -84,6 +86,7 @@ def check_config(config: ConfigDict) -> None:
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
         "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
         "model.attention": (config.model.attention, ["auto", *IMPLEMENTATIONS]),
+        "data.box_convention": (config.data.box_convention, list(CONVENTIONS)),
         "optimizer.moments_dtype": (config.optimizer.moments_dtype, ["float32", "bfloat16"]),
     }
     for key, (value, allowed) in choices.items():
@@ -177,6 +180,7 @@ def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
         row_length=data.row_length,
         packing=data.packing,
         turns=data.turns,
+        box_convention=data.box_convention,
     )
 
 
@@ -353,6 +357,17 @@ def differences(old: dict, new: dict) -> list[str]:
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     is_free = lambda key: any(key == f or key.startswith(f + ".") for f in FREE_KEYS)
     return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if not is_free(k)]
+
+
+def with_later_options(old: dict, defaults: dict, free: Sequence[str] = ()) -> dict:
+    """An old recipe with the options that have come since, which it had at their defaults.
+
+    Args:
+      defaults: all options of today.
+      free: sections whose keys are up to the recipe.
+    """
+    later = {k: v for k, v in flatten(defaults).items() if k.split(".")[0] not in free}
+    return later | flatten(old)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

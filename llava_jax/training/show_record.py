@@ -3,7 +3,7 @@
 import json
 import sys
 
-from llava_jax.data.show import as_text, show
+from llava_jax.data.show import as_text, draw_record, show
 from llava_jax.errors import LlavaError
 from llava_jax.training.validate_data import DEFAULTS, add_data_arguments, data_sets
 
@@ -17,6 +17,9 @@ def add_arguments(parser) -> None:
         help=f"token id of the placeholder, without a recipe (default: "
         f"{DEFAULTS['image_token_id']})",
     )  # fmt: skip
+    parser.add_argument(
+        "--picture", metavar="FILE", help="write the record's images there, its boxes drawn"
+    )
     parser.add_argument("--json", action="store_true", help="print ids, labels and slots as JSON")
 
 
@@ -26,6 +29,12 @@ def main(args) -> int:
     if tokenizer is None:
         raise LlavaError("give --tokenizer DIR, or a recipe with --config=configs/NAME.py")
     shown = show(records, args.index, row_format, tokenizer)
+    if args.picture:
+        picture = draw_record(records[args.index], shown)
+        try:
+            picture.save(args.picture)
+        except (OSError, ValueError) as error:  # the latter: an unknown suffix
+            raise LlavaError(f"cannot write {args.picture!r}: {error}") from None
     if args.json:
         shown.pop("supervised_spans")
         print(json.dumps(shown, ensure_ascii=False))

@@ -193,7 +193,13 @@ class Stage:
           LlavaError: a frozen component starts from no folder.
         """
         frozen = recipe.frozen_sources(sources, self.frozen)
-        return RunModel(self.model.config, self.config.model.template, frozen, self.lora)
+        return RunModel(
+            self.model.config,
+            self.config.model.template,
+            frozen,
+            self.lora,
+            self.row_format.box_convention,
+        )
 
     @functools.cached_property
     def part(self) -> tuple[int, int]:

@@ -1,14 +1,19 @@
 """Held-out loss, and a few fixed questions answered, while training."""
 
+from collections.abc import Sequence
+
 import jax
 from tqdm import tqdm
 
 from llava_jax.data.media import load_image
 from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.record_boxes import placed_boxes
 from llava_jax.data.records import Record
+from llava_jax.data.sources import look_at
 from llava_jax.data.video import Video
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.text.conversation import Turn
 from llava_jax.training.metrics import MetricsLog, NoLog
 from llava_jax.training.stage import Stage
 from llava_jax.training.step import TrainState
@@ -36,6 +41,7 @@ class Validation:
             tokenizer,
             template=config.model.template,
             dtype=config.model.dtype,
+            box_convention=stage.row_format.box_convention,
         )
         # Answers of a model spread over several hosts are not gathered: held-out loss alone there.
         samples = config.samples if jax.process_count() == 1 else 0
@@ -60,7 +66,7 @@ class Validation:
         requests = [self._request(record) for record in self._records]
         answers = self._answerer.answer(requests, batch_size=len(requests))
         for record, answer in zip(self._records, answers, strict=True):
-            question, reference = record.turns[:2]
+            question, reference = self._turns(record)[:2]
             self._log.sample(
                 step,
                 {
@@ -78,4 +84,14 @@ class Validation:
             source if isinstance(source, Video) else load_image(source, name)
             for source, name in zip(record.images[:shown], record.image_names, strict=False)
         ]
-        return self._answerer.request(record.turns[0].text, images, self._sampling)
+        return self._answerer.request(self._turns(record)[0].text, images, self._sampling)
+
+    def _turns(self, record: Record) -> Sequence[Turn]:
+        """Its turns as the model reads them, boxes written."""
+        if not record.boxes:
+            return record.turns
+        named = zip(record.images, record.image_names, strict=True)
+        sizes = [
+            look_at(source, self._answerer.config.image, name).source for source, name in named
+        ]
+        return placed_boxes(record.turns, record.boxes, sizes, self._answerer.boxes)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import base
 from llava_jax.errors import LlavaError
 from llava_jax.models.anyres import NEXT_GRIDS, Tiling
 from llava_jax.models.presets import PRESETS
@@ -255,3 +256,15 @@ def test_each_wrong_video_is_reported(parts, changes, message):
     with pytest.raises(LlavaError, match=message):
         given = config(parts, **changes)
         recipe.row_format(given, recipe.model_config(given))
+
+
+def test_options_that_have_come_since_had_their_defaults():
+    """So a run of an earlier version is continued; what is free has no default."""
+    new = as_dict(config())
+    old = as_dict(config())
+    del old["data"]["box_convention"], old["trainable"]
+    before = recipe.with_later_options(old, as_dict(base.get_config()), base.FREE)
+    (only,) = recipe.differences(before, new)
+    assert only.startswith("trainable.projector: None -> ")
+    new["data"]["box_convention"] = "pixel"
+    assert "data.box_convention: 'llava' -> 'pixel'" in recipe.differences(before, new)
