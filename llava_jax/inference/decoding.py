@@ -16,13 +16,14 @@ from llava_jax.inference.sampling import Logprobs, Sampling, sample, wanted_logp
 from llava_jax.inference.scoring import all_logits, prompt_logprobs
 from llava_jax.models.cache import Chunks, KVCache, empty_cache
 from llava_jax.models.decoder import are_stacked
+from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.models.precision import compute_precision
 from llava_jax.parallel.sharding import replicated
 
 TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to stop on text
 NO_TOKEN = -1
-TILE_SLOTS = 64  # of the feature store: tiles that are kept
+TILE_SLOTS = 64  # of the feature store, if pictures are small: tiles that are kept
 TILES = (1, 4, 16, 64)  # encoded at once
 
 # Mesh axes of the state: rows over fsdp, kv heads over tensor.
@@ -103,7 +104,9 @@ class Prompts:
     Attributes:
       input_ids: int32[Q], of all prompts one after another.
       feature_ids: int32[Q], the image feature at each token, as an index into the F * P of the
-        store; NO_TOKEN for text.
+        store; TEXT for text, NEWLINE for the learnt newline. Of models whose tokens mix features
+        int32[Q, TAPS], see `taps.Taps`.
+      feature_weights: float32[Q, TAPS] of the mixed features; None for other models.
       chunks: where in the rows each token belongs. The first chunk of a prompt copies all of it
         into its row.
       last: int32[R], index of the prompt's last token among the Q.
@@ -115,6 +118,7 @@ class Prompts:
 
     input_ids: jax.Array
     feature_ids: jax.Array
+    feature_weights: jax.Array | None
     chunks: Chunks
     last: jax.Array
     lengths: jax.Array
@@ -145,7 +149,8 @@ def prefill(
 
     def read(model: LlavaModel):
         features = store.reshape(-1, store.shape[-1])  # [F * P, D]
-        embeddings = model.embed(prompts.input_ids, features, prompts.feature_ids)
+        ids, weights = prompts.feature_ids, prompts.feature_weights
+        embeddings = model.embed(prompts.input_ids, features, ids, feature_weights=weights)
         return model.decoder.read(embeddings, state.cache, prompts.chunks)
 
     hidden, cache = model.apply({"params": params}, method=read)
@@ -245,6 +250,13 @@ def _mark(seen, tokens):
     return seen.at[jnp.arange(len(seen))[:, None], places].set(True, mode="drop")
 
 
+def tile_slots(image: ImageSpec) -> int:
+    """Slots of the feature store: room for the largest picture and a video, and some more."""
+    grids = image.tiling.grids if image.tiling else ()
+    largest = 1 + max((columns * rows for columns, rows in grids), default=0)
+    return max(TILE_SLOTS, largest + (image.video.frames if image.video else 0))
+
+
 def tile_bucket(waiting: int) -> int:
     """How many tiles the next call encodes: the most of TILES that are filled to 3/4."""
     return max(count for count in TILES if count == 1 or 4 * waiting >= 3 * count)
@@ -262,6 +274,7 @@ class Device:
       compilations: functions compiled so far.
       state, store: the rows of the batch, and the features of tiles; None before first use.
       rows, size: of the state; 0 before.
+      tile_slots: of the store.
     """
 
     def __init__(
@@ -273,6 +286,7 @@ class Device:
         mesh: Mesh | None,
     ):
         self.config = config
+        self.tile_slots = tile_slots(config.image)
         self.compilations = 0
         dtype, self._precision = compute_precision(dtype)
         self.dtype = dtype.name
@@ -325,7 +339,7 @@ class Device:
         """Fills slots of the feature store with the features of uint8[S, S, 3]."""
         store = self.store
         if store is None:
-            shape = (TILE_SLOTS, self.config.tokens_per_tile, self.config.decoder.hidden_size)
+            shape = (self.tile_slots, self.config.tokens_per_tile, self.config.decoder.hidden_size)
             device = self._mesh and replicated(self._mesh)
             store = jnp.zeros(shape, self._model.dtype, device=device)
         waiting = list(tiles.items())
@@ -333,7 +347,7 @@ class Device:
             count = tile_bucket(len(waiting))
             some, waiting = waiting[:count], waiting[count:]
             pixels = np.zeros((count, *some[0][1].shape), np.uint8)
-            slots = np.full(count, TILE_SLOTS, np.int32)
+            slots = np.full(count, self.tile_slots, np.int32)
             for i, (slot, tile) in enumerate(some):
                 pixels[i], slots[i] = tile, slot
             store = self._encode(self.params, store, pixels, slots)

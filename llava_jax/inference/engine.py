@@ -10,17 +10,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llava_jax.inference.admission import Admission
 from llava_jax.inference.answer import Answer, TokenLogprob
 from llava_jax.inference.decoding import (
     NO_TOKEN,
-    TILE_SLOTS,
     TILES,
     TOKENS_PER_CALL,
     Device,
+    Prompts,
 )
 from llava_jax.inference.jobs import Job, Queue, Source
 from llava_jax.inference.prefill import (
-    Admission,
+    PrefillShape,
     batch_shape,
     cache_bucket,
     count_bucket,
@@ -33,6 +34,7 @@ from llava_jax.inference.prefill import (
 from llava_jax.inference.sampling import Logprobs
 from llava_jax.inference.scoring import POSITIONS_AT_A_TIME
 from llava_jax.models.llava import LlavaConfig
+from llava_jax.models.taps import TEXT
 
 PICTURE_THREADS = 4  # that read pictures while the device computes
 IDLE = 0.05  # seconds between two looks at a source that is silent
@@ -131,7 +133,7 @@ class Engine:
     def forget(self) -> None:
         """Drops everything that was computed from pictures and prompts."""
         self.device.forget()
-        self._admission = Admission(self.config.image_token_id, self.config.tokens_per_tile)
+        self._admission = Admission(self.config, self.device.tile_slots)
 
     def run(self, jobs: Source | Iterable[Job], batch_size: int) -> Iterator[Answer]:
         """Extends the answers of any number of jobs, at most `batch_size` at a time.
@@ -194,14 +196,14 @@ class Engine:
         self._few, self._least = few, size
         self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
         blank = np.zeros((self.config.image.size, self.config.image.size, 3), np.uint8)
-        nowhere, idle = TILE_SLOTS, np.zeros(self.rows, bool)
+        nowhere, idle = self.device.tile_slots, np.zeros(self.rows, bool)
         encode = lambda count: self.device.encode({nowhere + i: blank for i in range(count)})
         slots = self.device.size
         windows = sorted({window_bucket(n, slots, few) for n in range(1, slots + 1)})
         calls = [functools.partial(encode, count) for count in TILES]
         calls += [functools.partial(self.device.decode, idle, 1, window) for window in windows]
         calls += [
-            functools.partial(self.device.prefill, pack_prompts([], shape, self.rows))
+            functools.partial(self.device.prefill, self._pack([], shape))
             for shape in prefill_shapes(batch_size, slots, few)
         ]
         for number, call in enumerate(calls):
@@ -259,7 +261,7 @@ class Engine:
     ) -> Iterator[Grown | Waiting]:
         """One prefill of the first jobs of a wave; if `more` wait behind it, a filled one."""
         jobs, shape = take_prompts(wave, self.device.size, more, self._few)
-        tokens, logprobs = self.device.prefill(pack_prompts(jobs, shape, self.device.rows))
+        tokens, logprobs = self.device.prefill(self._pack(jobs, shape))
         for job in jobs:
             self._admission.filled(job)
         yield Waiting(tokens.is_ready)
@@ -278,6 +280,9 @@ class Engine:
             number += shape.pieces(job)
             yield Grown(job.answer)
 
+    def _pack(self, jobs: Sequence[Job], shape: PrefillShape) -> Prompts:
+        return pack_prompts(jobs, shape, self.rows, self.config.image.taps)
+
     def _add_prompt_logprobs(self, job: Job) -> None:
         """Log probabilities of the prompt, if they were asked for: a pass of their own."""
         count = job.request.params.prompt_logprobs
@@ -286,8 +291,12 @@ class Engine:
         pieces = -(-length_bucket(job.length) // POSITIONS_AT_A_TIME)
         padding = (0, pieces * POSITIONS_AT_A_TIME - job.length)
         ids = np.pad(job.request.input_ids, padding)[None]
-        features = np.pad(job.feature_ids, padding, constant_values=NO_TOKEN)[None]
-        logprobs = self.device.prompt_logprobs(ids, features, np.roll(ids, -1, axis=1))
+        of_features = (padding, (0, 0)) if self.config.image.taps > 1 else padding
+        features = np.pad(job.feature_ids, of_features, constant_values=TEXT)[None]
+        weights = job.feature_weights
+        weights = None if weights is None else np.pad(weights, of_features)[None]
+        targets = np.roll(ids, -1, axis=1)
+        logprobs = self.device.prompt_logprobs(ids, features, weights, targets)
         tokens = job.request.input_ids[1:]
         job.answer.prompt_logprobs = _token_logprobs(jax.device_get(logprobs), 0, tokens, count)
 
@@ -327,24 +336,27 @@ class Engine:
     def logits(
         self,
         input_ids: np.ndarray,
-        tiles: Sequence[np.ndarray],
+        tiles: np.ndarray | None,
         feature_ids: np.ndarray,
         attention_mask: np.ndarray,
+        feature_weights: np.ndarray | None = None,
     ) -> jax.Array:
         """Float32 logits [B, T, V] of whole sequences.
 
         Args:
           input_ids: int[B, T], padded on either side.
-          tiles: per row, float32[n, S, S, 3] (normalised) or uint8.
-          feature_ids: int[B, T], the feature of the row's tiles that stands at each position;
-            NO_TOKEN for text.
+          tiles: of all rows, float32[n, S, S, 3] (normalised) or uint8; None if there are none.
+          feature_ids: int[B, T], or [B, T, TAPS], the feature of `tiles` at each position; TEXT for
+            text, NEWLINE for the learnt newline.
           attention_mask: int[B, T], 1 for real tokens.
+          feature_weights: float32[B, T, TAPS], only with taps.
         """
         (rows, length), padded = input_ids.shape, length_bucket(input_ids.shape[1])
-        padding = ((0, count_bucket(rows) - rows), (0, padded - length))
-        pad = lambda x, value=0: np.pad(x.astype(np.int32), padding, constant_values=value)
-        tiles = _stack_tiles(tiles, rows + padding[0][1])
-        inputs = pad(input_ids), tiles, pad(feature_ids, NO_TOKEN), pad(attention_mask)
+        padding = ((0, count_bucket(rows) - rows), (0, padded - length), (0, 0))
+        pad = lambda x, value=0: np.pad(x, padding[: x.ndim], constant_values=value)
+        ids, features, mask = (x.astype(np.int32) for x in (input_ids, feature_ids, attention_mask))
+        weights = None if feature_weights is None else pad(feature_weights)
+        inputs = pad(ids), _fill_up(tiles), pad(features, TEXT), weights, pad(mask)
         return self.device.logits(*inputs)[:rows, :length]
 
 
@@ -366,13 +378,10 @@ def _token_logprobs(logprobs: Logprobs, row: int, tokens, count: int) -> list[To
     ]  # fmt: skip
 
 
-def _stack_tiles(tiles: Sequence[np.ndarray], rows: int) -> np.ndarray | None:
-    """Each row's tiles with zeros behind them, [rows, K, S, S, 3]; None if no row has one."""
-    slots = count_bucket(max(len(row) for row in tiles))
-    if not slots:
+def _fill_up(tiles: np.ndarray | None) -> np.ndarray | None:
+    """Tiles [n, S, S, 3] and zeros, at most a third, behind them; None for none."""
+    if tiles is None or not len(tiles):
         return None
-    first = next(row[0] for row in tiles if len(row))
-    batch = np.zeros((rows, slots, *first.shape), first.dtype)
-    for row, of_row in enumerate(tiles):
-        batch[row, : len(of_row)] = of_row if len(of_row) else 0
-    return batch
+    power = count_bucket(len(tiles))
+    count = power * 3 // 4 if len(tiles) <= power * 3 // 4 else power
+    return np.pad(tiles, [(0, count - len(tiles)), (0, 0), (0, 0), (0, 0)])

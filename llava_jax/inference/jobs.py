@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -58,9 +58,9 @@ class Job:
     Attributes:
       stops: tokens that end the answer.
       budget: the most tokens that the answer may have.
-      tiles: of each picture, its tiles as (digest, uint8[S, S, 3]), while they are loaded.
+      tiles: of each picture, while they are loaded.
       contents: int64[T], the prompt as `RowSlots` compares it.
-      feature_ids: int32[T], as in `Prompts`.
+      feature_ids, feature_weights: of the T tokens, as in `Prompts`.
       row: of the cache.
       shared, rest: tokens of the prompt that other rows hold, at its start, and those after them.
       sources: int32[T], the row that computes, or has computed, each token.
@@ -74,6 +74,7 @@ class Job:
     tiles: list[Future] = field(default_factory=list)
     contents: np.ndarray | None = None
     feature_ids: np.ndarray | None = None
+    feature_weights: np.ndarray | None = None
     row: int = 0
     shared: int = 0
     rest: int = 0
@@ -170,7 +171,16 @@ class LiveJobs:
             self._changed.wait_for(lambda: self._jobs or self._closed, seconds)
 
 
-Tiles = list[tuple[bytes, np.ndarray]]  # of a picture: each tile's digest and pixels
+class Tiles(NamedTuple):
+    """A picture that was read.
+
+    Attributes:
+      digest: equal for two pictures if all their tokens show the same.
+      tiles: each as (digest, uint8[S, S, 3]).
+    """
+
+    digest: bytes
+    tiles: list[tuple[bytes, np.ndarray]]
 
 
 class Queue:
@@ -247,9 +257,14 @@ class Queue:
 
 def read_tiles(picture: Picture) -> Tiles:
     """The tiles of a picture; runs in a thread of the pool."""
-    tiles = picture.load()
+    tiles, layout = picture.load(), picture.layout
     head = f"{tiles.shape[1:]}{tiles.dtype}".encode()
-    return [(hashlib.sha256(head + tile.tobytes()).digest(), tile) for tile in tiles]
+    digests = [hashlib.sha256(head + tile.tobytes()).digest() for tile in tiles]
+    whole = hashlib.sha256(f"{len(digests)} {len(layout)} ".encode() + b"".join(digests))
+    whole.update(layout.features.tobytes())
+    if layout.weights is not None:
+        whole.update(layout.weights.tobytes())
+    return Tiles(whole.digest(), list(zip(digests, tiles, strict=True)))
 
 
 def _error_of(job: Job) -> LlavaError | None:

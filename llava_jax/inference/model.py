@@ -21,12 +21,12 @@ from llava_jax.inference.engine import Engine
 from llava_jax.inference.jobs import Job, Picture, Request
 from llava_jax.inference.pictures import ImageSource, PictureReader, deal_sources
 from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
+from llava_jax.inference.processor_inputs import read_inputs
 from llava_jax.inference.prompts import (
     History,
     PromptReader,
     conversation,
     error_prefix,
-    read_inputs,
 )
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
@@ -370,20 +370,42 @@ class Llava:
             jobs.append(Job(one, answer, stops, min(params.max_tokens, room)))
         return jobs
 
-    def logits(self, input_ids, pixel_values=None, attention_mask=None) -> jax.Array:
+    def logits(
+        self,
+        input_ids,
+        pixel_values=None,
+        attention_mask=None,
+        image_sizes=None,
+        batch_num_images=None,
+        pixel_values_videos=None,
+    ) -> jax.Array:
         """Float32 logits [B, T, V] for what a Hugging Face LLaVA processor returns.
 
+        Arrays are of NumPy, PyTorch or JAX. Pictures and videos are in the order of their
+        placeholders over the whole batch.
+
         Args:
-          input_ids: int[B, T], with one placeholder id (`config.image_token_id`) for each token of
-            an image; NumPy, PyTorch or JAX.
-          pixel_values: float[N, 3, S, S], normalised, in the order of their placeholders over the
-            whole batch; or None.
+          input_ids: int[B, T], with one placeholder id (`config.image_token_id`, of videos
+            `config.video_token_id`) for each token of a picture or video.
+          pixel_values: float[N, 3, S, S], normalised; of models that cut pictures into tiles
+            float[N, most tiles, 3, S, S]; None for no pictures.
           attention_mask: int[B, T], 0 for padding on either side; by default there is no padding.
             The logits of padding mean nothing.
+          image_sizes: int[N, 2], (height, width) of the pictures, if they are cut into tiles.
+          batch_num_images: int[B], pictures of each prompt, where that decides how they are cut. By
+            default each picture is cut as a prompt's only one, as in transformers.
+          pixel_values_videos: float[videos, frames, 3, S, S], or None.
         """
-        return self.engine.logits(
-            *read_inputs(self.config, input_ids, pixel_values, attention_mask)
+        inputs = read_inputs(
+            self.config,
+            input_ids,
+            pixel_values,
+            attention_mask,
+            image_sizes,
+            batch_num_images,
+            pixel_values_videos,
         )
+        return self.engine.logits(*inputs)
 
     def _stops(self, params: SamplingParams) -> tuple[int, ...]:
         """The tokens that end one answer."""

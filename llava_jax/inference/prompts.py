@@ -1,6 +1,6 @@
-"""Prompts as token ids: a question with its history, or the output of a Hugging Face processor.
+"""Prompts as token ids: a question with its history.
 
-B rows, T length, N pictures in all, S side of a tile.
+B rows, T length.
 """
 
 import contextlib
@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.decoding import TILE_SLOTS
+from llava_jax.inference.decoding import tile_slots
 from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.sampling import MAX_STOP_IDS, SamplingParams
-from llava_jax.models.images import features_in_turn
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn, spelled_out
 from llava_jax.text.processor_prompt import ProcessorPrompt
@@ -169,10 +168,10 @@ def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -
             f"at most {limit}; shorten it or give fewer images"
         )
     tiles = sum(picture.layout.tiles for picture in request.pictures)
-    if tiles > TILE_SLOTS:
+    if tiles > (most := tile_slots(config.image)):
         raise LlavaError(
             f"the prompt has {len(request.pictures)} images of {tiles} tiles in all: give fewer, "
-            f"at most {TILE_SLOTS} tiles"
+            f"at most {most} tiles"
         )
     if len(stops) > MAX_STOP_IDS:
         raise LlavaError(
@@ -183,61 +182,3 @@ def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -
             f"stop token {max(stops)} is not in the vocabulary: the model's ids go from 0 to "
             f"{vocabulary - 1}"
         )
-
-
-def read_inputs(
-    config: LlavaConfig, input_ids, pixel_values, attention_mask
-) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray]:
-    """The arguments of `Llava.logits`, checked, as those of `Engine.logits`.
-
-    Raises:
-      LlavaError: they do not fit together.
-    """
-    input_ids = to_numpy(input_ids)
-    mask = np.ones_like(input_ids) if attention_mask is None else to_numpy(attention_mask)
-    if input_ids.ndim != 2 or input_ids.dtype.kind not in "iu" or 0 in input_ids.shape:
-        raise LlavaError(
-            f"input_ids must be whole numbers [B, T], not {input_ids.dtype}{input_ids.shape}"
-        )
-    if mask.shape != input_ids.shape:
-        raise LlavaError(
-            f"attention_mask {mask.shape} must have the shape of input_ids {input_ids.shape}"
-        )
-    mask = (mask != 0).astype(np.int32)
-    input_ids = np.where(mask, input_ids, 0)
-    check_vocabulary(input_ids, config)
-    is_image = input_ids == config.image_token_id
-    tiles = _deal_tiles(config, is_image, pixel_values)
-    return input_ids, tiles, features_in_turn(is_image), mask
-
-
-def _deal_tiles(config: LlavaConfig, is_image: np.ndarray, pixel_values) -> list[np.ndarray]:
-    """The flat list of tiles, float32[n, S, S, 3] for each row by its placeholders, bool[B, T]."""
-    size, tokens = config.image.size, config.tokens_per_tile
-    pixels = np.zeros((0, 3, size, size)) if pixel_values is None else to_numpy(pixel_values)
-    if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-        raise LlavaError(
-            f"pixel_values must be [images, 3, {size}, {size}], not {list(pixels.shape)}"
-        )
-    placeholders = is_image.sum(axis=1)
-    if placeholders.sum() != len(pixels) * tokens:
-        raise LlavaError(
-            f"input_ids have {placeholders.sum()} placeholders ({config.image_token_id}) "
-            f"but {len(pixels)} image(s) of {tokens} tokens need {len(pixels) * tokens}"
-        )
-    if (placeholders % tokens).any():
-        row = int(np.argmax(placeholders % tokens != 0))
-        raise LlavaError(
-            f"row {row} of input_ids has {placeholders[row]} placeholders, which is no whole "
-            f"number of images: each takes {tokens}"
-        )
-    ends = np.cumsum(placeholders // tokens)[:-1]
-    return np.split(pixels.transpose(0, 2, 3, 1).astype(np.float32), ends)
-
-
-def to_numpy(array) -> np.ndarray:
-    """NumPy from NumPy, JAX, a list, or a PyTorch tensor of any device, dtype and grad."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu()
-        array = array.float() if array.is_floating_point() else array
-    return np.asarray(array)

@@ -18,17 +18,20 @@ def prompt_logprobs(
     store: jax.Array,
     input_ids: jax.Array,
     feature_ids: jax.Array,
+    feature_weights: jax.Array | None,
     targets: jax.Array,
 ) -> Logprobs:
     """Log probabilities [1, T] of targets int32[1, T], which follow the tokens of a prompt.
 
-    The prompt int32[1, T] may be padded on the right; `feature_ids` as in `Prompts`.
+    The prompt int32[1, T] may be padded on the right; `feature_ids` and `feature_weights` as in
+    `Prompts`, of one row.
     """
 
     def read(model: LlavaModel):
         positions = jnp.arange(input_ids.shape[1])[None]
         features = store.reshape(1, -1, store.shape[-1])  # [1, F * P, D]
-        embeddings = model.embed(input_ids, features, feature_ids)
+        weights = feature_weights
+        embeddings = model.embed(input_ids, features, feature_ids, feature_weights=weights)
         return model.decoder(embeddings, positions, jnp.ones_like(positions))
 
     hidden = model.apply({"params": params}, method=read)
@@ -49,16 +52,30 @@ def all_logits(
     input_ids: jax.Array,
     tiles: jax.Array | None,
     feature_ids: jax.Array,
+    feature_weights: jax.Array | None,
     attention_mask: jax.Array,
 ) -> jax.Array:
     """Float32 logits [B, T, V] of whole sequences, padded on either side.
 
     Args:
-      input_ids, feature_ids: int[B, T]; see `LlavaModel.embed`.
-      tiles: uint8 or normalised [B, K, S, S, 3], or None.
+      input_ids, feature_ids, feature_weights: as in `LlavaModel.embed`; features are counted over
+        the tiles of all rows.
+      tiles: uint8 or normalised [N, S, S, 3], or None.
       attention_mask: int[B, T], 1 for real tokens.
     """
     positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    inputs = (input_ids, tiles, feature_ids, None, positions, attention_mask)
-    hidden = model.apply({"params": params}, *inputs)
+
+    def read(model: LlavaModel):
+        features = None
+        if tiles is not None:
+            features = model.encode_images(tiles)
+            features = features.reshape(-1, features.shape[-1])  # [N * P, D]
+        # As one row, which all tiles are of.
+        ids, weights = feature_ids.reshape(-1, *feature_ids.shape[2:]), feature_weights
+        weights = None if weights is None else weights.reshape(ids.shape)
+        embeddings = model.embed(input_ids.reshape(-1), features, ids, feature_weights=weights)
+        embeddings = embeddings.reshape(*input_ids.shape, -1)  # [B, T, D]
+        return model.decoder(embeddings, positions, attention_mask)
+
+    hidden = model.apply({"params": params}, method=read)
     return model.apply({"params": params}, hidden, method=LlavaModel.attend)

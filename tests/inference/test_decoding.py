@@ -12,14 +12,20 @@ from llava_jax.inference.prefill import PrefillShape, pack_prompts
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.cache import Chunks, empty_cache
 from llava_jax.models.decoder import RopeScaling
-from llava_jax.models.images import features_in_turn
 from llava_jax.models.llava import LlavaModel
 from tests.tiny_model import CONFIG, config_with, random_params
 
 encode = jax.jit(decoding.encode, static_argnames="model")
 prefill = jax.jit(decoding.prefill, static_argnames="model")
 decode = jax.jit(decoding.decode, static_argnames=("model", "window"))
-all_logits = jax.jit(decoding.all_logits, static_argnames="model")
+whole = jax.jit(decoding.all_logits, static_argnames="model")
+
+
+def all_logits(model, params, ids, images, mask):
+    """Logits of whole rows, whose tiles [B, K, S, S, 3] are shown in turn."""
+    places = feature_places(np.array(ids), images.shape[1])
+    return whole(model, params, ids, images.reshape(-1, 8, 8, 3), places, None, mask)
+
 
 VARIANTS = {
     "llama": {},  # two query heads to a kv head
@@ -46,8 +52,7 @@ def test_prefill_then_single_tokens_give_the_logits_of_a_full_pass(variant):
     params, model = random_params(config), LlavaModel(config)
     ids, _, images = prompts([20, 20], [1, 2])
     mask = jnp.ones_like(ids)
-    feature_ids = features_in_turn(ids == CONFIG.image_token_id)
-    full = all_logits(model, params, ids, images, feature_ids, mask)
+    full = all_logits(model, params, ids, images, mask)
     store = jnp.zeros((4, 4, config.decoder.hidden_size))
     store = encode(model, params, store, images.reshape(-1, 8, 8, 3), jnp.arange(4))
     places = feature_places(np.array(ids), images.shape[1])
@@ -108,16 +113,15 @@ def test_generated_tokens_are_the_argmax_of_full_passes():
     params, model = random_params(config), LlavaModel(config)
     ids, lengths, images = prompts([9, 17], [1, 2])
     first, state = read(model, params, ids, lengths, images, [50, 50])
-    tokens, _, _ = decode(model, params, state, jnp.ones(2, bool), 1, window=32)
-    answers = np.concatenate([first[:, None], tokens], axis=1)
+    later, _, _ = decode(model, params, state, jnp.ones(2, bool), 1, window=32)
+    answers = np.concatenate([first[:, None], later], axis=1)
     assert answers.shape == (2, 1 + TOKENS_PER_CALL)
-    whole = np.zeros((2, 17 + answers.shape[1]), int)
+    tokens = np.zeros((2, 17 + answers.shape[1]), int)
     for row, length in enumerate(lengths):
-        whole[row, :length] = ids[row, :length]
-        whole[row, length : length + answers.shape[1]] = answers[row]
-    mask = np.arange(whole.shape[1]) < np.array(lengths)[:, None] + answers.shape[1]
-    feature_ids = features_in_turn(whole == CONFIG.image_token_id)
-    best = all_logits(model, params, whole, images, feature_ids, mask.astype(int)).argmax(-1)
+        tokens[row, :length] = ids[row, :length]
+        tokens[row, length : length + answers.shape[1]] = answers[row]
+    mask = np.arange(tokens.shape[1]) < np.array(lengths)[:, None] + answers.shape[1]
+    best = all_logits(model, params, tokens, images, mask.astype(int)).argmax(-1)
     for row, length in enumerate(lengths):
         expected = best[row, length - 1 : length - 1 + answers.shape[1]]
         np.testing.assert_array_equal(expected, answers[row])
@@ -177,7 +181,7 @@ def test_full_pass_takes_padding_on_either_side():
     ids, _, images = prompts([12], [1])
 
     def logits(ids, mask):
-        return all_logits(model, params, ids, images, features_in_turn(ids == -200), mask)
+        return all_logits(model, params, ids, images, mask)
 
     alone = logits(ids, jnp.ones_like(ids))
     for left, right in ((5, 0), (0, 5)):

@@ -12,8 +12,8 @@ import pytest
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference import engine
+from llava_jax.inference.admission import PictureNumbers, RowSlots, TileSlots
 from llava_jax.inference.model import Llava
-from llava_jax.inference.prefill import RowSlots, TileSlots
 from llava_jax.inference.quantization import pack_kernels
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.parallel.mesh import make_mesh
@@ -259,11 +259,10 @@ def test_logprobs_are_those_of_a_forward_pass(llava):
         ((answer,),) = llava.complete([prompt, "zz"], [images, None], 4, **values)[:1]
         request = llava.request(prompt, images, SamplingParams())
         ids = np.concatenate([request.input_ids, answer.tokens])[None]
-        tiles = [np.concatenate([np.zeros((0, 8, 8, 3)), *(p.load() for p in request.pictures)])]
+        tiles = np.concatenate([np.zeros((0, 8, 8, 3)), *(p.load() for p in request.pictures)])
         is_image = ids == CONFIG.image_token_id
         features = np.where(is_image, np.cumsum(is_image) - 1, -1)
-        tiles = [tiles[0].astype(np.uint8)]
-        logits = llava.engine.logits(ids, tiles, features, np.ones_like(ids))
+        logits = llava.engine.logits(ids, tiles.astype(np.uint8), features, np.ones_like(ids))
         expected = np.array(jax.nn.log_softmax(logits[0]))
         entries = [*answer.prompt_logprobs, *answer.logprobs]
         assert len(answer.logprobs) == 6 and len(entries) == ids.size - 1
@@ -306,7 +305,7 @@ def test_packed_kernels_compute_the_same():
     )
     kernel = packed.engine.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.dtype == jnp.uint16
-    picture = [np.array(random_image(0, (8, 8)))[None]]
+    picture = np.array(random_image(0, (8, 8)))[None]
     ids[0, 2:6] = CONFIG.image_token_id
     features = np.full_like(ids, -1)
     features[0, 2:6] = range(4)
@@ -350,12 +349,18 @@ def test_tile_slots_forget_the_least_recently_used_and_no_pinned_one():
     slots = TileSlots(2)
     a, b = slots.add(b"a", ()), slots.add(b"b", ())
     assert slots.find(b"a") == a and slots.find(b"c") is None
-    c = slots.add(b"c", pinned={a[0]})
-    assert c[0] == b[0] and c[1] not in (a[1], b[1])
-    assert slots.find(b"b") is None and slots.find(b"a") == a
+    c = slots.add(b"c", pinned={a})
+    assert c == b and slots.find(b"b") is None and slots.find(b"a") == a
     assert slots.add(b"d", pinned={0, 1}) is None
-    again = slots.add(b"b", pinned=())
-    assert again[1] not in (a[1], b[1], c[1])
+    assert slots.add(b"d", pinned=()) == c and slots.find(b"c") is None
+
+
+def test_a_picture_that_was_forgotten_gets_a_number_that_no_other_ever_had():
+    numbers = PictureNumbers(most=2)
+    a, b = numbers[b"a"], numbers[b"b"]
+    assert numbers[b"a"] == a != b
+    given = [a, b, numbers[b"c"]]  # b is forgotten
+    assert numbers[b"a"] == a and numbers[b"b"] not in given
 
 
 def test_row_slots_find_the_longest_beginning_and_leave_one_token_to_read():

@@ -178,7 +178,7 @@ def test_logits_of_one_image_are_those_of_its_uint8_pixels(llava):
     normalised = (square / 255 - CONFIG.image.mean) / CONFIG.image.std
     from_floats = llava.logits(ids, normalised.transpose(2, 0, 1)[None])
     features = np.array([[-1, 0, 1, 2, 3, -1, -1]])
-    from_bytes = llava.engine.logits(ids, [square[None]], features, np.ones_like(ids))
+    from_bytes = llava.engine.logits(ids, square[None], features, np.ones_like(ids))
     np.testing.assert_allclose(from_floats, from_bytes, rtol=1e-5, atol=2e-5)
 
 
