@@ -192,7 +192,8 @@ class Admission:
 
     def _pictures_of(self, job: Job):
         """(picture, the future of its tiles, int[n] the places of its tokens) of a prompt."""
-        places, start = np.flatnonzero(job.request.input_ids == self._config.image_token_id), 0
+        ids, start = (self._config.image_token_id, self._config.video_token_id), 0
+        places = np.flatnonzero(np.isin(job.request.input_ids, [i for i in ids if i is not None]))
         for picture, future in zip(job.request.pictures, job.tiles, strict=True):
             end = start + len(picture.layout)
             yield picture, future, places[start:end]

@@ -27,7 +27,7 @@ class Shown:
     """
 
     word: str
-    token_id: int | None
+    token_id: int
     layouts: list[Layout]
     tiles: np.ndarray
 
@@ -62,6 +62,12 @@ def read_inputs(
     shown = [_pictures(config, pixel_values, image_sizes, batch_num_images)]
     if pixel_values_videos is not None or config.video_token_id is not None:
         shown.append(_videos(config, pixel_values_videos))
+        if config.video_token_id is None:  # one id for both
+            if shown[0].layouts:
+                raise LlavaError(
+                    "pictures and videos have the same placeholder: give one kind at a time"
+                )
+            del shown[0]
     taps = () if config.image.taps == 1 else (config.image.taps,)
     features = np.full((*input_ids.shape, *taps), TEXT, np.int32)
     weights = np.zeros(features.shape, np.float32) if taps else None
@@ -125,15 +131,14 @@ def _are_several(batch_num_images, pictures: int) -> list[bool]:
 
 
 def _videos(config: LlavaConfig, pixel_values_videos) -> Shown:
-    size, layouts = config.image.size, []
+    size, token_id = config.image.size, config.video_token_id
+    token_id = config.image_token_id if token_id is None else token_id
     if pixel_values_videos is None:
-        return Shown("video", config.video_token_id, [], np.zeros((0, 3, size, size), np.float32))
+        return Shown("video", token_id, [], np.zeros((0, 3, size, size), np.float32))
     pixels = to_numpy(pixel_values_videos)
     _check_shape("pixel_values_videos", pixels, ["videos", "frames"], size)
-    if config.video_token_id is None:
-        raise LlavaError("the model has no id that stands for videos: give frames as pictures")
     layouts = config.layouts([(size, size, pixels.shape[1])] * len(pixels))
-    return Shown("video", config.video_token_id, layouts, pixels.reshape(-1, *pixels.shape[2:]))
+    return Shown("video", token_id, layouts, pixels.reshape(-1, 3, size, size))
 
 
 def _check_shape(name: str, pixels: np.ndarray, axes: Sequence[str], size: int) -> None:
