@@ -173,7 +173,7 @@ class Admission:
                 break
             job.row = self._rows.oldest(others or rows)
             # In its own row a prompt finds what it shares in place; otherwise it is copied there.
-            job.shared, job.rest = shared, job.length - shared
+            job.shared = job.read = shared
             job.sources = np.full(job.length, job.row, np.int32)
             if shared:
                 needed.add(donor)

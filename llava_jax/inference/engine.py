@@ -28,6 +28,7 @@ from llava_jax.inference.prefill import (
     length_bucket,
     pack_prompts,
     prefill_shapes,
+    take_parts,
     take_prompts,
     window_bucket,
 )
@@ -260,6 +261,8 @@ class Engine:
         self, wave: list[Job], running: dict[int, Job], more: bool
     ) -> Iterator[Grown | Waiting]:
         """One prefill of the first jobs of a wave; if `more` wait behind it, a filled one."""
+        for part, shape in take_parts(wave[0], self.device.size, self._few):
+            self.device.prefill(self._pack([part], shape))
         jobs, shape = take_prompts(wave, self.device.size, more, self._few)
         tokens, logprobs = self.device.prefill(self._pack(jobs, shape))
         for job in jobs:

@@ -62,7 +62,8 @@ class Job:
       contents: int64[T], the prompt as `RowSlots` compares it.
       feature_ids, feature_weights: of the T tokens, as in `Prompts`.
       row: of the cache.
-      shared, rest: tokens of the prompt that other rows hold, at its start, and those after them.
+      shared: tokens of the prompt, at its start, that other rows hold.
+      read: tokens of the prompt that need not be read any more, the shared ones at first.
       sources: int32[T], the row that computes, or has computed, each token.
       produced: tokens so far.
     """
@@ -77,7 +78,7 @@ class Job:
     feature_weights: np.ndarray | None = None
     row: int = 0
     shared: int = 0
-    rest: int = 0
+    read: int = 0
     sources: np.ndarray | None = None
     produced: list[int] = field(default_factory=list)
 
@@ -85,6 +86,11 @@ class Job:
     def length(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.input_ids)
+
+    @property
+    def rest(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return self.length - self.read
 
     @property
     def loaded(self) -> bool:

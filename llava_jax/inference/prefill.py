@@ -3,7 +3,9 @@
 Shapes come from a fixed set, so that compiled functions are used again.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ from llava_jax.models.taps import TEXT
 
 SMALLEST_LENGTH = 16
 SMALLEST_CACHE = 64
-TOKENS_AT_A_TIME = 4096  # of prompts, read at once unless one prompt is longer
+TOKENS_AT_A_TIME = 4096  # of prompts; a longer one is read in parts
 
 
 def length_bucket(length: int, few: bool = False) -> int:
@@ -66,8 +68,9 @@ def batch_shape(batch_size: int, jobs: Iterable[Job], least: int = 0) -> tuple[i
 
 
 def cache_bucket(length: int) -> int:
-    """Cache slots for `length` tokens: a power of two from 64."""
-    return max(SMALLEST_CACHE, 1 << (length - 1).bit_length())
+    """Cache slots for `length` tokens: a power of two from 64, or 3/4 of one from 8192."""
+    power = max(SMALLEST_CACHE, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > 4096 and length <= power * 3 // 4 else power
 
 
 def window_bucket(length: int, size: int, few: bool = False) -> int:
@@ -112,10 +115,11 @@ class PrefillShape:
 
 def prefill_shapes(batch_size: int, size: int, few: bool = False) -> list[PrefillShape]:
     """Every prefill shape that prompts shorter than `size` can need, the shortest first."""
-    most = max(min(TOKENS_AT_A_TIME, batch_size * size), length_bucket(size, few))
+    most = min(TOKENS_AT_A_TIME, max(batch_size * size, length_bucket(size, few)))
     lengths = sorted({length_bucket(n, few) for n in range(1, most + 1)})
     windows = sorted({window_bucket(n, size, few) for n in range(1, size + 1)})
-    shortest = {chunk_bucket(n): n for n in range(size, 0, -1)}  # prompt of each chunk length
+    longest = min(size, TOKENS_AT_A_TIME)
+    shortest = {chunk_bucket(n): n for n in range(longest, 0, -1)}  # prompt of each chunk length
     return [
         PrefillShape(tokens, chunk, window)
         for tokens in lengths
@@ -130,19 +134,20 @@ def prefill_shapes(batch_size: int, size: int, few: bool = False) -> list[Prefil
 def take_prompts(
     wave: list[Job], size: int, more: bool, few: bool = False
 ) -> tuple[list[Job], PrefillShape]:
-    """Takes the first jobs of a wave, as many as one call should read.
+    """Takes the first jobs of a wave, as many as one call should read; the first is not too long.
 
     Args:
       size: slots of a row of the cache.
       more: other jobs wait behind the wave, so what is left of it can wait for them.
       few: see `length_bucket`.
     """
-    longest = max(job.rest for job in wave)
-    tokens = token_bucket(sum(job.rest for job in wave), longest, more, few)
-    window = window_bucket(max(job.length for job in wave), size, few)
+    whole = list(itertools.takewhile(lambda job: job.rest <= TOKENS_AT_A_TIME, wave))
+    longest = max(job.rest for job in whole)
+    tokens = token_bucket(sum(job.rest for job in whole), longest, more, few)
+    window = window_bucket(max(job.length for job in whole), size, few)
     shape = PrefillShape(tokens, chunk_bucket(longest), window)
     count, pieces = 0, 0
-    for job in wave:
+    for job in whole:
         tokens, pieces = tokens - job.rest, pieces + shape.pieces(job)
         if tokens < 0 or pieces > shape.chunks:
             break
@@ -150,6 +155,20 @@ def take_prompts(
     jobs = wave[:count]
     del wave[:count]
     return jobs, shape
+
+
+def take_parts(job: Job, size: int, few: bool = False) -> Iterator[tuple[Job, PrefillShape]]:
+    """The parts of a prompt that is too long for one call, as jobs; what is left is not too long.
+
+    The tokens that are chosen after them mean nothing. Arguments as in `take_prompts`.
+    """
+    while job.rest > TOKENS_AT_A_TIME:
+        end = job.read + TOKENS_AT_A_TIME
+        request = dataclasses.replace(job.request, input_ids=job.request.input_ids[:end])
+        part = dataclasses.replace(job, request=request, budget=0)
+        chunk, window = chunk_bucket(TOKENS_AT_A_TIME), window_bucket(end, size, few)
+        yield part, PrefillShape(TOKENS_AT_A_TIME, chunk, window)
+        job.read, job.sources[:end] = end, job.row  # what was shared is copied now
 
 
 def pack_prompts(jobs: Sequence[Job], shape: PrefillShape, rows: int, taps: int = 1) -> Prompts:
@@ -161,17 +180,18 @@ def pack_prompts(jobs: Sequence[Job], shape: PrefillShape, rows: int, taps: int 
     chunks, start, number = prompts.chunks, 0, 0
     for job in jobs:
         part = np.s_[start : start + job.rest]
-        prompts.input_ids[part] = job.request.input_ids[job.shared :]
-        prompts.feature_ids[part] = job.feature_ids[job.shared :]
+        new = slice(job.read, job.length)
+        prompts.input_ids[part] = job.request.input_ids[new]
+        prompts.feature_ids[part] = job.feature_ids[new]
         if taps > 1:
-            prompts.feature_weights[part] = job.feature_weights[job.shared :]
-        chunks.rows[part], chunks.slots[part] = job.row, np.arange(job.shared, job.length)
+            prompts.feature_weights[part] = job.feature_weights[new]
+        chunks.rows[part], chunks.slots[part] = job.row, np.arange(job.read, job.length)
         _fill_prompt(prompts, number, job, last=start + job.rest - 1)
         for first in range(start, start + job.rest, shape.chunk):
             places = np.arange(first, min(first + shape.chunk, start + job.rest))
             chunks.tokens[number, : len(places)] = places
             chunks.places[places] = number * shape.chunk + np.arange(len(places))
-            chunks.sources[number, : job.length] = job.sources
+            chunks.sources[number, : job.length] = job.sources[: job.length]
             number += 1
         start += job.rest
     return prompts

@@ -139,3 +139,24 @@ def shrunk(rows: int, columns: int, cells_of_tile: int, cap: int) -> tuple[int, 
         return rows, columns
     ratio = math.sqrt(rows * columns / (cap * cells_of_tile))
     return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def most_tokens(tiling: Tiling, side: int) -> int:
+    """The tokens that no picture has more of, whatever its size.
+
+    side: of the square of a tile's features.
+
+    >>> most_tokens(Tiling(NEXT_GRIDS), 24)
+    2928
+    """
+    if not tiling.newline:
+        return side**2 * (1 + max(columns * rows for columns, rows in tiling.grids))
+    most = 0
+    for grid in tiling.grids:
+        columns, rows = (side * tiles for tiles in grid)
+        kept = [(row, columns) for row in range(rows % 2, rows + 1, 2)]
+        kept += [(rows, column) for column in range(columns % 2, columns + 1, 2)]
+        for cells in kept:  # padding is cut off on both sides alike
+            high, wide = shrunk(*cells, side**2, tiling.cap)
+            most = max(most, high * (wide + 1))
+    return side**2 + most

@@ -20,6 +20,7 @@ from llava_jax.models.flash_attention import (
 from llava_jax.models.linear import product_dtype, transposed
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+SCORES_AT_A_TIME = 1 << 28  # of prompts: a GiB in float32
 
 
 def choose_attention(
@@ -170,6 +171,21 @@ def attention(
         out = _weighted_mean(q, k, v, mask, size**-0.5).astype(query.dtype)
     out = out.reshape(batch, kv_heads, -1, length, size).transpose(0, 3, 1, 2, 4)
     return out.reshape(query.shape)
+
+
+def attention_in_turn(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`attention` of rows as they are read into a cache, as many at once as SCORES_AT_A_TIME allow.
+
+    Arguments and result as there.
+    """
+    rows, length, heads, _ = query.shape
+    at_once = max(SCORES_AT_A_TIME // (length * heads * key.shape[1]), 1)
+    if at_once >= rows:
+        return attention(query, key, value, mask)
+    one = lambda row: attention(*(x[None] for x in row))[0]
+    return jax.lax.map(one, (query, key, value, mask), batch_size=at_once)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

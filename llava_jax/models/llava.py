@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llava_jax.models.anyres import most_tokens
 from llava_jax.models.decoder import Decoder, DecoderConfig
 from llava_jax.models.gathering import mix_rows, take_rows
 from llava_jax.models.images import (
@@ -70,6 +71,13 @@ class LlavaConfig:
         if self.image.pools_in_encoder:
             features += (side // 2) ** 2
         return ProjectorSpec.parse(self.projector).tokens(features)
+
+    @functools.cached_property
+    def most_tokens(self) -> int:
+        """The tokens that no single picture of a prompt has more of."""
+        if self.image.tiling is None:
+            return self.tokens_per_tile
+        return most_tokens(self.image.tiling, cells_a_side(self.image, self.tokens_per_tile))
 
     def check(self) -> None:
         """Raises ValueError for settings that do not fit the parts."""

@@ -15,10 +15,15 @@ from pathlib import Path
 import jax
 
 from llava_jax.errors import LlavaError
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.prefill import cache_bucket
+from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
 LOG = logging.getLogger(__name__)
+ROOM = 1024  # tokens of the context beside the largest picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--batch_size", type=int, default=8, help="answers at a time (%(default)s)")
     work.add_argument(
         "--max_model_len", type=int, metavar="N",
-        help="tokens of a prompt and its answer (the model's, at most 2048)",
+        help="tokens of a prompt and its answer (2048, or the largest picture and 1024 more)",
     )  # fmt: skip
     work.add_argument(
         "--all_shapes", action="store_true",
@@ -160,7 +165,7 @@ def load(args, server) -> None:
     """Loads the model and compiles everything that requests can need; reports in `progress`."""
     model = load_from_arguments(args)
     limit = model.config.decoder.max_position_embeddings
-    context = args.max_model_len or min(limit, 2048)
+    context = args.max_model_len or default_context(model.config)
     if not 16 <= context <= limit:
         raise LlavaError(f"--max_model_len must be from 16 to {limit}, the model's, not {context}")
 
@@ -170,16 +175,40 @@ def load(args, server) -> None:
             LOG.info("%s", server.progress)
 
     model.engine.warm_up(args.batch_size, context, report, few=not args.all_shapes)
-    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(_caches(model.engine)))
-    LOG.info("the cache of %d tokens a row takes %.2f GB", context, cache / 1e9)
+    LOG.info("%s", describe_memory(model.engine, context))
+    LOG.info("%s", describe_pictures(model.config, context))
     hosts = [name.lower() for name in args.url_hosts or ()]
     urls = hosts if hosts or args.allow_urls else None
     server.attach(model, context, args.batch_size, urls)
 
 
-def _caches(engine) -> list:
-    """The caches of an engine's copies."""
-    return [one.device.state.cache for one in getattr(engine, "engines", [engine])]
+def default_context(config: LlavaConfig) -> int:
+    """Tokens of a prompt and its answer: 2048, or more if the model's pictures take more.
+
+    The largest picture, a question and an answer fit, unless the model itself reads less.
+    """
+    room = config.most_tokens + ROOM
+    return min(config.decoder.max_position_embeddings, max(2048, cache_bucket(room)))
+
+
+def describe_memory(engine: Engine | Replicas, context: int) -> str:
+    """What an engine and its copies keep on their devices, for people to read."""
+    devices = [one.device for one in getattr(engine, "engines", [engine])]
+    gigabytes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
+    return (
+        f"the cache of {context:,} tokens a row takes "
+        f"{sum(gigabytes(device.state.cache) for device in devices):.2f} GB, the features of "
+        f"{devices[0].tile_slots} tiles {sum(gigabytes(device.store) for device in devices):.2f} GB"
+    )
+
+
+def describe_pictures(config: LlavaConfig, context: int) -> str:
+    """How much of a context pictures take, for people to read."""
+    least, most = min(config.tokens_per_tile, config.most_tokens), config.most_tokens
+    if not config.image.by_size:
+        return f"a picture takes {most:,} tokens: at most {context // most} fit"
+    words = "the largest fits" if most < context else "larger ones are refused: --max_model_len"
+    return f"a picture takes from {least:,} to {most:,} tokens, by its size: {words}"
 
 
 def listen(host: str, port: int) -> socket.socket:

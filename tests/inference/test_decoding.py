@@ -100,7 +100,6 @@ def read(model, params, ids, lengths, images, budget, stop_ids=(), size=48, kv_d
         request = Request(np.array(ids[row, :length]), (), SamplingParams())
         job = Job(request, None, tuple(stop_ids), budget[row])
         job.feature_ids, job.row, job.sources = places[row, :length], row, np.full(length, row)
-        job.rest = int(length)
         jobs.append(job)
     prompts = pack_prompts(jobs, PrefillShape(64, 8, 32), rows)  # in chunks of eight
     state = DecodeState.empty(model, rows, size, jnp.dtype(kv_dtype))
@@ -200,7 +199,7 @@ def test_the_drawn_example_of_chunks_is_what_prompts_are_packed_into():
     ):
         ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         job = Job(Request(ids, (), SamplingParams()), None, (), 1)
-        job.row, job.shared, job.rest = row, shared, len(ids) - shared
+        job.row, job.shared, job.read = row, shared, shared
         job.sources = np.array(sources, np.int32)
         job.feature_ids = np.full(len(ids), NO_TOKEN)
         jobs.append(job)

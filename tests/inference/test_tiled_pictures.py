@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from llava_jax.errors import LlavaError
+from llava_jax.inference import prefill
 from llava_jax.inference.decoding import tile_slots
 from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.model import Llava
@@ -177,6 +178,27 @@ def test_a_second_turn_with_another_picture(llava):
         assert shared >= len(alone.input_ids)
     llava.engine.forget()
     assert after == llava.chat(*turn, max_tokens=8)
+
+
+def test_long_prompts_are_read_in_parts(llava, monkeypatch):
+    """Next to short ones, of which some share their beginning; and nothing compiles for it."""
+    prompts, images = mixed_requests(8, seed=7)
+    long = ["abcdefgh" * 7 + "?", "abcdefgh" * 6 + "i?", "abcdefgh" * 7 + "?b"]
+    prompts, images = long + prompts, [[random_image(4, SIZES[4])], [], [], *images]
+    llava.engine.forget()
+    expected = ask(llava, prompts, images)
+    monkeypatch.setattr(prefill, "TOKENS_AT_A_TIME", 32)
+    model = tiny_llava(llava.config, TEMPLATE)
+    model.engine.warm_up(batch_size=4, size=SIZE, few=True)
+    before, tokens = model.engine.counts.compilations, []
+    run = model.engine.device.prefill
+    monkeypatch.setattr(
+        model.engine.device, "prefill", lambda p: tokens.append(len(p.input_ids)) or run(p)
+    )
+    assert ask(model, prompts, images) == expected
+    model.engine.forget()
+    assert ask(model, prompts[::-1], images[::-1], 3)[::-1] == expected
+    assert model.engine.counts.compilations == before and max(tokens) == 32
 
 
 def test_more_tiles_than_the_store_has_are_encoded_again_when_they_are_needed(llava):

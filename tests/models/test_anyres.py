@@ -74,6 +74,17 @@ def test_counts_of_the_table(size):
     assert tuple(found) == COUNTS[size]
 
 
+def test_no_picture_takes_more_than_the_most_tokens():
+    rng = np.random.default_rng(0)
+    sides = np.exp(rng.uniform(0, np.log(4000), (4000, 2))).astype(int)
+    for spec, per_tile, most in ((NEXT, 576, 2928), (ONEVISION, 729, 8829)):
+        assert anyres.most_tokens(spec.tiling, int(per_tile**0.5)) == most
+        sizes = [*map(tuple, sides.tolist()), *EXTREME, *COUNTS]
+        assert 0.99 * most < max(len(layouts(spec, per_tile, [size])[0]) for size in sizes) <= most
+    flat = dataclasses.replace(NEXT.tiling, merge="flat")
+    assert anyres.most_tokens(flat, 24) == 5 * 576
+
+
 def processor(kind, side: int, pinpoints, tokens: int):
     image_processor = types.SimpleNamespace(
         image_grid_pinpoints=pinpoints, size={"shortest_edge": side, "height": side}

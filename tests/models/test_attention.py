@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.models.attention import attention
+from llava_jax.models import attention as module
+from llava_jax.models.attention import attention, attention_in_turn
 from llava_jax.models.decoder import _rotated_by_halves, _rotated_by_product, apply_rope
 from llava_jax.models.linear import transposed
 
@@ -39,6 +40,16 @@ def test_gradients_are_those_of_the_plain_formula(precision, tolerance):
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, atol=tolerance * float(abs(b).max()))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_rows_in_turn_are_rows_together(at_once, monkeypatch):
+    q, k, v = normal(5, 6, 4, 8), normal(5, 9, 2, 8), normal(5, 9, 2, 8)
+    mask = jnp.asarray(RNG.random((5, 1, 6, 9)) < 0.7)
+    monkeypatch.setattr(module, "SCORES_AT_A_TIME", at_once * 6 * 4 * 9 + 5)
+    assert " scan[" in str(jax.make_jaxpr(attention_in_turn)(q, k, v, mask))
+    found = attention_in_turn(q, k, v, mask)
+    np.testing.assert_allclose(found, attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
 def transposed_product(x, y):

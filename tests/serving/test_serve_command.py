@@ -1,6 +1,7 @@
 """`llava-jax serve` as a command: what it refuses at the start, and how its process ends."""
 
 import argparse
+import dataclasses
 import http.client
 import json
 import os
@@ -18,9 +19,11 @@ import pytest
 from llava_jax.cli import main
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
+from llava_jax.models.anyres import Tiling
+from llava_jax.models.images import ImageSpec
 from llava_jax.serving import command_line, serve
 from tests.serving.live_server import question
-from tests.tiny_model import tiny_llava
+from tests.tiny_model import VISION, config_with, tiny_llava
 
 ROOT = Path(__file__).parents[2]
 # The command with a tiny model, whose calls of the decoder are slow, or fail if a file says so.
@@ -109,6 +112,27 @@ def test_a_context_that_the_model_does_not_have(length, tmp_path, monkeypatch):
     args.checkpoint = str(tmp_path)
     with pytest.raises(LlavaError, match="from 16 to 512"):
         serve.load(args, serve.make_server(args))
+
+
+def test_the_default_context_has_room_for_the_largest_picture():
+    side = lambda grids: tuple((c, r) for c in range(1, grids + 1) for r in range(1, grids + 1))
+    make = lambda length, image: dataclasses.replace(
+        config_with(max_position_embeddings=length),
+        vision=dataclasses.replace(VISION, patch_size=14),
+        image=image,
+    )
+    clip, siglip = make(4096, ImageSpec(336)), make(32768, ImageSpec(384))
+    next_, onevision = (
+        dataclasses.replace(config, image=ImageSpec(config.image.size, "anyres", tiling=tiling))
+        for config, tiling in ((clip, Tiling()), (siglip, Tiling(side(6), cap=9)))
+    )
+    contexts = [serve.default_context(c) for c in (clip, siglip, next_, onevision)]
+    assert contexts == [2048, 2048, 4096, 12288]
+    assert serve.default_context(make(1024, ImageSpec(336))) == 1024
+    assert serve.describe_pictures(clip, 2048) == "a picture takes 576 tokens: at most 3 fit"
+    whole, part = (serve.describe_pictures(onevision, context) for context in (12288, 8192))
+    assert whole == "a picture takes from 729 to 8,829 tokens, by its size: the largest fits"
+    assert part.endswith("larger ones are refused: --max_model_len")
 
 
 class Process:
