@@ -370,41 +370,12 @@ class Llava:
             jobs.append(Job(one, answer, stops, min(params.max_tokens, room)))
         return jobs
 
-    def logits(
-        self,
-        input_ids,
-        pixel_values=None,
-        attention_mask=None,
-        image_sizes=None,
-        batch_num_images=None,
-        pixel_values_videos=None,
-    ) -> jax.Array:
-        """Float32 logits [B, T, V] for what a Hugging Face LLaVA processor returns.
+    def logits(self, input_ids, pixel_values=None, attention_mask=None, **others) -> jax.Array:
+        """Float32 logits [B, T, V] for what a Hugging Face processor of the family returns.
 
-        Arrays are of NumPy, PyTorch or JAX. Pictures and videos are in the order of their
-        placeholders over the whole batch.
-
-        Args:
-          input_ids: int[B, T], with one placeholder id (`config.image_token_id`, of videos
-            `config.video_token_id`) for each token of a picture or video.
-          pixel_values: float[N, 3, S, S], normalised; of models that cut pictures into tiles
-            float[N, most tiles, 3, S, S]; None for no pictures.
-          attention_mask: int[B, T], 0 for padding on either side; by default there is no padding.
-            The logits of padding mean nothing.
-          image_sizes: int[N, 2], (height, width) of the pictures, if they are cut into tiles.
-          batch_num_images: int[B], pictures of each prompt, where that decides how they are cut. By
-            default each picture is cut as a prompt's only one, as in transformers.
-          pixel_values_videos: float[videos, frames, 3, S, S], or None.
+        Arguments as in `read_inputs`. The logits of padding mean nothing.
         """
-        inputs = read_inputs(
-            self.config,
-            input_ids,
-            pixel_values,
-            attention_mask,
-            image_sizes,
-            batch_num_images,
-            pixel_values_videos,
-        )
+        inputs = read_inputs(self.config, input_ids, pixel_values, attention_mask, **others)
         return self.engine.logits(*inputs)
 
     def _stops(self, params: SamplingParams) -> tuple[int, ...]:

@@ -41,7 +41,21 @@ def read_inputs(
     batch_num_images=None,
     pixel_values_videos=None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """The arguments of `Llava.logits`, checked, as those of `Engine.logits`.
+    """What a processor returns, checked, as the arguments of `Engine.logits`.
+
+    Arrays are of NumPy, PyTorch or JAX. Pictures and videos are in the order of their placeholders
+    over the whole batch.
+
+    Args:
+      input_ids: int[B, T], with one placeholder id (`config.image_token_id`, of videos
+        `config.video_token_id`) for each token of a picture or video.
+      pixel_values: float[N, 3, S, S], normalised; of models that cut pictures into tiles
+        float[N, most tiles, 3, S, S]; None for no pictures.
+      attention_mask: int[B, T], 0 for padding on either side; by default there is no padding.
+      image_sizes: int[N, 2], (height, width) of the pictures, if they are cut into tiles.
+      batch_num_images: int[B], pictures of each prompt, where that decides how they are cut. By
+        default each picture is cut as a prompt's only one, as in transformers.
+      pixel_values_videos: float[videos, frames, 3, S, S], or None.
 
     Raises:
       LlavaError: they do not fit together.
