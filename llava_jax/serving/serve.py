@@ -23,7 +23,7 @@ from llava_jax.models.llava import LlavaConfig
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
 LOG = logging.getLogger(__name__)
-ROOM = 1024  # tokens of the context beside the largest picture
+ROOM = 1024  # tokens of the default context for a question and its answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
