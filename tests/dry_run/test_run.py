@@ -16,12 +16,14 @@ from llava_jax.dry_run.estimate import (
     CONVERSATIONS,
     Contents,
     assumed_counts,
+    contents_of,
     estimate,
     executed_flops,
 )
 from llava_jax.dry_run.report import bytes_on_a_device, parameter_count
 from llava_jax.dry_run.topology import Topology, topology
 from llava_jax.models.presets import preset
+from llava_jax.training.flops import image_flops
 from llava_jax.training.stage import Stage
 from tests import tiny_run
 from tests.tiny_model import byte_tokenizer
@@ -137,6 +139,28 @@ def test_assumed_rows_never_hold_more_than_their_room():
     assert counts["images"] <= 128 * 3
     tight = assumed_counts(config, Contents(0.97, 32, 0.9, 1.0), 128, 2048, 1)
     assert tight["images"] == 128 and tight["tokens"] == 128 * (576 + 32)
+
+
+def test_pictures_in_tiles_are_counted_by_their_layouts():
+    """Not by tokens_per_tile: a picture of 640 x 427 has 5 tiles and 2,144 tokens."""
+    config = preset("llava16_7b")
+    one = Contents(0.95, 340, 0.4, 1.0, ((640, 427),))
+    counts = assumed_counts(config, one, 64, 8192, 15)
+    assert counts["images"] == 64 * 15  # three pictures, and no room for a fourth
+    assert counts["tokens"] == pytest.approx(64 * 3 * (2144 + 340))
+    assert counts["attention_pairs"] == pytest.approx(counts["tokens"] * (2144 + 340 + 1) / 2)
+    assert contents_of(config, captions=False).fill == 0.95
+    many = assumed_counts(config, contents_of(config, captions=False), 64, 8192, 15)
+    assert many["tokens"] == pytest.approx(64 * 8192 * 0.95) and many["images"] < 64 * 15
+
+
+def test_a_trained_encoder_is_computed_again_too():
+    config, tile = preset("llava16_7b"), image_flops(preset("llava16_7b"))[0]
+    count = lambda parts, remat, tiles: executed_flops(config, parts, 2, 8192, tiles, remat)
+    for parts, passes in (({"decoder"}, 1), ({"decoder", "vision"}, 4)):
+        more = count(parts, "full", 15) - count(parts, "full", 0)
+        projector = 2 * 15 * image_flops(config)[1]
+        assert more == pytest.approx(2 * 15 * passes * tile + projector)
 
 
 def test_the_roofline_takes_the_largest_term():
