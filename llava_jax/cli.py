@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": ("llava_jax.serving.chat", "ask a model about pictures"),
     "serve": ("llava_jax.serving.serve", "serve a model over HTTP, with a chat page"),
     "build": ("llava_jax.data.build", "make a TFDS ArrayRecord data set of LLaVA records"),
+    "import": ("llava_jax.data.importers", "make records of published annotations of boxes"),
     "validate": ("llava_jax.training.validate_data", "check every record and image of a data set"),
     "convert": ("llava_jax.weights.convert", "make one checked folder of any LLaVA checkpoint"),
     "export": ("llava_jax.weights.export", "write a trained model for other programs to load"),

@@ -1,26 +1,23 @@
 """Reads a benchmark's published files; an error names a missing file and its source."""
 
-import contextlib
 import csv
 import json
 import os
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_jax.data.published import (
+    NOT_AS_EXPECTED,
+    MissingFile,
+    each,
+    read_json,
+    readable,
+)
 from llava_jax.data.video import Video
-from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Question
 from llava_jax.evaluation.parquet import ParquetRow, rows
-
-# The exceptions that a record raises if it does not have the published form.
-NOT_AS_EXPECTED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
-
-
-class MissingFile(LlavaError):
-    """A published file is not in the benchmark's folder."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,7 @@ class Folder:
         return next((path for path in paths if path.exists()), paths[0])
 
     def json(self, *names: str) -> Any:
-        path = self.path(*names)
-        with readable(path):
-            return json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_json(self.path(*names))
 
     def json_lines(self, *names: str) -> list[Any]:
         path = self.path(*names)
@@ -85,46 +80,12 @@ class Folder:
             "set config.data_root to the folder that holds it"
         )
 
-    def plain_pickle(self, *names: str) -> Any:
-        """A pickle of numbers, texts, lists and dicts; a pickle that names a class is refused."""
-        path = self.path(*names)
-        with readable(path), open(path, "rb") as file:
-            try:
-                return _PlainUnpickler(file, encoding="utf-8").load()
-            except (pickle.UnpicklingError, EOFError, *NOT_AS_EXPECTED) as error:
-                raise ValueError(error) from None
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which no data file needs")
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turns a fault inside the block into a LlavaError that names the file at `path`."""
-    try:
-        yield
-    except (OSError, ValueError, csv.Error) as error:
-        raise LlavaError(f"cannot read {path}: {error}") from None
-
 
 def questions_of(
     records: Sequence[Any], path: Path | str, make: Callable[[Any], Question]
 ) -> list[Question]:
     """`make` of each record; LlavaError with the number of a record without the published form."""
-    if not isinstance(records, Sequence) or not records:
-        raise LlavaError(f"{path} holds no list of records: is it the published file?")
-    questions = []
-    for i, record in enumerate(records):
-        try:
-            questions.append(make(record))
-        except LlavaError as error:
-            raise LlavaError(f"{path}, record {i}: {error}") from None
-        except NOT_AS_EXPECTED as error:
-            fault = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise LlavaError(f"{path}, record {i}: {fault}: is it the published file?") from None
-    return questions
+    return each(records, path, make)
 
 
 def check_images(questions: Sequence[Question], source: str) -> None:
@@ -140,3 +101,13 @@ def check_images(questions: Sequence[Question], source: str) -> None:
             f"{len(missing):,} of {len(paths | videos):,} {what} are missing, for example "
             f"{missing[0]}: they are published at {source}"
         )
+
+
+__all__ = [
+    "NOT_AS_EXPECTED",
+    "Folder",
+    "MissingFile",
+    "check_images",
+    "questions_of",
+    "readable",
+]

@@ -7,16 +7,11 @@ from pathlib import Path
 from PIL import Image
 
 from llava_jax.data.boxes import Box, Boxes, draw_boxes
+from llava_jax.data.importers.refer import REFERENCES, SOURCE, Reference, references
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, mean_score
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import questions_of
 
-# name -> (the file of references, its splits)
-REFERENCES = {
-    "refcoco": ("refs(unc).p", ("val", "testA", "testB")),
-    "refcoco+": ("refs(unc).p", ("val", "testA", "testB")),
-    "refcocog": ("refs(umd).p", ("val", "test")),
-}
 IOU_THRESHOLD = 0.5
 OTHER_THRESHOLDS = (0.1, 0.3, 0.7, 0.9)
 
@@ -29,32 +24,24 @@ def load(root: Path, name: str, split: str) -> Benchmark:
     least 0.5. Reported as well: the share of boxes at other thresholds, of boxes whose centre is in
     the true box, and the mean IoU.
     """
-    if name not in REFERENCES or split not in REFERENCES[name][1]:
-        known = "; ".join(f"{name}: {', '.join(s)}" for name, (_, s) in REFERENCES.items())
-        raise LlavaError(f"unknown set and split {name!r}, {split!r}: choose of {known}")
-    folder = Folder(root, "https://github.com/lichengunc/refer")
-    file = f"{name}/{REFERENCES[name][0]}"
-    instances = folder.json(f"{name}/instances.json")
-    boxes = {item["id"]: item["bbox"] for item in instances["annotations"]}
-    images = {item["id"]: item for item in instances["images"]}
+    known = {name: [s for s in splits if s != "train"] for name, (_, splits) in REFERENCES.items()}
+    if split not in known.get(name, ()):
+        choices = "; ".join(f"{name}: {', '.join(splits)}" for name, splits in known.items())
+        raise LlavaError(f"unknown set and split {name!r}, {split!r}: choose of {choices}")
 
-    def make(pair) -> Question:
-        ref, sentence = pair
-        image = images[ref["image_id"]]
-        x, y, width, height = boxes[ref["ann_id"]]
+    def make(one: Reference) -> Question:
+        x, y, width, height = one.box
         return ask(
-            f"{ref['ref_id']}/{sentence['sent_id']}",
+            one.key,
             "Please provide the bounding box coordinate of the region this sentence describes: "
-            f"{sentence['sent']}.",
-            str(root / "train2014" / image["file_name"]),
+            f"{one.sentence}.",
+            str(root / one.image),
             reference=f"x {x:.0f} to {x + width:.0f}, y {y:.0f} to {y + height:.0f} pixels",
-            label=((x, y, x + width, y + height), (image["width"], image["height"])),
+            label=((x, y, x + width, y + height), one.size),
         )
 
-    refs = folder.plain_pickle(file)
-    pairs = [(ref, s) for ref in refs if ref["split"] == split for s in ref["sentences"]]
-    questions = questions_of(pairs, root / file, make)
-    source = f"{folder.source} (pictures: https://cocodataset.org, train2014)"
+    questions = questions_of(references(root, name, split), root / name, make)
+    source = f"{SOURCE} (pictures: https://cocodataset.org, train2014)"
     benchmark = Benchmark(f"{name}/{split}", source, questions, by_boxes=metric)
     return benchmark.reading(Boxes())
 
