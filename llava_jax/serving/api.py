@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.llava import LlavaConfig
 
 # Fields that cannot change an answer of this server.
 HARMLESS = frozenset(
@@ -300,3 +301,14 @@ def shortened(value) -> str:
         return "a list" if isinstance(value, list) else "an object"
     text = json.dumps(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def picture_card(config: LlavaConfig) -> dict:
+    """What `/v1/models` says about pictures: what clients need to shrink and to count them."""
+    spec = config.image
+    sides = [max(grid) for grid in spec.tiling.grids] if spec.tiling else [1]
+    return {
+        "image_mode": spec.mode,
+        "image_pixels": spec.size * max(sides),  # of the longer side: more are of no use
+        "max_image_tokens": config.most_tokens,
+    }

@@ -25,7 +25,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.jobs import Job, Picture
 from llava_jax.inference.model import Llava
-from llava_jax.serving.api import ApiError, Asked, Defaults, Limits, read_settings
+from llava_jax.serving.api import ApiError, Asked, Defaults, Limits, picture_card, read_settings
 from llava_jax.serving.boxes import boxes_in
 from llava_jax.serving.guards import Guards
 from llava_jax.serving.messages import Messages, read_messages, read_prompt
@@ -199,7 +199,7 @@ class Server:
             "owned_by": "llava_jax",
             "max_model_len": self.context,
             "default_temperature": self.options.defaults.temperature,
-            "image_mode": self.model.config.image.mode,
+            **picture_card(self.model.config),
         }
 
     async def models(self, request: Request) -> Response:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.inference.pictures import fetch, source_name
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 from llava_jax.text.conversation import IMAGE_TOKEN
 
@@ -104,6 +106,17 @@ class Conversation:
         self.waiting = 0
 
 
+def picture_words(config: LlavaConfig, sizes: Sequence[tuple[int, int]]) -> str:
+    """How the last picture of a conversation with pictures of such sizes is looked at.
+
+    >>> picture_words(llava16_7b, [(640, 480)])
+    'picture 1: 640x480 pixels, 2x2 tiles and the whole, 2,340 tokens'
+    """
+    (width, height), layout = sizes[-1], config.layouts(sizes)[-1]
+    cut = f"{layout.grid[0]}x{layout.grid[1]} tiles and the whole" if layout.grid else "one tile"
+    return f"picture {len(sizes)}: {width}x{height} pixels, {cut}, {len(layout):,} tokens"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
@@ -168,6 +181,8 @@ def _one_line(model: Llava, conversation: Conversation, line: str, settings: dic
         conversation.reset()
     elif command == "/image":
         conversation.add_image(path)
+        sizes = [image.size for image in conversation.images if isinstance(image, Image.Image)]
+        print(picture_words(model.config, sizes), file=sys.stderr)
     elif command == "/boxes":
         conversation.save_boxes(path, model.boxes)
     elif command == "/save":

@@ -10,9 +10,10 @@ import time
 
 import uvicorn
 
+from llava_jax.models.llava import LlavaConfig
 from llava_jax.serving.app import Options, Server
 from llava_jax.serving.connections import http_protocol
-from tests.tiny_model import random_image, tiny_llava
+from tests.tiny_model import CONFIG, random_image, tiny_llava
 
 CONTEXT = 128
 
@@ -59,8 +60,8 @@ class LiveServer:
         self._thread.join(20)
 
 
-def warm_model(rows: int = 4):
-    model = tiny_llava()
+def warm_model(rows: int = 4, config: LlavaConfig = CONFIG):
+    model = tiny_llava(config)
     model.engine.warm_up(rows, CONTEXT, few=True)
     return model
 

@@ -1,6 +1,7 @@
 """`llava-jax chat`: one answer, the loop, and errors."""
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -11,15 +12,17 @@ from llava_jax.data.boxes import Boxes, draw_boxes
 from llava_jax.data.media import load_image
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
+from llava_jax.models.anyres import Tiling
+from llava_jax.models.images import ImageSpec
 from llava_jax.serving import chat, command_line
-from tests.tiny_model import random_image
+from tests.tiny_model import CONFIG, random_image
 
 
 class Recorder:
     """Stands for a model: answers with a number and remembers what it was asked."""
 
     def __init__(self):
-        self.calls, self.boxes = [], Boxes()
+        self.calls, self.boxes, self.config = [], Boxes(), CONFIG
 
     def describe_stops(self):
         return "</s>"
@@ -93,6 +96,15 @@ def test_conversation_keeps_turns_and_pictures(model, pictures, tmp_path, capsys
         and "unknown command /nonsense" in err
     )
     assert "no/such.png" in err
+
+
+def test_a_picture_is_shown_with_what_it_takes():
+    tiling = Tiling(one_view=True)
+    tiled = dataclasses.replace(CONFIG, image=ImageSpec(8, "anyres", tiling=tiling))
+    words = chat.picture_words(tiled, [(40, 40)])
+    assert words == "picture 1: 40x40 pixels, 2x2 tiles and the whole, 24 tokens"
+    words = chat.picture_words(tiled, [(40, 40), (30, 20)])
+    assert words == "picture 2: 30x20 pixels, one tile, 5 tokens"
 
 
 def test_a_saved_conversation_is_a_llava_record(model, pictures, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The server over HTTP: the same answers as Python, and nothing held when clients leave."""
 
 import concurrent.futures
+import dataclasses
 import http.client
 import json
 import socket
@@ -9,8 +10,10 @@ import time
 import openai
 import pytest
 
+from llava_jax.models.images import ImageSpec
+from llava_jax.serving.api import picture_card
 from tests.serving.live_server import LiveServer, data_url, question
-from tests.tiny_model import random_image
+from tests.tiny_model import CONFIG, random_image
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,17 @@ def test_text_completions_continue_a_text(client):
         model="tiny", prompt="ab", max_tokens=6, temperature=0, logprobs=1
     )
     assert found.usage.prompt_tokens == 2 and found.choices[0].logprobs.tokens
+
+
+def test_models_say_what_pictures_take(client):
+    card = client.models.retrieve("tiny").to_dict()
+    assert (card["image_mode"], card["image_pixels"], card["max_image_tokens"]) == ("pad", 8, 4)
+    tiled = dataclasses.replace(CONFIG, image=ImageSpec(8, "anyres"))
+    assert picture_card(tiled) == {
+        "image_mode": "anyres",
+        "image_pixels": 24,
+        "max_image_tokens": 24,
+    }
 
 
 def test_models(client):
