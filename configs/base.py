@@ -77,6 +77,9 @@ def get_config() -> ConfigDict:
     config.data.turns = "conversation"
     # How boxes of records are written, as llava_jax/data/boxes.py has it.
     config.data.box_convention = "llava"  # llava | qwen_1000 | kosmos | pixel
+    # Random changes of training pictures, and of their boxes; see llava_jax/data/augment.py.
+    config.data.flip = 0.0  # share that is mirrored
+    config.data.crop = 0.0  # largest share of a side that is cut away
     config.data.bad_image = "error"  # error | skip: for images that cannot be read
     config.data.bad_image_ceiling = 0  # with skip: how many are too many
     config.data.workers = 0  # processes that decode images; 0: threads

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
+from llava_jax.data.augment import Augmentation
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS
 from llava_jax.data.plan import RowStream
@@ -38,6 +39,7 @@ class TrainingData:
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
     findings: see `measure`; by default the first fault is raised.
+    augmentation: random changes of pictures and their boxes, None for none.
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
     `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `tiles_per_epoch`, `fill` and
@@ -68,6 +70,7 @@ class TrainingData:
         pad_final_batch: bool = False,
         progress: bool = True,
         findings: Findings | None = None,
+        augmentation: Augmentation | None = None,
     ):
         if (epochs is None) == (steps is None):
             raise LlavaError("give either epochs or steps")
@@ -92,8 +95,16 @@ class TrainingData:
         self.records_used = len(usable)
         if not len(usable):
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
+        room = np.stack([measured.lengths[usable], measured.tiles[usable]], axis=1)
         self._row_builder = RowBuilder(
-            records, usable, segment_tokenizer, f, max_pixels, policy.skip
+            records,
+            usable,
+            segment_tokenizer,
+            f,
+            max_pixels,
+            policy.skip,
+            room,
+            augmentation or Augmentation(),
         )
         self._rows = RowStream(measured.lengths[usable], measured.tiles[usable], row_format, seed)
         self.rows_per_epoch = self._rows.rows_before(1)
@@ -250,7 +261,7 @@ def _get_row(builder, stream, total_rows, batch_size, process_index, local, numb
     row = step * batch_size + process_index * local + place
     empty = total_rows is not None and row >= total_rows
     try:
-        return builder(np.zeros(0, np.int64) if empty else stream[row])
+        return builder(np.zeros(0, np.int64) if empty else stream[row], row)
     except LlavaError as error:
         # Handed on as a value: raised inside Grain it would arrive wrapped in Grain's own words.
         return error

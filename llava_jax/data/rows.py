@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_jax.data import sources
+from llava_jax.data.augment import Augmentation
 from llava_jax.data.boxes import Boxes
-from llava_jax.data.media import ImageError
+from llava_jax.data.media import ImageError, load_image
 from llava_jax.data.parsing import Record
 from llava_jax.data.record_boxes import placed_boxes
 from llava_jax.data.video import Video
@@ -279,6 +280,9 @@ class RowBuilder:
       usable: int [U], the numbers of the records that can be used.
       max_pixels: as in `load_image`.
       skip_bad_images: leave a record out whose image cannot be decoded, instead of raising.
+      room: int [U, 2], tokens and tiles that each record was measured to take.
+      augment: what happens to the pictures first. A change for which a record would need more room
+        than it was measured to take is not made.
     """
 
     records: Sequence[Record]
@@ -287,30 +291,63 @@ class RowBuilder:
     row_format: RowFormat
     max_pixels: int
     skip_bad_images: bool
+    room: np.ndarray
+    augment: Augmentation = Augmentation()
 
-    def __call__(self, members: np.ndarray) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-        """members: [M] numbers into `usable`. Gives the row, ids in it, names of skipped ones."""
+    def __call__(
+        self, members: np.ndarray, row: int = 0
+    ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+        """One packed row.
+
+        Args:
+          members: [M] numbers into `usable`.
+          row: number of the row in the run.
+
+        Returns:
+          The row, ids of the records in it, names of skipped ones.
+        """
         conversations, pictures, ids, skipped = [], [], [], []
-        for member in members:
+        for place, member in enumerate(members):
             record = self.records[int(self.usable[member])]
             try:
-                found, seen = self._sources(record)
+                made = self._augmented(record, self.room[member], row, place)
+                conversation, found = made or self._conversation(record)
             except ImageError as error:
                 if not self.skip_bad_images:
                     raise LlavaError(f"{self.records.path}: {record.name}: {error}") from None
                 skipped.append(record.name)
                 continue
-            texts = render_record(self.row_format, self.records, record, self.tokenizer, seen)
-            row = token_row(self.tokenizer, texts, [len(layout) for layout, _ in found])
-            row, reason = truncate(row, self.row_format.max_length)
-            if row is None:
-                raise LlavaError(
-                    f"{self.records.path}: {record.name} changed since it was measured: {reason}"
-                )
-            conversations.append(row)
+            conversations.append(conversation)
             pictures += found
             ids.append(record.id)
         return pack(conversations, pictures, self.row_format), ids, skipped
+
+    def _augmented(self, record: Record, room: np.ndarray, row: int, place: int):
+        """`_conversation` of the record with its pictures changed; None if it stays as it is."""
+        is_video = any(isinstance(source, Video) for source in record.images)
+        if not self.augment or is_video or not record.images:
+            return None
+        named = zip(record.images, record.image_names, strict=True)
+        try:
+            images = [load_image(source, name, self.max_pixels) for source, name in named]
+            conversation, found = self._conversation(self.augment(record, images, row, place))
+        except RecordError:  # of the image, reported without the change too, or of the change
+            return None
+        tiles = sum(layout.tiles for layout, _ in found)
+        fits = len(conversation) <= room[0] and tiles <= room[1]
+        return (conversation, found) if fits else None
+
+    def _conversation(self, record: Record) -> tuple[TokenRow, list[tuple[Layout, np.ndarray]]]:
+        """The tokens of a record, and layout and tiles of each of its pictures and videos."""
+        found, seen = self._sources(record)
+        texts = render_record(self.row_format, self.records, record, self.tokenizer, seen)
+        row = token_row(self.tokenizer, texts, [len(layout) for layout, _ in found])
+        row, reason = truncate(row, self.row_format.max_length)
+        if row is None:
+            raise LlavaError(
+                f"{self.records.path}: {record.name} changed since it was measured: {reason}"
+            )
+        return row, found
 
     def _sources(self, record: Record) -> tuple[list[tuple[Layout, np.ndarray]], list]:
         """Layout and tiles of each of a record's pictures and videos, and what is known of it."""

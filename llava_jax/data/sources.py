@@ -7,6 +7,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from llava_jax.data import video
 from llava_jax.data.media import (
@@ -21,7 +22,8 @@ from llava_jax.data.media import (
 from llava_jax.data.video import Video
 from llava_jax.models.images import ImageSpec, Source, frame_views, needed_video
 
-Media = str | bytes | Video  # a path or encoded bytes of a picture, or a video
+# A path or encoded bytes of a picture, a picture, or a video.
+Media = str | bytes | Image.Image | Video
 
 
 class Seen(NamedTuple):

@@ -47,9 +47,10 @@ RANGES = {  # message -> (condition on a value that is set, keys)
         "optimizer.weight_decay",
     ),
     "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps"),
+    "it is a share, from 0 to 1": (lambda x: 0 <= x <= 1, "data.flip"),
     "it is a share, from 0 to less than 1": (
         lambda x: 0 <= x < 1,
-        "lora.dropout optimizer.warmup_ratio optimizer.b1 optimizer.b2",
+        "data.crop lora.dropout optimizer.warmup_ratio optimizer.b1 optimizer.b2",
     ),
 }
 

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from llava_jax.data.augment import Augmentation
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
 from llava_jax.data.rows import RowFormat, batch_spec
@@ -244,6 +245,8 @@ class Stage:
         if held_out:
             rows = c.batch_size // self.microbatches
             length = {"batch_size": rows, "epochs": 1, "pad_final_batch": True}
+        else:
+            length["augmentation"] = Augmentation(c.data.flip, c.data.crop, c.seed)
         return length | {
             "seed": c.seed,
             "bad_image": c.data.bad_image,

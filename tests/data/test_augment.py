@@ -1,0 +1,108 @@
+"""Random changes of pictures: boxes move with them, and a resumed run repeats them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_jax.data.augment import Augmentation
+from llava_jax.data.pipeline import TrainingData
+from llava_jax.data.records import open_records
+from llava_jax.data.rows import RowFormat
+from llava_jax.errors import LlavaError
+from llava_jax.models.images import ImageSpec
+from llava_jax.text.templates import get_template
+from tests.tiny_model import byte_tokenizer
+
+SIDE, BOX = 28, [8, 10, 40, 30]
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Twelve pictures of a white rectangle on black, and where it is."""
+    rng = np.random.default_rng(0)
+    items = []
+    for number in range(12):
+        width, height = (int(side) for side in rng.integers(60, 90, 2))
+        image = Image.new("RGB", (width, height))
+        image.paste((255, 255, 255), tuple(BOX))
+        image.save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhere?"}, {"from": "gpt", "value": "<box>"}]
+        item = {"id": str(number), "image": f"{number}.png", "conversations": turns}
+        items.append(item | {"boxes": [BOX], "box_format": "xyxy_pixel"})
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(items))
+    return open_records(path)
+
+
+def data(records, mode="resize", steps=6, **changes) -> TrainingData:
+    rows = RowFormat(get_template("v1"), ImageSpec(SIDE, mode), 4, 300, 4, packing=False)
+    options = {"batch_size": 2, "steps": steps, "progress": False, "threads": 1}
+    return TrainingData(
+        records, byte_tokenizer(), rows, augmentation=Augmentation(**changes), **options
+    )
+
+
+def arrays(data, start=0):
+    return [batch.arrays for batch in data.batch_iterator(start)]
+
+
+def written(row) -> list[float]:
+    text = byte_tokenizer().decode(row[row >= 0])
+    return [float(value) for value in text[text.index("[") + 1 : text.index("]")].split(", ")]
+
+
+def white(tile) -> list[float]:
+    y, x = np.nonzero(tile[..., 0] > 127)
+    return [x.min() / SIDE, y.min() / SIDE, (x.max() + 1) / SIDE, (y.max() + 1) / SIDE]
+
+
+@pytest.mark.parametrize("changes", [{}, {"flip": 1.0}, {"crop": 0.4}, {"flip": 0.5, "crop": 0.3}])
+def test_boxes_move_with_their_pictures(records, changes):
+    for batch in arrays(data(records, **changes)):
+        for ids, tiles in zip(batch["input_ids"], batch["tiles"], strict=True):
+            difference = np.abs(np.subtract(written(ids), white(tiles[0])))
+            assert difference.max() <= 1 / SIDE + 0.006
+
+
+def test_pictures_change_and_a_resumed_run_sees_the_same(records):
+    plain, changed = arrays(data(records)), arrays(data(records, flip=0.5, crop=0.3))
+    differ = [(a["tiles"] != b["tiles"]).any() for a, b in zip(plain, changed, strict=True)]
+    assert any(differ)
+    again = arrays(data(records, flip=0.5, crop=0.3), start=3)
+    for a, b in zip(changed[3:], again, strict=True):
+        assert all((a[name] == b[name]).all() for name in a)
+    other = arrays(data(records, flip=0.5, crop=0.3, seed=1))
+    assert any((a["tiles"] != b["tiles"]).any() for a, b in zip(changed, other, strict=True))
+
+
+def test_a_text_about_sides_is_not_mirrored(records):
+    records._items[0]["conversations"][0]["value"] = "<image>\nwhat is on the Left?"
+    image = Image.open(records[0].images[0])
+    for number, mirrored in ((0, False), (1, True)):
+        record = Augmentation(flip=1.0)(records[number], [image], 0, 0)
+        assert (record.boxes[0].values != tuple(map(float, BOX))) == mirrored
+        assert (record.images[0].tobytes() != image.tobytes()) == mirrored
+
+
+def test_what_would_need_more_room_stays_as_it_is(records):
+    """Of a part of a picture a box may have more digits, and AnyRes may cut it into more tiles."""
+    builder = data(records, crop=0.5)._row_builder
+    outcomes = {True: 0, False: 0}
+    for member in range(12):
+        for row in range(5):
+            room = builder.room[member]
+            made = builder._augmented(records[member], room, row, 0)
+            outcomes[made is None] += 1
+            if made:
+                conversation, found = made
+                assert len(conversation) <= room[0]
+                assert sum(layout.tiles for layout, _ in found) <= room[1]
+    assert min(outcomes.values()) > 0
+
+
+def test_wrong_shares_are_refused():
+    for name, value in (("flip", 1.5), ("flip", -0.1), ("crop", 1.0)):
+        with pytest.raises(LlavaError, match=f"data.{name} is {value}: it is a share, from 0"):
+            Augmentation(**{name: value})
