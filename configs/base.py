@@ -75,6 +75,8 @@ def get_config() -> ConfigDict:
     config.data.packing = True  # several conversations a row
     # conversation | independent: each question of a record sees the images and itself alone.
     config.data.turns = "conversation"
+    # original: with template chatml, what LLaVA-NeXT learns besides the answers: headers and marks.
+    config.data.labels = placeholder(str)
     # How boxes of records are written, as llava_jax/data/boxes.py has it.
     config.data.box_convention = "llava"  # llava | qwen_1000 | kosmos | pixel
     # Random changes of training pictures, and of their boxes; see llava_jax/data/augment.py.

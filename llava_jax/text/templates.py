@@ -36,11 +36,13 @@ class Segment:
     supervised: its tokens carry a loss.
     leading_supervised_tokens: the number of first tokens of an unsupervised segment that carry one
     all the same.
+    learnt_tokens: of an unsupervised segment, tokens that carry one wherever they stand in it.
     """
 
     text: str
     supervised: bool = False
     leading_supervised_tokens: int = 0
+    learnt_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,29 @@ class Template:
     image_only_question: bool = False
     # Not in `repr`, from which the names of cached lengths are made.
     system: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
+    # Of `with_original_labels`: learnt in system prompt and questions, and all after an answer.
+    learnt_tokens: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+
+    def with_original_labels(self) -> "Template":
+        """The template with the labels of LLaVA-NeXT's own training, `preprocess_qwen`.
+
+        Answers are learnt with their header and what follows them, and so are the marks of turns
+        and single line breaks in system prompt and questions.
+
+        Raises:
+          LlavaError: the template is none whose original labels differ.
+        """
+        if self.name != "chatml":
+            raise LlavaError(
+                f"config.data.labels is 'original', which is for the template 'chatml' and not for "
+                f"{self.name!r}: leave it out"
+            )
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}, original labels",
+            supervise_gpt_role=True,
+            learnt_tokens=("<|im_start|>", "<|im_end|>", "\n"),
+        )
 
     def with_system(self, prompt: str | None) -> "Template":
         """The template with another system prompt; itself if `prompt` is None.
@@ -256,14 +281,15 @@ def render(
     if template.image_only_question:
         question = IMAGE_TOKEN * turns[0].images
         turns = (Turn("human", question), *turns[1:])
-    segments = [Segment(template.header)]
+    learnt = template.learnt_tokens
+    segments = [Segment(template.header, learnt_tokens=learnt)]
     for position, turn in enumerate(turns):
         if turn.role == "human":
             segments.append(_human_segment(template, turn.text, first=position == 0))
         else:
             before, end, after = template.gpt
             segments.append(Segment(before, template.supervise_gpt_role))
-            segments += [Segment(turn.text + end, supervised=True), Segment(after)]
+            segments += [Segment(turn.text + end, supervised=True), Segment(after, bool(learnt))]
     if generation:
         segments.append(Segment(template.gpt[0].rstrip(" ")))
     else:
@@ -277,7 +303,8 @@ def _human_segment(template: Template, text: str, first: bool) -> Segment:
         before = template.first_human
     if not template.image_only_question:
         text = place_image(text)
-    return Segment(before + text + after, False, template.human_leading_supervised_tokens)
+    leading = template.human_leading_supervised_tokens
+    return Segment(before + text + after, False, leading, template.learnt_tokens)
 
 
 def _check_order(template: Template, turns: Sequence[Turn], generation: bool) -> None:

@@ -216,7 +216,28 @@ class SegmentTokenizer:
             offsets.append(chunk_offsets)
             length += len(chunk_ids)
         ids, offsets = np.concatenate(ids), np.concatenate(offsets)
-        return TokenRow(ids, _labels(ids, offsets, spans), tuple(images), offsets)
+        return TokenRow(ids, self._labels(ids, offsets, spans), tuple(images), offsets)
+
+    def _labels(self, ids: np.ndarray, offsets: np.ndarray, spans) -> np.ndarray:
+        labels = np.full(len(ids), IGNORE_INDEX, np.int32)
+        for start, end, segment in spans:
+            leading, tokens = segment.leading_supervised_tokens, segment.learnt_tokens
+            if not (segment.supervised or leading or tokens):
+                continue
+            here = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+            if tokens:
+                here = here[np.isin(ids[here], self._ids_of(tokens))]
+            elif not segment.supervised:
+                here = here[:leading]
+            labels[here] = ids[here]
+        return labels
+
+    def _ids_of(self, tokens: tuple[str, ...]) -> list[int]:
+        found = [self._core.encode(token, add_special_tokens=False).ids for token in tokens]
+        for token, ids in zip(tokens, found, strict=True):
+            if len(ids) != 1:
+                raise LlavaError(f"{token!r}, which is to be learnt, is no token of the tokenizer")
+        return [i for ids in found for i in ids]
 
 
 def continued(core: Tokenizer, text: str, position: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -257,19 +278,6 @@ def _chunk_tokens(encoding: Encoding, position: int, first: bool):
     if first:
         keep |= np.cumsum(~added) == 0
     return ids[keep], offsets[keep]
-
-
-def _labels(ids: np.ndarray, offsets: np.ndarray, spans) -> np.ndarray:
-    labels = np.full(len(ids), IGNORE_INDEX, np.int32)
-    for start, end, segment in spans:
-        leading = segment.leading_supervised_tokens
-        if not (segment.supervised or leading):
-            continue
-        overlap = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
-        if not segment.supervised:
-            overlap = overlap[:leading]
-        labels[overlap] = ids[overlap]
-    return labels
 
 
 def truncate(row: TokenRow, max_length: int) -> tuple[TokenRow | None, str | None]:

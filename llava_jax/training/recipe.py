@@ -84,6 +84,7 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size is {config.batch_size}: make it a multiple"
         )
     choices = {
+        "data.labels": (config.data.labels, [None, "original"]),
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
         "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
         "model.attention": (config.model.attention, ["auto", *IMPLEMENTATIONS]),
@@ -92,7 +93,8 @@ def check_config(config: ConfigDict) -> None:
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            raise LlavaError(f"config.{key} is {value!r}: choose one of {', '.join(allowed)}")
+            known = ", ".join(map(str, allowed))
+            raise LlavaError(f"config.{key} is {value!r}: choose one of {known}")
     get_template(config.model.template)
     if config.wandb_project and not importlib.util.find_spec("wandb"):
         raise LlavaError(
@@ -173,7 +175,7 @@ def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling:
         model = dataclasses.replace(model, image=_with_sampling(model.image, sampling))
-    return RowFormat.of(
+    rows = RowFormat.of(
         model,
         config.model.template,
         data.max_length,
@@ -183,6 +185,9 @@ def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
         turns=data.turns,
         box_convention=data.box_convention,
     )
+    if data.labels is None:
+        return rows
+    return dataclasses.replace(rows, template=rows.template.with_original_labels())
 
 
 def _with_few_tiles(image: ImageSpec, most: int) -> ImageSpec:

@@ -179,3 +179,35 @@ def test_truncation(tokenizers):
 def test_a_tokenizer_without_offsets_is_refused():
     with pytest.raises(LlavaError, match="offsets"):
         SegmentTokenizer(object())
+
+
+def original_labels(tokenizer, messages: list[tuple[str, str]]) -> tuple[list, list]:
+    """Ids and labels as `preprocess_qwen` of LLaVA-NeXT makes them, message by message."""
+    ids, labels = [], []
+    for role, text in messages:
+        pieces = f"<|im_start|>{role}\n{text}<|im_end|>\n".split("<image>")
+        own = tokenizer(pieces[0]).input_ids
+        for piece in pieces[1:]:
+            own += [IMAGE] + tokenizer(piece).input_ids
+        ids += own
+        labels += own if role == "assistant" else [-100] * len(own)
+    (newline,) = tokenizer("\n").input_ids
+    marks = {newline, *map(tokenizer.convert_tokens_to_ids, ("<|im_start|>", "<|im_end|>"))}
+    return ids, [i if i in marks else label for i, label in zip(ids, labels, strict=True)]
+
+
+def test_original_labels_are_those_of_llava_next(tokenizers):
+    template = TEMPLATES["chatml"].with_original_labels()
+    turns = turns_of("<image>\nWhat\nis it?", "a cat\n\nor two", "Sure?", "yes")
+    row = SegmentTokenizer(tokenizers["smollm"])(render(template, turns), [1])
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [("system", "You are a helpful assistant.")]
+    messages += [(roles[turn.role], turn.text) for turn in turns]
+    ids, labels = original_labels(tokenizers["smollm"], messages)
+    assert row.input_ids.tolist() == ids and row.labels.tolist() == labels
+    plain = SegmentTokenizer(tokenizers["smollm"])(render(TEMPLATES["chatml"], turns), [1])
+    assert (plain.labels != -100).sum() < (row.labels != -100).sum()
+    with pytest.raises(LlavaError, match="'original', which is for the template 'chatml' and not"):
+        TEMPLATES["v1"].with_original_labels()
+    with pytest.raises(LlavaError, match="im_start.*', which is to be learnt, is no token"):
+        SegmentTokenizer(tokenizers["llama2"])(render(template, turns), [1])

@@ -210,6 +210,15 @@ def test_each_wrong_tiling_is_reported(parts, changes, message):
         recipe.model_config(config(parts, **changes))
 
 
+def test_labels_may_be_the_original_ones(parts):
+    chat = config(parts, model__template="chatml", data__labels="original")
+    template = recipe.row_format(chat, recipe.model_config(chat)).template
+    assert template.learnt_tokens and template.supervise_gpt_role
+    wrong = config(parts, data__labels="originals")
+    with pytest.raises(LlavaError, match="data.labels is 'originals': choose one of None, orig"):
+        recipe.check_config(wrong)
+
+
 def test_training_may_use_fewer_tiles_than_the_model(parts):
     few = config(parts, **ANYRES, data__max_tiles=2)
     model = recipe.model_config(few)
