@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from llava_jax import Llava
 from llava_jax.errors import LlavaError
 from llava_jax.weights.load import load_run
 from llava_jax.weights.run_directory import checkpoint_of, read_run_model, saved_params
@@ -99,8 +100,14 @@ def test_a_newline_that_is_drawn_must_learn(world, run, aligned, data, tmp_path)
 
 
 def test_training_with_fewer_tiles_leaves_the_model_its_own(world, run, aligned, data, tmp_path):
+    """Held-out data are measured with the training's tiles, and questions answered with all."""
     few = {"data.max_tiles": 2, "data.images_per_row": 6, "steps": 1}
+    few |= {"data.validation": str(world / "data/held_out.json")}
     run(instruct(world, tmp_path / "run", aligned, STAGE | data | few))
     assert len(read_run_model(tmp_path / "run").config.image.tiling.grids) == 5
-    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
-    assert line["images"] == round(line["real_tile_share"] * 2 * 6)
+    first, held_out = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert first["images"] == round(first["real_tile_share"] * 2 * 6)
+    assert np.isfinite(held_out["validation_loss"])
+    assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 2
+    model = Llava.from_pretrained(tmp_path / "run")
+    assert isinstance(model.chat("Hi?", [random_image(0, (20, 20))], max_new_tokens=2), str)
