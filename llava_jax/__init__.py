@@ -7,4 +7,8 @@ def __getattr__(name: str):
         from llava_jax.inference.model import Llava
 
         return Llava
+    if name == "Video":
+        from llava_jax.data.video import Video
+
+        return Video
     raise AttributeError(f"module 'llava_jax' has no attribute {name!r}")

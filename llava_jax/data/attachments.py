@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from llava_jax.data.addresses import decode_data_address
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError, brief
-from llava_jax.text.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn
+from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, VIDEO_TOKEN, Turn
 
 # Of the keys for images `image` wins, of those for videos `video`; others are used if it is absent.
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file", "image_files")
 VIDEO_KEYS = tuple(key.replace("image", "video") for key in IMAGE_KEYS)
 NO_FILE = ("missing image", "missing video")  # kinds of fault
-_MARKS = re.compile(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")  # longer than a path without a dot
 
 
@@ -52,7 +51,7 @@ def placed(turns: Sequence[Turn], images: list, videos: list, where: str) -> tup
 
     Without any `<video>` each `<image>` stands for a video, if the record has no images.
     """
-    marks = [mark for turn in turns for mark in _MARKS.findall(turn.text)]
+    marks = [mark for turn in turns for mark in MARKS.findall(turn.text)]
     written = marks.count(VIDEO_TOKEN)
     if not written and not images:
         return turns, videos

@@ -23,18 +23,22 @@ from llava_jax.models.images import Layout
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture of a request, read when the turn of the request comes.
+    """A picture or video of a request, read when the turn of the request comes.
 
     Attributes:
       layout: its tiles and tokens.
       load: gives the tiles, uint8[tiles, S, S, 3]; called in a thread of the engine's pool, and
         raises LlavaError if the picture cannot be read.
       key: equal for two pictures that are the same.
+      is_video: it is a video.
+      time: the sentences about its times that the question follows, if the model reads any.
     """
 
     layout: Layout
     load: Callable[[], np.ndarray]
     key: object = None
+    is_video: bool = False
+    time: str = ""
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,9 @@ class Llava:
 
         Args:
           question: the user's text.
-          images: paths, encoded bytes or Pillow images, for all `<image>` of history and question
-            in their order. If none is written, they stand before the first turn.
+          images: paths, encoded bytes, Pillow images or videos (`llava_jax.Video`, or the path of
+            a video file), for all `<image>` and `<video>` of history and question in their order.
+            If none is written, they stand before the first turn.
           history: (question, answer) pairs that came before. The part of them that the engine read
             for the last answer is not computed again.
           system: a system prompt to use instead of the template's own.
@@ -200,7 +201,7 @@ class Llava:
 
         Args:
           prompts: questions; a single str gives a single result.
-          images: for each prompt None, one image or a list (path, encoded bytes, Pillow image).
+          images: for each prompt None, one image or video or a list of them, as in `stream_chat`.
             If a prompt has no `<image>`, its images stand before it.
           batch_size: the most prompts that are computed at once.
           sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names. `seed` is one number,

@@ -1,4 +1,4 @@
-"""Where pictures come from: a path, a `data:` or http(s) address, encoded bytes, Pillow.
+"""Where pictures and videos come from: a path, an address, encoded bytes, Pillow, `Video`.
 
 S side of a tile.
 """
@@ -18,6 +18,7 @@ from concurrent.futures import Future
 import numpy as np
 from PIL import Image
 
+from llava_jax.data import sources
 from llava_jax.data.addresses import decode_data_address, is_address, scheme
 from llava_jax.data.media import (
     check_shape,
@@ -25,12 +26,13 @@ from llava_jax.data.media import (
     load_image,
     preprocess,
 )
+from llava_jax.data.video import Video, is_video_path
 from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Picture
 from llava_jax.inference.prompts import error_prefix
 from llava_jax.models.llava import LlavaConfig
 
-ImageSource = str | os.PathLike | bytes | Image.Image
+ImageSource = str | os.PathLike | bytes | Image.Image | Video
 MAX_BYTES = 50_000_000  # of a downloaded picture
 TIMEOUT = 10  # seconds without an answer
 PATIENCE = 60  # seconds for the whole of one
@@ -56,24 +58,26 @@ class PictureReader:
         )
 
     def pictures(self, images, where: str = "") -> tuple[Picture, ...]:
-        """The pictures of None, one source or several.
+        """The pictures and videos of None, one source or several.
 
         where: begins the messages of errors while they are read.
         """
-        sources = as_sources(images)
-        several = len(sources) > 1
+        given = as_sources(images)
+        several = sum(not isinstance(source, Video) for source in given) > 1
         return tuple(
-            self.picture(source, f"image {i}", where, several) for i, source in enumerate(sources)
+            self.picture(source, f"image {i}", where, several) for i, source in enumerate(given)
         )
 
     def picture(self, source: ImageSource, name: str, where: str, several: bool = False) -> Picture:
-        """The picture of one source.
+        """The picture or video of one source.
 
         Args:
           name: what messages call a source without a name.
           several: it is one of several pictures of a prompt.
         """
         name = source_name(source, name)
+        if isinstance(source, Video):
+            return self._video(source, name, where)
         remote = isinstance(source, str) and is_address(source)
         if remote and not self._config.image.by_size:
             size = (1, 1)  # any: it is downloaded when it is needed
@@ -85,6 +89,23 @@ class PictureReader:
         key = (id(source) if isinstance(source, Image.Image) else source, several)
         load = functools.partial(self._load, source, name, where, several, object())
         return Picture(layout, load, key)
+
+    def _video(self, video: Video, name: str, where: str) -> Picture:
+        spec = self._config.image
+        seen = sources.look_at(video, spec, name)
+        (layout,) = self._config.layouts([seen.source])
+        in_files = isinstance(video.source, str)
+
+        def load() -> np.ndarray:
+            with error_prefix(where):
+                key = (video, sources.state(video)) if in_files else object()
+                again, tiles = self._recent.get(key, lambda: sources.tiles(video, spec, name))
+                if again != seen:
+                    raise LlavaError(f"video {name!r} changed while it was asked about")
+                return tiles
+
+        key = video if in_files else id(video.source)
+        return Picture(layout, load, key, is_video=True, time=seen.time)
 
     def _size(self, source: str | bytes | Image.Image, name: str) -> tuple[int, int]:
         if isinstance(source, str):
@@ -115,7 +136,7 @@ class _Recent:
         self._size, self._lock = size, threading.Lock()
         self._results: OrderedDict[object, Future] = OrderedDict()
 
-    def get(self, key, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(self, key, compute: Callable[[], object]):
         with self._lock:
             future = self._results.get(key)
             new = future is None
@@ -153,17 +174,20 @@ def fetch(source: ImageSource, allow_urls: bool) -> str | bytes | Image.Image:
 
 
 def as_sources(images) -> list[ImageSource]:
-    """None, one image or several as a list; LlavaError for anything else."""
+    """None, one image or several as a list, in which the path of a video file is a Video.
+
+    LlavaError for anything else.
+    """
     if images is None:
         return []
     images = images if isinstance(images, list | tuple) else [images]
     for image in images:
         if not isinstance(image, ImageSource):
             raise LlavaError(
-                f"an image must be a path, encoded bytes or a Pillow image, "
+                f"an image must be a path, encoded bytes, a Pillow image or a Video, "
                 f"not {type(image).__name__}"
             )
-    return list(images)
+    return [Video(image) if is_video_path(image) else image for image in images]
 
 
 def deal_sources(images, prompts: int) -> list:
@@ -181,6 +205,7 @@ def deal_sources(images, prompts: int) -> list:
 
 def source_name(source: ImageSource, default: str) -> str:
     """The name of a source in messages; `default` if it has none of its own."""
+    source = source.source if isinstance(source, Video) else source
     if not isinstance(source, str | os.PathLike):
         return default
     source = os.fspath(source)

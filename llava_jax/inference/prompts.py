@@ -13,7 +13,14 @@ from llava_jax.inference.decoding import tile_slots
 from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.sampling import MAX_STOP_IDS, SamplingParams
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.text.conversation import IMAGE_TOKEN, Turn, spelled_out
+from llava_jax.text.conversation import (
+    IMAGE_TOKEN,
+    MARKS,
+    VIDEO_TOKEN,
+    Turn,
+    spelled_out,
+    with_times,
+)
 from llava_jax.text.processor_prompt import ProcessorPrompt
 from llava_jax.text.templates import Segment, Template, render
 from llava_jax.text.tokenization import SegmentTokenizer
@@ -65,13 +72,22 @@ class PromptReader:
         stops: Sequence[int],
     ) -> Request:
         """The request of a conversation, checked; `stops` are the tokens that end its answer."""
-        ids = self.ids(turns, [len(picture.layout.features) for picture in pictures], system)
+        videos = [picture.is_video for picture in pictures]
+        turns = _place_images(_read_marks(turns, videos), len(pictures))
+        if any(picture.time for picture in pictures):
+            turns = [Turn(t.role, t.text.replace(f"{IMAGE_TOKEN}\n", IMAGE_TOKEN)) for t in turns]
+            turns = with_times(turns, [picture.time for picture in pictures])
+        ids = self.ids(turns, [len(picture.layout) for picture in pictures], system, videos)
         request = Request(ids, pictures, params)
         check_request(request, self._config, stops)
         return request
 
     def ids(
-        self, turns: Sequence[Turn], lengths: Sequence[int], system: str | None = None
+        self,
+        turns: Sequence[Turn],
+        lengths: Sequence[int],
+        system: str | None = None,
+        videos: Sequence[bool] | None = None,
     ) -> np.ndarray:
         """int32[T]: a conversation that waits for an answer, with placeholders for its pictures.
 
@@ -82,13 +98,14 @@ class PromptReader:
           lengths: tokens of each picture, in the order of their `<image>`. If none is written, the
             pictures stand before the first turn.
           system: a system prompt to use instead of the template's own.
+          videos: which of them are videos; none by default.
         """
         special = [token for token in self._tokenize.special if token != IMAGE_TOKEN]
         turns = [Turn(turn.role, spelled_out(turn.text, special)) for turn in turns]
         system = system and spelled_out(system, special)
         turns = _place_images(turns, len(lengths))
         if self._processor_prompt:
-            ids = self._processor_prompt(turns, lengths, system)
+            ids = self._processor_prompt(turns, lengths, system, videos)
         else:
             segments = render(self._template.with_system(system), turns, generation=True)
             ids = self._tokenize(segments, lengths).input_ids
@@ -127,6 +144,21 @@ def conversation(question: str, history: History) -> list[Turn]:
     return turns
 
 
+def _read_marks(turns: Sequence[Turn], videos: Sequence[bool]) -> Sequence[Turn]:
+    """Turns in which each `<video>` is an `<image>`, if there are videos.
+
+    videos: for each picture or video, in the order of the marks, which it is.
+    """
+    if not any(videos):
+        return turns
+    marks = MARKS.findall("".join(turn.text for turn in turns))
+    if VIDEO_TOKEN in marks and len(marks) == len(videos):
+        for number, (mark, is_video) in enumerate(zip(marks, videos, strict=True)):
+            if mark == VIDEO_TOKEN and not is_video:
+                raise LlavaError(f"mark {number} of the text is {VIDEO_TOKEN}, but it is a picture")
+    return [Turn(turn.role, turn.text.replace(VIDEO_TOKEN, IMAGE_TOKEN)) for turn in turns]
+
+
 def _place_images(turns: Sequence[Turn], images: int) -> Sequence[Turn]:
     """Turns with an `<image>` for each picture; without any, the pictures stand first."""
     written = sum(turn.images for turn in turns)
@@ -135,7 +167,7 @@ def _place_images(turns: Sequence[Turn], images: int) -> Sequence[Turn]:
     if written != images:
         raise LlavaError(
             f"the text has {written} {IMAGE_TOKEN} but {images} image(s) were given: write one "
-            f"{IMAGE_TOKEN} for each image, or none to have them first"
+            f"{IMAGE_TOKEN} for each image or video, or none to have them first"
         )
     return turns
 

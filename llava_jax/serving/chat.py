@@ -1,4 +1,4 @@
-"""`llava-jax chat`: one question, or a conversation, about pictures in the terminal."""
+"""`llava-jax chat`: one question, or a conversation, about pictures and videos in the terminal."""
 
 import argparse
 import contextlib
@@ -11,17 +11,21 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_jax.data.attachments import marked
 from llava_jax.data.boxes import Boxes, draw_boxes
 from llava_jax.data.media import load_image
+from llava_jax.data.sources import look_at
+from llava_jax.data.video import Video, inspect_video
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.inference.pictures import fetch, source_name
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
-from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, ROLES, Turn
 
 HELP = """/image FILE shows a picture with the next question
+/video FILE shows a video, or a folder of frames, with the next question
 /boxes FILE writes the last picture there, with the last answer's boxes drawn
 /save FILE writes the conversation there
 /reset starts over
@@ -30,22 +34,30 @@ HELP = """/image FILE shows a picture with the next question
 
 @dataclass
 class Conversation:
-    """A conversation so far, and the pictures that wait for the next question.
+    """A conversation so far, and the pictures and videos that wait for the next question.
 
-    Each picture is written as `<image>` in the question it was shown with, so the history is
+    Each of them is written as `<image>` in the question it was shown with, so the history is
     rendered to the same prompt each time.
     """
 
     allow_urls: bool = False
     history: list[tuple[str, str]] = field(default_factory=list)
-    images: list[Image.Image] = field(default_factory=list)
+    images: list[Image.Image | Video] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     waiting: int = 0
 
     def add_image(self, source: str) -> None:
         """Shows a picture with the next question; LlavaError if it cannot be read."""
         name = source_name(source, "picture")
-        self.images.append(load_image(fetch(source, self.allow_urls), name))
+        self._add(load_image(fetch(source, self.allow_urls), name), name)
+
+    def add_video(self, path: str) -> None:
+        """Shows a video with the next question; LlavaError if its head cannot be read."""
+        inspect_video(Video(path), path)
+        self._add(Video(path), path)
+
+    def _add(self, shown: Image.Image | Video, name: str) -> None:
+        self.images.append(shown)
         self.names.append(name)
         self.waiting += 1
 
@@ -56,14 +68,20 @@ class Conversation:
     def save(self, path: str) -> None:
         """Writes it as a LLaVA record, which `llava-jax show` and training read."""
         turns = [
-            {"from": role, "value": text}
+            Turn(role, text)
             for pair in self.history
-            for role, text in zip(("human", "gpt"), pair, strict=True)
+            for role, text in zip(ROLES, pair, strict=True)
         ]
         if not turns:
             raise LlavaError("nothing was said yet: there is nothing to save")
-        shown = self.names[: len(self.names) - self.waiting]
-        record = {"id": Path(path).stem} | ({"image": shown} if shown else {})
+        count = len(self.names) - self.waiting
+        record = {"id": Path(path).stem}
+        for name, shown in zip(self.names[:count], self.images, strict=False):
+            key = "video" if isinstance(shown, Video) else "image"
+            record.setdefault(key, []).append(name)
+        turns = [
+            {"from": turn.role, "value": turn.text} for turn in marked(turns, self.images[:count])
+        ]
         try:
             Path(path).write_text(
                 json.dumps([record | {"conversations": turns}], ensure_ascii=False, indent=2)
@@ -79,6 +97,7 @@ class Conversation:
         boxes: how the model writes them.
         """
         shown = self.images[: len(self.images) - self.waiting]
+        shown = [image for image in shown if not isinstance(image, Video)]
         if self.history and not shown:
             raise LlavaError("no picture was shown: there is nothing to draw on")
         found = []
@@ -96,13 +115,13 @@ class Conversation:
     def ask(self, model: Llava, question: str, **settings):
         """Yields the pieces of the answer and remembers it."""
         # The user types text: a literal <image> would ask for a picture that is not there.
-        question = question.replace(IMAGE_TOKEN, "")
+        question = MARKS.sub("", question)
         question = f"{IMAGE_TOKEN}\n" * self.waiting + question
         answer = ""
         for piece in model.stream_chat(question, self.images, self.history, **settings):
             answer += piece
             yield piece
-        self.history.append((question, answer.replace(IMAGE_TOKEN, "")))
+        self.history.append((question, MARKS.sub("", answer)))
         self.waiting = 0
 
 
@@ -117,11 +136,20 @@ def picture_words(config: LlavaConfig, sizes: Sequence[tuple[int, int]]) -> str:
     return f"picture {len(sizes)}: {width}x{height} pixels, {cut}, {len(layout):,} tokens"
 
 
+def video_words(config: LlavaConfig, path: str) -> str:
+    """What a video takes: "video: 640x480 pixels, 32 frames, 6,273 tokens"."""
+    width, height, frames = source = look_at(Video(path), config.image, path).source
+    (layout,) = config.layouts([source])
+    return f"video: {width}x{height} pixels, {frames} frames, {len(layout):,} tokens"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE",
         help="a picture to ask about; may be given several times")  # fmt: skip
+    add("--video", action="append", default=[], metavar="FILE",
+        help="a video file, or a folder of frames, to ask about")  # fmt: skip
     add("--prompt", metavar="TEXT", help="ask once and print only the answer")
     add("--system", metavar="TEXT", help="system prompt; default: the template's own")
     add("--max_new_tokens", type=int, default=256, metavar="N", help="length limit of an answer")
@@ -140,6 +168,8 @@ def main(args: argparse.Namespace) -> int:
     conversation = Conversation(args.allow_urls)
     for path in args.image:
         conversation.add_image(path)
+    for path in args.video:
+        conversation.add_video(path)
     model = load_from_arguments(args)
     if args.system is not None:
         settings["system"] = args.system
@@ -183,6 +213,10 @@ def _one_line(model: Llava, conversation: Conversation, line: str, settings: dic
         conversation.add_image(path)
         sizes = [image.size for image in conversation.images if isinstance(image, Image.Image)]
         print(picture_words(model.config, sizes), file=sys.stderr)
+    elif command == "/video":
+        words = video_words(model.config, path)  # an error if the model takes none
+        conversation.add_video(path)
+        print(words, file=sys.stderr)
     elif command == "/boxes":
         conversation.save_boxes(path, model.boxes)
     elif command == "/save":

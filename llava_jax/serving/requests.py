@@ -1,8 +1,9 @@
 """A request as a JSON object, from a file or a client, as what the engine answers.
 
 Keys: `prompt`, and if wanted `id`, `images` or `image` (one or a list: a path below the root of
-images, a `data:` address or, if allowed, an http one), `history` (a list of [question, answer]),
-`system`, and any sampling parameter by vLLM's or Hugging Face's name.
+images, a `data:` address or, if allowed, an http one), `videos` or `video` (one or a list of paths
+below that root: files, or folders of frames), `history` (a list of [question, answer]), `system`,
+and any sampling parameter by vLLM's or Hugging Face's name.
 """
 
 import json
@@ -10,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llava_jax.data.addresses import is_address
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.pictures import ImageSource
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, VIDEO_TOKEN
 
-OWN_KEYS = ("id", "prompt", "image", "images", "history", "system")
+OWN_KEYS = ("id", "prompt", "image", "images", "video", "videos", "history", "system")
 
 
 def read_line(line: bytes) -> dict:
@@ -51,16 +54,37 @@ def read_request(
         raise LlavaError("history must be a list of [question, answer]")
     if not isinstance(system, str | None):
         raise LlavaError(f"system must be a text, not {system!r:.80}")
-    images = _images(item, image_root)
+    texts = [text for pair in history for text in pair if isinstance(text, str)]
+    images = _sources(item, image_root, "".join([*texts, prompt]))
     return model.request(prompt, images, params, [tuple(pair) for pair in history], system)
 
 
-def _images(item: Mapping, root: Path) -> list[ImageSource]:
-    given = [key for key in ("images", "image") if item.get(key) is not None]
+def _sources(item: Mapping, root: Path, text: str) -> list[ImageSource]:
+    """Pictures and videos in the order of their marks; without marks the pictures come first."""
+    images = [i if is_address(i) else root / i for i in _given(item, "image", "paths or addresses")]
+    videos = [Video(root / path) for path in _given(item, "video", "paths")]
+    marks = MARKS.findall(text)
+    if not (images and videos and marks):
+        return [*images, *videos]
+    if marks.count(VIDEO_TOKEN) != len(videos) or len(marks) != len(images) + len(videos):
+        raise LlavaError(
+            f"{len(images)} image(s) and {len(videos)} video(s), but the text has "
+            f"{marks.count(IMAGE_TOKEN)} {IMAGE_TOKEN} and {marks.count(VIDEO_TOKEN)} "
+            f"{VIDEO_TOKEN}: write one for each, or none"
+        )
+    rest = {IMAGE_TOKEN: iter(images), VIDEO_TOKEN: iter(videos)}
+    return [next(rest[mark]) for mark in marks]
+
+
+def _given(item: Mapping, kind: str, wanted: str) -> list[str]:
+    """The values of `image` or `images`, `video` or `videos`."""
+    given = [key for key in (f"{kind}s", kind) if item.get(key) is not None]
     if len(given) > 1:
-        raise LlavaError("give the pictures in images or in image, not in both")
-    images = item[given[0]] if given else []
-    images = images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) and image for image in images):
-        raise LlavaError(f"{given[0]} must be paths or addresses, none empty")
-    return [image if is_address(image) else root / image for image in images]
+        raise LlavaError(f"give {kind}s in {kind}s or in {kind}, not in both")
+    values = item[given[0]] if given else []
+    values = values if isinstance(values, list) else [values]
+    if not all(isinstance(value, str) and value for value in values):
+        raise LlavaError(f"{given[0]} must be {wanted}, none empty")
+    if kind == "video" and any(map(is_address, values)):
+        raise LlavaError(f"{given[0]} must be paths: save a video that has an address as a file")
+    return values

@@ -1,10 +1,12 @@
 """A conversation: its turns, and the mark that stands for a picture or video in their text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<video>"  # read in place of IMAGE_TOKEN where videos are given; never kept
+MARKS = re.compile(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}")
 ROLES = ("human", "gpt")
 # No token reaches across this character, which is part of no text (a Unicode noncharacter) and is
 # removed when a text is tokenized.

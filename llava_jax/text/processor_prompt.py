@@ -5,12 +5,12 @@ of images and texts, the image token in the result grows to an image's number of
 text is tokenized whole. Our own templates are tokenized between images, as the original does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, Turn, images_in
+from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, MARKS, VIDEO_TOKEN, Turn, images_in
 from llava_jax.text.templates import check_plain_text
 from llava_jax.text.tokenization import continued, fast_core, other_models, placeholder
 
@@ -54,7 +54,7 @@ class ProcessorPrompt:
     def takes_system(self) -> bool:
         """Whether the template has a place for a system prompt."""
         try:
-            return "probe" in self._render(self._messages([Turn("human", "x")], "probe"))
+            return "probe" in self._render(self._messages([Turn("human", "x")], "probe", ()))
         except LlavaError:
             return False
 
@@ -63,12 +63,14 @@ class ProcessorPrompt:
         turns: Sequence[Turn],
         image_lengths: Sequence[int] = (),
         system: str | None = None,
+        videos: Sequence[bool] | None = None,
     ) -> np.ndarray:
         """int32 [T].
 
         Args:
-          image_lengths: tokens of each image, in the order of their `<image>`.
+          image_lengths: tokens of each image or video, in the order of their `<image>`.
           system: a system prompt.
+          videos: which of them are videos; none by default.
         """
         if system and not self.takes_system:
             raise LlavaError(
@@ -77,8 +79,12 @@ class ProcessorPrompt:
             )
         for turn in turns:
             check_plain_text(turn.text, self.placeholder)
-        chunks = self._render(self._messages(turns, system)).split(IMAGE_TOKEN)
         images = sum(turn.images for turn in turns)
+        videos = [False] * images if videos is None else list(videos)
+        text = self._render(self._messages(turns, system, videos))
+        if any(videos):
+            text = self._in_order(text, videos)
+        chunks = text.split(IMAGE_TOKEN)
         if len(chunks) - 1 != images:
             raise LlavaError(
                 f"the chat template of {self.tokenizer.name_or_path} makes {len(chunks) - 1} "
@@ -97,14 +103,27 @@ class ProcessorPrompt:
         repeats[ids == self.image_token_id] = image_lengths
         return np.repeat(ids, repeats)
 
+    def _in_order(self, text: str, videos: Sequence[bool]) -> str:
+        """A rendered text with `<image>` for videos too, which must stand where they are given."""
+        found = [mark == VIDEO_TOKEN for mark in MARKS.findall(text)]
+        if sorted(found) == sorted(videos) and found != list(videos):
+            raise LlavaError(
+                f"the chat template of {self.tokenizer.name_or_path} moves pictures and videos of "
+                "a message: give its pictures first, then its videos"
+            )
+        return text.replace(VIDEO_TOKEN, IMAGE_TOKEN)
+
     def _ids(self, text: str, add_special_tokens: bool) -> np.ndarray:
         text, *pieces = text.split(BREAK)
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         rest = [continued(self._core, piece)[0] for piece in pieces]
         return np.concatenate([np.array(ids, np.int32), *rest])
 
-    def _messages(self, turns: Sequence[Turn], system: str | None) -> list[dict]:
-        content = _content if self.takes_lists else lambda text: text
+    def _messages(
+        self, turns: Sequence[Turn], system: str | None, videos: Sequence[bool]
+    ) -> list[dict]:
+        kinds = iter(["video" if is_video else "image" for is_video in videos])
+        content = (lambda text: _content(text, kinds)) if self.takes_lists else lambda text: text
         messages = [{"role": _ROLES[turn.role], "content": content(turn.text)} for turn in turns]
         if system:
             messages.insert(0, {"role": "system", "content": content(system)})
@@ -112,7 +131,7 @@ class ProcessorPrompt:
 
     def _takes_lists(self) -> bool:
         """False for a template written for texts alone."""
-        probe = [{"role": "user", "content": _content(f"{IMAGE_TOKEN}\nx")}]
+        probe = [{"role": "user", "content": _content(f"{IMAGE_TOKEN}\nx", iter(["image"]))}]
         try:
             return images_in(self._render(probe)) == 1
         except LlavaError:
@@ -135,12 +154,15 @@ class ProcessorPrompt:
         return text.replace(self.placeholder or IMAGE_TOKEN, IMAGE_TOKEN)
 
 
-def _content(text: str) -> list[dict]:
-    """A text as a list of images and texts; a template writes its own line break after an image."""
+def _content(text: str, kinds: Iterator[str]) -> list[dict]:
+    """A text as a list of images, videos and texts.
+
+    A template writes its own line break after an image. kinds: of the marks, from the first on.
+    """
     content: list[dict] = []
     for i, piece in enumerate(text.split(IMAGE_TOKEN)):
         if i:
-            content.append({"type": "image"})
+            content.append({"type": next(kinds)})
             piece = piece.removeprefix("\n")
         if piece:
             content.append({"type": "text", "text": piece})

@@ -10,6 +10,7 @@ import pytest
 
 from llava_jax.data.boxes import Boxes, draw_boxes
 from llava_jax.data.media import load_image
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.anyres import Tiling
@@ -178,3 +179,23 @@ def test_wrong_paths_are_reported_before_the_model_loads(tmp_path):
         run("--checkpoint", "no/such/run", "--prompt", "Hi")
     with pytest.raises(LlavaError, match="no/such is no folder here, and the Hugging Face hub"):
         run("--checkpoint", "no/such", "--prompt", "Hi")
+
+
+def test_a_video_is_shown_and_saved_as_a_record(model, pictures, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    random_image(0).save(folder / "0.png")
+    asked = []
+    monkeypatch.setattr(
+        model, "stream_chat", lambda q, images, *_, **__: asked.append((q, images)) or iter("a")
+    )
+    lines = [f"/video {folder}", "What <video>?", "/video none.mp4", f"/save {tmp_path / 's.json'}"]
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0], "--video", str(folder)]
+    run(*arguments, lines=lines, monkeypatch=monkeypatch)
+    ((question, images),) = asked
+    assert question == "<image>\n<image>\n<image>\nWhat ?"
+    assert [isinstance(image, Video) for image in images] == [False, True, True]
+    assert "no video file 'none.mp4'" in capsys.readouterr().err
+    (record,) = json.loads((tmp_path / "s.json").read_text())
+    assert record["image"] == pictures[:1] and record["video"] == [str(folder)] * 2
+    assert record["conversations"][0]["value"] == "<image>\n<video>\n<video>\nWhat ?"
