@@ -135,14 +135,14 @@ CHAT_TEMPLATE = (
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'video') %}<video>\n{% endfor %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
-    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant"
 )
 
 
 def test_a_processors_words_for_videos():
     model = model_with(SPEC, chat_template=CHAT_TEMPLATE)
     request = model.request("<video>\nWhat?", Video(MOVING), PARAMS)
-    expected = f"<|im_start|>user\n{'#' * 13}\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    expected = f"<|im_start|>user\n{'#' * 13}\nWhat?<|im_end|>\n<|im_start|>assistant"
     assert text_of(model, request) == expected
     both = [random_image(0), Video(MOVING)]
     request = model.request("<image><video>What?", both, PARAMS)
