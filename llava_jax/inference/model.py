@@ -175,9 +175,8 @@ class Llava:
 
         Args:
           question: the user's text.
-          images: paths, encoded bytes, Pillow images or videos (`llava_jax.Video`, or the path of
-            a video file), for all `<image>` and `<video>` of history and question in their order.
-            If none is written, they stand before the first turn.
+          images: paths, encoded bytes, Pillow images, videos (`llava_jax.Video`, or paths of video
+            files), for all `<image>` and `<video>` in their order. Without any they stand first.
           history: (question, answer) pairs that came before. The part of them that the engine read
             for the last answer is not computed again.
           system: a system prompt to use instead of the template's own.
