@@ -15,6 +15,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
+from llava_jax.models.video import VideoSpec
 from llava_jax.serving import chat, command_line
 from tests.tiny_model import CONFIG, random_image
 
@@ -189,13 +190,25 @@ def test_a_video_is_shown_and_saved_as_a_record(model, pictures, tmp_path, capsy
     monkeypatch.setattr(
         model, "stream_chat", lambda q, images, *_, **__: asked.append((q, images)) or iter("a")
     )
+    spec = ImageSpec(8, "resize", video=VideoSpec(frames=3))
+    model.config = dataclasses.replace(CONFIG, image=spec)
     lines = [f"/video {folder}", "What <video>?", "/video none.mp4", f"/save {tmp_path / 's.json'}"]
     arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0], "--video", str(folder)]
     run(*arguments, lines=lines, monkeypatch=monkeypatch)
     ((question, images),) = asked
     assert question == "<image>\n<image>\n<image>\nWhat ?"
     assert [isinstance(image, Video) for image in images] == [False, True, True]
-    assert "no video file 'none.mp4'" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "no video file 'none.mp4'" in errors
+    assert "video: 11x9 pixels, 1 frames, 2 tokens" in errors
     (record,) = json.loads((tmp_path / "s.json").read_text())
     assert record["image"] == pictures[:1] and record["video"] == [str(folder)] * 2
     assert record["conversations"][0]["value"] == "<image>\n<video>\n<video>\nWhat ?"
+
+
+def test_a_model_without_videos_keeps_none_waiting(model, tmp_path, capsys, monkeypatch):
+    random_image(0).save(tmp_path / "0.png")
+    lines = [f"/video {tmp_path}", "What?"]
+    run("--checkpoint", str(tmp_path), lines=lines, monkeypatch=monkeypatch)
+    assert "the model takes pictures, not videos" in capsys.readouterr().err
+    assert model.calls[0][:2] == ("What?", [])
