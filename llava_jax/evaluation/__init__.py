@@ -17,6 +17,7 @@ from llava_jax.evaluation import (
     coco_captions,
     documents,
     easy_vqa,
+    easy_vqa_boxes,
     exams,
     multiple_choice,
     open_ended,
@@ -33,6 +34,7 @@ from llava_jax.evaluation.report import table, write_report
 # name -> load(root, **options); the options come from `config.options`.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "easy_vqa": easy_vqa.load,
+    "easy_vqa_boxes": easy_vqa_boxes.load,
     "vqav2": short_answers.load_vqav2,
     "gqa": short_answers.load_gqa,
     "vizwiz": short_answers.load_vizwiz,

@@ -85,8 +85,8 @@ class Benchmark:
         first value of the last line. None if labels are hidden.
       submit: writes the official file of answers into a folder and returns its path.
       draw: draws on a picture what its question and answer mean, for the page of failures.
-      by_boxes: (how a model writes boxes) -> `grade`, `score` and `draw` of its answers; None if
-        no answer has a box.
+      by_boxes: (the benchmark, how a model writes boxes) -> the benchmark for that model; None if
+        no question or answer has a box.
       fingerprint: hash of the questions, by which results of other questions are recognised.
     """
 
@@ -97,7 +97,7 @@ class Benchmark:
     score: Callable[[Sequence[Question], Sequence[str]], list[Score]] | None = None
     submit: Callable[[Sequence[Question], Sequence[str], Path], Path] | None = None
     draw: Callable[[Image.Image, Question, str], Image.Image] | None = None
-    by_boxes: Callable[[Boxes], dict[str, Callable]] | None = None
+    by_boxes: Callable[["Benchmark", Boxes], "Benchmark"] | None = None
     fingerprint: str = field(default="")
 
     def __post_init__(self):
@@ -112,7 +112,7 @@ class Benchmark:
 
     def reading(self, boxes: Boxes) -> "Benchmark":
         """The benchmark for a model that writes boxes so."""
-        return dataclasses.replace(self, **self.by_boxes(boxes))
+        return self.by_boxes(self, boxes)
 
     def first(self, limit: int) -> "Benchmark":
         """The first `limit` questions as a benchmark with its own name and no submission.

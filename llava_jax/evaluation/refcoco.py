@@ -1,7 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: the box of the object that a sentence describes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -42,7 +42,7 @@ def load(root: Path, name: str, split: str) -> Benchmark:
 
     questions = questions_of(references(root, name, split), root / name, make)
     source = f"{SOURCE} (pictures: https://cocodataset.org, train2014)"
-    benchmark = Benchmark(f"{name}/{split}", source, questions, by_boxes=metric)
+    benchmark = Benchmark(f"{name}/{split}", source, questions, by_boxes=_graded)
     return benchmark.reading(Boxes())
 
 
@@ -87,10 +87,9 @@ class Metric:
         return draw_boxes(image, [predicted] if predicted else [], "red")
 
 
-def metric(boxes: Boxes) -> dict[str, Callable]:
-    """`grade`, `score` and `draw` of a benchmark."""
-    of = Metric(boxes)
-    return {"grade": of.grade, "score": of.score, "draw": of.draw}
+def _graded(benchmark: Benchmark, boxes: Boxes) -> Benchmark:
+    metric = Metric(boxes)
+    return replace(benchmark, grade=metric.grade, score=metric.score, draw=metric.draw)
 
 
 def centre_inside(box: Box, truth: Box) -> bool:

@@ -42,11 +42,12 @@ TRAIN, TEST = {"poster": 1200, "several": 2000, "video": 3000}, 400
 
 
 class Shape(NamedTuple):
-    """One easy-VQA picture, and what it shows."""
+    """One easy-VQA picture, and what it shows; file: its name in easy-VQA's folder of pictures."""
 
     picture: Image.Image
     color: str
     shape: str
+    file: str = ""
 
 
 class Example(NamedTuple):
@@ -108,7 +109,7 @@ def read_shapes(split: str) -> list[Shape]:
         if text := caption(questions):  # "a blue rectangle."
             _, color, shape = text.rstrip(".").split()
             with Image.open(folder / f"{image}.png") as picture:
-                shapes.append(Shape(picture.convert("RGB"), color, shape))
+                shapes.append(Shape(picture.convert("RGB"), color, shape, f"{split}/{image}.png"))
     return shapes
 
 
