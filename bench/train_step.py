@@ -8,9 +8,10 @@ the same packed batches. If config.init names an encoder and a decoder, both sta
 the losses of the first steps show that both compute the same. Otherwise parameters and batches are
 random, in the shapes of the recipe.
 
-The other side is LlavaForConditionalGeneration in eager mode, with sdpa attention under a mask that
-separates packed conversations, only the pictures that are there, and fused AdamW with float32
-state. Prints real tokens a second (median and best of all blocks), the ratio, and the peak memory.
+The other side is LlavaForConditionalGeneration, or the class of LLaVA-NeXT or OneVision, in eager
+mode, with sdpa attention under a mask that separates packed conversations, only the tiles that are
+there, and fused AdamW with float32 state. Prints real tokens a second (median and best of all
+blocks), the ratio, and the peak memory.
 """
 
 import dataclasses
@@ -27,12 +28,16 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from bench.huggingface_training import start_theirs
 from configs import base
 from llava_jax import command
+from llava_jax.data.media import inspect_image
+from llava_jax.data.rows import RowFormat, pack
+from llava_jax.dry_run.estimate import SIZES
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import TEXT
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.text.tokenization import IGNORE_INDEX
+from llava_jax.text.tokenization import IGNORE_INDEX, TokenRow
 from llava_jax.training import recipe
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to time.", lock_config=True)
@@ -43,12 +48,25 @@ THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "Threads of PyTorch on
 
 
 def real_batches(config: ConfigDict, model: LlavaConfig, count: int) -> list[dict]:
-    """The first packed batches of the stage."""
+    """The first packed batches of the stage; with `sizes` where tiles depend on them."""
     from llava_jax.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.tokenizer_folder(config), model.decoder.vocab_size)
     data = one_device(config).training_data(tokenizer, epochs=None, steps=count, cache_dir=None)
-    return [batch.arrays for batch in data.batch_iterator()]
+    batches = list(data.batch_iterator())
+    if not model.image.by_size:
+        return [batch.arrays for batch in batches]
+    return [batch.arrays | {"sizes": picture_sizes(data.records, batch)} for batch in batches]
+
+
+def picture_sizes(records, batch) -> np.ndarray:
+    """int[n, 3]: width, height and number of the conversation of each picture of a batch."""
+    numbers = {records[i].id: i for i in range(len(records))}
+    found = []
+    for conversation, record_id in enumerate(batch.record_ids):
+        for image in records[numbers[record_id]].images:
+            found.append((*inspect_image(image), conversation))
+    return np.array(found).reshape(-1, 3)
 
 
 def one_device(config: ConfigDict):
@@ -63,9 +81,14 @@ def one_device(config: ConfigDict):
 
 
 def random_batch(config: ConfigDict, model: LlavaConfig) -> dict:
-    """Full rows of one conversation: pictures first, the last third supervised."""
+    """Full rows of one conversation: pictures first, the last third supervised.
+
+    Where tiles depend on the size of a picture: see `random_tiled_batch`.
+    """
     rng, rows = np.random.default_rng(0), config.batch_size
     row_format = recipe.row_format(config, model)
+    if model.image.by_size:
+        return random_tiled_batch(rng, rows, row_format, model.decoder.vocab_size)
     length = row_format.length
     tiles = min(row_format.tiles, length // model.tokens_per_tile)
     spec = dataclasses.replace(row_format, tiles=tiles).row_spec()
@@ -86,6 +109,38 @@ def random_batch(config: ConfigDict, model: LlavaConfig) -> dict:
     }
 
 
+def random_tiled_batch(rng, rows: int, row_format: RowFormat, vocabulary: int) -> dict:
+    """Rows packed with conversations about one picture each, of the sizes of `estimate.SIZES`.
+
+    An answer of 60 tokens follows a question of 40. `sizes` come with the arrays.
+    """
+    packed, sizes, number = [], [], 0
+    for _ in range(rows):
+        conversations, pictures, room = [], [], [row_format.length, row_format.tiles]
+        while True:
+            size = SIZES[number % len(SIZES)]
+            (layout,) = row_format.layouts([size])
+            count = len(layout)
+            room = [room[0] - count - 100, room[1] - layout.tiles]
+            if min(room) < 0:
+                break
+            ids = rng.integers(0, vocabulary - 1, count + 100).astype(np.int32)
+            ids[:count] = row_format.image_token_id
+            labels = np.where(np.arange(len(ids)) >= count + 40, ids, IGNORE_INDEX)
+            offsets = np.zeros((len(ids), 2), np.int64)
+            conversations.append(TokenRow(ids, labels.astype(np.int32), ((0, count),), offsets))
+            side = row_format.image.size
+            pixels = rng.integers(0, 256, (layout.tiles, side, side, 3), np.uint8)
+            pictures.append((layout, pixels))
+            sizes.append((*size, number))
+            number += 1
+        if not conversations:
+            raise LlavaError(f"a row has no room for a picture of {size[0]}x{size[1]} pixels")
+        packed.append(pack(conversations, pictures, row_format))
+    batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+    return batch | {"sizes": np.array(sizes)}
+
+
 def start_ours(config: ConfigDict, batches: list[dict]):
     """(function that runs step i and gives its loss, function for peak bytes on the device)."""
     import flax.linen as nn
@@ -96,6 +151,7 @@ def start_ours(config: ConfigDict, batches: list[dict]):
     from llava_jax.training.state import fresh_state, place
 
     stage = one_device(config)
+    batches = [{k: v for k, v in batch.items() if k != "sizes"} for batch in batches]
     optimizer = stage.optimizer(lambda step: 1.0)
     if config.init.vision:
         state, frozen = stage.starting_state(recipe.starting_sources(config), optimizer)
@@ -115,145 +171,6 @@ def start_ours(config: ConfigDict, batches: list[dict]):
 
     device = jax.devices()[0]
     return run, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def huggingface_config(shape: LlavaConfig):
-    """The transformers config of our shape; its image token is an id of its own, the last."""
-    import transformers
-
-    v, d = shape.vision, shape.decoder
-    common = dict(
-        hidden_size=v.hidden_size,
-        num_hidden_layers=v.num_layers,
-        num_attention_heads=v.num_heads,
-        patch_size=v.patch_size,
-        image_size=v.image_size,
-        hidden_act=v.hidden_act,
-        layer_norm_eps=v.layer_norm_eps,
-    )
-    if v.layer_scale:
-        vision = transformers.Dinov2Config(**common, mlp_ratio=v.intermediate_size // v.hidden_size)
-    else:
-        vision = transformers.CLIPVisionConfig(**common, intermediate_size=v.intermediate_size)
-    text = transformers.LlamaConfig(
-        vocab_size=d.vocab_size + 1,
-        hidden_size=d.hidden_size,
-        intermediate_size=d.intermediate_size,
-        num_hidden_layers=d.num_layers,
-        num_attention_heads=d.num_heads,
-        num_key_value_heads=d.num_kv_heads,
-        head_dim=d.head_dim,
-        rms_norm_eps=d.rms_norm_eps,
-        rope_theta=d.rope_theta,
-        tie_word_embeddings=d.tie_word_embeddings,
-        max_position_embeddings=d.max_position_embeddings,
-    )
-    return transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=d.vocab_size,
-        vision_feature_layer=shape.feature_layer,
-        projector_hidden_act="gelu",
-        tie_word_embeddings=d.tie_word_embeddings,
-    )
-
-
-def make_huggingface(config: ConfigDict, shape: LlavaConfig, projector: dict, device: str):
-    """The model of transformers, with the parameters that the recipe names, if any."""
-    import torch
-    import transformers
-
-    with torch.device(device):
-        model = transformers.LlavaForConditionalGeneration._from_config(
-            huggingface_config(shape), attn_implementation="sdpa", dtype=torch.float32
-        )
-    if not config.init.vision:
-        return model
-    inner = model.model
-    vision = transformers.AutoModel.from_pretrained(config.init.vision)
-    missing, extra = inner.vision_tower.load_state_dict(vision.state_dict(), strict=False)
-    assert set(missing) <= {"embeddings.mask_token"} and not extra
-    decoder = transformers.AutoModelForCausalLM.from_pretrained(config.init.decoder)
-    rows = shape.decoder.vocab_size
-    with torch.no_grad():
-        for name, tensor in decoder.model.state_dict().items():
-            inner.language_model.get_parameter(name)[: len(tensor)] = tensor
-        if not shape.decoder.tie_word_embeddings:
-            model.lm_head.weight[:rows] = decoder.lm_head.weight
-        for i, layer in enumerate(("linear_1", "linear_2")):
-            ours = projector[f"linear_{i}"]
-            theirs = getattr(inner.multi_modal_projector, layer)
-            theirs.weight.copy_(torch.from_numpy(ours["kernel"].T.copy()))
-            theirs.bias.copy_(torch.from_numpy(ours["bias"].copy()))
-    return model
-
-
-def prepare(batch: dict, shape: LlavaConfig, device: str) -> dict:
-    """One of our packed batches as the model of transformers takes it."""
-    import torch
-
-    ids, segments = batch["input_ids"], batch["segment_ids"]
-    allowed = np.tril(segments[:, :, None] == segments[:, None, :])
-    used = batch["feature_ids"].max(1) // shape.tokens_per_tile + 1
-    images = np.concatenate([row[:n] for row, n in zip(batch["tiles"], used, strict=True)])
-    pixels = (images / np.float32(255) - shape.image.mean) / shape.image.std
-    arrays = {
-        "input_ids": np.where(ids == shape.image_token_id, shape.decoder.vocab_size, ids),
-        "labels": batch["labels"],
-        "position_ids": batch["position_ids"],
-        "pixel_values": pixels.transpose(0, 3, 1, 2).astype(np.float32),
-    }
-    if (segments != 1).any():  # whole rows of one conversation need no mask: flash attention
-        arrays["attention_mask"] = allowed[:, None]
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
-    for name in ("input_ids", "labels", "position_ids"):
-        tensors[name] = tensors[name].long()
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def start_theirs(config: ConfigDict, batches: list[dict], projector: dict, threads: int):
-    """The same as `start_ours`, with transformers and PyTorch."""
-    import torch
-
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # else its steps slow down many times over
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, o = recipe.model_config(config), config.optimizer
-    model = make_huggingface(config, shape, projector, device).train()
-    autocast = config.model.dtype != "float32"
-    if autocast and o.moments_dtype != "float32":  # parameters and state in 16 bits, to fit
-        model, autocast = model.to(torch.bfloat16), False
-    names = {
-        "vision": "model.vision_tower",
-        "projector": "model.multi_modal_projector",
-        "decoder": ("model.language_model", "lm_head"),
-    }
-    groups = []
-    model.requires_grad_(False)
-    for component, rate in config.trainable.items():
-        chosen = [p for n, p in model.named_parameters() if n.startswith(names[component])]
-        groups.append({"params": [p.requires_grad_(True) for p in chosen], "lr": rate})
-    trained = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(
-        groups, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
-    if config.model.remat_policy in ("attention", "full"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    prepared = [prepare(batch, shape, device) for batch in batches]
-    for arrays in prepared:
-        arrays["pixel_values"] = arrays["pixel_values"].to(model.dtype)
-
-    def run(i: int) -> float:
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss = model(**prepared[i % len(prepared)]).loss
-        loss.backward()
-        if o.clip_norm:
-            torch.nn.utils.clip_grad_norm_(trained, o.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return run, lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
 def side(start, connection, *arguments) -> None:

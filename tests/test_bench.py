@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bench import scaling, train_step
+from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.presets import PRESETS
 from llava_jax.training import recipe
@@ -59,10 +60,21 @@ def test_a_table_of_scaling_over_tpus(world, tmp_path, capsys):
             assert line[8].count(" to ") == line[9].count(" to ") == 1 and line[10][-1] == "%"
 
 
-def test_a_recipe_s_shape_is_timed_with_random_parameters(monkeypatch):
-    """What the benchmark on a GPU does where no weights are: here of a tiny CLIP and Llama."""
+TOWERS = {  # recipe -> what differs from CLIP and 1.5
+    "llava15_7b_instruct": {},
+    "llava16_7b_instruct": {"image": ImageSpec(28, "anyres")},
+    "onevision_7b_single": {
+        "image": ImageSpec(28, "anyres", tiling=Tiling(cap=1, one_view=True)),
+        "feature_layer": -1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_recipe_s_shape_is_timed_with_random_parameters(name, monkeypatch):
+    """What the benchmark on a GPU does where no weights are: here of a tiny tower and decoder."""
     pytest.importorskip("torch")
-    big = PRESETS["llava-1.5-7b"]
+    big = PRESETS["llava-1.5-7b"] if "15" in name else PRESETS[name.rpartition("_")[0]]
     small = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
     shape = dataclasses.replace(
         big,
@@ -70,12 +82,14 @@ def test_a_recipe_s_shape_is_timed_with_random_parameters(monkeypatch):
         decoder=dataclasses.replace(
             big.decoder, **small, vocab_size=300, num_kv_heads=4, head_dim=8
         ),
-        image=ImageSpec(28),
+        **{"image": ImageSpec(28)} | TOWERS[name],
     )
     monkeypatch.setattr(recipe, "model_config", lambda config: shape)
-    config = importlib.import_module("configs.llava15_7b_instruct").get_config()
+    config = importlib.import_module(f"configs.{name}").get_config()
     config.batch_size, config.accumulation, config.data.max_length = 2, 1, 32
     config.model.dtype = "float32"
+    if shape.image.by_size:
+        config.data.max_length, config.data.row_length, config.data.images_per_row = 300, None, 10
     batch = train_step.random_batch(config, shape)
     ours, _ = train_step.start_ours(config, [batch])
     theirs, _ = train_step.start_theirs(config, [batch], {}, 1)
