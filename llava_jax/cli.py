@@ -87,6 +87,10 @@ def main(argv: list[str] | None = None) -> int:
             from llava_jax.command import read_config
 
             args.config = read_config(args.config, changes)
+        if getattr(args, "dry_run", None):
+            from llava_jax.dry_run import answering
+
+            return answering.run(args)
         return importlib.import_module(COMMANDS[args.command][0]).main(args)
     except LlavaError as error:
         print(f"llava-jax {args.command}: {error}", file=sys.stderr)

@@ -309,6 +309,10 @@ class Device:
         self.store: jax.Array | None = None
         self.rows = self.size = 0
 
+    @property
+    def _store_shape(self) -> tuple[int, int, int]:
+        return self.tile_slots, self.config.tokens_per_tile, self.config.decoder.hidden_size
+
     def _compile(self, function, **options):
         @functools.wraps(function)
         def counted(*arguments, **keywords):
@@ -339,9 +343,8 @@ class Device:
         """Fills slots of the feature store with the features of uint8[S, S, 3]."""
         store = self.store
         if store is None:
-            shape = (self.tile_slots, self.config.tokens_per_tile, self.config.decoder.hidden_size)
             device = self._mesh and replicated(self._mesh)
-            store = jnp.zeros(shape, self._model.dtype, device=device)
+            store = jnp.zeros(self._store_shape, self._model.dtype, device=device)
         waiting = list(tiles.items())
         while waiting:
             count = tile_bucket(len(waiting))
@@ -372,3 +375,18 @@ class Device:
     def logits(self, *inputs) -> jax.Array:
         """Float32 logits [B, T, V] of whole sequences; arguments as in `scoring.all_logits`."""
         return self._all_logits(self.params, *inputs)
+
+    def abstract_state(self, rows: int, size: int) -> DecodeState:
+        """Shapes and shardings of the state that `reserve` makes, on devices not attached too."""
+        made = self._new_state.lower(rows, size)
+        shape = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        return jax.tree.map(shape, made.out_info, made.compile().output_shardings)
+
+    def abstract_store(self, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        """Shape of the feature store."""
+        return jax.ShapeDtypeStruct(self._store_shape, self._model.dtype, sharding=place)
+
+    def lower(self, function: str, *shapes, **options) -> jax.stages.Lowered:
+        """`encode`, `prefill` or `decode` for the shapes of its arguments after the parameters."""
+        functions = {"encode": self._encode, "prefill": self._prefill, "decode": self._decode}
+        return functions[function].lower(self.params, *shapes, **options)

@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a prompt and its answer (2048, or the largest picture and 1024 more)",
     )  # fmt: skip
     work.add_argument(
+        "--dry_run", metavar="TOPOLOGY",
+        help="serve nothing; compile for devices such as h100:1 or v5e:2x2 and report the cost",
+    )  # fmt: skip
+    work.add_argument(
         "--all_shapes", action="store_true",
         help="compile four times as many programs at the start, which pad prompts less",
     )  # fmt: skip
@@ -164,10 +168,7 @@ def _keys(path: str | None) -> list[str]:
 def load(args, server) -> None:
     """Loads the model and compiles everything that requests can need; reports in `progress`."""
     model = load_from_arguments(args)
-    limit = model.config.decoder.max_position_embeddings
-    context = args.max_model_len or default_context(model.config)
-    if not 16 <= context <= limit:
-        raise LlavaError(f"--max_model_len must be from 16 to {limit}, the model's, not {context}")
+    context = context_length(args.max_model_len, model.config)
 
     def report(done: int, count: int) -> None:
         server.progress = f"compiling {done} of {count} programs"
@@ -180,6 +181,15 @@ def load(args, server) -> None:
     hosts = [name.lower() for name in args.url_hosts or ()]
     urls = hosts if hosts or args.allow_urls else None
     server.attach(model, context, args.batch_size, urls)
+
+
+def context_length(wanted: int | None, config: LlavaConfig) -> int:
+    """Tokens of a prompt and its answer: --max_model_len, or `default_context`."""
+    limit = config.decoder.max_position_embeddings
+    context = wanted or default_context(config)
+    if not 16 <= context <= limit:
+        raise LlavaError(f"--max_model_len must be from 16 to {limit}, the model's, not {context}")
+    return context
 
 
 def default_context(config: LlavaConfig) -> int:

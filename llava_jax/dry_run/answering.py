@@ -1,0 +1,241 @@
+"""`llava-jax serve --dry_run`: what answering costs on devices that are not attached.
+
+The programs that the server runs are compiled in the largest shapes that it warms up: tiles through
+the encoder, prompts into the cache, tokens out of it. Nothing of a model is computed or read.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.dry_run.chips import GIB
+from llava_jax.dry_run.compiling import needed_by
+from llava_jax.dry_run.report import bytes_on_a_device, share_of_a_card
+from llava_jax.dry_run.topology import Topology, topology
+from llava_jax.errors import LlavaError
+from llava_jax.inference.decoding import TILES, Device
+from llava_jax.inference.prefill import (
+    cache_bucket,
+    count_bucket,
+    pack_prompts,
+    prefill_shapes,
+    window_bucket,
+)
+from llava_jax.inference.quantization import quantize_kernels
+from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.precision import compute_precision
+from llava_jax.models.presets import PRESETS
+from llava_jax.parallel.mesh import make_mesh
+from llava_jax.parallel.sharding import param_shardings, replicated
+from llava_jax.serving.serve import context_length
+from llava_jax.weights.hub import local_folder
+from llava_jax.weights.load import source_config
+
+DOES_NOT_FIT = 3  # exit status
+BATCHES = (1, 8, 32, 128)  # whose speed is estimated
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the dry run of `llava-jax serve`; the last line is all of it as one JSON object.
+
+    Args:
+      args: of the command; `dry_run` is the name of the topology.
+
+    Returns:
+      The exit status: 0, or DOES_NOT_FIT.
+    """
+    where = topology(args.dry_run)
+    if args.replicas * args.tensor > len(where.devices):
+        raise LlavaError(
+            f"{where.name} has {len(where.devices)} devices, but --replicas {args.replicas} and "
+            f"--tensor {args.tensor} need {args.replicas * args.tensor}"
+        )
+    mesh = make_mesh(1, 1, args.tensor, list(where.devices[: args.tensor]))  # of one copy
+    config = model_config(args.checkpoint)
+    dtype = "bfloat16" if args.dtype == "auto" and where.chip else args.dtype
+    params = abstract_weights(config, mesh, dtype, bool(args.quantize))
+    device = Device(config, params, dtype, args.kv_cache, mesh)
+    slots = cache_bucket(context_length(args.max_model_len, config))
+    rows = count_bucket(args.batch_size)
+    figures = {
+        "topology": where.name,
+        "tensor": args.tensor,
+        "dtype": device.dtype,
+        "cache_dtype": device.kv_dtype.name,
+        "rows": rows,
+        "slots": slots,
+        **costs(device, where, mesh, rows, slots, few=not args.all_shapes),
+    }
+    if where.chip:
+        figures["decoding"] = decoding_speed(config, params, where, figures)
+    print_figures(figures)
+    print(json.dumps(figures))
+    return 0 if figures["fits"] else DOES_NOT_FIT
+
+
+def model_config(checkpoint: str) -> LlavaConfig:
+    """The config of a checkpoint, or of a preset if no folder has that name."""
+    if checkpoint in PRESETS and not Path(checkpoint).exists():
+        return PRESETS[checkpoint]
+    return source_config(local_folder(checkpoint))
+
+
+def abstract_weights(config: LlavaConfig, mesh: Mesh, dtype: str, quantize: bool) -> dict:
+    """Shapes, dtypes and shardings of a copy's parameters as the engine holds them."""
+    boxed = abstract_params(config)
+    shardings = flatten_dict(param_shardings(mesh, boxed))
+    params = nn.meta.unbox(boxed)
+    stored = compute_precision(dtype)[0]
+    cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored)
+    params = jax.tree.map(cast, params)
+    if quantize:
+        params = jax.eval_shape(quantize_kernels, params)
+
+    def place(path: tuple[str, ...], leaf) -> jax.ShapeDtypeStruct:
+        if path[-1] == "kernel_scale":  # [..., out] of a kernel [..., in, out]
+            *outer, _, out = shardings[*path[:-1], "kernel"].spec
+            sharding = NamedSharding(mesh, PartitionSpec(*outer, out))
+        else:
+            sharding = shardings[path]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return unflatten_dict({path: place(path, leaf) for path, leaf in flatten_dict(params).items()})
+
+
+def costs(
+    device: Device, where: Topology, mesh: Mesh, rows: int, slots: int, few: bool
+) -> dict[str, object]:
+    """Bytes of a device by kind, and of each program; rows and slots for which there is room.
+
+    Args:
+      rows, slots: of the cache.
+      few: see `Engine.warm_up`.
+    """
+    config, everywhere = device.config, replicated(mesh)
+    put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+    state, store = device.abstract_state(rows, slots), device.abstract_store(everywhere)
+    shapes = prefill_shapes(rows, slots, few)
+    prompts = jax.tree.map(
+        lambda leaf: put(leaf.shape, leaf.dtype),
+        pack_prompts([], shapes[-1], rows, config.image.taps),
+    )
+    side = config.image.size
+    tiles = put((TILES[-1], side, side, 3), jnp.uint8), put((TILES[-1],), jnp.int32)
+    running, fewest = put((rows,), bool), put((), jnp.int32)
+    lowered = {
+        f"encode {TILES[-1]} tiles": device.lower("encode", store, *tiles),
+        f"read {shapes[-1].tokens:,} tokens": device.lower("prefill", state, store, prompts),
+        f"a token of {rows} rows": device.lower("decode", state, running, fewest, window=slots),
+    }
+    programs = {name: program_costs(program) for name, program in lowered.items()}
+    sizes = {
+        "weights": bytes_on_a_device(device.params),
+        "cache": bytes_on_a_device(state.cache),
+        "features": bytes_on_a_device(store),
+    }
+    held = sizes["weights"] + sizes["features"]
+    temporary = max(program["temporary"] for program in programs.values())
+    sizes["needed"] = max(
+        # An argument that a program does not take is in memory all the same.
+        max(sum(sizes.values()) + program["temporary"], program["peak"])
+        for program in programs.values()
+    )
+    sizes |= {"usable": where.usable, "hbm": where.chip and where.chip.hbm}
+    windows = {window_bucket(n, slots, few) for n in range(1, slots + 1)}
+    warm_up = len(TILES) + len(windows) + len(shapes)
+    figures = {"bytes": sizes, "programs": programs, "warm_up": warm_up}
+    if where.usable is None:
+        return figures | {"fits": True}
+    spare = (where.usable - held - temporary) / (sizes["cache"] / (rows * slots))
+    figures["room"] = {"rows": _power(spare / slots), "slots": _power(spare / rows)}
+    return figures | {"fits": sizes["needed"] <= where.usable}
+
+
+def _power(number: float) -> int:
+    """The largest power of two up to a number; 0 below 1."""
+    return 1 << (int(number).bit_length() - 1) if number >= 1 else 0
+
+
+def program_costs(lowered: jax.stages.Lowered) -> dict[str, float]:
+    """Bytes at the peak and bytes moved in a run; loops of unknown turns count once."""
+    began = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = needed_by(str(error)) or np.inf
+        return {
+            "temporary": 0,
+            "peak": needed,
+            "moved": None,
+            "seconds": time.perf_counter() - began,
+        }
+    memory = program.memory_analysis()
+    counted = program.cost_analysis() or {}  # the compiler for GPUs counts nothing
+    return {
+        "temporary": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "moved": counted.get("bytes accessed"),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def decoding_speed(config: LlavaConfig, params: dict, where: Topology, figures: dict) -> dict:
+    """The least bytes that a token of every row moves on a device, and the most tokens/s.
+
+    Every weight of the language model is read, and every key and value of full rows; of the table
+    of embeddings only if it is the output's too.
+    """
+    decoder = dict(params["decoder"])
+    if not config.decoder.tie_word_embeddings:
+        decoder.pop("embed_tokens")
+    weights = bytes_on_a_device(decoder)
+    count = sum(leaf.size for leaf in jax.tree.leaves(decoder)) / figures["tensor"]
+    row = figures["bytes"]["cache"] / figures["rows"]
+    speed = {}
+    for rows in sorted({*BATCHES, figures["rows"]}):
+        least = weights + rows * row
+        seconds = max(least / where.chip.hbm_bandwidth, 2 * count * rows / where.chip.peak)
+        speed[rows] = {"bytes": least, "tokens_per_second": rows / seconds}
+    return speed
+
+
+def print_figures(figures: dict) -> None:
+    """The figures as lines to read."""
+    gib = lambda size: f"{size / GIB:.2f}"
+    sizes, rows, slots = figures["bytes"], figures["rows"], figures["slots"]
+    print(
+        f"{figures['topology']}, {figures['tensor']} devices a copy; {figures['dtype']}, cache "
+        f"{figures['cache_dtype']}; {rows} rows of {slots:,} tokens; {figures['warm_up']} programs "
+        "to compile at the start"
+    )
+    kinds = ("weights", "cache", "features")
+    print("GiB a device: " + ", ".join(f"{kind} {gib(sizes[kind])}" for kind in kinds))
+    for name, program in figures["programs"].items():
+        moved = f", {program['moved'] / 1e9:.1f} GB moved" if program["moved"] else ""
+        print(
+            f"{name}: {gib(program['temporary'])} GiB on top{moved}; compiled in "
+            f"{program['seconds']:.0f} s"
+        )
+    room = f" of {gib(sizes['usable'])}" if sizes["hbm"] else ""
+    verdict = "fits" if figures["fits"] else "DOES NOT FIT"
+    print(f"at the peak {gib(sizes['needed'])}{room}: {verdict}{share_of_a_card(sizes)}")
+    if "room" in figures:
+        most = figures["room"]
+        print(
+            f"room for {most['rows']} rows of {slots:,} tokens, or {rows} rows of {most['slots']:,}"
+        )
+    for batch, speed in figures.get("decoding", {}).items():
+        print(
+            f"{batch} full rows: at least {speed['bytes'] / 1e9:.1f} GB for a token of each, at "
+            f"most {speed['tokens_per_second']:,.0f} tokens/s a copy"
+        )

@@ -1,0 +1,95 @@
+"""Dry runs of answering: bytes against hand counts, the command on simulated devices and GPUs."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from llava_jax import cli
+from llava_jax.dry_run.answering import abstract_weights, decoding_speed
+from llava_jax.dry_run.chips import CHIPS
+from llava_jax.dry_run.report import bytes_on_a_device
+from llava_jax.dry_run.topology import Topology
+from llava_jax.models.presets import PRESETS, preset
+from llava_jax.parallel.mesh import make_mesh
+from tests.dry_run.test_gpu import with_compiler
+from tests.dry_run.test_run import DECODER_7B, PROJECTOR_7B
+from tests.tiny_model import CONFIG, random_params
+
+KERNELS_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
+OUTPUTS_7B = 32 * (5 * 4096 + 2 * 11008) + 32000  # of those kernels, one scale each
+
+
+def answer(capsys, *flags: str) -> tuple[int, dict]:
+    """(exit status, the JSON object of the last line) of `llava-jax serve` with flags."""
+    code = cli.main(["serve", "--checkpoint", "tiny", *flags])
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_command_on_simulated_devices(monkeypatch, capsys, tensor):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    flags = (f"--tensor={tensor}", "--batch_size=3", "--max_model_len=60", "--dry_run=cpu:8")
+    code, figures = answer(capsys, *flags)
+    assert code == 0 and figures["fits"]
+    assert (figures["rows"], figures["slots"]) == (4, 64)
+    d, sizes = CONFIG.decoder, figures["bytes"]
+    cache = 2 * d.num_layers * 4 * 64 * d.num_kv_heads * d.head_dim * 4  # float32 keys and values
+    assert sizes["cache"] == cache / tensor
+    assert sizes["features"] == 64 * CONFIG.tokens_per_tile * d.hidden_size * 4
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(random_params(CONFIG)))
+    assert whole / tensor <= sizes["weights"] <= whole
+    assert sizes["needed"] > sizes["cache"] + sizes["weights"] + sizes["features"]
+    assert len(figures["programs"]) == 3 and figures["warm_up"] > 8
+
+
+def test_more_devices_than_the_topology_has_are_refused(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    assert cli.main(["serve", "--checkpoint=tiny", "--tensor=16", "--dry_run=cpu:8"]) == 1
+    assert "cpu:8 has 8 devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_weights_of_7b(tensor, quantize):
+    mesh = make_mesh(1, 1, tensor, jax.devices()[:tensor])
+    params = abstract_weights(preset("llava-1.5-7b"), mesh, "bfloat16", quantize)
+    parts = {name: bytes_on_a_device(part) for name, part in params.items()}
+    wanted = 2 * DECODER_7B
+    if quantize:  # a byte a weight, and float32 scales
+        wanted += -KERNELS_7B + 4 * OUTPUTS_7B
+    norms = 2 * 65 * 4096
+    assert parts["decoder"] == pytest.approx((wanted - norms) / tensor + norms, rel=1e-3)
+    assert parts["projector"] < 2.01 * PROJECTOR_7B
+
+
+def test_the_speed_of_decoding_by_the_memory():
+    config, mesh = preset("llava-1.5-7b"), make_mesh(1, 1, 1, jax.devices()[:1])
+    params = abstract_weights(config, mesh, "bfloat16", False)
+    where = Topology("h100:1", (None,), (1,), CHIPS["h100"])
+    row = 2 * 32 * 2048 * 32 * 128 * 2  # keys and values of every layer
+    figures = {"tensor": 1, "rows": 4, "bytes": {"cache": 4 * row}}
+    speed = decoding_speed(config, params, where, figures)
+    weights = 2 * (DECODER_7B - 32000 * 4096)  # not the table of embeddings
+    assert sorted(speed) == [1, 4, 8, 32, 128]
+    assert speed[32]["bytes"] == weights + 32 * row
+    bandwidth = CHIPS["h100"].hbm_bandwidth
+    assert speed[32]["tokens_per_second"] == pytest.approx(32 * bandwidth / (weights + 32 * row))
+
+
+@with_compiler
+def test_the_command_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    code, figures = answer(capsys, "--dry_run=h100:1", "--dtype=auto", "--max_model_len=60")
+    assert code == 0 and figures["dtype"] == "bfloat16"
+    assert figures["room"]["rows"] >= figures["rows"] and figures["room"]["slots"] > 64
+    assert figures["decoding"]["8"]["tokens_per_second"] > 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+def test_the_command_on_a_tpu(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    code, figures = answer(capsys, "--dry_run=v5e:1x1", "--dtype=auto", "--max_model_len=60")
+    decode = figures["programs"]["a token of 8 rows"]
+    assert code == 0 and decode["moved"] > figures["decoding"]["8"]["bytes"] > 0
