@@ -123,10 +123,8 @@ def costs(
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
     state, store = device.abstract_state(rows, slots), device.abstract_store(everywhere)
     shapes = prefill_shapes(rows, slots, few)
-    prompts = jax.tree.map(
-        lambda leaf: put(leaf.shape, leaf.dtype),
-        pack_prompts([], shapes[-1], rows, config.image.taps),
-    )
+    prompts = pack_prompts([], shapes[-1], rows, config.image.taps)
+    prompts = jax.tree.map(lambda leaf: put(leaf.shape, leaf.dtype), prompts)
     side = config.image.size
     tiles = put((TILES[-1], side, side, 3), jnp.uint8), put((TILES[-1],), jnp.int32)
     running, fewest = put((rows,), bool), put((), jnp.int32)
