@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from llava_jax.models.presets import preset
-from llava_jax.training.recipe import check_config, flatten, model_config
+from llava_jax.training.recipe import check_config, flatten, model_config, row_format
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = ROOT / "tests/configs_snapshot"
@@ -105,6 +105,62 @@ def test_hyper_parameters_are_the_published_ones(name):
     lora = config.lora
     wanted = (128, 256.0, 0.05) if rates is LORA else (0, 16.0, 0.0)
     assert (lora.rank, lora.alpha, lora.dropout) == wanted
+
+
+def all_parts(rate: float) -> dict:
+    """The tower has its own rate; the newline, below projector, that of the language model."""
+    return {"vision": 2e-6, "projector": rate, "decoder": rate}
+
+
+# Recipe of pictures in tiles -> (rates, template, picture, tokens a conversation, tokens and tiles
+# a row).
+ALIGN = {"projector": 1e-3}
+TILED = {
+    "llava16_7b_align": (ALIGN, "plain", "square", 640, 640, 1),
+    "llava16_13b_align": (ALIGN, "plain", "square", 640, 640, 1),
+    "llava16_34b_align": (ALIGN, "plain", "square", 640, 640, 1),
+    "llava16_7b_instruct": (all_parts(2e-5), "v1", "anyres", 4096, 8192, 15),
+    "llava16_13b_instruct": (all_parts(2e-5), "v1", "anyres", 4096, 8192, 15),
+    "llava16_34b_instruct": (all_parts(1e-5), "chatml_direct", "anyres", 4096, 8192, 15),
+    **{
+        f"onevision_{size}_{stage}": values
+        for size in ("0p5b", "7b")
+        for stage, values in {
+            "align": (ALIGN, "plain", "resize", 896, 896, 1),
+            **dict.fromkeys(
+                ("mid", "single", "onevision"),
+                (all_parts(1e-5), "chatml", "anyres", 16384, 16384, 48),
+            ),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_recipes_of_pictures_in_tiles_have_the_published_numbers(name):
+    """Of LLaVA-NeXT's scripts/train, the released configs and Open-LLaVA-NeXT."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    model = model_config(config)
+    rows = row_format(config, model)
+    rates, template, picture, most, length, tiles = TILED[name]
+    assert config.trainable.to_dict() == rates and config.model.template == template
+    assert (config.epochs, config.steps) == (1, None)
+    assert (model.image.mode, rows.max_length, rows.length, rows.tiles) == (
+        picture, most, length, tiles
+    )  # fmt: skip
+    assert model.decoder.max_position_embeddings >= most
+    optimizer = {"weight_decay": 0.0, "clip_norm": 1.0, "warmup_ratio": 0.03}
+    assert config.optimizer.to_dict().items() >= optimizer.items()
+    if picture == "anyres":
+        largest = rows.layouts([(2304, 2304)])[0]
+        assert largest.tiles <= tiles and len(largest) < length and model.image.newline
+        assert largest.tiles == (37 if "onevision" in name else 5)
+    else:
+        assert model.image.tiling is None
+    kept = {"align": None, "mid": "align", "single": "mid", "onevision": "single"}
+    before = kept.get(name.rpartition("_")[2], "align")
+    folder = config.workdir.rpartition("/")[0]
+    assert config.init.checkpoint == (f"{folder}/{before}" if before else "")
 
 
 def test_the_base_has_no_recipe_of_its_own():
