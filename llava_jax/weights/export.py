@@ -255,7 +255,9 @@ def _check_form(form: str, config: LlavaConfig) -> None:
 
 
 def _words(checkpoint: LlavaFolder, template: str | None) -> PromptWords:
-    """How the model is asked; a guess is reported."""
+    """How the model is asked; what was assumed and guessed is reported."""
+    for note in checkpoint.notes:
+        _tell(note)
     words = checkpoint.words(template)
     if words.warning:
         _tell(words.warning)

@@ -116,6 +116,8 @@ _DECODERS = (
         names=LLAMA,
         template="chatml",
         more_keys=decoder_configs.qwen_window_keys,
+        original_types=("llava_qwen", "qwen2"),
+        original_class="LlavaQwenForCausalLM",
     ),
     DecoderFamily(
         model_type="qwen3",

@@ -72,7 +72,10 @@ class LoadedModel:
 def source_config(path: Path) -> LlavaConfig:
     """The model config of a run, a step folder, or a LLaVA of another program."""
     if is_llava_folder(path):
-        return open_llava(path).config
+        opened = open_llava(path)
+        for note in opened.notes:
+            hosts.report(note)
+        return opened.config
     return read_run_model(checkpoint_of(path).parent.parent).config
 
 
@@ -180,7 +183,7 @@ def load_model(
 ) -> LoadedModel:
     """A model from a run directory, one of its step folders, or a LLaVA of another program.
 
-    If the words in which it is asked had to be guessed, one line on stderr says so.
+    What had to be assumed or guessed, such as the words in which it is asked, is said on stderr.
 
     Args:
       dtype: of the parameters: float32 or bfloat16.
@@ -193,6 +196,8 @@ def load_model(
     if is_llava_folder(path) or options.get("vision_tower"):
         opened, box_convention = open_llava(path, **options), "llava"
         tokenizer_dir, words = opened.needed_tokenizer(), opened.words(template)
+        for note in opened.notes:
+            hosts.report(note)
         config, added_tokens = opened.config, opened.added_tokens
         if place:
             params = place(config, _all_components(opened.params))

@@ -302,7 +302,7 @@ def projector_table(
     linear_1    linear_2         2
     newline     image_newline    image_newline    image_newline
 
-    newline: whether the model has one. The original code saves it for models that never use it.
+    newline: whether the model has one. Files may hold it for models that never use it.
     """
     spec = ProjectorSpec.parse(kind)
 
@@ -318,5 +318,5 @@ def projector_table(
         parameters.append(Parameter("newline", "O", (NEWLINE,)))
     widths = next(spec.layer_sizes(features_in, features_out), (features_in, features_out))
     sizes = dict(zip("IO", (widths[0], features_out), strict=True))
-    unused = (NEWLINE,) if original and not newline else ()
+    unused = () if newline else (NEWLINE,)
     return NameTable(tuple(parameters), lambda _: sizes, unused=unused)

@@ -398,10 +398,11 @@ def refused(folder, *words: str, **options) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_aspect_ratio": "anyres"}, ("LLaVA-NeXT", "not supported yet")),
-        ({"mm_patch_merge_type": "spatial_unpad"}, ("LLaVA-NeXT", "spatial_unpad")),
-        ({"model_type": "llava_qwen"}, ("LLaVA-NeXT",)),
-        ({"model_type": "llava_mpt"}, ("llava_mpt",)),
+        ({"image_aspect_ratio": "highres"}, ("image_aspect_ratio='highres'", "anyres_max_N")),
+        ({"image_aspect_ratio": "anyres"}, ("image_grid_pinpoints=None",)),
+        ({"mm_patch_merge_type": "spatial_unpad"}, ("spatial_unpad", "must be flat")),
+        ({"architectures": ["LlavaMptForCausalLM"]}, ("LlavaMptForCausalLM",)),
+        ({"architectures": None, "model_type": "llava_mpt"}, ("llava_mpt",)),
         ({"mm_projector_type": "mlp2x_res2x_gelu"}, ("mlp2x_res2x_gelu",)),
         ({"mm_vision_select_feature": "cls"}, ("mm_vision_select_feature",)),
         ({"mm_vision_select_layer": 7}, ("7", "does not exist")),
@@ -413,12 +414,6 @@ def refused(folder, *words: str, **options) -> None:
 def test_configs_that_are_not_supported(change, words, parts, whole, tmp_path):
     folder = parts.write(whole[0].parent / tmp_path.name, parts.tensors(), **change)
     refused(folder, "config.json", *words)
-
-
-def test_tensors_of_later_families(parts, tower, tmp_path):
-    newline = {"model.image_newline": torch.zeros(32)}
-    folder = parts.write(tmp_path / "next", parts.tensors() | newline)
-    refused(folder, "model.image_newline", "LLaVA-NeXT", vision_tower=tower)
 
 
 def test_missing_and_extra_tensors_have_their_own_names(parts, tower, tmp_path):

@@ -1,6 +1,7 @@
 """A Hugging Face LLaVA's `config.json` -> LlavaConfig; `write/huggingface.py` is the way back."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from llava_jax.weights.families import (
 from llava_jax.weights.llava_classes import CLASSES, NEXT_VIDEO, STRATEGY, LlavaClass
 from llava_jax.weights.own_keys import with_own_keys
 from llava_jax.weights.read.fields import Fields, read_json
-from llava_jax.weights.read.image_settings import image_settings
-from llava_jax.weights.read.tiled_pictures import tiled_pictures
+from llava_jax.weights.read.image_settings import image_settings, processor_values
+from llava_jax.weights.read.tiled_pictures import frame_settings, tiled_pictures
 from llava_jax.weights.tensors import StoredTensor
 
 HEAD = "lm_head.weight"
@@ -138,6 +139,31 @@ def llava_config(
     if config.video_token_id == config.image_token_id:
         f.refuse("video_token_index", "pictures have the same placeholder")
     return config, families
+
+
+def huggingface_notes(folder: Path, values: dict, config: LlavaConfig) -> Iterator[str]:
+    """What was assumed about a folder's pictures, and what of its config.json is not obeyed."""
+    _, pictures = processor_values(folder)
+    if pictures is None and "text_config" in values:
+        yield (
+            f"{folder} has no preprocessor_config.json: pictures are prepared as for "
+            f"{config.image.size} pixels in the mode {config.image.mode}, with the mean "
+            f"{config.image.mean} and the deviation {config.image.std}"
+        )
+    text = values.get("text_config")
+    stray = [key for key in ("factor", "type") if isinstance(text, dict) and key in text]
+    if stray:
+        yield (
+            f"{folder}/config.json has {' and '.join(stray)} in text_config, outside rope_scaling: "
+            "rotary positions are not scaled by it, as in transformers"
+        )
+    frames = frame_settings(folder)
+    if values.get("model_type") in CLASSES and frames and config.image.tiling:
+        if CLASSES[values["model_type"]].video and config.image.video is None:
+            yield (
+                f"{frames[0]} normalises frames otherwise than pictures are normalised: the model "
+                "takes no videos"
+            )
 
 
 def _placeholder(f: Fields, kind: str, decoder: DecoderConfig) -> int:

@@ -32,7 +32,12 @@ from llava_jax.weights.match import (
 )
 from llava_jax.weights.name_tables import NameTable, projector_table
 from llava_jax.weights.read.fields import convert_command, read_json
-from llava_jax.weights.read.huggingface import composed_config, llava_config, settle_tying
+from llava_jax.weights.read.huggingface import (
+    composed_config,
+    huggingface_notes,
+    llava_config,
+    settle_tying,
+)
 from llava_jax.weights.read.merging import ComputedTensor
 from llava_jax.weights.read.original import (
     EMBEDDING,
@@ -42,7 +47,7 @@ from llava_jax.weights.read.original import (
 )
 from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_adapter, open_adapter, unties
 from llava_jax.weights.read.prompt_words import PromptWords, prompt_words
-from llava_jax.weights.read.tiled_pictures import check_order
+from llava_jax.weights.read.tiled_pictures import check_choices, in_mode
 from llava_jax.weights.tensors import LazyParameter, StoredTensor, check_dtype, read_tree
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -62,6 +67,7 @@ class LlavaFolder:
         see `prompt_words`.
       tokenizer_dir: the folder with its tokenizer, None if there is none.
       added_tokens: tokens to add to that tokenizer first, in this order.
+      notes: what was assumed or left aside, one sentence each, for whoever loads the model.
     """
 
     folder: Path
@@ -72,6 +78,7 @@ class LlavaFolder:
     words: Callable[[str | None], PromptWords]
     tokenizer_dir: Path | None
     added_tokens: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def needed_tokenizer(self) -> Path:
         """The folder with its tokenizer; LlavaError if there is none."""
@@ -95,6 +102,7 @@ def open_llava(
     vision_tower: str | Path | None = None,
     allow_pickle: bool = False,
     pinpoint_order: str | None = None,
+    image_mode: str | None = None,
 ) -> LlavaFolder:
     """Opens a LLaVA of any form that we read; blocks past the feature layer are left out.
 
@@ -110,11 +118,13 @@ def open_llava(
       pinpoint_order: whose code chooses the tiles of a picture, if not that of the folder's form:
         `hf` or `original`. They read image_grid_pinpoints the other way round, and round the size
         without padding otherwise.
+      image_mode: show a picture as one view in this mode, whatever the folder says of tiles.
     Raises:
       LlavaError: anything wrong with the folder, naming file and tensor.
     """
     folder = Path(folder)
-    check_order(pinpoint_order)
+    pictures = {"pinpoint_order": pinpoint_order, "image_mode": image_mode}
+    check_choices(**pictures)
     given = {"base": base, "delta_base": delta_base, "vision_tower": vision_tower}
     paths = {name: Path(path) for name, path in given.items() if path}
     for name, path in paths.items():
@@ -123,31 +133,34 @@ def open_llava(
     adapter = (folder / ADAPTER_CONFIG).exists()
     values = _config_values(folder, paths.get("base"), adapter)
     if is_original(values):
-        return _original(folder, paths, allow_pickle, pinpoint_order)
+        return _original(folder, paths, allow_pickle, pictures)
     if adapter:
-        return _adapted(folder, paths, allow_pickle, pinpoint_order)
+        return _adapted(folder, paths, allow_pickle, pictures)
     if set(paths) == {"vision_tower"} and is_part("decoder", values):
         return _composed(folder, values, paths["vision_tower"], allow_pickle)
-    config, families, parts = _huggingface(folder, values, allow_pickle, pinpoint_order)
+    config, families, parts = _huggingface(folder, values, allow_pickle, pictures)
     if paths:
         raise LlavaError(f"{folder} is a whole LLaVA: leave out {' and '.join(paths)}")
     return _opened([folder], values, config, families, parts)
 
 
 def _original(
-    folder: Path, paths: dict[str, Path], allow_pickle: bool, pinpoint_order: str | None
+    folder: Path, paths: dict[str, Path], allow_pickle: bool, pictures: dict[str, str | None]
 ) -> LlavaFolder:
-    found = open_original(folder, allow_pickle=allow_pickle, pinpoint_order=pinpoint_order, **paths)
+    found = open_original(folder, allow_pickle=allow_pickle, **pictures, **paths)
     places = [folder, *(paths[name] for name in ("base", "delta_base") if name in paths)]
     opened = _opened(places, found.values, found.config, found.families, found.parts, True)
-    return dataclasses.replace(opened, added_tokens=found.added_tokens)
+    notes = (*opened.notes, *found.notes)
+    return dataclasses.replace(opened, added_tokens=found.added_tokens, notes=notes)
 
 
 def _huggingface(
-    folder: Path, values: dict, allow_pickle: bool, pinpoint_order: str | None
+    folder: Path, values: dict, allow_pickle: bool, pictures: dict[str, str | None]
 ) -> tuple[LlavaConfig, Families, dict[str, dict[str, StoredTensor]]]:
     """Config, model types and tensors by component of a Hugging Face LLaVA."""
-    config, families = llava_config(folder, values, pinpoint_order)
+    config, families = llava_config(folder, values, pictures["pinpoint_order"])
+    if pictures["image_mode"]:
+        config = dataclasses.replace(config, image=in_mode(config.image, pictures["image_mode"]))
     parts = split_llava(folder, open_weights(folder, allow_pickle))
     config = settle_tying(config, values, parts["decoder"])
     return config, families, parts
@@ -176,13 +189,13 @@ def _no_base(folder: Path) -> LlavaError:
 
 
 def _adapted(
-    folder: Path, paths: dict[str, Path], allow_pickle: bool, pinpoint_order: str | None
+    folder: Path, paths: dict[str, Path], allow_pickle: bool, pictures: dict[str, str | None]
 ) -> LlavaFolder:
     """A LoRA adapter that PEFT trained on a Hugging Face LLaVA."""
     if set(paths) != {"base"}:
         raise _no_base(folder)
     values = read_json(paths["base"] / "config.json")
-    config, families, parts = _huggingface(paths["base"], values, allow_pickle, pinpoint_order)
+    config, families, parts = _huggingface(paths["base"], values, allow_pickle, pictures)
     tables = components(config, families)
     named = {part: canonical_names(table, sub) for part, (table, sub, _) in tables.items()}
     adapters = {part: [] for part in parts}
@@ -353,6 +366,7 @@ def _opened(
         idle=idle_tensors(*tables["vision"], parts["vision"]),
         words=words,
         tokenizer_dir=next((place for place in places if _has_tokenizer(place)), None),
+        notes=() if original else tuple(huggingface_notes(places[-1], values, config)),
     )
 
 

@@ -8,16 +8,18 @@ Follows llava/model/builder.py and llava_arch.py of that code.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
-from llava_jax.models.presets import clip_large
+from llava_jax.models.presets import SIGLIP_SO400M, clip_large
 from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig, feature_states
 from llava_jax.weights.families import (
+    DECODERS,
     ENCODERS,
     ORIGINALS,
     DecoderFamily,
@@ -27,9 +29,11 @@ from llava_jax.weights.families import (
 )
 from llava_jax.weights.formats.folders import open_weights
 from llava_jax.weights.formats.pickle_files import open_pickle
+from llava_jax.weights.name_tables import NEWLINE
 from llava_jax.weights.read.fields import convert_command, read_json
 from llava_jax.weights.read.image_settings import image_settings
 from llava_jax.weights.read.merging import add_delta, grow_rows
+from llava_jax.weights.read.original_pictures import original_pictures
 from llava_jax.weights.read.peft import ADAPTER_CONFIG, merge_adapter, open_adapter
 from llava_jax.weights.tensors import StoredTensor
 
@@ -45,7 +49,12 @@ _ROOTS = {  # root of a name -> the component, in which the rest is read
 _KNOWN_TOWERS = {
     "clip-vit-large-patch14": clip_large(224),
     "clip-vit-large-patch14-336": clip_large(336),
+    "siglip-so400m-patch14-384": dataclasses.replace(SIGLIP_SO400M, num_layers=27),
 }
+# The tower of folders that `llava-jax export` wrote around encoders that the original code does not
+# have: they say what they mean, also of a SigLIP.
+OWN_TOWER = "vision_tower"
+_BLOCK = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Original:
       parts: component -> tensors by the names that a checkpoint of it alone would have.
       values: the folder's `config.json`.
       added_tokens: tokens to add to the tokenizer of a base model, in this order.
+      notes: what was left aside, one sentence each.
     """
 
     config: LlavaConfig
@@ -63,6 +73,7 @@ class Original:
     parts: dict[str, dict[str, StoredTensor]]
     values: dict
     added_tokens: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_original(
@@ -72,6 +83,7 @@ def open_original(
     vision_tower: Path | None = None,
     allow_pickle: bool = False,
     pinpoint_order: str | None = None,
+    image_mode: str | None = None,
 ) -> Original:
     """Opens any of the forms above; arguments and errors as in `open_llava`.
 
@@ -81,24 +93,23 @@ def open_original(
     if base is not None and not path.exists():
         path = base / "config.json"
     source, values = str(path), read_json(path)
-    _refuse_later(values, source)
-    family = str(values.get("model_type"))
-    if family not in ORIGINALS:
-        raise LlavaError(
-            f"{source} has model_type={family!r}: of the original LLaVA, those with the model "
-            f"types {', '.join(ORIGINALS)} can be read"
-        )
     added = _added_tokens(values)
-    decoder = ORIGINALS[family]
+    decoder = _decoder_family(values, source)
     rows = decoder.read(values, source).vocab_size
     tensors = _layers(folder, base, delta_base, allow_pickle, rows, bool(added))
-    parts = _split(folder, tensors)
+    parts, ignored = _split(folder, tensors)
     tower = _tower_folder(values, path.parent, vision_tower)
     vision, vision_family, image = _vision(values, path, tower, bool(parts["vision"]))
-    if not parts["vision"]:
+    inside = bool(parts["vision"])
+    if not inside:
         parts["vision"] = open_weights(tower, allow_pickle)
-    config = _config(values, source, vision, image, decoder)
-    if not parts["projector"] and ProjectorSpec.parse(config.projector).depth:
+    layer = values.get("mm_vision_select_layer", -2)
+    if vision_family.model_type == "siglip_vision_model" and tower_name(values) != OWN_TOWER:
+        vision, parts["vision"] = _siglip(vision, parts["vision"], inside)
+        layer = -1
+    image = original_pictures(values, source, image, vision, decoder, pinpoint_order, image_mode)
+    config = _config(values, source, vision, image, decoder, layer)
+    if not parts["projector"].keys() - {NEWLINE} and ProjectorSpec.parse(config.projector).depth:
         adapter = (folder / ADAPTER_CONFIG).exists()
         what = (
             f"add the {TRAINABLES_FILE} that was saved with the adapter"
@@ -112,31 +123,44 @@ def open_original(
         parts=parts,
         values=values,
         added_tokens=added,
+        notes=(f"{folder} holds {ignored}, of no use to the model: ignored",) if ignored else (),
     )
 
 
 # --- config ---------------------------------------------------------------------------------------
 
 
-def _refuse_later(values: dict, source: str) -> None:
-    """Refuses LLaVA-NeXT and later: the same model types, other ways to cut pictures."""
-    aspect = values.get("image_aspect_ratio")
-    merge = str(values.get("mm_patch_merge_type") or "flat")
-    if merge != "flat" or "anyres" in str(aspect) or values.get("model_type") == "llava_qwen":
+def _decoder_family(values: dict, source: str) -> DecoderFamily:
+    """The family of the language model: by the class, since model types are not to be trusted.
+
+    "llava" is the model type of LLaVA-1.5 on Llama and of OneVision on Qwen 2.
+    """
+    named = values.get("architectures")
+    named = [str(name) for name in named] if isinstance(named, list) else []
+    for family in DECODERS.values():
+        if family.original_class and family.original_class in named:
+            return family
+    if others := [name for name in named if name.lower().startswith("llava")]:
+        known = ", ".join(f.original_class for f in DECODERS.values() if f.original_class)
         raise LlavaError(
-            f"{source} is of LLaVA-NeXT (1.6) or later (image_aspect_ratio={aspect!r}, "
-            f"mm_patch_merge_type={merge!r}): that family is not supported yet"
+            f"{source} has architectures={others!r}: of the original LLaVA, {known} can be read"
         )
-    if aspect not in (None, "square", "pad"):
+    family = str(values.get("model_type"))
+    if family not in ORIGINALS:
         raise LlavaError(
-            f"{source} has image_aspect_ratio={aspect!r}: square and pad are supported"
+            f"{source} has model_type={family!r}: of the original LLaVA, those with the model "
+            f"types {', '.join(ORIGINALS)} can be read"
         )
-    if values.get("s2"):
-        raise LlavaError(f"{source} has s2={values['s2']!r}: one scale of pictures is supported")
+    return ORIGINALS[family]
 
 
 def _config(
-    values: dict, source: str, vision: ViTConfig, image: ImageSpec, family: DecoderFamily
+    values: dict,
+    source: str,
+    vision: ViTConfig,
+    image: ImageSpec,
+    family: DecoderFamily,
+    layer: object,
 ) -> LlavaConfig:
     feature = values.get("mm_vision_select_feature") or "patch"
     if feature not in ("patch", "cls_patch"):
@@ -144,7 +168,6 @@ def _config(
             f"{source} has mm_vision_select_feature={feature!r}: choose patch or cls_patch"
         )
     projector = str(values.get("mm_projector_type") or "linear")
-    layer = values.get("mm_vision_select_layer", -2)
     if type(layer) is not int:
         raise LlavaError(f"{source} has mm_vision_select_layer={layer!r}: it must be a number")
     try:
@@ -155,7 +178,7 @@ def _config(
     decoder = family.read(values, source)
     width = values.get("mm_hidden_size") or vision.hidden_size
     if width != vision.hidden_size:
-        name = values.get("mm_vision_tower") or values.get("vision_tower") or "its vision encoder"
+        name = tower_name(values) or "its vision encoder"
         raise LlavaError(
             f"{source} has mm_hidden_size={width}, but the features of {name} are "
             f"{vision.hidden_size} wide: give the folder of the encoder that it was trained with "
@@ -167,8 +190,6 @@ def _config(
         raise LlavaError(f"{source}: {error}") from None
     if spec.fold > 1:
         raise LlavaError(f"{source} has mm_projector_type={projector!r}: it is not of the original")
-    if values.get("image_aspect_ratio") == "pad":
-        image = dataclasses.replace(image, mode="pad")
     return LlavaConfig(
         vision=vision,
         decoder=decoder,
@@ -189,9 +210,34 @@ def _added_tokens(values: dict) -> tuple[str, ...]:
 # --- the vision encoder ---------------------------------------------------------------------------
 
 
+def tower_name(values: Mapping) -> str:
+    """What `mm_vision_tower` says."""
+    return str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
+
+
+def _siglip(
+    vision: ViTConfig, tensors: Mapping[str, StoredTensor], inside: bool
+) -> tuple[ViTConfig, dict[str, StoredTensor]]:
+    """A SigLIP encoder without its last block, whose features are those of the last that is left.
+
+    The original code takes the block away when it makes the encoder, so a checkpoint that holds the
+    encoder holds it without. It does not look at mm_vision_select_layer.
+
+    Args:
+      inside: whether the tensors are of the checkpoint, and not of a folder of the encoder's own.
+    """
+    numbers = {name: _BLOCK.match(name) for name in tensors}
+    numbers = {name: int(found[1]) for name, found in numbers.items() if found}
+    held = max(numbers.values(), default=-1) + 1
+    count = held if inside and held == vision.num_layers else vision.num_layers - 1
+    kept = {name: tensor for name, tensor in tensors.items() if numbers.get(name, -1) < count}
+    kept = dict(tensors) if inside else kept
+    return dataclasses.replace(vision, num_layers=count), kept
+
+
 def _tower_folder(values: dict, folder: Path, given: Path | None) -> Path | None:
     """The encoder's folder: the one given, or the one that `mm_vision_tower` names from here."""
-    name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
+    name = tower_name(values)
     if given is not None:
         return given
     last = Path(name).name
@@ -203,7 +249,7 @@ def _vision(
     values: dict, source: Path, tower: Path | None, has_weights: bool
 ) -> tuple[ViTConfig, EncoderFamily, ImageSpec]:
     """The encoder's config, its family, and how its pictures are prepared."""
-    name = str(values.get("mm_vision_tower") or values.get("vision_tower") or "")
+    name = tower_name(values)
     if tower is not None:
         found = read_json(tower / "config.json")
         family = family_of("vision", found, str(tower / "config.json"))
@@ -217,7 +263,7 @@ def _vision(
             f"{source} names the vision encoder {name!r}, whose {lacking} not in the folder: "
             f"{command} takes it from the encoder's folder (in Python, vision_tower=)"
         )
-    family = ENCODERS["clip"]
+    family = ENCODERS["clip" if vision.class_token else "siglip"]
     return vision, family, dataclasses.replace(family.images, size=vision.image_size)
 
 
@@ -309,17 +355,23 @@ def _plain_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     return plain
 
 
-def _split(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """Tensors by component, under the names that a folder of the component alone would have."""
-    parts = {"vision": {}, "projector": {}, "decoder": {}}
+def _split(
+    folder: Path, tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, dict[str, StoredTensor]], str]:
+    """Tensors by component, under the names that a folder of the component alone would have.
+
+    The second result names those of a resampler, which pools and has nothing to learn.
+    """
+    parts, ignored = {"vision": {}, "projector": {}, "decoder": {}}, []
     for name, tensor in tensors.items():
-        if name == "model.image_newline" or "vision_resampler" in name:
-            raise LlavaError(
-                f"{tensor.path} holds {name!r}: it is of LLaVA-NeXT (1.6) or later, which is not "
-                "supported yet"
-            )
+        if name.startswith("model.vision_resampler."):
+            ignored.append(name)
+            continue
+        if name == f"model.{NEWLINE}":
+            parts["projector"][NEWLINE] = tensor
+            continue
         root = next((root for root in _ROOTS if name.startswith(root)), "")
         parts[_ROOTS.get(root, "decoder")][name.removeprefix(root)] = tensor
     if not parts["decoder"]:
         raise LlavaError(f"{folder} holds no tensor of a language model")
-    return parts
+    return parts, ", ".join(sorted(ignored))

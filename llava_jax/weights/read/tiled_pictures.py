@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.anyres import Tiling
-from llava_jax.models.images import ImageSpec
+from llava_jax.models.images import MODES, ImageSpec
 from llava_jax.models.video import VideoSpec
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.llava_classes import ASPECT, PINPOINTS, STRATEGY, LlavaClass
@@ -22,11 +22,23 @@ from llava_jax.weights.read.image_settings import TILED_KINDS, processor_values,
 PINPOINT_ORDERS = ("hf", "original")
 
 
-def check_order(pinpoint_order: str | None) -> None:
-    if pinpoint_order not in (None, *PINPOINT_ORDERS):
-        raise LlavaError(
-            f"pinpoint_order is {pinpoint_order!r}: choose one of {', '.join(PINPOINT_ORDERS)}"
-        )
+def check_choices(pinpoint_order: str | None, image_mode: str | None) -> None:
+    """Raises LlavaError for options of `open_llava` that are none."""
+    for name, value, choices in (
+        ("pinpoint_order", pinpoint_order, PINPOINT_ORDERS),
+        ("image_mode", image_mode, MODES),
+    ):
+        if value not in (None, *choices):
+            raise LlavaError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def in_mode(spec: ImageSpec, mode: str) -> ImageSpec:
+    """Pictures in another mode, without tiles and videos if that is of one view."""
+    if mode == "anyres" and spec.tiling is None:
+        raise LlavaError("image_mode is 'anyres': the checkpoint does not say which tiles it has")
+    return (
+        spec if mode == spec.mode else dataclasses.replace(spec, mode=mode, tiling=None, video=None)
+    )
 
 
 def tiled_pictures(
