@@ -2,8 +2,9 @@
 
 A message is `{"role": "user" | "assistant", "content": ...}`. Its content is a string, in which
 `<image>` stands for a picture, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`
-items. The rendered text equals that of `llava_jax.text.templates.render`. As in the llava-hf
-checkpoints it has no BOS token: the tokenizer adds it.
+items; of models that take videos also `{"type": "video"}`, for `<video>`. The rendered text equals
+that of `llava_jax.text.templates.render`. As in the llava-hf checkpoints it has no BOS token: the
+tokenizer adds it.
 """
 
 import json
@@ -15,17 +16,28 @@ _NEVER_TRAINED = (
     "this model was trained on user and assistant messages that take turns, user first, with a "
     "system prompt of its own"
 )
-_TEXT_OF_A_QUESTION = f"""\
+_PART = (
+    "        {{%- set {0}s = message['content'] | selectattr('type', 'equalto', '{0}') | list %}}\n"
+)
+
+
+def _text_of_a_question(kinds: tuple[str, ...]) -> str:
+    """Sets `text`, in which pictures and videos stand first, kind by kind, and their `count`."""
+    found = "".join(_PART.format(kind) for kind in kinds)
+    marks = "".join(f"'<{kind}>\\n' * ({kind}s | length) + " for kind in kinds)
+    return f"""\
     {{%- if message['content'] is string %}}
         {{%- set text = message['content'] %}}
     {{%- else %}}
-        {{%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}}
+{found}\
         {{%- set texts = message['content'] | selectattr('type', 'equalto', 'text') %}}
         {{%- set texts = texts | map(attribute='text') | join('') %}}
-        {{%- set text = '{IMAGE_TOKEN}\\n' * (images | length) + texts %}}
+        {{%- set text = {marks}texts %}}
     {{%- endif %}}
     {{%- set count = text.split('{IMAGE_TOKEN}') | length - 1 %}}
 """
+
+
 _ONLY_IMAGES = f"    {{%- set text = '{IMAGE_TOKEN}' * count %}}\n"
 _LONE_IMAGE_FIRST = f"""\
     {{%- if count == 1 %}}
@@ -35,14 +47,16 @@ _LONE_IMAGE_FIRST = f"""\
 """
 
 
-def chat_template(template: Template) -> str:
+def chat_template(template: Template, videos: bool = False) -> str:
     """The Jinja text that renders messages as the model was trained to read them.
 
     The renderer raises an exception for other roles and for turns out of order.
+
+    videos: a content may hold videos too, which stand behind the pictures.
     """
     before, after = template.human
     first = template.header + before if template.first_human is None else template.first_human
-    question = _TEXT_OF_A_QUESTION
+    question = _text_of_a_question(("image", "video") if videos else ("image",))
     question += _ONLY_IMAGES if template.image_only_question else _LONE_IMAGE_FIRST
     answer_before, end, answer_after = template.gpt
     return (
@@ -70,7 +84,7 @@ def chat_template(template: Template) -> str:
 def template_of(jinja: str) -> str | None:
     """The name of the template that `chat_template` wrote as this text, or None."""
     for name, template in TEMPLATES.items():
-        if jinja == chat_template(template):
+        if jinja in (chat_template(template), chat_template(template, videos=True)):
             return name
     return None
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from llava_jax.weights.export import (
     add_checkpoint_argument,
     add_output_arguments,
+    add_picture_arguments,
     checkpoint_of_arguments,
     hugging_face,
     original,
+    picture_options,
     writable,
     write_folder,
 )
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read .bin and .pth files: their tensors only, no code in them runs",
     )
+    add_picture_arguments(parser)
     add_output_arguments(parser)
 
 
@@ -39,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
     refuse_existing(args.out)
     folders = {name: getattr(args, name) for name in FOLDERS}
     source = local_folder(checkpoint_of_arguments(args), args.allow_pickle)
-    checkpoint = open_llava(source, **folders, allow_pickle=args.allow_pickle)
+    options = folders | picture_options(args)
+    checkpoint = open_llava(source, **options, allow_pickle=args.allow_pickle)
     convert(checkpoint, Path(args.out), args.dtype, args.template)
     return 0
 

@@ -13,14 +13,17 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
+from llava_jax.models.images import MODES
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
-from llava_jax.text.chat_template import chat_template
 from llava_jax.text.templates import get_template
 from llava_jax.weights.families import Families, families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_checkpoint_files
+from llava_jax.weights.llava_classes import class_of
 from llava_jax.weights.load import open_run
+from llava_jax.weights.name_tables import NEWLINE
 from llava_jax.weights.read.llava_folder import LlavaFolder, components, is_llava_folder, open_llava
 from llava_jax.weights.read.prompt_words import PromptWords, run_words
+from llava_jax.weights.read.tiled_pictures import PINPOINT_ORDERS
 from llava_jax.weights.run_directory import checkpoint_of
 from llava_jax.weights.tensors import PARAMETER_DTYPES
 from llava_jax.weights.write import huggingface as hf_form
@@ -37,11 +40,13 @@ HF_ROOTS = {
     "vision": "vision_tower.",
     "projector": "multi_modal_projector.",
     "decoder": "language_model.",
+    NEWLINE: "",
 }
 ORIGINAL_ROOTS = {
     "vision": "model.vision_tower.vision_tower.",
     "projector": "model.mm_projector.",
     "decoder": "",
+    NEWLINE: "model.",
 }
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # the tensors with a row a token
 
@@ -85,6 +90,25 @@ def checkpoint_of_arguments(args: argparse.Namespace) -> str:
         found = " and ".join(given) or "none"
         raise LlavaError(f"name one model with --checkpoint DIR, not {found}")
     return given[0]
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `open_llava` for folders that do not say how they are to be read."""
+    parser.add_argument(
+        "--pinpoint_order",
+        choices=PINPOINT_ORDERS,
+        help="whose code chooses the tiles of a picture: transformers or the original; default: "
+        "that of the folder's form",
+    )
+    parser.add_argument(
+        "--image_mode",
+        choices=tuple(MODES),
+        help="show each picture as one view in this mode, whatever the folder says of tiles",
+    )
+
+
+def picture_options(args: argparse.Namespace) -> dict[str, str | None]:
+    return {"pinpoint_order": args.pinpoint_order, "image_mode": args.image_mode}
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +195,7 @@ def check_space(out: Path, needed: int) -> None:
 def hugging_face(
     checkpoint: LlavaFolder, dtype: str | None, template: str | None = None
 ) -> FolderToWrite:
-    """The folder that transformers' LlavaForConditionalGeneration loads.
+    """The folder that one of transformers' LLaVA classes loads.
 
     A folder in this form keeps its config and tokenizer and gets what its processor lacks; only the
     names of tensors become those of the llava-hf checkpoints. For any other, the tokenizer gets a
@@ -180,7 +204,7 @@ def hugging_face(
     """
     _check_form("hf", checkpoint.config)
     words = _words(checkpoint, template)
-    if hf_form.is_hf_folder(checkpoint.folder):
+    if hf_form.is_copied(checkpoint):
         parts = _component_tensors(checkpoint, dtype, checkpoint.families)
         tensors = _with_roots(parts, HF_ROOTS)
         dtype = _main_dtype(tensors)
@@ -189,7 +213,7 @@ def hugging_face(
     tokenizer = _tokenizer(checkpoint, words)
     if words.chat_template is None:
         hf_form.warn_of_other_tokens(tokenizer, get_template(words.template), _tell)
-    config = hf_form.with_image_token(checkpoint.config, tokenizer.image_id)
+    config = hf_form.with_placeholders(checkpoint.config, *_placeholders(checkpoint, tokenizer))
     parts = _component_tensors(checkpoint, dtype, families_of(config))
     parts["decoder"] = [_grown(t, config.decoder.vocab_size) for t in parts["decoder"]]
     tensors = _with_roots(parts, HF_ROOTS)
@@ -201,6 +225,7 @@ def hugging_face(
         words=words,
         dtype=_main_dtype(tensors),
         vision_use_head=has_head,
+        log=_tell,
     )
     return FolderToWrite(config, tensors, write, _loaded_by(checkpoint))
 
@@ -208,10 +233,11 @@ def hugging_face(
 def _loaded_by(checkpoint: LlavaFolder) -> tuple[str, ...]:
     """Programs that load a folder in Hugging Face form; see docs/use/weights.md for what was run.
 
-    Only transformers joins the features of several layers.
+    Only transformers joins the features of several layers. With tiles no other program was run.
     """
     one_layer = isinstance(checkpoint.config.feature_layer, int)
-    return checkpoint.families.vision.loaded_by if one_layer else ("transformers",)
+    plain = one_layer and checkpoint.config.image.tiling is None
+    return checkpoint.families.vision.loaded_by if plain else ("transformers",)
 
 
 def original(
@@ -220,7 +246,9 @@ def original(
     """The folder that the original LLaVA code loads, vision encoder included."""
     _check_form("llava", checkpoint.config)
     words = _words(checkpoint, template)
-    config = dataclasses.replace(checkpoint.config, image_token_id=IMAGE_TOKEN_ID)
+    config = dataclasses.replace(
+        checkpoint.config, image_token_id=IMAGE_TOKEN_ID, video_token_id=None
+    )
     parts = _component_tensors(checkpoint, dtype, families_of(config), original=True)
     tensors = _with_roots(parts, ORIGINAL_ROOTS)
     write = partial(
@@ -229,6 +257,7 @@ def original(
         tokenizer=_tokenizer(checkpoint, words),
         words=words,
         dtype=_main_dtype(tensors),
+        log=_tell,
     )
     return FolderToWrite(config, tensors, write, ("the original LLaVA code",))
 
@@ -271,11 +300,20 @@ def _tell(message: str) -> None:
 def _tokenizer(checkpoint: LlavaFolder, words: PromptWords) -> hf_form.HFTokenizer:
     return hf_form.prepare_tokenizer(
         checkpoint.needed_tokenizer(),
-        words.chat_template or chat_template(get_template(words.template)),
+        hf_form.jinja_of(words, checkpoint.config),
         checkpoint.config.decoder.vocab_size,
         checkpoint.added_tokens,
         checkpoint.config.image_token_id,
+        class_of(checkpoint.config.image),
+        checkpoint.config.video_token_id,
     )
+
+
+def _placeholders(
+    checkpoint: LlavaFolder, tokenizer: hf_form.HFTokenizer
+) -> tuple[int, int | None]:
+    """The ids of an image and of a video in Hugging Face form."""
+    return tokenizer.image_id, tokenizer.video_id if checkpoint.config.image.video else None
 
 
 def _component_tensors(
@@ -298,7 +336,7 @@ def _with_roots(
     parts: Mapping[str, list[TensorToWrite]], roots: Mapping[str, str]
 ) -> list[TensorToWrite]:
     return [
-        dataclasses.replace(tensor, name=roots[part] + tensor.name)
+        dataclasses.replace(tensor, name=roots.get(tensor.name, roots[part]) + tensor.name)
         for part, tensors in parts.items()
         for tensor in tensors
     ]

@@ -113,6 +113,12 @@ CLASSES: Mapping[str, LlavaClass] = MappingProxyType(
 )
 
 
+def is_hugging_face(values: Mapping) -> bool:
+    """Whether a `config.json` is of a LLaVA as transformers saves it."""
+    named = CLASSES.get(str(values.get("model_type")))  # "llava" is the original's word too
+    return "text_config" in values or (named is not None and named.tiled)
+
+
 def class_of(spec: ImageSpec) -> LlavaClass:
     """The class that comes closest to a model's pictures and videos."""
     if spec.pools_in_encoder:

@@ -84,7 +84,7 @@ class _Faults:
         names = [key.format(layer=layer) for key in parameter.keys]
         held = [self.by_key[name] for name in names if name in self.by_key]
         if not held:
-            self.missing.append(self.root + names[0])
+            self.missing.append(NEWLINE if names[0] == NEWLINE else self.root + names[0])
             return None
         if len(held) > 1:
             raise twice(*held[:2])

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from llava_jax.errors import LlavaError  # noqa: E402
+from llava_jax.models.anyres import NEXT_GRIDS  # noqa: E402
 from llava_jax.models.video import VideoSpec  # noqa: E402
 from llava_jax.weights.read.llava_folder import load_llava, open_llava  # noqa: E402
 from tests.weights.conftest import VISION, randomize  # noqa: E402
@@ -115,8 +116,7 @@ def test_next(inside, saved, tmp_path):
     model, theirs, params = saved["llava_next"]
     config = same(write_original(tmp_path / "model", model, NEXT, inside), params)
     # The same list means other tiles, which the saved model's list names the other way round.
-    assert config.image.tiling.grids == theirs.image.tiling.grids == ((1, 2), (2, 1), (2, 2), (3, 1),
-                                                                      (1, 3))  # fmt: skip
+    assert config.image.tiling.grids == theirs.image.tiling.grids == NEXT_GRIDS
     assert not config.image.tiling.rounded and theirs.image.tiling.rounded
     assert not config.image.tiling.one_view and config.image.video is None
     assert config.decoder == theirs.decoder and config.vision == theirs.vision
@@ -149,7 +149,7 @@ def test_next_video(saved, tmp_path):
 def test_llava_video(saved, tmp_path):
     model, _, params = saved["llava_onevision"]
     config = same(write_original(tmp_path / "model", model, VIDEO), params)
-    assert config.image.video == VideoSpec("resize", "bilinear", "grid", 64, True)
+    assert config.image.video == VideoSpec(newline="grid", frames=64, time_instruction=True)
     assert len(config.layouts([(40, 30, 5)])[0]) == 5 * 2 * 3
 
 

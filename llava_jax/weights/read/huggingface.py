@@ -16,7 +16,13 @@ from llava_jax.weights.families import (
     Families,
     family_of,
 )
-from llava_jax.weights.llava_classes import CLASSES, NEXT_VIDEO, STRATEGY, LlavaClass
+from llava_jax.weights.llava_classes import (
+    CLASSES,
+    NEXT_VIDEO,
+    STRATEGY,
+    LlavaClass,
+    is_hugging_face,
+)
 from llava_jax.weights.own_keys import with_own_keys
 from llava_jax.weights.read.fields import Fields, read_json
 from llava_jax.weights.read.image_settings import image_settings, processor_values
@@ -63,7 +69,7 @@ def llava_class(values: dict, source: str) -> LlavaClass:
       LlavaError: it is of anything but a Hugging Face LLaVA.
     """
     family = str(values.get("model_type"))
-    if family in CLASSES and (family != "llava" or "text_config" in values):
+    if family in CLASSES and is_hugging_face(values):
         for key in ("text_config", "vision_config"):
             if not isinstance(values.get(key), dict | None):
                 raise LlavaError(f"{source} has {key}={values[key]!r}: it must be an object")
@@ -123,7 +129,8 @@ def llava_config(
             f"preprocessor makes {image.size}: only DINOv2 takes another size"
         )
     layers, drops_first = f["vision_feature_layer"], f[STRATEGY] == "default"
-    videos = {"video_token_id": _placeholder(f, "video", decoder)} if llava.video else {}
+    image = with_own_keys(image, values, source)
+    videos = {"video_token_id": _placeholder(f, "video", decoder)} if image.video else {}
     config = LlavaConfig(
         vision=vision,
         decoder=decoder,
@@ -132,7 +139,7 @@ def llava_config(
         feature_layer=tuple(layers) if isinstance(layers, list) else layers,
         keep_class_token=not drops_first and vision.class_token,
         drop_first_patch=drops_first and not vision.class_token,
-        image=with_own_keys(image, values, source),
+        image=image,
         image_token_id=_placeholder(f, "image", decoder),
         **videos,
     )

@@ -22,7 +22,7 @@ from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import ViTConfig, num_blocks
 from llava_jax.weights.families import Families, family_of, is_part
 from llava_jax.weights.formats.folders import open_weights
-from llava_jax.weights.llava_classes import CLASSES
+from llava_jax.weights.llava_classes import is_hugging_face
 from llava_jax.weights.match import (
     canonical_names,
     component_of,
@@ -387,5 +387,5 @@ def is_llava_folder(folder: Path) -> bool:
         values = read_json(folder / "config.json")
     except LlavaError:
         return False
-    whole = "text_config" in values or values.get("model_type") in CLASSES
-    return not (folder / "model.json").exists() and (whole or is_original(values))
+    whole = is_hugging_face(values) or is_original(values)
+    return whole and not (folder / "model.json").exists()

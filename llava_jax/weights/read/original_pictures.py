@@ -99,5 +99,10 @@ def _video(f: Fields, tower: ImageSpec, limited: bool) -> VideoSpec | None:
     frames = f["frames_upbound"]
     if type(frames) is not int or frames < 1:
         frames = 64 if position == "grid" else 32  # as LLaVA-Video and OneVision are asked
-    timed = bool(f["add_time_instruction"])
-    return VideoSpec(tower.mode, pool, position, frames, timed)
+    return VideoSpec(
+        mode=tower.mode,
+        pool=pool,
+        newline=position,
+        frames=frames,
+        time_instruction=bool(f["add_time_instruction"]),
+    )

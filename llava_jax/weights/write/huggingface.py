@@ -21,10 +21,31 @@ from llava_jax.text.tokenization import SegmentTokenizer
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.weights.checksums import CHECKSUMS_FILE
 from llava_jax.weights.families import decoder_to_hf, encoder_to_hf
+from llava_jax.weights.llava_classes import (
+    LLAVA,
+    PINPOINTS,
+    LlavaClass,
+    class_of,
+    is_hugging_face,
+)
+from llava_jax.weights.own_keys import OWN_KEY, in_words, own_keys
 from llava_jax.weights.read.fields import read_json
-from llava_jax.weights.read.image_settings import BICUBIC
+from llava_jax.weights.read.huggingface import llava_class, llava_config
 from llava_jax.weights.read.llava_folder import LlavaFolder
 from llava_jax.weights.read.prompt_words import PromptWords
+from llava_jax.weights.read.tiled_pictures import frame_settings
+from llava_jax.weights.write.processor import (
+    FRAMES,
+    PICTURES,
+    PROCESSOR,
+    VIDEO_TOKEN,
+    picture_keys,
+    pinpoints,
+    preprocessor_config_json,
+    processor_config_json,
+    video_preprocessor_config_json,
+    write_processor,
+)
 
 PADDED_TO = 64  # rows of a grown vocabulary, as in the llava-hf checkpoints
 COPIED_FILES = (  # of a tokenizer, whichever are there
@@ -43,6 +64,7 @@ class HFTokenizer:
     Attributes:
       core: its Rust core, with a token for an image.
       image_token: the text of that token.
+      video_token: the text of a video's, None of models that take none.
       ids: bos_token_id, eos_token_id and pad_token_id, as far as it has them.
       settings: contents of tokenizer_config.json.
       source: the folder it came from.
@@ -50,6 +72,7 @@ class HFTokenizer:
 
     core: Tokenizer
     image_token: str
+    video_token: str | None
     ids: dict[str, int]
     settings: dict
     source: Path
@@ -57,6 +80,10 @@ class HFTokenizer:
     @property
     def image_id(self) -> int:
         return self.core.token_to_id(self.image_token)
+
+    @property
+    def video_id(self) -> int | None:
+        return self.video_token and self.core.token_to_id(self.video_token)
 
     def write(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
@@ -71,8 +98,18 @@ class HFTokenizer:
 def is_hf_folder(folder: Path) -> bool:
     """True for a whole LLaVA of transformers."""
     path = folder / "config.json"
-    adapter = (folder / "adapter_config.json").exists()
-    return path.is_file() and not adapter and "text_config" in read_json(path)
+    if not path.is_file() or (folder / "adapter_config.json").exists():
+        return False
+    return is_hugging_face(read_json(path))
+
+
+def is_copied(checkpoint: LlavaFolder) -> bool:
+    """Whether a folder's config and processor are of the class that its model is written as."""
+    folder = checkpoint.folder
+    if not is_hf_folder(folder):
+        return False
+    found = llava_class(read_json(folder / "config.json"), str(folder / "config.json"))
+    return found is class_of(checkpoint.config.image)
 
 
 def prepare_tokenizer(
@@ -81,20 +118,28 @@ def prepare_tokenizer(
     vocab_size: int,
     added_tokens: Sequence[str] = (),
     image_token_id: int = IMAGE_TOKEN_ID,
+    llava: LlavaClass = LLAVA,
+    video_token_id: int | None = None,
 ) -> HFTokenizer:
-    """The tokenizer of a folder; `<image>` is added if it is not a token yet.
+    """The tokenizer of a folder; `<image>` is added if it is not a token yet, and `<video>`.
 
     Args:
       jinja: the chat template.
       vocab_size, added_tokens: see `load_tokenizer`.
-      image_token_id: the model's placeholder, which is kept if it is a token.
+      image_token_id, video_token_id: the model's placeholders, which are kept if they are tokens.
+      llava: the class of the model in transformers.
     """
     tokenizer = load_tokenizer(source, vocab_size, added_tokens)
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     core.no_padding()
     core.no_truncation()
     image_token = processor_placeholder(tokenizer, jinja, image_token_id) or IMAGE_TOKEN
-    core.add_special_tokens([AddedToken(image_token, normalized=False, special=True)])
+    video_token = None
+    if llava.video:
+        held = None if video_token_id is None else core.id_to_token(video_token_id)
+        video_token = held or VIDEO_TOKEN
+    added = [token for token in (image_token, video_token) if token]
+    core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
     path = source / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
     names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
@@ -108,30 +153,46 @@ def prepare_tokenizer(
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings |= names | {
         "padding_side": "left",
-        "processor_class": "LlavaProcessor",
+        "processor_class": f"{llava.name}Processor",
         "chat_template": jinja,
     }
     ids = {f"{name}_id": core.token_to_id(t) for name, t in names.items() if name != "unk_token"}
-    return HFTokenizer(core, image_token, ids, settings, source)
+    return HFTokenizer(core, image_token, video_token, ids, settings, source)
 
 
-def with_image_token(config: LlavaConfig, image_id: int) -> LlavaConfig:
-    """The config with `image_id` for images, and a vocabulary that has a row for it."""
-    rows = config.decoder.vocab_size
-    if image_id >= rows:
-        rows = -(-(image_id + 1) // PADDED_TO) * PADDED_TO
+def jinja_of(words: PromptWords, config: LlavaConfig) -> str:
+    """The chat template of a model's words."""
+    videos = config.image.video is not None
+    return words.chat_template or chat_template(get_template(words.template), videos)
+
+
+def with_placeholders(
+    config: LlavaConfig, image_id: int, video_id: int | None = None
+) -> LlavaConfig:
+    """The config with these ids for images and videos, and a vocabulary with rows for them."""
+    rows, last = config.decoder.vocab_size, max(image_id, video_id or 0)
+    if last >= rows:
+        rows = -(-(last + 1) // PADDED_TO) * PADDED_TO
     decoder = dataclasses.replace(config.decoder, vocab_size=rows)
-    return dataclasses.replace(config, decoder=decoder, image_token_id=image_id)
+    placeholders = {"image_token_id": image_id, "video_token_id": video_id}
+    return dataclasses.replace(config, decoder=decoder, **placeholders)
 
 
 def fault(config: LlavaConfig) -> str | None:
-    """Why transformers' LlavaForConditionalGeneration cannot express a model, or None."""
+    """Why no LLaVA class of transformers can express a model, or None."""
     if config.projector != "mlp2x_gelu":
         return f"its projector is {config.projector}, and transformers has mlp2x_gelu only"
     if config.use_im_start_end:
         return "it marks images with <im_start> and <im_end>, which transformers does not"
-    if config.image.mode not in ("square", "pad", "resize"):
-        return f"transformers does not have the image mode {config.image.mode}"
+    image = config.image
+    if image.mode not in ("square", "pad", "resize", "anyres"):
+        return f"transformers does not have the image mode {image.mode}"
+    if image.tiling is None:
+        return "it takes videos without pictures in tiles" if image.video else None
+    if image.tiling.merge != "spatial_unpad":
+        return f"transformers does not merge tiles as {image.tiling.merge}"
+    if image.size != config.vision.image_size:
+        return f"its tiles have {image.size} pixels, and its encoder {config.vision.image_size}"
     return None
 
 
@@ -142,17 +203,16 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
       ids: bos_token_id, eos_token_id, pad_token_id.
       dtype: of the tensors.
     """
-    layer = config.feature_layer
+    layer, llava = config.feature_layer, class_of(config.image)
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [llava.class_name],
+        "model_type": llava.model_type,
         "image_token_index": config.image_token_id,
-        "image_seq_length": config.tokens_per_tile,
         "ignore_index": -100,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector_bias,
         "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
-        "vision_feature_select_strategy": _strategy(config),
+        **picture_keys(config),
         "tie_word_embeddings": config.decoder.tie_word_embeddings,
         **({"pad_token_id": ids["pad_token_id"]} if "pad_token_id" in ids else {}),
         "text_config": decoder_to_hf(config.decoder) | ids | dtype_keys(dtype),
@@ -161,53 +221,9 @@ def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
     }
 
 
-def _strategy(config: LlavaConfig) -> str:
-    drops = config.drop_first_patch or (config.vision.class_token and not config.keep_class_token)
-    return "default" if drops else "full"
-
-
 def dtype_keys(name: str) -> dict:
     """The keys of config.json for the dtype of the tensors."""
     return {"dtype": name, "torch_dtype": name}  # of transformers 5 and of 4
-
-
-def preprocessor_config_json(config: LlavaConfig) -> dict:
-    """preprocessor_config.json: our picture mode, in the keys of transformers."""
-    side = config.image.size
-    square, edge = {"height": side, "width": side}, {"shortest_edge": side}
-    kinds = {
-        "pad": ("LlavaImageProcessor", edge, {"do_pad": True}),
-        "square": ("CLIPImageProcessor", edge, {}),
-        "resize": ("SiglipImageProcessor", square, {}),
-    }
-    name, size, more = kinds[config.image.mode]
-    if config.image.mode != "resize":
-        more = more | {"do_center_crop": True, "crop_size": square}
-    return {
-        "image_processor_type": name,
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": size,
-        "resample": BICUBIC,
-        **more,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.image.mean),
-        "image_std": list(config.image.std),
-    }
-
-
-def processor_config_json(config: LlavaConfig, image_token: str = IMAGE_TOKEN) -> dict:
-    """processor_config.json: what it takes to count the tokens of an image."""
-    return {
-        "processor_class": "LlavaProcessor",
-        "image_token": image_token,
-        "patch_size": config.vision.patch_size,
-        "num_additional_image_tokens": int(config.vision.class_token),
-        "vision_feature_select_strategy": _strategy(config),
-    }
 
 
 def generation_config_json(tokenizer: HFTokenizer, words: PromptWords) -> dict:
@@ -263,7 +279,7 @@ def copied_side_files(
             f"warning: the tokenizer in {source} has no token {config.image_token_id}, which "
             "config.json gives as image_token_index: transformers cannot put an image into a prompt"
         )
-    jinja = words.chat_template or chat_template(get_template(words.template))
+    jinja = jinja_of(words, config)
 
     def write(folder: Path) -> None:
         for path in source.iterdir():
@@ -272,19 +288,26 @@ def copied_side_files(
                 shutil.copyfile(path, folder / path.name)
         if (source / "chat_templates").is_dir():
             shutil.copytree(source / "chat_templates", folder / "chat_templates")
-        values = read_json(source / "config.json")
-        write_json(folder / "config.json", values | dtype_keys(dtype))
-        processor = folder / "processor_config.json"
+        values = {k: v for k, v in read_json(source / "config.json").items() if k != OWN_KEY}
+        grids = {PINPOINTS: pinpoints(config.image)} if config.image.tiling else {}
+        write_json(folder / "config.json", values | grids | dtype_keys(dtype))
+        processor = folder / PROCESSOR
         values = read_json(processor) if processor.exists() else {}
         if reworded or not words.guessed:  # in the one file that transformers reads for all
             values.pop("chat_template", None)
             (folder / "chat_template.json").unlink(missing_ok=True)
             (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+        if isinstance(values.get("image_processor"), dict):
+            values["image_processor"] |= grids
         write_json(processor, values | processor_config_json(config, image_token or IMAGE_TOKEN))
-        pictures = folder / "preprocessor_config.json"
+        pictures = folder / PICTURES
         values = read_json(pictures) if pictures.exists() else {}
         if not values.keys() & {"image_processor_type", "feature_extractor_type"}:
-            write_json(pictures, preprocessor_config_json(config))
+            values = preprocessor_config_json(config)
+        write_json(pictures, values | grids)
+        if config.image.video and frame_settings(folder) is None:
+            write_json(folder / FRAMES, video_preprocessor_config_json(config))
+        add_own_keys(folder, config, log)
         generation = folder / "generation_config.json"
         if words.stop_token_ids and not generation.exists():
             write_json(generation, {"eos_token_id": list(words.stop_token_ids)})
@@ -299,17 +322,31 @@ def write_side_files(
     words: PromptWords,
     dtype: str,
     vision_use_head: bool,
+    log: Callable[[str], None],
 ) -> None:
     """Writes every file of the folder but the weights and their checksums.
 
-    vision_use_head: whether SigLIP's pooling head, which LLaVA never uses, is in the weights.
+    Args:
+      vision_use_head: whether SigLIP's pooling head, which LLaVA never uses, is in the weights.
+      log: is told what transformers will do otherwise.
     """
     values = config_json(config, tokenizer.ids, dtype)
     if values["vision_config"]["model_type"] == "siglip_vision_model":
         values["vision_config"]["vision_use_head"] = vision_use_head
     write_json(folder / "config.json", values)
-    write_json(folder / "preprocessor_config.json", preprocessor_config_json(config))
-    processor = processor_config_json(config, tokenizer.image_token)
-    write_json(folder / "processor_config.json", processor)
+    write_processor(folder, config, tokenizer.image_token)
+    add_own_keys(folder, config, log)
     write_json(folder / "generation_config.json", generation_config_json(tokenizer, words))
     tokenizer.write(folder)
+
+
+def add_own_keys(folder: Path, config: LlavaConfig, log: Callable[[str], None]) -> None:
+    """Adds to config.json what transformers' class cannot say of the pictures and videos."""
+    own = own_keys(llava_config(folder)[0].image, config.image)
+    if own:
+        values = read_json(folder / "config.json")
+        write_json(folder / "config.json", values | own)
+        log(
+            f"config.json keeps {in_words(own[OWN_KEY])} for llava-jax: transformers does not read "
+            "that, and shows such pictures and videos in its own way"
+        )

@@ -51,6 +51,11 @@ def write_adapter(path: str | Path, out: Path, dtype: str | None = None) -> None
             f"{path} trained the {' and the '.join(whole)} besides LoRA, which an adapter cannot "
             "hold: choose --format hf, with LoRA merged"
         )
+    if "newline" in tree.get("projector", {}):
+        raise LlavaError(
+            f"{path} trained the newline of its pictures, which an adapter cannot hold: choose "
+            "--format hf, with LoRA merged"
+        )
     target = PARAMETER_DTYPES[dtype or "float32"]
     pairs = list(_pairs(run, tree["lora"]))
     tensors = [tensor for _, *both in pairs for tensor in both]
