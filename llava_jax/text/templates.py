@@ -225,6 +225,10 @@ TEMPLATES |= {
     "llava_v0": TEMPLATES["v0"],
     "llava_llama_2": TEMPLATES["llama_2"],
     "mpt": TEMPLATES["chatml_direct"],
+    "mistral_direct": TEMPLATES["chatml_direct"],
+    "qwen_1_5": TEMPLATES["chatml"],
+    "qwen_2": TEMPLATES["chatml"],
+    "llava_llama_3": TEMPLATES["llama_3"],
 }
 
 

@@ -183,3 +183,40 @@ def test_a_run_keeps_its_template_and_the_ends_of_its_start(tmp_path):
     assert (found.template, found.chat_template) == ("v1", None)
     assert (found.stop_token_ids, found.guessed) == ((5, 6), False)
     assert run_words(tmp_path, "v1", "chatml").template == "chatml"
+
+
+# --- LLaVA-NeXT and later -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, mark, template, stop",
+    [
+        ("llama", "</s>", "v1", "</s>"),  # Vicuna
+        ("llama", "<|im_start|>", "chatml_direct", "<|im_end|>"),  # Yi
+        ("llama", "<|start_header_id|>", "llama_3", "<|eot_id|>"),
+        ("mistral", "</s>", "mistral_instruct", "</s>"),
+        ("qwen2", "<|im_start|>", "chatml", "<|im_end|>"),
+    ],
+)
+def test_the_original_code_asks_in_its_own_words(family, mark, template, stop, tmp_path):
+    """Its folders hold the chat template of a language model that never saw a picture."""
+    put(tmp_path, "tokenizer.json", {"added_tokens": [{"id": 5, "content": mark}]})
+    put(tmp_path, "tokenizer_config.json", {"chat_template": TEXT})
+    found = words(tmp_path, family=family, tiled=True, original=True)
+    assert (found.template, found.chat_template) == (template, None)
+    assert stop in get_template(template).stop
+    assert f"for texts alone in {tmp_path}: using {template}" in found.warning
+    assert words(tmp_path, family=family, tiled=True).chat_template == TEXT
+    assert words(tmp_path, family=family, original=True).chat_template == TEXT
+
+
+@pytest.mark.parametrize("text", ["{{ '<image>' }}", chat_template(get_template("v1"))])
+def test_a_chat_template_for_pictures_counts_in_every_form(text, tmp_path):
+    put(tmp_path, "chat_template.jinja", text)
+    found = words(tmp_path, family="qwen2", tiled=True, original=True)
+    assert not found.guessed and (found.chat_template == text or found.template == "v1")
+
+
+def test_both_texts_of_a_template_of_ours(tmp_path):
+    put(tmp_path, "chat_template.jinja", chat_template(get_template("chatml"), videos=True))
+    assert (words(tmp_path).template, words(tmp_path).chat_template) == ("chatml", None)

@@ -356,7 +356,9 @@ def _opened(
     }
 
     def words(template: str | None = None) -> PromptWords:
-        return prompt_words(places, values, families.decoder, template, config.use_im_start_end)
+        marked, tiled = config.use_im_start_end, config.image.tiling is not None
+        tiled |= "anyres" in str(values.get("image_aspect_ratio"))
+        return prompt_words(places, values, families.decoder, template, marked, tiled, original)
 
     return LlavaFolder(
         folder=places[0],

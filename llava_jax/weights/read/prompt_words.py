@@ -4,6 +4,9 @@ The words are a Jinja chat template or one of our conversation templates. A chat
 for where transformers does: that of the processor first, then that of the tokenizer. A folder
 without one leaves a guess, which whoever loads the model must report: the wrong words give worse
 answers and no error.
+
+The original code never reads chat templates. From LLaVA-NeXT on, a folder in its form has that of
+its language model all the same, with which no picture was ever seen in training.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ _MARKS = {
 }
 # Parts of a model's name, as llava/eval/run_llava.py of the original LLaVA chooses by them.
 _NAMES = {
+    "v1.6-34b": "chatml_direct",
     "llama-2": "llama_2",
     "llama2": "llama_2",
     "llama-3": "llama_3",
@@ -71,6 +75,8 @@ def prompt_words(
     family: DecoderFamily,
     template: str | None = None,
     marked: bool = False,
+    tiled: bool = False,
+    original: bool = False,
 ) -> PromptWords:
     """The words of a model.
 
@@ -79,6 +85,8 @@ def prompt_words(
       config: the model's `config.json`.
       template: the words wanted: one of our templates, or a named one of the folder's.
       marked: the model marks pictures with <im_start> and <im_end>, as only LLaVA v0 did.
+      tiled: it is LLaVA-NeXT or later.
+      original: the folder has the form of the original code.
     Raises:
       LlavaError: an unknown template; a file that cannot be read; several chat templates, none of
         them the default.
@@ -86,6 +94,9 @@ def prompt_words(
     folders = tuple(folders)
     stops = stop_token_ids(folders, config)
     found = next((named for named in map(chat_templates, folders) if named), {})
+    texts_alone = {name for name, (_, jinja) in found.items() if not _knows_pictures(jinja)}
+    if tiled and original and template not in texts_alone:
+        found = {name: held for name, held in found.items() if name not in texts_alone}
     if template and template not in found:
         if template not in TEMPLATES:
             known = ", ".join(sorted({*TEMPLATES, *found}))
@@ -96,8 +107,9 @@ def prompt_words(
         ours = template_of(jinja)
         name = ours or _marked_with([jinja]) or family.template
         return PromptWords(name, None if ours else jinja, str(path), False, stops)
-    name, why = _guess(folders, config, family, marked)
-    source = f"no chat template in {folders[0]}: using {name}, {why}"
+    name, why = _guess(folders, config, family, marked, tiled)
+    what = "the chat template is for texts alone" if texts_alone else "no chat template"
+    source = f"{what} in {folders[0]}: using {name}, {why}"
     return PromptWords(name, None, source, True, stops)
 
 
@@ -172,8 +184,13 @@ def _chosen(found: dict[str, tuple[Path, str]], wanted: str | None) -> tuple[Pat
     return found[name]
 
 
+def _knows_pictures(jinja: str) -> bool:
+    """Whether a chat template was written for pictures, by us or by others."""
+    return template_of(jinja) is not None or "image" in jinja
+
+
 def _guess(
-    folders: tuple[Path, ...], config: Mapping, family: DecoderFamily, marked: bool
+    folders: tuple[Path, ...], config: Mapping, family: DecoderFamily, marked: bool, tiled: bool
 ) -> tuple[str, str]:
     """(template, the reason for it) for a model whose folder has no chat template."""
     if marked:
@@ -184,7 +201,9 @@ def _guess(
     texts = [_text(p) for f in folders for p in map(f.joinpath, _TOKENIZER_FILES) if p.is_file()]
     mark = next((m for m in _MARKS if any(f'"{m}"' in text for text in texts)), None)
     if mark:
-        return _MARKS[mark], f"since its tokenizer has {mark}"
+        # LLaVA-NeXT on Yi, whose class is Llama's, writes no line breaks between turns.
+        yi = tiled and mark == "<|im_start|>" and family.model_type == "llama"
+        return "chatml_direct" if yi else _MARKS[mark], f"since its tokenizer has {mark}"
     text_config = config.get("text_config")
     inner = text_config.get("_name_or_path") if isinstance(text_config, dict) else None
     for name in (config.get("_name_or_path"), inner, *(folder.name for folder in folders)):

@@ -328,7 +328,7 @@ def write_side_files(
 
     Args:
       vision_use_head: whether SigLIP's pooling head, which LLaVA never uses, is in the weights.
-      log: is told what transformers will do otherwise.
+      log: is given what transformers will do otherwise.
     """
     values = config_json(config, tokenizer.ids, dtype)
     if values["vision_config"]["model_type"] == "siglip_vision_model":

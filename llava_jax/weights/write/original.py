@@ -148,7 +148,7 @@ def write_side_files(
 ) -> None:
     """Writes every file of the folder but the weights and their checksums.
 
-    log: is told what the original code will do otherwise.
+    log: is given what the original code will do otherwise.
     """
     values = config_json(config, tokenizer.ids, dtype)
     tower = _tower_files(folder, config, dtype)
