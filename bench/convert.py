@@ -119,7 +119,7 @@ def main() -> None:
     folder = Path(FOLDER.value)
     source, copy, out = (folder / name for name in ("source", "copy", "converted"))
     if not source.exists():
-        config = hf_form.with_image_token(preset(PRESET.value), 32000)
+        config = hf_form.with_placeholders(preset(PRESET.value), 32000)
         make_source(source, config)
     size = sum(path.stat().st_size for path in source.iterdir())
     llava_jax = [sys.executable, "-m", "llava_jax.cli"]

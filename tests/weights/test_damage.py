@@ -29,7 +29,7 @@ CHANGES = 250  # of each kind of file
 @pytest.fixture
 def sharded(tmp_path) -> Path:
     """A tiny LLaVA in three or more shards, without checksums, as those of others come."""
-    folder, config = tmp_path / "source", hf_form.with_image_token(CONFIG, 299)
+    folder, config = tmp_path / "source", hf_form.with_placeholders(CONFIG, 299)
     folder.mkdir()
     write_json(folder / "config.json", hf_form.config_json(config, {}, "float32"))
     images = hf_form.preprocessor_config_json(config)
