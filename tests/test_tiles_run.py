@@ -10,10 +10,12 @@ from flax.traverse_util import flatten_dict
 from llava_jax import Llava
 from llava_jax.errors import LlavaError
 from llava_jax.weights.load import load_run
+from llava_jax.weights.read.llava_folder import open_llava
 from llava_jax.weights.run_directory import checkpoint_of, read_run_model, saved_params
 from tests.test_train import assert_same_trees
 from tests.tiny_model import random_image
 from tests.tiny_run import conversation, instruct
+from tests.weights.family_models import family_model, save_family
 
 NEWLINE = ("projector", "newline")
 STAGE = {
@@ -111,3 +113,20 @@ def test_training_with_fewer_tiles_leaves_the_model_its_own(world, run, aligned,
     assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 2
     model = Llava.from_pretrained(tmp_path / "run")
     assert isinstance(model.chat("Hi?", [random_image(0, (20, 20))], max_new_tokens=2), str)
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_a_folder_of_transformers_is_trained_further(kind, run, data, aligned, world, tmp_path):
+    """Its own way to cut pictures, newline included, as it stands in the folder."""
+    source = save_family(tmp_path / "model", family_model(kind))
+    as_it_is = dict.fromkeys(("model.image_mode", "model.image_size", "model.feature_layer"))
+    changes = {"model.tiling.cap": None, "data.max_length": 700, "data.row_length": None}
+    changes |= {"steps": 2, "optimizer.warmup_ratio": 0.0}
+    run(instruct(world, tmp_path / "run", source, STAGE | data | as_it_is | changes))
+    config = read_run_model(tmp_path / "run").config
+    before = open_llava(source)
+    assert config.image == before.config.image and config.image.newline
+    start = flatten_dict(before.read("float32"))
+    after = flat(tmp_path / "run")
+    assert start.keys() == after.keys()
+    assert 0 < abs(np.asarray(after[NEWLINE] - start[NEWLINE])).max() < 0.05

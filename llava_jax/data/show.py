@@ -32,9 +32,9 @@ def show(
     """One record of `open_records(...)` rendered and tokenized, before packing and cutting.
 
     Returns:
-      id, index, template, text; input_ids, labels, position_ids, segment_ids; image_slots:
-      [{"image", "size", "tiles", "grid", "start", "end"}], the half-open range of tokens of each
-      image, whose size (of a video width, height and frames) is None if it cannot be read and whose
+      id, index, origin (of a mixture's record), template, text; input_ids, labels, position_ids,
+      segment_ids; image_slots: [{"image", "size", "tiles", "grid", "start", "end"}], the half-open
+      range of tokens of each image, whose size (of a video width, height and frames) is None if it cannot be read and whose
       grid (columns, rows) of tiles is None if it is one tile; lengths; training: what becomes of
       the record; ignored_keys; supervised_spans: the [start, end) characters of the text that are
       learnt. Of a record with boxes also boxes: [{"image", "pixels", "text"}], the number of its
@@ -66,6 +66,7 @@ def show(
     shown = {
         "id": record.id,
         "index": index,
+        "origin": record.origin,
         "template": f.template.name,
         "text": text,
         "input_ids": row.input_ids.tolist(),
@@ -189,7 +190,9 @@ def as_text(shown: dict, colour: bool) -> str:
     if colour:
         marked = marked.replace(IMAGE_TOKEN, f"{_CYAN}{IMAGE_TOKEN}{_PLAIN}")
     lengths = shown["lengths"]
-    lines = [f"record {shown['index']} (id {shown['id']!r}), template {shown['template']}", marked]
+    named = f"record {shown['index']} (id {shown['id']!r})"
+    named += f", {shown['origin']}" if shown["origin"] else ""
+    lines = [f"{named}, template {shown['template']}", marked]
     for number, slot in enumerate(shown["image_slots"]):
         size = "{}x{} pixels".format(*slot["size"]) if slot["size"] else "size unknown"
         size += ", {} frames".format(*slot["size"][2:]) if len(slot["size"] or ()) > 2 else ""

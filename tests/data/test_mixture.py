@@ -9,6 +9,7 @@ import yaml
 from llava_jax.data import build
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import checked_record, open_records
+from llava_jax.data.show import as_text, show
 from llava_jax.errors import LlavaError
 from tests.data.conftest import record
 from tests.data.test_tiles import FORMAT
@@ -134,6 +135,13 @@ def test_text_that_is_no_list_is_refused(tmp_path):
     (tmp_path / "mix.yml").write_text("datasets: [\n  {json_path: a.json\n")
     with pytest.raises(LlavaError, match="mix.yml is not valid YAML at line 3"):
         open_records(tmp_path / "mix.yml")
+
+
+def test_show_says_where_a_record_is_from(mix):
+    shown = show(open_records(mix("first:1", "end:1")), 1, FORMAT, byte_tokenizer())
+    assert "record 1 (id '1-39'), number 39 of part1.jsonl, template chatml" in as_text(
+        shown, False
+    )
 
 
 def test_keys_that_nothing_reads_are_reported(mix):

@@ -155,6 +155,8 @@ def test_a_group_is_a_path_and_no_mere_prefix_of_a_name():
 def test_a_group_without_parameters_is_an_error_that_names_what_there_is():
     with pytest.raises(LlavaError, match=r"\['projecter'\].*the model has \['decoder', 'proj"):
         split_params(draw(), {"projecter": 1e-3, "decoder": 1e-3})
+    with pytest.raises(LlavaError, match="sub-trees, such as projector/linear_0$"):
+        split_params(draw(), {"projector/linear0": 1e-3})
 
 
 def test_the_state_holds_moments_of_the_trainable_tree_alone():
