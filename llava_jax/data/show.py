@@ -34,11 +34,11 @@ def show(
     Returns:
       id, index, origin (of a mixture's record), template, text; input_ids, labels, position_ids,
       segment_ids; image_slots: [{"image", "size", "tiles", "grid", "start", "end"}], the half-open
-      range of tokens of each image, whose size (of a video width, height and frames) is None if it cannot be read and whose
-      grid (columns, rows) of tiles is None if it is one tile; lengths; training: what becomes of
-      the record; ignored_keys; supervised_spans: the [start, end) characters of the text that are
-      learnt. Of a record with boxes also boxes: [{"image", "pixels", "text"}], the number of its
-      image, the box on it and how it is written.
+      range of tokens of each image, whose size (of a video width, height and frames) is None if it
+      cannot be read and whose grid (columns, rows) of tiles is None if it is one tile; lengths;
+      training: what becomes of the record; ignored_keys; supervised_spans: the [start, end)
+      characters of the text that are learnt. Of a record with boxes also boxes: [{"image",
+      "pixels", "text"}], the number of its image, the box on it and how it is written.
       If turns are independent also turn_ids, and the text has what each question adds to the part
       that they share.
     Raises:
