@@ -255,11 +255,11 @@ def _pyav():
 @contextlib.contextmanager
 def _opened(source: str | bytes, name: str) -> Iterator[tuple]:
     """The container and the video stream of a file; what FFmpeg finds wrong is an ImageError."""
-    av = _pyav()
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     if isinstance(file, str) and not os.path.isfile(file):
         raise ImageError("missing video", f"no video file {name!r}")
+    av = _pyav()
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
         container = av.open(file, options=options, metadata_errors="ignore")
     except (av.FFmpegError, ValueError) as error:
