@@ -79,7 +79,8 @@ def test_its_run_is_asked_about_videos(trained, data, tmp_path):
     arguments = generate_arguments(trained, tmp_path, data["data.image_root"])
     generate.main(arguments)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert lines[0]["text"] == answer != "" and "no video file" in lines[1]["error"]
+    assert lines[0]["text"] == answer and lines[0]["completion_tokens"] == 6
+    assert "no video file" in lines[1]["error"]
 
 
 def generate_arguments(trained, folder, root):

@@ -16,7 +16,7 @@ from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.parquet import StoredPicture
 from llava_jax.evaluation.statistics import bootstrap_errors, percent, standard_error
-from llava_jax.text.conversation import IMAGE_TOKEN, images_in
+from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, images_in
 
 Picture = str | bytes | StoredPicture | Video
 
@@ -180,7 +180,7 @@ def ask(
             raise LlavaError(f"its text has {count} {IMAGE_TOKEN} for {len(images)} pictures")
         prompt = text
     else:
-        text = text.replace(IMAGE_TOKEN, "")  # otherwise it would ask for a picture
+        text = MARKS.sub("", text)  # otherwise it would ask for a picture
         prompt = f"{' '.join([IMAGE_TOKEN] * len(images))}\n{text}" if images else text
     name = image_name or ", ".join(dict.fromkeys(map(_name, images)))
     return Question(str(id), text, prompt, reference, images, name, kind, label, group)

@@ -15,12 +15,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.command_line import mesh_of_all
-from llava_jax.text.conversation import IMAGE_TOKEN, images_in
+from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, images_in
 
 BATCHES_AT_A_TIME = 8  # their pictures are in memory together
 FROM_LMMS_EVAL = {
@@ -124,7 +125,7 @@ class LlavaJax(lmms):
 
 
 class LlavaJaxSimple(LlavaJax):
-    """The simple model (`--force_simple`): pictures followed by one text."""
+    """The simple model (`--force_simple`): pictures, or paths of videos, followed by one text."""
 
     is_simple = True
 
@@ -139,14 +140,15 @@ class LlavaJaxSimple(LlavaJax):
         seed: int,
     ) -> Request:
         images = list(doc_to_visual(self.task_dict[task][split][doc_id]) or ())
+        images = [Video(image) if isinstance(image, str) else image for image in images]
         if images_in(context) != len(images):
-            context = context.replace(IMAGE_TOKEN, "")
+            context = MARKS.sub("", context)
         params = self._sampling(settings, seed)
         return self.model.request(context, images, params, where=f"{task}, {doc_id}: ")
 
 
 def read_messages(messages: Sequence[Mapping]) -> list:
-    """Chat messages -> [(question, answer) pairs..., the list of pictures].
+    """Chat messages -> [(question, answer) pairs..., the list of pictures and videos].
 
     The last pair's answer is empty if its question is still open. A system message is put before
     the first question, since the template has its own system text.
@@ -158,11 +160,16 @@ def read_messages(messages: Sequence[Mapping]) -> list:
             if item["type"] == "image":
                 images.append(item["url"])
                 text += f"{IMAGE_TOKEN}\n"
+            elif item["type"] == "video":
+                if item.get("start_time") is not None or item.get("end_time") is not None:
+                    raise LlavaError("a message shows a part of a video: only whole ones are shown")
+                images.append(Video(item["url"]))
+                text += f"{IMAGE_TOKEN}\n"
             elif item["type"] == "text":
-                text += item["text"].replace(IMAGE_TOKEN, "")
+                text += MARKS.sub("", item["text"])
             else:
                 raise LlavaError(
-                    f"a message contains {item['type']}, but LLaVA reads only text and pictures"
+                    f"a message contains {item['type']}: LLaVA reads text, pictures and videos"
                 )
         if message["role"] == "system":
             system += f"{text}\n"

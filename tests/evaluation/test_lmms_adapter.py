@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from tests.tiny_model import random_image, tiny_llava
@@ -143,12 +144,28 @@ def test_messages_become_turns_with_their_pictures_in_place(adapter):
     ]
 
 
+def test_videos_stand_in_messages_and_before_texts(adapter, monkeypatch):
+    said = [{"role": "user", "content": [{"type": "video", "url": "a.mp4", "start_time": None},
+                                         {"type": "text", "text": "a <video> of?"}]}]  # fmt: skip
+    assert adapter.read_messages(said) == [("<image>\na  of?", ""), [Video("a.mp4")]]
+    model = make(adapter.LlavaJaxSimple, monkeypatch)
+    asked = []
+    monkeypatch.setattr(model.model, "request", lambda *args, **_: asked.append(args[1]))
+    (one,) = requests(True, DOCS[:1], visual=lambda doc: ["frames"])
+    model._request(*one.args, seed=0)
+    assert asked == [[Video("frames")]]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"settings": {**GREEDY, "num_beams": 4}}, "no beam search: num_beams is 4"),
+        ({"text": lambda doc: [{"role": "user", "content": [{"type": "audio", "url": "x"}]}]},
+         "a message contains audio"),
         ({"text": lambda doc: [{"role": "user", "content": [{"type": "video", "url": "x"}]}]},
-         "a message contains video"),
+         "the model takes pictures, not videos"),
+        ({"text": lambda doc: [{"role": "user", "content": [
+            {"type": "video", "url": "x", "start_time": 2.0}]}]}, "only whole ones are shown"),
         ({"text": lambda doc: []}, "no message is from the user"),
     ],
 )  # fmt: skip
