@@ -20,7 +20,11 @@ PARITY_DEVICES = 8
 # No windowed einsums, which cut a product into one for each device's slice of the weights: with
 # them large models take many times longer to compile. Whether gathers hide behind products (async
 # collective fusion) is left to the compiler: forced on v5p or v6e, it warns of wrong results.
-COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+# On GPUs, the scheduler that hides transfers behind products, which A100 otherwise goes without.
+COMPILER_OPTIONS = {
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
 MODEL_INPUTS = (
     "input_ids", "tiles", "feature_ids", "feature_places", "position_ids", "segment_ids"
 )  # fmt: skip
