@@ -16,5 +16,6 @@ def get_config():
     config.data.validation = f"{ROOT}/boxes/val.json"
     config.data.image_root = ROOT
     config.data.images_per_row = 3
+    config.steps = 320  # of 378 that all records take
     config.seed = 1  # other old conversations together in a row than in stage 2
     return config

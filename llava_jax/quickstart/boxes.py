@@ -19,7 +19,7 @@ from llava_jax.quickstart.easy_vqa import conversation, write_records
 from llava_jax.weights.checksums import is_whole
 from llava_jax.weights.write.save import whole_folder
 
-SINGLES, MOSAICS, OLD = 3000, 2000, 1500  # records to train on
+SINGLES, MOSAICS, OLD = 3000, 2000, 600  # records to train on
 TEST, HELD_OUT = 400, 20  # of each kind
 BACKGROUND = 24  # levels, summed over the channels, that a pixel of a shape differs by
 

@@ -5,10 +5,12 @@ import pickle
 import pytest
 from PIL import Image
 
+from llava_jax.data.boxes import Boxes
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation import load_benchmark
+from llava_jax.evaluation import load_benchmark, runner
 from llava_jax.evaluation.refcoco import iou
 from tests.evaluation.published import lines, prompts, write
+from tests.tiny_model import tiny_llava
 
 
 def test_intersection_over_union():
@@ -86,3 +88,19 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
     image = Image.new("RGB", (200, 100))
     drawn = benchmark.draw(image, benchmark.questions[0], "[0.0, 0.5, 0.1, 0.75]")
     assert drawn.getpixel((50, 20)) == (0, 255, 0) and drawn.getpixel((10, 50)) == (255, 0, 0)
+
+
+SAID = "[50, 0, 150, 50]"
+
+
+def test_a_model_is_scored_in_the_convention_that_it_writes(tmp_path, monkeypatch):
+    """The runner reads the boxes of a model as that model writes them."""
+    benchmark = refcoco(tmp_path / "data")
+    model = tiny_llava()
+    say = lambda model, name, questions, *_: {q.id: {"prediction": SAID} for q in questions}
+    monkeypatch.setattr(runner, "_answer", say)
+    for convention, accuracy in (("pixel", 100.0), ("llava", 0.0)):
+        model.boxes = Boxes(convention, model.config.image)
+        (line,) = runner.evaluate(model, benchmark, tmp_path / convention, 4, 1)
+        assert line.values["accuracy"] == accuracy
+    assert "grade" in (tmp_path / "pixel" / "predictions.jsonl").read_text()
