@@ -152,7 +152,7 @@ def open_checkpoint(path: str | Path) -> LlavaFolder:
         families=families_of(run.config),
         params=params,
         idle={},
-        words=partial(run_words, tokenizer, run.template),
+        words=partial(run_words, tokenizer, run.template, box_convention=run.box_convention),
         tokenizer_dir=tokenizer,
     )
 

@@ -46,7 +46,6 @@ class LoadedModel:
       tokenizer_dir: the folder of its tokenizer.
       words: how it is asked, and where its answers end.
       added_tokens: tokens to add to the tokenizer first, in this order.
-      box_convention: how it writes boxes; see `data.boxes`.
     """
 
     config: LlavaConfig
@@ -54,7 +53,6 @@ class LoadedModel:
     tokenizer_dir: Path
     words: PromptWords
     added_tokens: tuple[str, ...] = ()
-    box_convention: str = "llava"
 
     @property
     def template(self) -> str:
@@ -67,6 +65,10 @@ class LoadedModel:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         return self.words.stop_token_ids
+
+    @property
+    def box_convention(self) -> str:
+        return self.words.box_convention
 
 
 def source_config(path: Path) -> LlavaConfig:
@@ -194,7 +196,7 @@ def load_model(
     """
     path = local_folder(path, options.get("allow_pickle", False))
     if is_llava_folder(path) or options.get("vision_tower"):
-        opened, box_convention = open_llava(path, **options), "llava"
+        opened = open_llava(path, **options)
         tokenizer_dir, words = opened.needed_tokenizer(), opened.words(template)
         for note in opened.notes:
             hosts.report(note)
@@ -210,12 +212,12 @@ def load_model(
             raise LlavaError(f"{path} is a run of train.py: leave out {', '.join(given)}")
         tokenizer_dir, added_tokens = step_folder.parent.parent / "tokenizer", ()
         run, params = open_run(step_folder) if place else load_run(step_folder)
-        config, words = run.config, run_words(tokenizer_dir, run.template, template)
-        box_convention = run.box_convention
+        config = run.config
+        words = run_words(tokenizer_dir, run.template, template, run.box_convention)
         if place:
             params = place(config, params)
         else:
             params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
     if words.warning:
         hosts.report(words.warning)
-    return LoadedModel(config, params, tokenizer_dir, words, added_tokens, box_convention)
+    return LoadedModel(config, params, tokenizer_dir, words, added_tokens)

@@ -30,6 +30,7 @@ from llava_jax.text.conversation import Turn
 from llava_jax.weights.export import hugging_face, original, write_folder
 from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import SINGLE_FILE
+from llava_jax.weights.load import load_model
 from llava_jax.weights.read.llava_folder import LlavaFolder, open_llava
 from llava_jax.weights.read.prompt_words import run_words
 from llava_jax.weights.run_directory import (
@@ -260,6 +261,27 @@ def test_a_run_by_the_command(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert cli.main(command) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_every_folder_says_how_its_model_writes_boxes(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_run(run)
+    for convention in ("llava", "qwen_1000"):
+        write_run_model(run, RunModel(CONFIG, "chatml", {}, box_convention=convention))
+        assert load_model(run).box_convention == convention
+        source = run
+        for form in ("hf", "llava", "hf"):  # each from the one before
+            out = tmp_path / f"{convention}-{source.name}-{form}"
+            assert cli.main(["export", str(source), "--format", form, "--out", str(out)]) == 0
+            assert load_model(out).box_convention == convention
+            values = json.loads((out / "config.json").read_text())
+            assert ("box_convention" in values) == (convention != "llava")
+            source = out
+    old = json.loads((run / "model.json").read_text())
+    del old["box_convention"]  # as earlier versions wrote it
+    (run / "model.json").write_text(json.dumps(old))
+    assert load_model(run).box_convention == "llava"
 
 
 def lora_run(folder: Path) -> tuple[Path, Path]:

@@ -220,3 +220,10 @@ def test_a_chat_template_for_pictures_counts_in_every_form(text, tmp_path):
 def test_both_texts_of_a_template_of_ours(tmp_path):
     put(tmp_path, "chat_template.jinja", chat_template(get_template("chatml"), videos=True))
     assert (words(tmp_path).template, words(tmp_path).chat_template) == ("chatml", None)
+
+
+def test_an_unknown_box_convention_is_refused(tmp_path):
+    with pytest.raises(
+        LlavaError, match="config.json has box_convention='yolo': it must be one of"
+    ):
+        prompt_words([tmp_path], {"box_convention": "yolo"}, DECODERS["llama"])

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from llava_jax.data.boxes import CONVENTIONS
 from llava_jax.errors import LlavaError
 from llava_jax.text.chat_template import template_of
 from llava_jax.text.templates import TEMPLATES, get_template
@@ -38,6 +39,7 @@ _NAMES = {
     "vicuna": "v1",
     "llava-v1": "v1",
 }
+BOX_KEY = "box_convention"  # of config.json
 _TOKENIZER_FILES = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
 
 
@@ -53,6 +55,7 @@ class PromptWords:
       guessed: whether nothing in the folder says them.
       stop_token_ids: ends of an answer that the folder's `generation_config.json` or `config.json`
         names, besides those of the template and the tokenizer.
+      box_convention: how it writes boxes (`data.boxes`), if not as LLaVA-1.5.
     """
 
     template: str
@@ -60,6 +63,13 @@ class PromptWords:
     source: str = ""
     guessed: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    box_convention: str = "llava"
+
+    @property
+    def box_keys(self) -> dict[str, str]:
+        """What a `config.json` says of the box convention: nothing of LLaVA's own."""
+        usual = self.box_convention == PromptWords.box_convention
+        return {} if usual else {BOX_KEY: self.box_convention}
 
     @property
     def warning(self) -> str | None:
@@ -92,7 +102,7 @@ def prompt_words(
         them the default.
     """
     folders = tuple(folders)
-    stops = stop_token_ids(folders, config)
+    stops, boxes = stop_token_ids(folders, config), _box_convention(config)
     found = next((named for named in map(chat_templates, folders) if named), {})
     texts_alone = {name for name, (_, jinja) in found.items() if not _knows_pictures(jinja)}
     if tiled and original and template not in texts_alone:
@@ -101,19 +111,24 @@ def prompt_words(
         if template not in TEMPLATES:
             known = ", ".join(sorted({*TEMPLATES, *found}))
             raise LlavaError(f"unknown template {template!r}: choose one of {known}")
-        return PromptWords(template, None, "the template asked for", False, stops)
+        return PromptWords(template, None, "the template asked for", False, stops, boxes)
     if found:
         path, jinja = _chosen(found, template)
         ours = template_of(jinja)
         name = ours or _marked_with([jinja]) or family.template
-        return PromptWords(name, None if ours else jinja, str(path), False, stops)
+        return PromptWords(name, None if ours else jinja, str(path), False, stops, boxes)
     name, why = _guess(folders, config, family, marked, tiled)
     what = "the chat template is for texts alone" if texts_alone else "no chat template"
     source = f"{what} in {folders[0]}: using {name}, {why}"
-    return PromptWords(name, None, source, True, stops)
+    return PromptWords(name, None, source, True, stops, boxes)
 
 
-def run_words(tokenizer_dir: Path, trained_with: str, template: str | None = None) -> PromptWords:
+def run_words(
+    tokenizer_dir: Path,
+    trained_with: str,
+    template: str | None = None,
+    box_convention: str = "llava",
+) -> PromptWords:
     """The words of a run of train.py: those of its training, unless `template` names others.
 
     Its tokenizer folder keeps the `generation_config.json` and `config.json` of its start.
@@ -122,7 +137,17 @@ def run_words(tokenizer_dir: Path, trained_with: str, template: str | None = Non
     stops = stop_token_ids([tokenizer_dir], read_json(path) if path.is_file() else {})
     source = "the template asked for" if template else "the run's model.json"
     name = get_template(template or trained_with).name
-    return PromptWords(name, None, source, False, stops)
+    return PromptWords(name, None, source, False, stops, box_convention)
+
+
+def _box_convention(config: Mapping) -> str:
+    """How the model of a `config.json` writes boxes; only llava-jax writes that down."""
+    found = config.get(BOX_KEY, PromptWords.box_convention)
+    if found not in CONVENTIONS:
+        raise LlavaError(
+            f"config.json has {BOX_KEY}={found!r}: it must be one of {', '.join(CONVENTIONS)}"
+        )
+    return found
 
 
 def stop_token_ids(folders: Iterable[Path], config: Mapping) -> tuple[int, ...]:

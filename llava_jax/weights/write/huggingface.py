@@ -330,7 +330,7 @@ def write_side_files(
       vision_use_head: whether SigLIP's pooling head, which LLaVA never uses, is in the weights.
       log: is given what transformers will do otherwise.
     """
-    values = config_json(config, tokenizer.ids, dtype)
+    values = config_json(config, tokenizer.ids, dtype) | words.box_keys
     if values["vision_config"]["model_type"] == "siglip_vision_model":
         values["vision_config"]["vision_use_head"] = vision_use_head
     write_json(folder / "config.json", values)

@@ -150,7 +150,7 @@ def write_side_files(
 
     log: is given what the original code will do otherwise.
     """
-    values = config_json(config, tokenizer.ids, dtype)
+    values = config_json(config, tokenizer.ids, dtype) | words.box_keys
     tower = _tower_files(folder, config, dtype)
     family = families_of(config).decoder
     form = original_pictures(values, "config.json", tower, config.vision, family)
