@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from llava_jax import Llava
 from llava_jax.errors import LlavaError
+from llava_jax.weights.export import FORMATS, open_checkpoint, write_folder
 from llava_jax.weights.load import load_run
 from llava_jax.weights.read.llava_folder import open_llava
 from llava_jax.weights.run_directory import checkpoint_of, read_run_model, saved_params
@@ -130,3 +131,10 @@ def test_a_folder_of_transformers_is_trained_further(kind, run, data, aligned, w
     after = flat(tmp_path / "run")
     assert start.keys() == after.keys()
     assert 0 < abs(np.asarray(after[NEWLINE] - start[NEWLINE])).max() < 0.05
+    export = FORMATS["hf"](open_checkpoint(tmp_path / "run"), "float32", None)
+    write_folder(export, tmp_path / "hf")
+    back = open_llava(tmp_path / "hf")  # what was trained leaves as it came, the tower too
+    assert back.config.image == config.image
+    found = flatten_dict(back.read("float32"))
+    for path, leaf in after.items():
+        assert np.asarray(found[path])[: len(leaf)].tobytes() == np.asarray(leaf).tobytes(), path
