@@ -143,7 +143,7 @@ class TrainingData:
         (tokens, tiles), f = self._needs, self.row_format
         if all(tokens[indices] > f.max_length):
             return f", needing up to {tokens[indices].max():,} tokens"
-        if f.image.by_size and all(tiles[indices] > f.tiles):
+        if f.several_tiles and all(tiles[indices] > f.tiles):
             return f", needing up to {tiles[indices].max():,} tiles"
         return ""
 
@@ -153,7 +153,7 @@ class TrainingData:
         if self.records_cut:
             cut = f"; {self.records_cut:,} cut to {self.row_format.max_length} tokens"
         full = f"{self.fill:.0%} full"
-        if self.row_format.image.by_size:
+        if self.row_format.several_tiles:
             full = f"{self.fill:.0%} of tokens and {self.tile_fill:.0%} of tiles used"
         return (
             f"{self.records_used:,} of {self.records_total:,} records "

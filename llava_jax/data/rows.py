@@ -97,9 +97,14 @@ class RowFormat:
         return self.max_length if self.row_length is None else self.row_length
 
     @property
+    def several_tiles(self) -> bool:
+        """Whether a picture or video may take more than one."""
+        return self.image.by_size or self.image.video is not None
+
+    @property
     def crowded(self) -> str:
         """Why a record with more than K tiles is refused."""
-        what = "tiles" if self.image.by_size else "images"
+        what = "tiles" if self.several_tiles else "images"
         return f"more {what} than images_per_row={self.tiles}"
 
     @property
