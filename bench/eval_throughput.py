@@ -7,12 +7,11 @@ alternately in one run and read the same token ids and pixels. Hugging Face runs
 --hf_batch_sizes, and its best one is compared.
 """
 
-import time
 from pathlib import Path
 
 from absl import flags
 
-from bench.huggingface import HuggingFace
+from bench.huggingface import HuggingFace, compare
 from llava_jax import command
 from llava_jax.evaluation import easy_vqa
 from llava_jax.inference.model import DTYPES, Llava
@@ -43,38 +42,8 @@ def main() -> None:
     print(f"{len(questions)} questions about {pictures} pictures: ours {DTYPE.value}, "
           f"Hugging Face {dtype}")  # fmt: skip
 
-    def run_ours(count):
-        ours.engine.forget()
-        return [a.tokens for (a,) in ours.answers(requests[:count], BATCH_SIZE.value)]
-
-    def run_theirs(batch, count):
-        answers = []
-        for start in range(0, count, batch):
-            batch_of = requests[start : min(start + batch, count)]
-            answers += theirs.generate(batch_of, TOKENS.value, True)
-        return answers
-
-    sides = {"ours": run_ours} | {
-        f"Hugging Face, batch {size}": lambda count, size=int(size): run_theirs(size, count)
-        for size in HF_BATCH_SIZES.value
-    }
-    best, outputs = dict.fromkeys(sides, float("inf")), {}
-    for name, run in sides.items():  # compiles
-        run(len(requests) if name == "ours" else 64)
-    for _ in range(ROUNDS.value):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            outputs[name] = run(len(requests))
-            best[name] = min(best[name], time.perf_counter() - start)
-    for name, seconds in best.items():
-        print(f"{name:<24}{len(requests) / seconds:>8.1f} questions/s")
-    names = [name for name in sides if name != "ours"]
-    rival = min(names, key=best.get)
-    same = sum(a == b for a, b in zip(outputs["ours"], outputs[rival], strict=True))
-    c = ours.engine.counts
-    print(f"ratio to the best of transformers: {best[rival] / best['ours']:.2f}x; "
-          f"{same} of {len(requests)} answers token for token the same; "
-          f"{c.shared_tokens / c.prompt_tokens:.0%} of prompt tokens shared")  # fmt: skip
+    batches = [int(size) for size in HF_BATCH_SIZES.value]
+    compare(ours, theirs, requests, BATCH_SIZE.value, batches, TOKENS.value, ROUNDS.value)
 
 
 if __name__ == "__main__":
