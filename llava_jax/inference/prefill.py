@@ -142,11 +142,8 @@ def take_prompts(
       few: see `length_bucket`.
     """
     whole = list(itertools.takewhile(lambda job: job.rest <= TOKENS_AT_A_TIME, wave))
-    longest = max(job.rest for job in whole)
-    tokens = token_bucket(sum(job.rest for job in whole), longest, more, few)
-    window = window_bucket(max(job.length for job in whole), size, few)
-    shape = PrefillShape(tokens, chunk_bucket(longest), window)
-    count, pieces = 0, 0
+    shape = _shape_for(whole, size, more, few)
+    count, pieces, tokens = 0, 0, shape.tokens
     for job in whole:
         tokens, pieces = tokens - job.rest, pieces + shape.pieces(job)
         if tokens < 0 or pieces > shape.chunks:
@@ -154,7 +151,17 @@ def take_prompts(
         count += 1
     jobs = wave[:count]
     del wave[:count]
+    smaller = _shape_for(jobs, size, False, few)  # those that did not fit may be the longest
+    if sum(map(smaller.pieces, jobs)) <= smaller.chunks:
+        shape = smaller
     return jobs, shape
+
+
+def _shape_for(jobs: Sequence[Job], size: int, more: bool, few: bool) -> PrefillShape:
+    longest = max(job.rest for job in jobs)
+    tokens = token_bucket(sum(job.rest for job in jobs), longest, more, few)
+    window = window_bucket(max(job.length for job in jobs), size, few)
+    return PrefillShape(tokens, chunk_bucket(longest), window)
 
 
 def take_parts(job: Job, size: int, few: bool = False) -> Iterator[tuple[Job, PrefillShape]]:

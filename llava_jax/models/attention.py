@@ -20,7 +20,7 @@ from llava_jax.models.flash_attention import (
 from llava_jax.models.linear import product_dtype, transposed
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-SCORES_AT_A_TIME = 1 << 28  # of prompts: a GiB in float32
+LONG_ROW, KEYS_AT_A_TIME = 256, 512  # tokens of a row and keys from which scores are many
 
 
 def choose_attention(
@@ -173,19 +173,56 @@ def attention(
     return out.reshape(query.shape)
 
 
-def attention_in_turn(
+def cached_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """`attention` of rows as they are read into a cache, as many at once as SCORES_AT_A_TIME allow.
+    """`attention` of tokens that are read into a cache, without gradients.
 
-    Arguments and result as there.
+    Long rows are computed one after the other, block of keys by block, and blocks that no query of
+    a row attends to are left out: of a causal mask nearly half, and all slots that are not filled.
+    The softmax's sum is that of the blocks so far (https://arxiv.org/abs/1805.02867).
+
+        mask  x . . .   T = 2, keys in blocks of 2: the second block is left out
+              x x . .
+
+    Arguments and result as in `attention`.
     """
-    rows, length, heads, _ = query.shape
-    at_once = max(SCORES_AT_A_TIME // (length * heads * key.shape[1]), 1)
-    if at_once >= rows:
+    length, keys = query.shape[1], key.shape[1]
+    if length < LONG_ROW or keys < 2 * KEYS_AT_A_TIME or keys % KEYS_AT_A_TIME:
         return attention(query, key, value, mask)
-    one = lambda row: attention(*(x[None] for x in row))[0]
-    return jax.lax.map(one, (query, key, value, mask), batch_size=at_once)
+    with jax.named_scope("attention"):
+        return jax.lax.map(_one_row, (query, key, value, mask[:, 0]))
+
+
+def _one_row(row: tuple[jax.Array, ...]) -> jax.Array:
+    """[T, N, H] of query [T, N, H], key and value [S, K, H], and mask bool[T, S]."""
+    query, key, value, mask = row
+    length, heads, size = query.shape
+    operands = product_dtype(query.dtype)
+    q = query.reshape(length, key.shape[1], -1, size).transpose(1, 2, 0, 3).astype(operands)
+    q = q.reshape(1, key.shape[1], -1, size)  # [1, K, G * T, H], as in `attention`
+    k, v = (x.swapaxes(0, 1)[None].astype(operands) for x in (key, value))  # [1, K, S, H]
+    block = lambda x, i, axis: jax.lax.dynamic_slice_in_dim(
+        x, i * KEYS_AT_A_TIME, KEYS_AT_A_TIME, axis
+    )
+    lowest = jnp.finfo(jnp.float32).min
+
+    def add_block(i, so_far):
+        largest, total, out = so_far
+        scores = _product(q, block(k, i, 2), 3) * size**-0.5  # [1, K, G * T, block]
+        of_heads = scores.reshape(*scores.shape[:2], -1, length, KEYS_AT_A_TIME)
+        scores = jnp.where(block(mask, i, 1), of_heads, lowest).reshape(scores.shape)
+        new = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+        powers, shrink = jnp.exp(scores - new), jnp.exp(largest - new)
+        total = total * shrink + jnp.sum(powers, axis=-1, keepdims=True)
+        return new, total, out * shrink + _product(powers.astype(operands), block(v, i, 2), 2)
+
+    seen = jnp.any(mask.reshape(length, -1, KEYS_AT_A_TIME), axis=(0, 2))  # of each block
+    first, end = jnp.argmax(seen), seen.size - jnp.argmax(seen[::-1])
+    start = jnp.full((*q.shape[:3], 1), lowest), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape)
+    _, total, out = jax.lax.fori_loop(first, end, add_block, start)
+    out = (out / total).astype(query.dtype).reshape(key.shape[1], -1, length, size)
+    return out.transpose(2, 0, 1, 3).reshape(query.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

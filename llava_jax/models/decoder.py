@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax.models.attention import attention, attention_in_turn, attention_mask
+from llava_jax.models.attention import attention, attention_mask, cached_attention
 from llava_jax.models.cache import Chunks, KVCache, write_cache
 from llava_jax.models.flash_attention import PackedCausal
 from llava_jax.models.linear import Linear
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         else:
             cache, k, v = write_cache(cache, layer, chunks, k[:, 0], v[:, 0])
             k, v = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
-            out = attention_in_turn(q[chunks.tokens, 0], k, v, mask)
+            out = cached_attention(q[chunks.tokens, 0], k, v, mask)
             out = out.reshape(-1, *out.shape[2:])[chunks.places, None]
         out = Linear(
             c.hidden_size, ("heads", "embed"), self.dtype, c.o_bias, inputs=2, name="o_proj"

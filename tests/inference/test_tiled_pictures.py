@@ -14,6 +14,7 @@ from llava_jax.inference.decoding import tile_slots
 from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models import attention
 from llava_jax.models.anyres import NEXT_GRIDS, Tiling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.video import VideoSpec
@@ -188,6 +189,8 @@ def test_long_prompts_are_read_in_parts(llava, monkeypatch):
     llava.engine.forget()
     expected = ask(llava, prompts, images)
     monkeypatch.setattr(prefill, "TOKENS_AT_A_TIME", 32)
+    monkeypatch.setattr(attention, "LONG_ROW", 16)
+    monkeypatch.setattr(attention, "KEYS_AT_A_TIME", 16)
     model = tiny_llava(llava.config, TEMPLATE)
     model.engine.warm_up(batch_size=4, size=SIZE, few=True)
     before, tokens = model.engine.counts.compilations, []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_jax.models import attention as module
-from llava_jax.models.attention import attention, attention_in_turn
+from llava_jax.models.attention import attention, cached_attention
 from llava_jax.models.decoder import _rotated_by_halves, _rotated_by_product, apply_rope
 from llava_jax.models.linear import transposed
 
@@ -42,14 +42,24 @@ def test_gradients_are_those_of_the_plain_formula(precision, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * float(abs(b).max()))
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_rows_in_turn_are_rows_together(at_once, monkeypatch):
-    q, k, v = normal(5, 6, 4, 8), normal(5, 9, 2, 8), normal(5, 9, 2, 8)
-    mask = jnp.asarray(RNG.random((5, 1, 6, 9)) < 0.7)
-    monkeypatch.setattr(module, "SCORES_AT_A_TIME", at_once * 6 * 4 * 9 + 5)
-    assert " scan[" in str(jax.make_jaxpr(attention_in_turn)(q, k, v, mask))
-    found = attention_in_turn(q, k, v, mask)
-    np.testing.assert_allclose(found, attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
+def test_rows_in_blocks_of_keys_are_whole_rows(monkeypatch):
+    """A causal row, one that begins late, one in a window, and one whose queries see one key."""
+    monkeypatch.setattr(module, "LONG_ROW", 4)
+    monkeypatch.setattr(module, "KEYS_AT_A_TIME", 4)
+    q, k, v = normal(4, 6, 4, 8), normal(4, 16, 2, 8), normal(4, 16, 2, 8)
+    k = k.at[1, 10:].set(np.nan).at[2, :4].set(np.nan)  # whole blocks that are never read
+    k = k.at[1, 10:12].set(0.0)
+    places, keys = np.arange(6)[:, None], np.arange(16)
+    mask = np.stack([
+        keys <= places,
+        keys <= places + 4,
+        (keys <= places + 8) & (keys > places + 5),
+        (keys == 0) & (places >= 0),
+    ])[:, None]  # fmt: skip
+    found = cached_attention(q, k, v, jnp.asarray(mask))
+    expected = attention(q, jnp.nan_to_num(k), v, jnp.asarray(mask))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert " while[" in str(jax.make_jaxpr(cached_attention)(q, k, v, mask))
 
 
 def transposed_product(x, y):
