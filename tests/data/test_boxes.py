@@ -110,6 +110,21 @@ def test_a_box_is_where_the_pixels_are(mode, size):
     assert np.abs(written - tile).max() <= 0.005 + 1.5 / 112
 
 
+def test_kosmos_bins_are_those_of_transformers():
+    kosmos = pytest.importorskip("transformers.models.kosmos2.processing_kosmos2")
+    rng, boxes = np.random.default_rng(0), Boxes("kosmos", ImageSpec(224, "resize"))
+    for _ in range(300):
+        x, y = np.sort(rng.uniform(0, 1, (2, 2)), axis=1)
+        if rng.random() < 0.3:  # corners in one row or column of bins
+            x[1] = min(x[0] + 0.01, 1.0)
+        box = (x[0], y[0], x[1], y[1])
+        first, last = kosmos.coordinate_to_patch_index(box, BINS)
+        text = f"<object><patch_index_{first:04d}><patch_index_{last:04d}></object>"
+        assert boxes.write(tuple(100 * value for value in box), (100, 100)) == text
+        expected = kosmos.patch_index_to_coordinate(first, last, BINS)
+        np.testing.assert_allclose(boxes.read(text, (1, 1)), [expected], atol=1e-9)
+
+
 def test_boxes_are_found_in_text():
     def read(text, convention="llava", size=(100, 100)):
         return Boxes(convention).read(text, size)
