@@ -131,6 +131,14 @@ def _check_form(box: RecordBox, fault) -> None:
         raise fault(f"{shown(box.values)} has no area as {box.format}: {meant}")
 
 
+def nominal_size(side: int, boxes: Sequence[RecordBox], image: int) -> tuple[int, int]:
+    """A (width, height) to take for an image that cannot be read: at least `side`, and all its
+    boxes are inside."""
+    edges = [box.pixels((1, 1))[2:] for box in boxes if box.image == image]
+    width, height = (max(side, *map(math.ceil, ends)) for ends in zip((0, 0), *edges, strict=True))
+    return width, height
+
+
 def box_texts(
     boxes: Sequence[RecordBox], sizes: Sequence[Sequence[int]], writing: Boxes
 ) -> list[str]:

@@ -8,7 +8,7 @@ from llava_jax.data.attachments import NO_FILE
 from llava_jax.data.boxes import draw_boxes
 from llava_jax.data.media import MAX_PIXELS, ImageError, load_image
 from llava_jax.data.parsing import Record
-from llava_jax.data.record_boxes import box_texts
+from llava_jax.data.record_boxes import box_texts, nominal_size
 from llava_jax.data.records import checked_record
 from llava_jax.data.rows import RowFormat, is_several, render_record
 from llava_jax.data.video import Video
@@ -128,11 +128,13 @@ def draw_record(record: Record, shown: dict) -> Image.Image:
 def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
     """([{"image", "size"}], what is known of each image, what is wrong with them).
 
-    One that cannot be read is taken for a picture of the size of a tile.
+    One that cannot be read is taken for a picture of the size of a tile, or its boxes.
     """
     slots, found, faults = [], [], []
-    for source, name in zip(record.images, record.image_names, strict=True):
-        seen, size = sources.Seen((row_format.image.size,) * 2), None
+    named = zip(record.images, record.image_names, strict=True)
+    for number, (source, name) in enumerate(named):
+        size = nominal_size(row_format.image.size, record.boxes, number)
+        seen, size = sources.Seen(size), None
         try:
             seen = sources.look_at(source, row_format.image, name, max_pixels, is_several(record))
             size = seen.source

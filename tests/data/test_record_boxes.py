@@ -152,6 +152,20 @@ def test_show_prints_and_draws_boxes(folder, tokenizer):
     assert drawn[25, 50].tolist() == [255, 0, 0] and drawn[25, 100].tolist() == [128, 128, 128]
 
 
+def test_a_record_with_boxes_whose_image_is_missing_is_left_out(folder, tokenizer):
+    records = opened(folder, record(), record(image="gone.png") | {"id": "gone"})
+    skipping = {"bad_image": "skip", "bad_image_ceiling": 1, "batch_size": 1, "steps": 1}
+    data = TrainingData(records, tokenizer, rows(), progress=False, **skipping)
+    assert data.refused == {"bad image": [1]}
+    shown = show(records, 1, rows(), tokenizer)
+    assert shown["training"].startswith("not used") and shown["boxes"][0]["pixels"] == (
+        50,
+        0,
+        150,
+        50,
+    )
+
+
 def test_a_built_set_has_the_same_boxes(folder, tokenizer):
     item = record(((0.25, 0, 0.75, 0.5),), box_format="xyxy_relative")
     records = opened(folder, item, record(texts=("none?", "none"), boxes=()))

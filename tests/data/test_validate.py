@@ -41,6 +41,13 @@ TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": 
 LONG = {"from": "gpt", "value": "so " * 200}
 
 
+BOXED = {
+    "conversations": [TURNS[0], {"from": "gpt", "value": "at <box>"}],
+    "boxes": [[1, 1, 9, 9]],
+    "box_format": "xyxy_pixel",
+}
+
+
 def picture(folder, name, size, damage=None):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(folder / name)
@@ -90,6 +97,17 @@ CHANGES = [
     {"audio": "a.wav"},
     {"foo": 1, "id": "same"},
     {"image": "data:image/png;base64,AAAA"},
+    BOXED,
+    BOXED | {"image": "missing.png"},
+    BOXED | {"image": "damaged.png"},
+    BOXED | {"boxes": [[1, 1, 9000, 9]]},
+    BOXED | {"boxes": [[1, 1, 9000, 9]], "image": "missing.png"},
+    BOXED | {"boxes": [[9, 1, 1, 9]]},
+    BOXED | {"boxes": [[0.1, 0.1, 1, 0.9]], "box_format": "xyxy_relative"},
+    BOXED | {"box_format": None},
+    BOXED | {"conversations": TURNS},
+    {"conversations": BOXED["conversations"]},
+    {"boxes": [[1, 1, 9, 9]]},
 ]  # fmt: skip
 
 
