@@ -92,6 +92,16 @@ def test_files_that_are_not_here_are_figures_and_assumed(world, tmp_path, capsys
     assert (best["remat_policy"], best["accumulation"], best["fits"]) == ("none", 1, True)
 
 
+def test_pictures_in_tiles_are_dry_run_and_fitted(world, tmp_path, capsys):
+    changes = tiny_run.INSTRUCT | {"model.image_mode": "anyres", "model.tiling.cap": 1}
+    changes |= {"batch_size": 8, "data.train": "gone.json", "data.images_per_row": 10}
+    changes |= {"trainable": {"vision": 1e-6, "projector": 1e-3, "decoder": 1e-3}}
+    values = tiny_run.align(world, tmp_path / "run", changes)
+    code, _, figures = run_dry(tiny_run.recipe({}, values), capsys, fit=True)
+    assert code == 0 and figures["fit"]["best"]["fits"]
+    assert len(figures["assumed"]["sizes"]) == 8 and figures["model_flops"] > 0
+
+
 def test_a_row_as_text_marks_what_is_learnt():
     tokenizer = byte_tokenizer()
     question, answer = tokenizer("ab")["input_ids"], tokenizer("cd")["input_ids"]
