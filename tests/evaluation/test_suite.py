@@ -54,7 +54,7 @@ def test_a_value_that_a_suite_would_ignore_is_refused(tmp_path, key, value, mess
         load_configured(config)
 
 
-@pytest.mark.parametrize("suite", ["hallucination", "llava15", "onevision"])
+@pytest.mark.parametrize("suite", ["hallucination", "llava15", "onevision", "videos"])
 def test_every_member_of_a_suite_has_a_config_and_a_folder(suite):
     for name in importlib.import_module(f"configs.eval.{suite}").get_config().suite:
         member = importlib.import_module(f"configs.eval.{name}").get_config()
