@@ -11,6 +11,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.model import DTYPES, Llava
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.weights.hub import local_folder
+from llava_jax.weights.load import add_picture_arguments, picture_options
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--replicas", type=int, default=1, metavar="N", help="copies of the model, to share work")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share a copy's weights")
     add("--allow_urls", action="store_true", help="download pictures at http(s) addresses")
+    add_picture_arguments(parser)
     # Earlier names.
     add("--weights", dest="quantize", choices=["int8"], help=argparse.SUPPRESS,
         default=argparse.SUPPRESS)  # fmt: skip
@@ -64,6 +66,7 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
         kv_cache=args.kv_cache,
         allow_urls=args.allow_urls,
         mesh=mesh,
+        **picture_options(args),
     )
 
 

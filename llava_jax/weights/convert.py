@@ -6,15 +6,14 @@ from pathlib import Path
 from llava_jax.weights.export import (
     add_checkpoint_argument,
     add_output_arguments,
-    add_picture_arguments,
     checkpoint_of_arguments,
     hugging_face,
     original,
-    picture_options,
     writable,
     write_folder,
 )
 from llava_jax.weights.hub import local_folder
+from llava_jax.weights.load import add_picture_arguments, picture_options
 from llava_jax.weights.read.llava_folder import LlavaFolder, open_llava
 from llava_jax.weights.write.save import refuse_existing
 

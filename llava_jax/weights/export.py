@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
-from llava_jax.models.images import MODES
 from llava_jax.models.llava import IMAGE_TOKEN_ID, LlavaConfig
 from llava_jax.text.templates import get_template
 from llava_jax.weights.families import Families, families_of
@@ -23,7 +22,6 @@ from llava_jax.weights.load import open_run
 from llava_jax.weights.name_tables import NEWLINE
 from llava_jax.weights.read.llava_folder import LlavaFolder, components, is_llava_folder, open_llava
 from llava_jax.weights.read.prompt_words import PromptWords, run_words
-from llava_jax.weights.read.tiled_pictures import PINPOINT_ORDERS
 from llava_jax.weights.run_directory import checkpoint_of
 from llava_jax.weights.tensors import PARAMETER_DTYPES
 from llava_jax.weights.write import huggingface as hf_form
@@ -90,25 +88,6 @@ def checkpoint_of_arguments(args: argparse.Namespace) -> str:
         found = " and ".join(given) or "none"
         raise LlavaError(f"name one model with --checkpoint DIR, not {found}")
     return given[0]
-
-
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `open_llava` for folders that do not say how they are to be read."""
-    parser.add_argument(
-        "--pinpoint_order",
-        choices=PINPOINT_ORDERS,
-        help="whose code chooses the tiles of a picture: transformers or the original; default: "
-        "that of the folder's form",
-    )
-    parser.add_argument(
-        "--image_mode",
-        choices=tuple(MODES),
-        help="show each picture as one view in this mode, whatever the folder says of tiles",
-    )
-
-
-def picture_options(args: argparse.Namespace) -> dict[str, str | None]:
-    return {"pinpoint_order": args.pinpoint_order, "image_mode": args.image_mode}
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 What a folder holds is LazyParameter until it is placed: each device's slices are read from disk.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.errors import LlavaError
+from llava_jax.models.images import MODES
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.lora import LoraConfig, merge_lora
 from llava_jax.models.vit import num_blocks
@@ -22,6 +24,7 @@ from llava_jax.weights.read.llava_folder import (
     open_part,
 )
 from llava_jax.weights.read.prompt_words import PromptWords, run_words
+from llava_jax.weights.read.tiled_pictures import PINPOINT_ORDERS
 from llava_jax.weights.run_directory import (
     COMPONENTS,
     RunModel,
@@ -221,3 +224,23 @@ def load_model(
     if words.warning:
         hosts.report(words.warning)
     return LoadedModel(config, params, tokenizer_dir, words, added_tokens)
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `open_llava` for folders that do not say how they are to be read."""
+    parser.add_argument(
+        "--pinpoint_order",
+        choices=PINPOINT_ORDERS,
+        help="whose code chooses the tiles of a picture: transformers or the original; default: "
+        "that of the folder's form",
+    )
+    parser.add_argument(
+        "--image_mode",
+        choices=tuple(MODES),
+        help="show each picture as one view in this mode, whatever the folder says of tiles",
+    )
+
+
+def picture_options(args: argparse.Namespace) -> dict[str, str | None]:
+    """The options of `add_picture_arguments`."""
+    return {"pinpoint_order": args.pinpoint_order, "image_mode": args.image_mode}

@@ -1,5 +1,6 @@
 """LLaVA-NeXT, Interleave, OneVision and their video models in the form of the original code."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,8 +13,11 @@ transformers = pytest.importorskip("transformers")
 
 from llava_jax.errors import LlavaError  # noqa: E402
 from llava_jax.models.anyres import NEXT_GRIDS  # noqa: E402
+from llava_jax.models.presets import preset  # noqa: E402
 from llava_jax.models.video import VideoSpec  # noqa: E402
+from llava_jax.weights.families import DECODERS  # noqa: E402
 from llava_jax.weights.read.llava_folder import load_llava, open_llava  # noqa: E402
+from llava_jax.weights.read.original_pictures import original_pictures  # noqa: E402
 from tests.weights.conftest import VISION, randomize  # noqa: E402
 from tests.weights.family_models import ALL_PINPOINTS, family_model, save_family  # noqa: E402
 
@@ -226,3 +230,33 @@ def test_the_class_says_what_the_language_model_is(text, saved, tmp_path):
         opened = open_llava(folder)
         assert opened.families.decoder.model_type == text
         assert not opened.config.image.tiling.one_view  # its encoder is CLIP
+
+
+PINPOINTS_OF_ONEVISION = [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "values"),
+    [
+        ("llava16_7b", "llama", {"image_grid_pinpoints": [[12 * n for n in p] for p in FIVE]}),
+        (
+            "onevision_7b",
+            "qwen2",
+            {
+                "image_aspect_ratio": "anyres_max_9",
+                "image_grid_pinpoints": str(PINPOINTS_OF_ONEVISION),
+                "mm_newline_position": "one_token",
+                "mm_spatial_pool_mode": "bilinear",
+                "mm_spatial_pool_stride": 2,
+            },
+        ),
+    ],
+)
+def test_published_pictures_are_those_of_the_presets(name, family, values):
+    """As config.json of llava-v1.6-vicuna-7b and llava-onevision-qwen2-7b-ov has them."""
+    model = preset(name)
+    tower = dataclasses.replace(model.image, mode="square", tiling=None, video=None)
+    tower = dataclasses.replace(tower, mode="resize") if model.image.video else tower
+    values = NEXT | values
+    found = original_pictures(values, "config.json", tower, model.vision, DECODERS[family])
+    assert found == model.image

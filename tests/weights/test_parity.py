@@ -251,6 +251,12 @@ def reference_logits(model, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 LLAVAS = {
     **{family: {"text": family} for family in TEXT_FAMILIES},
     "siglip": {"tower": "siglip_vision_model", "vision_feature_select_strategy": "full"},
+    "interleave": {
+        "text": "qwen2",
+        "tower": "siglip_vision_model",
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+    },
     "siglip without its first patch": {"tower": "siglip_vision_model"},
     "dinov2": {"tower": "dinov2"},
     "several layers": {"vision_feature_layer": [-2, 0, 1]},
