@@ -70,6 +70,9 @@ def test_hugging_face(folder, tmp_path):
     _, info = getattr(transformers, kind).from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     assert "llava_jax" not in json.loads((out / "config.json").read_text())
+    # Transformers 4 does not have the name under which 5 saves a plain tokenizer.
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_a_processor_that_lacks_everything_is_completed(folder, tmp_path):

@@ -148,8 +148,9 @@ def prepare_tokenizer(
     names = {name: token for name, token in names.items() if token is not None}
     # tokenizer.json must be read as it is: transformers 5 chooses the class by config.json too, and
     # Llama's class builds another tokenizer of the same file.
-    plain = type(tokenizer).__name__ == "TokenizersBackend"  # a name unknown before 5
-    if plain or settings.get("tokenizer_class") in (None, "TokenizersBackend"):
+    plain = type(tokenizer).__name__ == "TokenizersBackend"
+    settings = _with_known_class(settings)
+    if plain or settings.get("tokenizer_class") is None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings |= names | {
         "padding_side": "left",
@@ -158,6 +159,12 @@ def prepare_tokenizer(
     }
     ids = {f"{name}_id": core.token_to_id(t) for name, t in names.items() if name != "unk_token"}
     return HFTokenizer(core, image_token, video_token, ids, settings, source)
+
+
+def _with_known_class(settings: dict) -> dict:
+    """tokenizer_config.json with the name that transformers 4 has for the plain class of 5."""
+    plain = settings.get("tokenizer_class") == "TokenizersBackend"
+    return settings | ({"tokenizer_class": "PreTrainedTokenizerFast"} if plain else {})
 
 
 def jinja_of(words: PromptWords, config: LlavaConfig) -> str:
@@ -291,6 +298,9 @@ def copied_side_files(
         values = {k: v for k, v in read_json(source / "config.json").items() if k != OWN_KEY}
         grids = {PINPOINTS: pinpoints(config.image)} if config.image.tiling else {}
         write_json(folder / "config.json", values | grids | dtype_keys(dtype))
+        settings = folder / "tokenizer_config.json"
+        if settings.exists():
+            write_json(settings, _with_known_class(read_json(settings)))
         processor = folder / PROCESSOR
         values = read_json(processor) if processor.exists() else {}
         if reworded or not words.guessed:  # in the one file that transformers reads for all
