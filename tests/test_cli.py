@@ -44,8 +44,8 @@ def test_help_lists_the_commands(capsys):
         (["xyz"], "llava-jax: COMMAND has no choice 'xyz'; known are generate, chat, "),
         (["chat", "--checkpoint", "a", "--xyz"], "llava-jax chat: unknown flag --xyz"),
         (
-            ["chat", "--checkpoint", "a", "--imag_root=b"],
-            "llava-jax chat: unknown flag --imag_root: did you mean --image?",
+            ["chat", "--checkpoint", "a", "--imags=b"],
+            "llava-jax chat: unknown flag --imags: did you mean --image?",
         ),
         (["chat", "--checkpoint", "a", "stray"], "llava-jax chat: unknown argument stray"),
         (["chat"], "llava-jax chat: the following arguments are required: --checkpoint"),
