@@ -1,5 +1,6 @@
 """Video files of which every frame shows its own number."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,13 @@ def write_video(
     rotation: int = 0,
     key_every: int = 12,
     container: dict | None = None,
+    times: list[int] | None = None,
     **options,
 ) -> Path:
-    """Frames 0, 1, … as a file; `options` are of the codec, `container` of the format."""
+    """Frames 0, 1, … as a file; `options` are of the codec, `container` of the format.
+
+    times: of the frames, in units of 1 / rate; by default 0, 1, …
+    """
     import av
 
     with av.open(str(path), "w", options=container or {}) as file:
@@ -37,6 +42,9 @@ def write_video(
         if rotation:
             stream.set_display_rotation(rotation)
         for number in range(frames):
-            file.mux(stream.encode(av.VideoFrame.from_image(frame(number, size))))
+            picture = av.VideoFrame.from_image(frame(number, size))
+            if times:
+                picture.pts, picture.time_base = times[number], Fraction(1, rate)
+            file.mux(stream.encode(picture))
         file.mux(stream.encode())
     return path

@@ -36,7 +36,8 @@ def sources(item: dict, kind: str, where: str) -> list[str | bytes]:
             f"bad {kind} field",
             f"{where} has different {kind}s in {key!r} and {different[0]!r}: keep one of them",
         )
-    sources = [] if key is None else item[key]
+    # A data set has the feature for every record: without bytes it has nothing there.
+    sources = [] if key is None or item[key] == b"" else item[key]
     sources = [sources] if isinstance(sources, str | bytes) else sources
     if not isinstance(sources, list) or not all(isinstance(s, str | bytes) for s in sources):
         raise RecordError(

@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava_jax.data.media import load_image
 from llava_jax.data.records import checked_record, open_records
+from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
 
 Text, Sequence, Picture = tfds.features.Text, tfds.features.Sequence, tfds.features.Image
@@ -125,3 +126,15 @@ def test_faulty_examples(tmp_path, example, words):
     records = open_records(make(tmp_path, {"image": Text(), "conversations": Text()}, [example]))
     with pytest.raises(RecordError, match=words):
         checked_record(records, 0)
+
+
+def test_a_record_without_a_picture_or_video_has_no_bytes(tmp_path):
+    features = {"image": Text(), "video": Text(), "conversations": Text()}
+    talk = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "x"}]
+    examples = [
+        {"image": png(1), "video": b"", "conversations": json.dumps(talk)},
+        {"image": b"", "video": b"...", "conversations": json.dumps(talk)},
+    ]
+    picture, clip = (checked_record(open_records(make(tmp_path, features, examples)), i)
+                     for i in range(2))  # fmt: skip
+    assert picture.images == (png(1),) and clip.images == (Video(b"..."),)

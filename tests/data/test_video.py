@@ -95,6 +95,15 @@ def test_every_frame_of_every_format_is_found(av, tmp_path, ending):
         assert [number_of(tile) for tile in tiles] == numbers.tolist()
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_frames_at_irregular_times_are_counted_not_timed(av, tmp_path, ending):
+    times = [0, 1, 2, 10, 11, 30, 31, 32, 33, 60, 61, 62, 63, 64, 90, 200]
+    path = write_video(tmp_path / f"a.{ending}", 16, times=times, codec="libx264", bf="2")
+    for frames in (16, 5):
+        _, numbers, tiles = video_tiles(Video(path, frames=frames), SPEC, "a")
+        assert [number_of(tile) for tile in tiles] == numbers.tolist()
+
+
 def test_a_short_video_shows_frames_twice(av, tmp_path):
     path = write_video(tmp_path / "a.mp4", 2)
     _, numbers, tiles = video_tiles(Video(path), SPEC, "a")
