@@ -56,8 +56,8 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],  # `make docs`
         "serve": ["starlette>=1.0", "uvicorn>=0.50", "prometheus_client"],
         "gpu": ["jax[cuda13]"],
-        # `--dry_run=h100:8` on a machine without a card; of the version of jax.
-        "gpu_dry_run": ["jax-cuda13-pjrt>=0.10.2,<0.13", "jax-cuda13-plugin>=0.10.2,<0.13"],
+        # For `--dry_run=h100:8` on a machine without a card: the compiler, without CUDA.
+        "gpu_dry_run": ["jax-cuda13-plugin>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]"],
     },
     entry_points={

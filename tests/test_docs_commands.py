@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax import cli
+from llava_jax.dry_run import answering
 
 ROOT = Path(__file__).parent.parent
 INVENTED = ("configs/my", "configs/NAME", "…", "{")  # recipes that a reader writes
@@ -42,6 +43,7 @@ def split(line: str) -> list[str]:
 def check_llava_jax(arguments: list[str], monkeypatch) -> None:
     module = importlib.import_module(cli.COMMANDS[arguments[0]][0])
     monkeypatch.setattr(module, "main", lambda args: 0)
+    monkeypatch.setattr(answering, "run", lambda args: 0)
     real = "--config=configs/base.py"
     arguments = [real if a.startswith(f"--config={INVENTED[0]}") else a for a in arguments]
     assert cli.main(arguments) == 0

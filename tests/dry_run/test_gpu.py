@@ -24,6 +24,7 @@ from llava_jax.models.flash_attention import cudnn_attention
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import RULES
 from llava_jax.training.step import COMPILER_OPTIONS
+from tests import tiny_run
 
 HAS_COMPILER = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(
     "jax_plugins.xla_cuda13"
@@ -226,6 +227,23 @@ def test_cudnn_attention_compiles_on_every_shard(tensor, heads, kv_heads, mib):
         lowered = jax.jit(jax.grad(total, (0, 1, 2))).lower(x(heads), x(kv_heads), x(kv_heads), ids)
         text = lowered.compile().as_text()
     assert cudnn_workspace(text, "9.0") == pytest.approx(mib * 2**20, abs=2**19)
+
+
+@pytest.mark.slow
+@with_compiler
+@pytest.mark.parametrize(("length", "attention"), [(64, "cudnn"), (63, "xla")])
+def test_the_fastest_setting_of_a_tiny_stage(world, tmp_path, capsys, length, attention):
+    """Rows that cuDNN refuses take XLA's attention, and the report says why."""
+    changes = {"batch_size": 4, "data.max_length": length, "model.dtype": "bfloat16"}
+    values = tiny_run.align(world, tmp_path / "run", changes)
+    assert dry_run.run(tiny_run.recipe({}, values), "2xh100:1", True) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)
+    assert figures["attention"] == attention
+    assert any("not cudnn: a row's length must be even" in line for line in lines) == (length == 63)
+    assert (figures["bytes"]["cudnn_workspace"] > 0) == (attention == "cudnn")
+    assert figures["fit"]["best"]["fits"] and figures["estimate"]["seconds"]["collectives"] > 0
+    assert figures["bytes"]["usable"] == int(0.75 * figures["bytes"]["hbm"])
 
 
 @pytest.mark.slow
