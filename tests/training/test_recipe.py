@@ -1,6 +1,7 @@
 """A config made into checked objects: wrong values are reported; what resuming may change."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -277,3 +278,23 @@ def test_options_that_have_come_since_had_their_defaults():
     assert only.startswith("trainable.projector: None -> ")
     new["data"]["box_convention"] = "pixel"
     assert "data.box_convention: 'llava' -> 'pixel'" in recipe.differences(before, new)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attention", "refused"),
+    [
+        ({}, "cudnn", ""),
+        ({"data.max_length": 63}, "xla", "cudnn: a row's length must be even"),
+        ({"model.attention": "xla", "data.max_length": 63}, "xla", ""),
+    ],
+)
+def test_attention_on_a_gpu_is_its_kernel_or_says_why_not(parts, changes, attention, refused):
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    mesh = types.SimpleNamespace(devices=np.array([gpu]), shape={"tensor": 2})
+    wanted = config(parts, **{"model.dtype": "bfloat16", "data.max_length": 64} | changes)
+    model, why = recipe.training_model(wanted, recipe.model_config(wanted), mesh)
+    assert (model.attention, why) == (attention, refused)
+    changes = {"model.attention": "cudnn", "data.max_length": 63}
+    with pytest.raises(LlavaError, match="config.model.attention: cudnn .* even; choose auto"):
+        wanted = config(parts, **{"model.dtype": "bfloat16"} | changes)
+        recipe.training_model(wanted, recipe.model_config(wanted), mesh)
