@@ -54,14 +54,17 @@ def load_image(
 
 
 def inspect_image(
-    source: str | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS
+    source: str | bytes | Image.Image, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Upright size (width, height) of an image file, from its first and last bytes if they suffice.
+    """Upright size (width, height) of an image, of a file by its first and last bytes if they do.
 
     Raises what `load_image` would for a missing, truncated or non-image file or too many pixels;
     damage in the middle of a file stays unseen. Decodes only where the end looks wrong.
     """
     name = name or (source if isinstance(source, str) else "image")
+    if isinstance(source, Image.Image):
+        check_pixels(source.size, name, max_pixels)
+        return _upright_size(source)
     with _open(source, name, max_pixels) as image:
         if not _ends_well(image):
             _decode(image, name)
@@ -138,12 +141,26 @@ def check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """The size after `_upright_rgb`, without decoding pixels."""
     try:
-        # Of a PNG, Pillow would decode the pixels to look for EXIF data behind them.
-        known = image.format != "PNG" or "exif" in image.info
+        # Of a PNG, Pillow decodes the pixels to look for EXIF data behind them, which few have.
+        known = image.format != "PNG" or "exif" in image.info or _has_late_exif(image.fp)
         turned = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # as in `_upright_rgb`
         turned = False
     return image.size[::-1] if turned else image.size
+
+
+def _has_late_exif(file) -> bool:
+    """Whether a PNG that was opened has EXIF data behind its pixels; a decoded one has no file."""
+    if file is None:
+        return False
+    position, found = file.tell(), False
+    file.seek(8)
+    while len(head := file.read(8)) == 8:  # of a chunk: its length and its type
+        if found := head[4:] == b"eXIf":
+            break
+        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    file.seek(position)
+    return found
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

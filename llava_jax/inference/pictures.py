@@ -87,7 +87,8 @@ class PictureReader:
         (layout,) = self._config.layouts([size], several)
         check_shape(size, self._config.image, name, several=several)
         key = (id(source) if isinstance(source, Image.Image) else source, several)
-        load = functools.partial(self._load, source, name, where, several, object())
+        known = size if self._config.image.by_size else None
+        load = functools.partial(self._load, source, name, where, several, known, object())
         return Picture(layout, load, key)
 
     def _video(self, video: Video, name: str, where: str) -> Picture:
@@ -110,23 +111,43 @@ class PictureReader:
     def _size(self, source: str | bytes | Image.Image, name: str) -> tuple[int, int]:
         if isinstance(source, str):
             return self._file_size(source, file_version(source, name), name)
-        return source.size if isinstance(source, Image.Image) else inspect_image(source, name)
+        with self._lock_of(source):
+            return inspect_image(source, name)
 
     def _load(
-        self, source: ImageSource, name: str, where: str, several: bool, picture: object
+        self,
+        source: ImageSource,
+        name: str,
+        where: str,
+        several: bool,
+        size: tuple[int, int] | None,
+        picture: object,
     ) -> np.ndarray:
-        """uint8[tiles, S, S, 3]. A file that has not changed is read once for several requests."""
+        """uint8[tiles, S, S, 3]. A file that has not changed is read once for several requests.
+
+        size: that it had, if its layout is made for it.
+        """
         with error_prefix(where):
             found = fetch(source, self._allow_urls)
             version = isinstance(found, str) and file_version(found, name)
             key = (found, version, name, several) if version else picture
-            return self._recent.get(key, lambda: self._tiles(found, name, several))
+            now, tiles = self._recent.get(key, lambda: self._tiles(found, name, several))
+            if size is not None and now != size:
+                raise LlavaError(
+                    f"image {name!r} changed while it was asked about: it had {size[0]}x{size[1]} "
+                    f"pixels and has {now[0]}x{now[1]}; ask again"
+                )
+            return tiles
 
-    def _tiles(self, source: str | bytes | Image.Image, name: str, several: bool) -> np.ndarray:
-        lock = self._pillow if isinstance(source, Image.Image) else contextlib.nullcontext()
-        with lock:
+    def _tiles(
+        self, source: str | bytes | Image.Image, name: str, several: bool
+    ) -> tuple[tuple[int, int], np.ndarray]:
+        with self._lock_of(source):
             image = load_image(source, name)
-        return preprocess(image, self._config.image, name, several=several)
+        return image.size, preprocess(image, self._config.image, name, several=several)
+
+    def _lock_of(self, source: str | bytes | Image.Image):
+        return self._pillow if isinstance(source, Image.Image) else contextlib.nullcontext()
 
 
 class _Recent:

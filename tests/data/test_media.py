@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -81,6 +83,20 @@ def test_orientation_is_applied():
     data = encoded(image, exif=exif)
     upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
     np.testing.assert_array_equal(np.asarray(load_image(data)), upright)
+
+
+def test_the_size_is_upright_wherever_the_orientation_stands():
+    """Before the pixels of a PNG, behind them, and in a picture that was opened."""
+    image = noise((30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, end = encoded(image), b"\x00\x00\x00\x00IEND"
+    body = b"eXIf" + exif.tobytes()[6:]  # without "Exif" and two zeros
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    late = plain.replace(end, chunk + end)
+    for data, size in ((plain, (30, 20)), (encoded(image, exif=exif), (20, 30)), (late, (20, 30))):
+        assert inspect_image(data) == load_image(data).size == size
+        assert inspect_image(Image.open(io.BytesIO(data))) == size
 
 
 def photograph(size):

@@ -1,6 +1,7 @@
 """The engine with models that cut pictures into tiles: LLaVA-NeXT's and OneVision's ways."""
 
 import dataclasses
+import io
 import random
 
 import jax
@@ -226,6 +227,26 @@ def test_a_prompt_shares_pictures_that_are_in_the_store_no_more(llava):
     assert ask(llava, ["a?"], [[picture]]) == expected
     assert llava.engine.counts.encoded_images == before
     llava.engine.forget()
+
+
+def test_a_picture_is_cut_by_its_upright_size(llava):
+    lying, exif = random_image(3, (40, 9)), Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    file = io.BytesIO()
+    lying.save(file, "PNG", exif=exif)
+    upright = lying.transpose(Image.Transpose.ROTATE_270)
+    sources = [file.getvalue(), Image.open(io.BytesIO(file.getvalue())), upright]
+    answers = ask(llava, ["a?"] * 3, [[source] for source in sources])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_file_of_another_size_by_the_time_it_is_read_is_an_error(llava, tmp_path):
+    path = tmp_path / "picture.png"
+    random_image(0, (40, 9)).save(path)
+    request = llava.request("a?", path, SamplingParams(TOKENS))
+    random_image(0, (9, 40)).save(path)
+    with pytest.raises(LlavaError, match="changed while it was asked about: it had 40x9 .* 9x40"):
+        llava.answer([request], 4)
 
 
 def test_the_store_has_room_for_the_largest_picture_and_a_video():
