@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from llava_jax import cli  # noqa: E402
 from llava_jax.models.video import VideoSpec  # noqa: E402
 from llava_jax.weights.read.llava_folder import load_llava, open_llava  # noqa: E402
+from tests.tiny_model import random_image  # noqa: E402
 from tests.weights.conftest import edit_config  # noqa: E402
 from tests.weights.family_models import (  # noqa: E402
     CLASSES,
@@ -73,6 +74,11 @@ def test_hugging_face(folder, tmp_path):
     # Transformers 4 does not have the name under which 5 saves a plain tokenizer.
     settings = json.loads((out / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    if folder.name == "llava_next":  # processors of videos ask for torchvision
+        processor = transformers.AutoProcessor.from_pretrained(out)
+        inputs = processor(text="<image>?", images=random_image(0, (50, 20)), return_tensors="pt")
+        tokens = len(open_llava(out).config.layouts([(50, 20)])[0])
+        assert (inputs["input_ids"] == 259).sum() == tokens
 
 
 def test_a_processor_that_lacks_everything_is_completed(folder, tmp_path):
