@@ -10,6 +10,7 @@ from llava_jax.data.media import ImageError, preprocess
 from llava_jax.data.video import (
     Footage,
     Video,
+    frames,
     inspect_video,
     is_video_path,
     sampled,
@@ -99,8 +100,8 @@ def test_every_frame_of_every_format_is_found(av, tmp_path, ending):
 def test_frames_at_irregular_times_are_counted_not_timed(av, tmp_path, ending):
     times = [0, 1, 2, 10, 11, 30, 31, 32, 33, 60, 61, 62, 63, 64, 90, 200]
     path = write_video(tmp_path / f"a.{ending}", 16, times=times, codec="libx264", bf="2")
-    for frames in (16, 5):
-        _, numbers, tiles = video_tiles(Video(path, frames=frames), SPEC, "a")
+    for count in (16, 5):
+        _, numbers, tiles = video_tiles(Video(path, frames=count), SPEC, "a")
         assert [number_of(tile) for tile in tiles] == numbers.tolist()
 
 
@@ -134,11 +135,16 @@ def test_tiles_are_those_of_pillow(av, tmp_path):
         np.testing.assert_array_equal(tiles, np.concatenate(expected))
 
 
-def test_a_turned_video_is_upright(av, tmp_path):
-    path = write_video(tmp_path / "a.mp4", 1, size=(64, 32), rotation=90)
-    spec = ImageSpec(8, "resize", video=VideoSpec("pad", frames=1))
-    tile = video_tiles(Video(path), spec, "a")[2][0].astype(int)
-    assert np.ptp(tile[4]) > 50 > np.ptp(tile[:, 4])  # bars left and right, none above
+@pytest.mark.parametrize("rotation, white", [(90, np.s_[-3:]), (-90, np.s_[:3]), (0, np.s_[:, :3])])
+def test_a_turned_video_is_upright(av, tmp_path, monkeypatch, rotation, white):
+    """White on the left is below after a quarter turn against the clock."""
+    left = Image.new("RGB", (64, 32))
+    left.paste("white", (0, 0, 32, 32))
+    monkeypatch.setattr("tests.videos.frame", lambda *_: left)
+    path = write_video(tmp_path / "a.mp4", 1, size=(64, 32), rotation=rotation)
+    (shown,) = frames(Video(path), "a", 1)
+    assert shown.size == ((32, 64) if rotation else (64, 32))
+    assert np.asarray(shown)[white].mean() > 240 > 150 > np.asarray(shown).mean()
 
 
 @pytest.mark.parametrize("given", ["folder", "paths", "pictures"])
