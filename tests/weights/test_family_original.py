@@ -260,3 +260,22 @@ def test_published_pictures_are_those_of_the_presets(name, family, values):
     values = NEXT | values
     found = original_pictures(values, "config.json", tower, model.vision, DECODERS[family])
     assert found == model.image
+
+
+ODD = [None, True, -1, 0, 3, 0.5, "x", "(1x)", "((", [], [1, "y"], [[1, 2]], {}, {"z": 1}, 10**30]
+
+
+@pytest.mark.parametrize("values", [NEXT, ONEVISION, VIDEO, NEXT_VIDEO])
+def test_any_value_is_read_or_told(values):
+    """Never a crash, whatever a config.json holds."""
+    model = preset("onevision_0p5b")
+    tower = dataclasses.replace(model.image, size=28, mode="resize", tiling=None, video=None)
+    family = DECODERS["qwen2"]
+    read = lambda v: original_pictures(v, "config.json", tower, model.vision, family)
+    read(values)
+    for key in (*values, "frames_upbound", "s2", "llava_jax"):
+        for value in ODD:
+            try:
+                read(values | {key: value})
+            except LlavaError as error:
+                assert "config.json" in str(error) and "\n" not in str(error)
