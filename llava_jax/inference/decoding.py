@@ -296,7 +296,9 @@ class Device:
         self._mesh = mesh
         self.params = params  # an argument of every call: a closure would compile it in
         self._new_state = jax.jit(self._empty_state, static_argnums=(0, 1))  # never whole anywhere
-        self._encode = self._compile(encode, donate_argnums=1)
+        # The store stays whole on each device: another placing would compile the next call anew.
+        placed = {"out_shardings": replicated(mesh)} if mesh else {}
+        self._encode = self._compile(encode, donate_argnums=1, **placed)
         self._prefill = self._compile(prefill, donate_argnums=1)
         self._decode = self._compile(decode, donate_argnums=1, static_argnames="window")
         self._prompt_logprobs = self._compile(prompt_logprobs)
@@ -339,12 +341,30 @@ class Device:
         self.state = self._new_state(rows, size)
         self.rows, self.size = rows, size
 
+    def _empty_store(self) -> jax.Array:
+        device = self._mesh and replicated(self._mesh)
+        return jnp.zeros(self._store_shape, self._model.dtype, device=device)
+
+    def compile_encode(self, count: int) -> None:
+        """Compiles what `encode` runs for `count` tiles at once, without running it."""
+        if self.store is None:
+            self.store = self._empty_store()
+        side = self.config.image.size
+        pixels, slots = np.zeros((count, side, side, 3), np.uint8), np.zeros(count, np.int32)
+        self._encode.lower(self.params, self.store, pixels, slots).compile()
+
+    def compile_prefill(self, prompts: Prompts) -> None:
+        """Compiles what `prefill` runs for prompts of these shapes, without running it."""
+        self._prefill.lower(self.params, self.state, self.store, prompts).compile()
+
+    def compile_decode(self, window: int) -> None:
+        """Compiles what `decode` runs for a window, without running it."""
+        running, fewest = np.zeros(self.rows, bool), np.int32(1)
+        self._decode.lower(self.params, self.state, running, fewest, window=window).compile()
+
     def encode(self, tiles: dict[int, np.ndarray]) -> None:
         """Fills slots of the feature store with the features of uint8[S, S, 3]."""
-        store = self.store
-        if store is None:
-            device = self._mesh and replicated(self._mesh)
-            store = jnp.zeros(self._store_shape, self._model.dtype, device=device)
+        store = self._empty_store() if self.store is None else self.store
         waiting = list(tiles.items())
         while waiting:
             count = tile_bucket(len(waiting))

@@ -196,15 +196,12 @@ class Engine:
         """
         self._few, self._least = few, size
         self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
-        blank = np.zeros((self.config.image.size, self.config.image.size, 3), np.uint8)
-        nowhere, idle = self.device.tile_slots, np.zeros(self.rows, bool)
-        encode = lambda count: self.device.encode({nowhere + i: blank for i in range(count)})
-        slots = self.device.size
+        device, slots = self.device, self.device.size
         windows = sorted({window_bucket(n, slots, few) for n in range(1, slots + 1)})
-        calls = [functools.partial(encode, count) for count in TILES]
-        calls += [functools.partial(self.device.decode, idle, 1, window) for window in windows]
+        calls = [functools.partial(device.compile_encode, count) for count in TILES]
+        calls += [functools.partial(device.compile_decode, window) for window in windows]
         calls += [
-            functools.partial(self.device.prefill, self._pack([], shape))
+            functools.partial(device.compile_prefill, self._pack([], shape))
             for shape in prefill_shapes(batch_size, slots, few)
         ]
         for number, call in enumerate(calls):
