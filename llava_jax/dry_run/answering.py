@@ -21,7 +21,7 @@ from llava_jax.dry_run.compiling import needed_by
 from llava_jax.dry_run.report import bytes_on_a_device, share_of_a_card
 from llava_jax.dry_run.topology import Topology, topology
 from llava_jax.errors import LlavaError
-from llava_jax.inference.decoding import TILES, Device
+from llava_jax.inference.device import TILES, Device
 from llava_jax.inference.prefill import (
     cache_bucket,
     count_bucket,

@@ -1,30 +1,22 @@
-"""The device side of generation: prefill and decode as pure functions, and `Device`, their state.
+"""The device side of generation: encode, prefill and decode as pure functions.
 
 B rows of the state, C cache slots that are looked at, F slots of the feature store, P features of a
 tile, D model size, V vocabulary; of one prefill: Q tokens, R chunks; T length of a row.
 """
 
-import functools
-
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.inference.sampling import Logprobs, Sampling, sample, wanted_logprobs
-from llava_jax.inference.scoring import all_logits, prompt_logprobs
 from llava_jax.models.cache import Chunks, KVCache, empty_cache
-from llava_jax.models.decoder import are_stacked
 from llava_jax.models.images import ImageSpec
-from llava_jax.models.llava import LlavaConfig, LlavaModel
-from llava_jax.models.precision import compute_precision
-from llava_jax.parallel.sharding import replicated
+from llava_jax.models.llava import LlavaModel
 
 TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to stop on text
 NO_TOKEN = -1
 TILE_SLOTS = 64  # of the feature store, if pictures are small: tiles that are kept
-TILES = (1, 4, 16, 64)  # encoded at once
 
 # Mesh axes of the state: rows over fsdp, kv heads over tensor.
 _KEYS = (None, "fsdp", "tensor", None, None)  # [L, B, K, S, H]
@@ -255,158 +247,3 @@ def tile_slots(image: ImageSpec) -> int:
     grids = image.tiling.grids if image.tiling else ()
     largest = 1 + max((columns * rows for columns, rows in grids), default=0)
     return max(TILE_SLOTS, largest + (image.video.frames if image.video else 0))
-
-
-def tile_bucket(waiting: int) -> int:
-    """How many tiles the next call encodes: the most of TILES that are filled to 3/4."""
-    return max(count for count in TILES if count == 1 or 4 * waiting >= 3 * count)
-
-
-class Device:
-    """Runs a model's functions, which are compiled for each shape at its first use.
-
-    Args:
-      dtype: a key of `PRECISIONS`, or auto; the attribute is the dtype of the activations.
-      kv_dtype: of the cache: None for that of the activations, or int8.
-      mesh: of the devices that `params` are spread over; None for one device.
-
-    Attributes:
-      compilations: functions compiled so far.
-      state, store: the rows of the batch, and the features of tiles; None before first use.
-      rows, size: of the state; 0 before.
-      tile_slots: of the store.
-    """
-
-    def __init__(
-        self,
-        config: LlavaConfig,
-        params: dict,
-        dtype: str,
-        kv_dtype: str | None,
-        mesh: Mesh | None,
-    ):
-        self.config = config
-        self.tile_slots = tile_slots(config.image)
-        self.compilations = 0
-        dtype, self._precision = compute_precision(dtype)
-        self.dtype = dtype.name
-        stacked = not params or are_stacked(params["decoder"])  # training gives them later
-        self._model = LlavaModel(config, dtype, stacked=stacked)
-        self.kv_dtype = jnp.dtype(kv_dtype or dtype)
-        self._mesh = mesh
-        self.params = params  # an argument of every call: a closure would compile it in
-        self._new_state = jax.jit(self._empty_state, static_argnums=(0, 1))  # never whole anywhere
-        # The store stays whole on each device: another placing would compile the next call anew.
-        placed = {"out_shardings": replicated(mesh)} if mesh else {}
-        self._encode = self._compile(encode, donate_argnums=1, **placed)
-        self._prefill = self._compile(prefill, donate_argnums=1)
-        self._decode = self._compile(decode, donate_argnums=1, static_argnames="window")
-        self._prompt_logprobs = self._compile(prompt_logprobs)
-        self._all_logits = self._compile(all_logits)
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops everything that was computed from pictures and prompts."""
-        self.state: DecodeState | None = None
-        self.store: jax.Array | None = None
-        self.rows = self.size = 0
-
-    @property
-    def _store_shape(self) -> tuple[int, int, int]:
-        return self.tile_slots, self.config.tokens_per_tile, self.config.decoder.hidden_size
-
-    def _compile(self, function, **options):
-        @functools.wraps(function)
-        def counted(*arguments, **keywords):
-            self.compilations += 1  # runs when JAX traces, not when it calls
-            with jax.default_matmul_precision(self._precision):
-                outputs = function(self._model, *arguments, **keywords)
-            # The state must come out with the sharding it went in with, or the next call would
-            # compile again.
-            is_state = lambda leaf: isinstance(leaf, DecodeState)
-            place = lambda leaf: self._place(leaf) if is_state(leaf) else leaf
-            return jax.tree.map(place, outputs, is_leaf=is_state)
-
-        return jax.jit(counted, **options)
-
-    def _empty_state(self, rows: int, size: int) -> DecodeState:
-        return self._place(DecodeState.empty(self._model, rows, size, self.kv_dtype))
-
-    def _place(self, state: DecodeState) -> DecodeState:
-        return state if self._mesh is None else shard_state(state, self._mesh)
-
-    def reserve(self, rows: int, size: int) -> None:
-        """Makes the state anew, with `size` slots a row."""
-        self.state = None  # its memory must be free before the new one is made
-        self.state = self._new_state(rows, size)
-        self.rows, self.size = rows, size
-
-    def _empty_store(self) -> jax.Array:
-        device = self._mesh and replicated(self._mesh)
-        return jnp.zeros(self._store_shape, self._model.dtype, device=device)
-
-    def compile_encode(self, count: int) -> None:
-        """Compiles what `encode` runs for `count` tiles at once, without running it."""
-        if self.store is None:
-            self.store = self._empty_store()
-        side = self.config.image.size
-        pixels, slots = np.zeros((count, side, side, 3), np.uint8), np.zeros(count, np.int32)
-        self._encode.lower(self.params, self.store, pixels, slots).compile()
-
-    def compile_prefill(self, prompts: Prompts) -> None:
-        """Compiles what `prefill` runs for prompts of these shapes, without running it."""
-        self._prefill.lower(self.params, self.state, self.store, prompts).compile()
-
-    def compile_decode(self, window: int) -> None:
-        """Compiles what `decode` runs for a window, without running it."""
-        running, fewest = np.zeros(self.rows, bool), np.int32(1)
-        self._decode.lower(self.params, self.state, running, fewest, window=window).compile()
-
-    def encode(self, tiles: dict[int, np.ndarray]) -> None:
-        """Fills slots of the feature store with the features of uint8[S, S, 3]."""
-        store = self._empty_store() if self.store is None else self.store
-        waiting = list(tiles.items())
-        while waiting:
-            count = tile_bucket(len(waiting))
-            some, waiting = waiting[:count], waiting[count:]
-            pixels = np.zeros((count, *some[0][1].shape), np.uint8)
-            slots = np.full(count, self.tile_slots, np.int32)
-            for i, (slot, tile) in enumerate(some):
-                pixels[i], slots[i] = tile, slot
-            store = self._encode(self.params, store, pixels, slots)
-        self.store = store
-
-    def prefill(self, prompts: Prompts) -> tuple[jax.Array, Logprobs]:
-        """Reads prompts into their rows; first tokens and their log probabilities."""
-        *outputs, self.state = self._prefill(self.params, self.state, self.store, prompts)
-        return outputs
-
-    def decode(self, running: np.ndarray, fewest: int, window: int) -> tuple[jax.Array, Logprobs]:
-        """More tokens of the running rows and their log probabilities; see `decode` above."""
-        *outputs, self.state = self._decode(
-            self.params, self.state, running, np.int32(fewest), window=window
-        )
-        return outputs
-
-    def prompt_logprobs(self, *inputs) -> Logprobs:
-        """Log probabilities of a prompt's tokens; arguments as in `scoring.prompt_logprobs`."""
-        return self._prompt_logprobs(self.params, self.store, *inputs)
-
-    def logits(self, *inputs) -> jax.Array:
-        """Float32 logits [B, T, V] of whole sequences; arguments as in `scoring.all_logits`."""
-        return self._all_logits(self.params, *inputs)
-
-    def abstract_state(self, rows: int, size: int) -> DecodeState:
-        """Shapes and shardings of the state that `reserve` makes, on devices not attached too."""
-        made = self._new_state.lower(rows, size)
-        shape = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        return jax.tree.map(shape, made.out_info, made.compile().output_shardings)
-
-    def abstract_store(self, place: NamedSharding) -> jax.ShapeDtypeStruct:
-        """Shape of the feature store."""
-        return jax.ShapeDtypeStruct(self._store_shape, self._model.dtype, sharding=place)
-
-    def lower(self, function: str, *shapes, **options) -> jax.stages.Lowered:
-        """`encode`, `prefill` or `decode` for the shapes of its arguments after the parameters."""
-        functions = {"encode": self._encode, "prefill": self._prefill, "decode": self._decode}
-        return functions[function].lower(self.params, *shapes, **options)

@@ -12,13 +12,8 @@ from jax.sharding import Mesh
 
 from llava_jax.inference.admission import Admission
 from llava_jax.inference.answer import Answer, TokenLogprob
-from llava_jax.inference.decoding import (
-    NO_TOKEN,
-    TILES,
-    TOKENS_PER_CALL,
-    Device,
-    Prompts,
-)
+from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, Prompts
+from llava_jax.inference.device import TILES, Device
 from llava_jax.inference.jobs import Job, Queue, Source
 from llava_jax.inference.prefill import (
     PrefillShape,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.inference import decoding
+from llava_jax.inference import decoding, scoring
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
 from llava_jax.inference.jobs import Job, Request
 from llava_jax.inference.prefill import PrefillShape, pack_prompts
@@ -18,7 +18,7 @@ from tests.tiny_model import CONFIG, config_with, random_params
 encode = jax.jit(decoding.encode, static_argnames="model")
 prefill = jax.jit(decoding.prefill, static_argnames="model")
 decode = jax.jit(decoding.decode, static_argnames=("model", "window"))
-whole = jax.jit(decoding.all_logits, static_argnames="model")
+whole = jax.jit(scoring.all_logits, static_argnames="model")
 
 
 def all_logits(model, params, ids, images, mask):

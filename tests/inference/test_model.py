@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference import pictures
-from llava_jax.inference.decoding import tile_bucket
+from llava_jax.inference.device import tile_bucket
 from llava_jax.inference.model import Llava
 from llava_jax.inference.prefill import (
     TOKENS_AT_A_TIME,

@@ -31,7 +31,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from llava_jax.cli import main
-from llava_jax.inference.decoding import Device
+from llava_jax.inference.device import Device
 from llava_jax.inference.model import Llava
 from tests.tiny_model import tiny_llava
 
