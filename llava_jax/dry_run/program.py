@@ -15,6 +15,7 @@ _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)|branch_computations=\{(.*?)\}"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+UNKNOWN = 2**63 - 1
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -28,15 +29,19 @@ def kernel_cycles(text: str) -> int:
     """Cycles of a core that the TPU compiler expects its own kernels to take in a run.
 
     It writes them down for products and what is fused with them, not for kernels of Pallas, nor
-    for what crosses between devices. 0 for other compilers' programs.
+    for what crosses between devices. 0 for other compilers' programs, and if it does not know a
+    kernel's, as for TPU7x, where it writes the largest integer instead.
     """
     computations, runs = read_program(text)
-    return sum(
-        runs[name] * int(cycles)
+    found = [
+        (runs[name], int(cycles))
         for name, lines in computations.items()
         for line in lines
         for cycles in _CYCLES.findall(line)
-    )
+    ]
+    if any(cycles == UNKNOWN for _, cycles in found):
+        return 0
+    return sum(times * cycles for times, cycles in found)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from llava_jax.dry_run.chips import GIB, Tpu
+from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.collectives import BETWEEN_SLICES, Collective
 from llava_jax.dry_run.compiling import Compiled
 from llava_jax.dry_run.estimate import (
@@ -154,8 +154,8 @@ def estimate_of(
         "tokens": rows * length / stage.batch_shards,
     }
     traffic = memory_traffic(model, plan)
-    kernels = kernel_cycles / where.chip.clock if isinstance(where.chip, Tpu) else None
-    if stage.model.attention == "splash":  # the compiler has no figure for it
+    kernels = kernel_cycles / where.chip.clock if kernel_cycles else None
+    if kernels and stage.model.attention == "splash":  # the compiler has no figure for it
         passes = 3 + (remat == "full")
         scores = passes * attention_flops(model, rows * length * (length + 1) / 2)
         kernels += scores / len(where.devices) / where.chip.peak
@@ -168,7 +168,7 @@ def estimate_of(
         between=figures["between_slices_bytes"],
         waiting=link_seconds(stage, where, [c for c in within if not c.hidden]),
         kernels=kernels,
-    ) | {"kernels_by": BY_THE_COMPILER if isinstance(where.chip, Tpu) else AT_THE_ROOFLINE}
+    ) | {"kernels_by": BY_THE_COMPILER if kernel_cycles else AT_THE_ROOFLINE}
 
 
 def share_of_a_card(sizes: dict[str, int]) -> str:
