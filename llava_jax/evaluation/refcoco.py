@@ -10,7 +10,7 @@ from llava_jax.data.boxes import Box, Boxes, draw_boxes
 from llava_jax.data.importers.refer import REFERENCES, SOURCE, Reference, references
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, mean_score
-from llava_jax.evaluation.files import questions_of
+from llava_jax.evaluation.files import Folder, questions_of
 
 IOU_THRESHOLD = 0.5
 OTHER_THRESHOLDS = (0.1, 0.3, 0.7, 0.9)
@@ -28,6 +28,10 @@ def load(root: Path, name: str, split: str) -> Benchmark:
     if split not in known.get(name, ()):
         choices = "; ".join(f"{name}: {', '.join(splits)}" for name, splits in known.items())
         raise LlavaError(f"unknown set and split {name!r}, {split!r}: choose of {choices}")
+
+    folder = Folder(root, SOURCE)
+    for file in ("instances.json", REFERENCES[name][0]):
+        folder.path(f"{name}/{file}")  # an error that names config.data_root
 
     def make(one: Reference) -> Question:
         x, y, width, height = one.box
