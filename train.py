@@ -175,12 +175,10 @@ def report_start(stage: Stage, state: TrainState, frozen: dict, data: TrainingDa
     devices = f"{stage.mesh.size} x {stage.mesh.devices.flat[0].device_kind}"
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
-    model = stage.model.config
     hosts.report(
         f"{devices} as {dict(stage.mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
         f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: "
-        f"{model.image.size} pixels, {model.tokens_per_tile} tokens; "
-        f"steps: {int(state.step)} of {data.steps} done"
+        f"{stage.model.config.image_words}; steps: {int(state.step)} of {data.steps} done"
     )
     if stage.refused:
         hosts.report(f"attention: {stage.model.attention}, not {stage.refused}")
@@ -193,13 +191,11 @@ def finish(workdir: Path, done: int, steps: int) -> None:
     if done < steps:
         print(f"{workdir}: stopped by SIGTERM; step {done} of {steps} is saved, start it again")
         return
-    from llava_jax.training.metrics import plot_losses, read_log
+    from llava_jax.training.metrics import last_losses, plot_losses
 
-    plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
-    shown, lines = ("loss", "validation_loss"), read_log(workdir / "metrics.jsonl")
-    last = {name: value for line in lines for name, value in line.items() if name in shown}
-    losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
-    print(f"{workdir}: {steps} steps done, {losses}; plot in {workdir / 'loss.png'}")
+    log, plot = workdir / "metrics.jsonl", workdir / "loss.png"
+    plot_losses(log, plot)
+    print(f"{workdir}: {steps} steps done, {last_losses(log)}; plot in {plot}")
     print(f"ask it: llava-jax chat --checkpoint {workdir} --image FILE")
 
 

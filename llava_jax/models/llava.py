@@ -79,6 +79,13 @@ class LlavaConfig:
             return self.tokens_per_tile
         return most_tokens(self.image.tiling, cells_a_side(self.image, self.tokens_per_tile))
 
+    @property
+    def image_words(self) -> str:
+        """`336 pixels, 576 tokens`, for messages."""
+        if self.image.tiling is None:
+            return f"{self.image.size} pixels, {self.tokens_per_tile} tokens"
+        return f"tiles of {self.image.size} pixels, up to {self.most_tokens:,} tokens"
+
     def check(self) -> None:
         """Raises ValueError for settings that do not fit the parts."""
         num_blocks(self.vision, self.feature_layer)

@@ -150,6 +150,13 @@ def _whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]
 
 
+def last_losses(path: Path) -> str:
+    """The latest losses in a log: `loss 0.1234, validation loss 0.2345`."""
+    shown = ("loss", "validation_loss")
+    last = {name: value for line in read_log(path) for name, value in line.items() if name in shown}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
+
+
 def plot_losses(metrics_file: Path, out: Path) -> None:
     """Training and held-out loss, and the learning rates, over steps."""
     import matplotlib  # a second, at the end of a run only

@@ -256,3 +256,12 @@ def test_merges_of_the_original_without_newlines():
         (layout,) = layouts(spec, 4, [(672, 300)])
         assert not spec.newline and layout.tiles == 3 and len(layout) == 12
     assert layout.features.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 6, 7, 10, 11]
+
+
+def test_the_words_of_a_start_tell_tiles_from_one_square():
+    from tests.tiny_model import CONFIG
+
+    assert CONFIG.image_words == "8 pixels, 4 tokens"
+    tiling = anyres.Tiling(((2, 1),))
+    tiled = dataclasses.replace(CONFIG, image=ImageSpec(8, "anyres", tiling=tiling))
+    assert tiled.image_words == "tiles of 8 pixels, up to 14 tokens"
