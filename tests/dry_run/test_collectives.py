@@ -155,11 +155,9 @@ def test_gradients_of_weights_are_scattered_in_bfloat16():
     assert found == {("all-gather", "bf16"), ("reduce-scatter", "bf16")}
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
-@pytest.mark.parametrize(("slice_of", "hidden"), [("v5e:2x4", True), ("v6e:2x4", False)])
-def test_what_gathers_wait_for(slice_of, hidden):
-    """The compiler gathers weights behind products on v5e, and on v6e before them."""
-    mesh = make_mesh(devices=list(topology(slice_of).devices))
+def gathers_of_products(devices: str, platform: str) -> list:
+    """The collectives of eight devices that multiply by sharded weights, layer after layer."""
+    mesh = make_mesh(devices=list(topology(devices).devices))
     place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
     weights = jax.ShapeDtypeStruct((4, 4096, 4096), jnp.bfloat16, sharding=place(None, "fsdp"))
     x = jax.ShapeDtypeStruct((8 * 2048, 4096), jnp.bfloat16, sharding=place("fsdp"))
@@ -172,8 +170,15 @@ def test_what_gathers_wait_for(slice_of, hidden):
 
         return jax.lax.scan(layer, x, weights)[0]
 
-    program = jax.jit(forward).lower((weights, weights), x).compile(COMPILER_OPTIONS["tpu"])
-    found = read_collectives(program.as_text(), 8)
+    program = jax.jit(forward).lower((weights, weights), x).compile(COMPILER_OPTIONS[platform])
+    return read_collectives(program.as_text(), 8)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler")
+@pytest.mark.parametrize(("slice_of", "hidden"), [("v5e:2x4", True), ("v6e:2x4", False)])
+def test_what_gathers_wait_for(slice_of, hidden):
+    """The compiler gathers weights behind products on v5e, and on v6e before them."""
+    found = gathers_of_products(slice_of, "tpu")
     assert {c.kind for c in found} == {"all-gather"}
     assert any(c.hidden for c in found) == hidden
 

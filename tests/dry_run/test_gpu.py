@@ -23,8 +23,8 @@ from llava_jax.models.attention import attention_mask
 from llava_jax.models.flash_attention import cudnn_attention
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import RULES
-from llava_jax.training.step import COMPILER_OPTIONS
 from tests import tiny_run
+from tests.dry_run.test_collectives import gathers_of_products
 
 HAS_COMPILER = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(
     "jax_plugins.xla_cuda13"
@@ -186,21 +186,7 @@ def test_a_scanned_gradient_on_gpus():
 @with_compiler
 @pytest.mark.parametrize("kind", ["a100", "h100", "b200"])
 def test_gathers_hide_behind_products(kind):
-    mesh = make_mesh(devices=list(topology(f"{kind}:8").devices))
-    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
-    weights = jax.ShapeDtypeStruct((4, 4096, 4096), jnp.bfloat16, sharding=place(None, "fsdp"))
-    x = jax.ShapeDtypeStruct((8 * 2048, 4096), jnp.bfloat16, sharding=place("fsdp"))
-
-    def forward(weights, x):
-        def layer(x, both):
-            for w in both:
-                x = jax.lax.with_sharding_constraint(x @ w, place("fsdp"))
-            return x, None
-
-        return jax.lax.scan(layer, x, weights)[0]
-
-    program = jax.jit(forward).lower((weights, weights), x).compile(COMPILER_OPTIONS["gpu"])
-    found = read_collectives(program.as_text(), 8)
+    found = gathers_of_products(f"{kind}:8", "gpu")
     assert {c.kind for c in found} == {"all-gather"} and any(c.hidden for c in found)
 
 

@@ -51,8 +51,14 @@ def test_two_copies_answer_as_one_and_compile_nothing_after_warm_up(one, two):
 @pytest.mark.slow
 def test_two_copies_of_two_devices_each(one):
     model = spread(2, random_params(CONFIG))
-    requests = mixed_requests(10, seed=6)
-    assert ask(model, *requests, 4) == ask(one, *requests, 4)
+    model.engine.warm_up(batch_size=4, size=SIZE)
+    requests, wanted = mixed_requests(10, seed=6), ask(one, *mixed_requests(10, seed=6), 4)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    assert ask(model, *requests, 4) == wanted
+    assert compiled == []  # what was compiled without running is what runs
     for engine in model.engine.engines:
         keys = engine.device.state.cache.keys
         assert keys.addressable_shards[0].data.size == keys.size // 2
