@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 
-Size = tuple[int, int]
+Size = tuple[int, int]  # width, height, or columns, rows
 
 # Pinpoints of LLaVA-NeXT in tiles; their order decides ties, and the original reads it so.
 NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))

@@ -17,14 +17,13 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.models import anyres
-from llava_jax.models.anyres import Tiling
+from llava_jax.models.anyres import Size, Tiling
 from llava_jax.models.taps import TAPS, TEXT, Taps, bilinear, join
 from llava_jax.models.video import VideoSpec, video_tokens
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TOKEN_ID = -200  # IMAGE_TOKEN_INDEX of the original LLaVA: in no vocabulary
 
-Size = tuple[int, int]  # width, height
 # What a place in a prompt shows: (width, height) of a picture, (width, height, frames) of a video.
 Source = tuple[int, int] | tuple[int, int, int]
 
