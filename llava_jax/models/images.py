@@ -172,7 +172,9 @@ def _resize(spec: ImageSpec, size: Size) -> tuple[View, ...]:
 
 
 def _all_of_one_tile(spec: ImageSpec, per_tile: int, size: Size) -> np.ndarray:
-    return np.arange(per_tile, dtype=np.int32)
+    """All features, but not those that are pooled for videos."""
+    count = cells_a_side(spec, per_tile) ** 2 if spec.pools_in_encoder else per_tile
+    return np.arange(count, dtype=np.int32)
 
 
 def _anyres(spec: ImageSpec, size: Size) -> tuple[View, ...]:

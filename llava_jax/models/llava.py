@@ -76,14 +76,14 @@ class LlavaConfig:
     def most_tokens(self) -> int:
         """The tokens that no single picture of a prompt has more of."""
         if self.image.tiling is None:
-            return self.tokens_per_tile
+            return len(self.layouts([(self.image.size, self.image.size)])[0])
         return most_tokens(self.image.tiling, cells_a_side(self.image, self.tokens_per_tile))
 
     @property
     def image_words(self) -> str:
         """`336 pixels, 576 tokens`, for messages."""
         if self.image.tiling is None:
-            return f"{self.image.size} pixels, {self.tokens_per_tile} tokens"
+            return f"{self.image.size} pixels, {self.most_tokens} tokens"
         return f"tiles of {self.image.size} pixels, up to {self.most_tokens:,} tokens"
 
     def check(self) -> None:

@@ -1,5 +1,7 @@
 """How many tokens a video takes, and where its newlines stand, with the sizes of real models."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,9 @@ def test_tokens_of_next_video():
         assert len(layout) == 144 * frames and layout.tiles == frames
         tiles, places = np.divmod(layout.features, 720)
         assert tiles.tolist() == sorted([*range(frames)] * 144) and places.min() == 576
+    for mode in ("square", "pad", "resize"):  # a picture of such a model shows no pooled feature
+        (layout,) = layouts(dataclasses.replace(spec, mode=mode), 576 + 144, [(640, 480)])
+        assert layout.features.tolist() == [*range(576)]
 
 
 def test_a_video_of_no_frames():
