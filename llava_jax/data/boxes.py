@@ -29,7 +29,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 BINS = 32  # location tokens of Kosmos-2 along a side
 OVERHANG = 1.0  # pixels that published boxes may reach beyond a picture
-_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
+# Digits are read one way alone: a pattern that may split them anywhere takes quadratic time.
+_NUMBER = r"\s*(-?(?:\d+(?:\.\d*)?|\.\d+))\s*"
 _CORNERS = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _TOKENS = re.compile(r"<patch_index_(\d{4})><patch_index_(\d{4})>")
 

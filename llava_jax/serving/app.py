@@ -228,7 +228,8 @@ class Server:
         self._check_open()
         with contextlib.ExitStack() as held:
             body = await self._guards.read_json(request, held)
-        return JSONResponse(boxes_in(body, self.model.boxes))
+        found = await asyncio.to_thread(boxes_in, body, self.model.boxes, self.options.limits)
+        return JSONResponse(found)
 
     def _read(self, body: dict, chat: bool) -> tuple[Asked, Messages]:
         """What a body asks for."""
@@ -349,9 +350,8 @@ class Server:
                     left -= 1
                     self.metrics.ended(piece.reason)
             now = time.monotonic()
-            (self.metrics.between if latest else self.metrics.first_token).observe(
-                now - (latest or began)
-            )
+            delay = self.metrics.between if latest else self.metrics.first_token
+            delay.observe(now - (latest or began))
             latest = now
             yield pieces
         self.metrics.whole.observe(time.monotonic() - began)

@@ -1,12 +1,13 @@
 """Boxes in an answer, for a client that draws them."""
 
 from llava_jax.data.boxes import Boxes
-from llava_jax.serving.api import ApiError
+from llava_jax.serving.api import ApiError, Limits
+from llava_jax.serving.messages import check_length
 
 LONGEST_SIDE = 1 << 20
 
 
-def boxes_in(body: dict, boxes: Boxes) -> dict:
+def boxes_in(body: dict, boxes: Boxes, limits: Limits) -> dict:
     """The answer to POST /v1/boxes: where the boxes of a text are on a picture.
 
         {"text": "[0.25, 0.25, 0.75, 0.5]", "width": 200, "height": 100}
@@ -21,6 +22,7 @@ def boxes_in(body: dict, boxes: Boxes) -> dict:
     text, several = body.get("text"), body.get("several", False)
     if not isinstance(text, str):
         raise ApiError(400, "text must be a string", "text", "invalid_type")
+    check_length(len(text), limits, "text")
     if not isinstance(several, bool):
         raise ApiError(400, "several must be true or false", "several", "invalid_type")
     size = body.get("width"), body.get("height")

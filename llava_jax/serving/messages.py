@@ -81,7 +81,7 @@ def read_prompt(prompt, limits: Limits) -> Messages:
         (prompt,) = prompt
     if not isinstance(prompt, str):
         raise _refused("prompt", "prompt must be one text: send a request for each of several")
-    _check_length(len(prompt), limits, "prompt")
+    check_length(len(prompt), limits, "prompt")
     return Messages(None, (Turn("human", _typed(prompt, "prompt")),), continued=True)
 
 
@@ -100,7 +100,7 @@ def _check_parts(messages: Sequence, limits: Limits) -> None:
             images += sum(part.get("type") in IMAGE_PARTS for part in objects)
             characters += sum(_length(part.get("text")) for part in objects)
         characters += _length(content)
-    _check_length(characters, limits, "messages")
+    check_length(characters, limits, "messages")
     if images > limits.images:
         raise _refused("messages", f"a request may hold {limits.images} pictures, not {images}")
 
@@ -109,7 +109,7 @@ def _length(text) -> int:
     return len(text) if isinstance(text, str) else 0
 
 
-def _check_length(characters: int, limits: Limits, where: str) -> None:
+def check_length(characters: int, limits: Limits, where: str) -> None:
     """Refuses texts that no context holds before they are read."""
     if characters > limits.characters:
         message = f"{where} may hold at most {limits.characters:,} characters"

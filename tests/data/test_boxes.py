@@ -177,3 +177,11 @@ def test_boxes_are_drawn_where_they_are():
     drawn = draw_boxes(image, [(150, 50, 50, 10)], "lime")  # corners in any order
     assert drawn.getpixel((50, 30)) == drawn.getpixel((100, 10)) == (0, 255, 0)
     assert drawn.getpixel((100, 30)) == image.getpixel((50, 30)) == (0, 0, 0)
+
+
+def test_the_forms_of_numbers():
+    read = lambda text: Boxes("pixel").read(text, (4, 4))
+    assert read("[1., .5,0.25 , -3.0]") == [(1.0, 0.5, 0.25, -3.0)]
+    assert read("[ 01,2\n,  3 ,4.50 ] [1,2,3,4]") == [(1, 2, 3, 4.5), (1, 2, 3, 4)]
+    for numbers in ("1, 2, 3", "1, 2, 3, .", "1, 2, 3, 4.5.6", "+1, 2, 3, 4", "1e2, 2, 3, 4"):
+        assert read(f"[{numbers}]") == []
