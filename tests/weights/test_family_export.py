@@ -188,6 +188,20 @@ def test_a_picture_in_one_view_by_request(tmp_path):
     assert padded.image.mode == "pad" and padded.image.tiling is None
 
 
+def test_a_head_of_its_own_is_kept_in_one_view(tmp_path):
+    """The config says tied, and the head differs from the table: in tiles and without them."""
+    source = save_family(tmp_path / "source", family_model("llava_next", "qwen2"))
+    values = json.loads((source / "config.json").read_text())
+    assert values["text_config"]["tie_word_embeddings"]
+    config, params = load_llava(source)
+    run("convert", source, "--image_mode", "pad", "--out", tmp_path / "padded")
+    for folder, mode in ((source, "pad"), (tmp_path / "padded", None)):
+        one_view, found = load_llava(folder, image_mode=mode)
+        assert one_view.image.mode == "pad" and one_view.decoder == config.decoder
+        assert not one_view.decoder.tie_word_embeddings
+        jax.tree.map(np.testing.assert_array_equal, found["decoder"], params["decoder"])
+
+
 @pytest.mark.parametrize("merge", ["flat", "spatial"])
 def test_other_merges_stay_in_the_original_form(merge, tmp_path, capsys):
     model = family_model("llava_next")

@@ -159,10 +159,10 @@ def _huggingface(
 ) -> tuple[LlavaConfig, Families, dict[str, dict[str, StoredTensor]]]:
     """Config, model types and tensors by component of a Hugging Face LLaVA."""
     config, families = llava_config(folder, values, pictures["pinpoint_order"])
+    parts = split_llava(folder, open_weights(folder, allow_pickle))
+    config = settle_tying(config, values, parts["decoder"])  # by the class that the folder is of
     if pictures["image_mode"]:
         config = dataclasses.replace(config, image=in_mode(config.image, pictures["image_mode"]))
-    parts = split_llava(folder, open_weights(folder, allow_pickle))
-    config = settle_tying(config, values, parts["decoder"])
     return config, families, parts
 
 
