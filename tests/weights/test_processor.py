@@ -11,8 +11,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from llava_jax import cli  # noqa: E402
+from llava_jax.data.media import preprocess  # noqa: E402
 from llava_jax.errors import LlavaError  # noqa: E402
 from llava_jax.inference.model import Llava  # noqa: E402
+from llava_jax.models.llava import normalize_images  # noqa: E402
 from llava_jax.text.conversation import Turn  # noqa: E402
 from llava_jax.weights.read.llava_folder import open_llava  # noqa: E402
 from tests.tiny_model import byte_tokenizer, random_image  # noqa: E402
@@ -128,6 +130,33 @@ def test_convert_completes_the_processor(model, lacking, tmp_path):
     assert inputs["input_ids"][0].tolist() == prompt.tolist()
     found = ours.logits(inputs["input_ids"].numpy(), inputs["pixel_values"].numpy())
     np.testing.assert_allclose(found, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("mode", "wanted"), [("pad", "square"), ("square", "pad")])
+def test_convert_writes_the_mode_that_was_asked_for(mode, wanted, nested, tmp_path, capsys):
+    """transformers prepares a picture as we do; no key of ours is needed for it."""
+    folder, out, again = (tmp_path / name for name in ("source", "out", "again"))
+    folder.mkdir()
+    source(folder)
+    if mode == "pad":
+        edit(PICTURES, image_processor_type="LlavaImageProcessor", do_pad=True)(folder)
+    if nested:  # as transformers 5 writes it
+        edit(PROCESSOR, image_processor=json.loads((folder / PICTURES).read_text()))(folder)
+        (folder / PICTURES).unlink()
+    assert open_llava(folder).config.image.mode == mode
+    command = ["convert", str(folder), "--image_mode", wanted, "--out", str(out)]
+    assert cli.main(command) == 0 and "llava-jax" not in capsys.readouterr().err
+    assert "llava_jax" not in json.loads((out / "config.json").read_text())
+    assert "image_processor" not in json.loads((out / PROCESSOR).read_text())
+    spec, picture = open_llava(out).config.image, random_image(0, (50, 20))
+    assert spec.mode == wanted
+    ours = np.asarray(normalize_images(spec, preprocess(picture, spec)))
+    theirs = transformers.AutoProcessor.from_pretrained(out).image_processor(picture)
+    theirs = np.asarray(theirs["pixel_values"][0]).transpose(1, 2, 0)
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=1e-6)
+    assert cli.main(["convert", str(out), "--out", str(again)]) == 0
+    assert (again / PICTURES).read_bytes() == (out / PICTURES).read_bytes()
 
 
 def test_convert_refuses_a_folder_without_a_tokenizer(tmp_path, capsys):

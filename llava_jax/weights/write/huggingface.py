@@ -270,7 +270,8 @@ def copied_side_files(
     """A function that writes the files besides the weights: copies of the folder's, completed.
 
     transformers 4.36 to 4.45 saved processors without what later versions need to count the tokens
-    of an image; that follows from the model, so it is written anew.
+    of an image; that follows from the model, so it is written anew. So is how a picture is prepared
+    if another mode was asked for.
 
     Args:
       reworded: whether `words` are not the folder's own, but were asked for.
@@ -287,6 +288,8 @@ def copied_side_files(
             "config.json gives as image_token_index: transformers cannot put an image into a prompt"
         )
     jinja = jinja_of(words, config)
+    model = {k: v for k, v in read_json(source / "config.json").items() if k != OWN_KEY}
+    other_mode = llava_config(source, model)[0].image.mode != config.image.mode
 
     def write(folder: Path) -> None:
         for path in source.iterdir():
@@ -295,9 +298,8 @@ def copied_side_files(
                 shutil.copyfile(path, folder / path.name)
         if (source / "chat_templates").is_dir():
             shutil.copytree(source / "chat_templates", folder / "chat_templates")
-        values = {k: v for k, v in read_json(source / "config.json").items() if k != OWN_KEY}
         grids = {PINPOINTS: pinpoints(config.image)} if config.image.tiling else {}
-        write_json(folder / "config.json", values | grids | dtype_keys(dtype))
+        write_json(folder / "config.json", model | grids | dtype_keys(dtype))
         settings = folder / "tokenizer_config.json"
         if settings.exists():
             write_json(settings, _with_known_class(read_json(settings)))
@@ -307,12 +309,14 @@ def copied_side_files(
             values.pop("chat_template", None)
             (folder / "chat_template.json").unlink(missing_ok=True)
             (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
-        if isinstance(values.get("image_processor"), dict):
+        if other_mode:
+            values.pop("image_processor", None)
+        elif isinstance(values.get("image_processor"), dict):
             values["image_processor"] |= grids
         write_json(processor, values | processor_config_json(config, image_token or IMAGE_TOKEN))
         pictures = folder / PICTURES
         values = read_json(pictures) if pictures.exists() else {}
-        if not values.keys() & {"image_processor_type", "feature_extractor_type"}:
+        if other_mode or not values.keys() & {"image_processor_type", "feature_extractor_type"}:
             values = preprocessor_config_json(config)
         write_json(pictures, values | grids)
         if config.image.video and frame_settings(folder) is None:
