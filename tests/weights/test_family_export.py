@@ -174,6 +174,23 @@ def test_the_order_that_was_asked_for_is_kept(tmp_path):
     same_files(out, again)
 
 
+@pytest.mark.parametrize("form", ["hf", "llava"])
+def test_the_order_that_was_asked_for_decides_the_rounding(form, tmp_path):
+    """Also where our key says how the model was read before."""
+    source, out = save_family(tmp_path / "source", family_model("llava_next")), tmp_path / "out"
+    asked = {"hf": "original", "llava": "hf"}[form]
+    held = asked == "hf"
+    run("convert", source, "--pinpoint_order", asked, "--out", tmp_path / "read")
+    run("export", "--checkpoint", tmp_path / "read", "--format", form, "--out", out)
+    values = json.loads((out / "config.json").read_text())
+    assert values["llava_jax"] == {"tiling": {"rounded": held}}
+    for order, rounded in ((None, held), ("hf", True), ("original", False)):
+        assert open_llava(out, pinpoint_order=order).config.image.tiling.rounded is rounded
+    run("convert", out, "--pinpoint_order", form.replace("llava", "original"), "--out", out / "own")
+    again = open_llava(out / "own").config.image.tiling
+    assert again.rounded is not held
+
+
 def test_a_picture_in_one_view_by_request(tmp_path):
     model = family_model("llava_onevision", "qwen2")
     source, out = write_original(tmp_path / "model", model, ONEVISION), tmp_path / "out"

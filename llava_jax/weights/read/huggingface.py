@@ -23,10 +23,9 @@ from llava_jax.weights.llava_classes import (
     LlavaClass,
     is_hugging_face,
 )
-from llava_jax.weights.own_keys import with_own_keys
 from llava_jax.weights.read.fields import Fields, read_json
 from llava_jax.weights.read.image_settings import image_settings, processor_values
-from llava_jax.weights.read.tiled_pictures import frame_settings, tiled_pictures
+from llava_jax.weights.read.tiled_pictures import as_asked, frame_settings, tiled_pictures
 from llava_jax.weights.tensors import StoredTensor
 
 HEAD = "lm_head.weight"
@@ -129,7 +128,7 @@ def llava_config(
             f"preprocessor makes {image.size}: only DINOv2 takes another size"
         )
     layers, drops_first = f["vision_feature_layer"], f[STRATEGY] == "default"
-    image = with_own_keys(image, values, source)
+    image = as_asked(image, values, source, pinpoint_order)
     videos = {"video_token_id": _placeholder(f, "video", decoder)} if image.video else {}
     config = LlavaConfig(
         vision=vision,

@@ -11,9 +11,8 @@ from llava_jax.models.images import ImageSpec
 from llava_jax.models.video import VideoSpec
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.families import DecoderFamily
-from llava_jax.weights.own_keys import with_own_keys
 from llava_jax.weights.read.fields import Fields
-from llava_jax.weights.read.tiled_pictures import grids, in_mode
+from llava_jax.weights.read.tiled_pictures import as_asked, grids, in_mode
 
 ASPECT, MERGE, POSITION = "image_aspect_ratio", "mm_patch_merge_type", "mm_newline_position"
 POOL, RESAMPLER = "mm_spatial_pool_mode", "mm_resampler_type"
@@ -49,7 +48,7 @@ def original_pictures(
             f.refuse(ASPECT, "choose square, pad, anyres or anyres_max_N")
         if f[MERGE] != "flat":
             f.refuse(MERGE, f"with {ASPECT}={aspect!r} it must be flat; or name an image_mode")
-        return with_own_keys(_one_view(tower, aspect), values, source)
+        return as_asked(_one_view(tower, aspect), values, source, pinpoint_order)
     if image_mode not in (None, "anyres"):
         return in_mode(tower, image_mode)
     if f[MERGE] not in MERGES:
@@ -59,13 +58,13 @@ def original_pictures(
     tiling = Tiling(
         grids(f, tower.size, pinpoint_order or "original"),
         f[MERGE],
-        rounded=pinpoint_order == "hf",
+        rounded=False,
         cap=limit if f[MERGE] == "spatial_unpad" else 0,
         one_view=_shows_several_as_one_view(family, vision, bool(limit)),
     )
     video = _video(f, tower, bool(limit))
     spec = dataclasses.replace(tower, mode="anyres", tiling=tiling, video=video)
-    return with_own_keys(spec, values, source)
+    return as_asked(spec, values, source, pinpoint_order)
 
 
 def _one_view(tower: ImageSpec, aspect: str) -> ImageSpec:

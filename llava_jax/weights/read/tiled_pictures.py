@@ -8,6 +8,7 @@ Of two sizes that are equally good the first wins, so the order of the list is k
 import ast
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
@@ -16,6 +17,7 @@ from llava_jax.models.images import MODES, ImageSpec
 from llava_jax.models.video import VideoSpec
 from llava_jax.models.vit import ViTConfig
 from llava_jax.weights.llava_classes import ASPECT, PINPOINTS, STRATEGY, LlavaClass
+from llava_jax.weights.own_keys import with_own_keys
 from llava_jax.weights.read.fields import Fields, read_json
 from llava_jax.weights.read.image_settings import TILED_KINDS, processor_values, settings_of
 
@@ -41,6 +43,22 @@ def in_mode(spec: ImageSpec, mode: str) -> ImageSpec:
     )
 
 
+def as_asked(
+    form: ImageSpec, values: Mapping, source: str, pinpoint_order: str | None
+) -> ImageSpec:
+    """Pictures as our keys of a `config.json` have them, unless an order of pinpoints is asked for.
+
+    Args:
+      form: what its other keys mean.
+      pinpoint_order: whose code rounds: `hf` does, `original` does not; None for what is written.
+    """
+    image = with_own_keys(form, values, source)
+    if pinpoint_order is None or image.tiling is None:
+        return image
+    tiling = dataclasses.replace(image.tiling, rounded=pinpoint_order == "hf")
+    return dataclasses.replace(image, tiling=tiling)
+
+
 def tiled_pictures(
     folder: Path,
     f: Fields,
@@ -54,7 +72,7 @@ def tiled_pictures(
     Args:
       f: its `config.json`.
       default: how the encoder's family prepares pictures, where no file says it.
-      pinpoint_order: who reads the pinpoints, and cuts the padding: `hf` or `original`.
+      pinpoint_order: who reads the pinpoints: `hf` or `original`.
     Raises:
       LlavaError: the processor's files differ from `config.json`, or ask for what we do not do.
     """
@@ -69,7 +87,7 @@ def tiled_pictures(
     _check_processor(folder, f, vision)
     tiling = Tiling(
         grids=grids(f, pictures.size, pinpoint_order or "hf"),
-        rounded=pinpoint_order != "original",
+        rounded=True,
         cap=cap(f) if llava.defaults.get(ASPECT) else 0,
         one_view=llava.one_view,
     )
