@@ -207,6 +207,17 @@ def test_options(change, words, saved, tmp_path):
         assert "config.json" in str(error.value)
 
 
+def test_a_class_token_among_the_features_of_a_tile_is_refused(saved, tmp_path):
+    values = NEXT | {"mm_vision_select_feature": "cls_patch"}
+    folder = write_original(tmp_path / "model", saved["llava_next"][0], values)
+    with pytest.raises(LlavaError, match="config.json has mm_vision_select_feature='cls_patch'"):
+        open_llava(folder)
+    assert open_llava(folder, image_mode="pad").config.tokens_per_tile == 17
+    values = ONEVISION | {"mm_vision_select_feature": "cls_patch"}  # its encoder has no class token
+    folder = write_original(tmp_path / "siglip", saved["llava_onevision"][0], values)
+    assert open_llava(folder).config.tokens_per_tile == 16
+
+
 def test_a_newline_that_is_missing(saved, tmp_path):
     model, _, _ = saved["llava_next"]
     folder = write_original(tmp_path / "model", model, NEXT)

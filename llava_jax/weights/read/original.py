@@ -167,6 +167,12 @@ def _config(
         raise LlavaError(
             f"{source} has mm_vision_select_feature={feature!r}: choose patch or cls_patch"
         )
+    keeps_class_token = feature == "cls_patch" and vision.class_token
+    if keeps_class_token and image.tiling is not None:
+        raise LlavaError(
+            f"{source} has mm_vision_select_feature='cls_patch': the features of a tile must be a "
+            "square of patches, without another; name an image_mode of one view"
+        )
     projector = str(values.get("mm_projector_type") or "linear")
     if type(layer) is not int:
         raise LlavaError(f"{source} has mm_vision_select_layer={layer!r}: it must be a number")
@@ -195,7 +201,7 @@ def _config(
         decoder=decoder,
         projector=projector,
         feature_layer=layer,
-        keep_class_token=feature == "cls_patch" and vision.class_token,
+        keep_class_token=keeps_class_token,
         image=image,
         image_token_id=IMAGE_TOKEN_ID,
         use_im_start_end=bool(values.get("mm_use_im_start_end")),
