@@ -169,6 +169,13 @@ def test_what_a_processor_takes_for_granted(tmp_path):
     assert (config.image.size, config.image.mean) == (224, CLIP_MEAN)
     plain = {"image_processor_type": "LlavaOnevisionImageProcessorPil"}
     assert read(tmp_path, ONEVISION, pixels=plain).image.mean == CLIP_MEAN
+    # Frames are those of the model's own class, if their file does not name another.
+    frames = {"num_frames": 8}
+    config = read(tmp_path, ONEVISION, pixels=plain, frames=frames)
+    assert config.image.video == VideoSpec("resize", frames=8)
+    frames |= {"size": {"shortest_edge": 336}, "crop_size": 336}
+    video = read(tmp_path, VIDEO, pixels=NEXT_PIXELS, frames=frames).image.video
+    assert (video.mode, video.frames) == ("square", 8)
 
 
 @pytest.mark.parametrize(

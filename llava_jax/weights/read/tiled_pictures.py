@@ -91,7 +91,7 @@ def tiled_pictures(
         cap=cap(f) if llava.defaults.get(ASPECT) else 0,
         one_view=llava.one_view,
     )
-    video = llava.video and _video(folder, f, llava.video, pictures)
+    video = llava.video and _video(folder, f, llava, pictures)
     return dataclasses.replace(pictures, mode="anyres", tiling=tiling, video=video)
 
 
@@ -117,16 +117,16 @@ def _check_processor(folder: Path, f: Fields, vision: ViTConfig) -> None:
             )
 
 
-def _video(folder: Path, f: Fields, usual: VideoSpec, pictures: ImageSpec) -> VideoSpec | None:
+def _video(folder: Path, f: Fields, llava: LlavaClass, pictures: ImageSpec) -> VideoSpec | None:
     """How videos are shown; None if frames are normalised otherwise than pictures."""
     for key, value in (("spatial_pool_mode", "average"), ("spatial_pool_stride", 2)):
         if f[key] not in (None, value):
             f.refuse(key, f"only {value} is supported")
     frames = frame_settings(folder)
     if frames is None:
-        return usual
+        return llava.video
     path, values = frames
-    found = settings_of(values, str(path), TILED_KINDS)
+    found = settings_of(values, str(path), (llava.name, *TILED_KINDS))
     if found.size != pictures.size:
         raise LlavaError(
             f"{path} makes frames of {found.size} pixels, and tiles of pictures have "
@@ -135,8 +135,8 @@ def _video(folder: Path, f: Fields, usual: VideoSpec, pictures: ImageSpec) -> Vi
     if (found.mean, found.std) != (pictures.mean, pictures.std):
         return None
     count = values.get("num_frames")
-    count = count if type(count) is int and count > 0 else usual.frames
-    return dataclasses.replace(usual, mode=found.mode, frames=count)
+    count = count if type(count) is int and count > 0 else llava.video.frames
+    return dataclasses.replace(llava.video, mode=found.mode, frames=count)
 
 
 def frame_settings(folder: Path) -> tuple[Path, dict] | None:
