@@ -95,7 +95,7 @@ class TrainingData:
         self.records_used = len(usable)
         if not len(usable):
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")
-        room = np.stack([measured.lengths[usable], measured.tiles[usable]], axis=1)
+        room = np.stack([measured.full[usable], measured.tiles[usable]], axis=1)
         self._row_builder = RowBuilder(
             records,
             usable,

@@ -285,7 +285,7 @@ class RowBuilder:
       usable: int [U], the numbers of the records that can be used.
       max_pixels: as in `load_image`.
       skip_bad_images: leave a record out whose image cannot be decoded, instead of raising.
-      room: int [U, 2], tokens and tiles that each record was measured to take.
+      room: int [U, 2], tokens, before cutting, and tiles that each record was measured to take.
       augment: what happens to the pictures first. A change for which a record would need more room
         than it was measured to take is not made.
     """
@@ -315,44 +315,54 @@ class RowBuilder:
         for place, member in enumerate(members):
             record = self.records[int(self.usable[member])]
             try:
-                made = self._augmented(record, self.room[member], row, place)
-                conversation, found = made or self._conversation(record)
+                is_video = any(isinstance(source, Video) for source in record.images)
+                if self.augment and record.images and not is_video:
+                    made = self._changed(record, self.room[member], row, place)
+                else:
+                    made = self._conversation(record)
             except ImageError as error:
                 if not self.skip_bad_images:
                     raise LlavaError(f"{self.records.path}: {record.name}: {error}") from None
                 skipped.append(record.name)
                 continue
-            conversations.append(conversation)
-            pictures += found
+            conversations.append(made[0])
+            pictures += made[1]
             ids.append(record.id)
         return pack(conversations, pictures, self.row_format), ids, skipped
 
-    def _augmented(self, record: Record, room: np.ndarray, row: int, place: int):
-        """`_conversation` of the record with its pictures changed; None if it stays as it is."""
-        is_video = any(isinstance(source, Video) for source in record.images)
-        if not self.augment or is_video or not record.images:
-            return None
+    def _changed(
+        self, record: Record, room: np.ndarray, row: int, place: int
+    ) -> tuple[TokenRow, list[tuple[Layout, np.ndarray]]]:
+        """`_conversation` of the record, its pictures changed or, see `augment`, as they are."""
         named = zip(record.images, record.image_names, strict=True)
+        images = tuple(load_image(source, name, self.max_pixels) for source, name in named)
         try:
-            images = [load_image(source, name, self.max_pixels) for source, name in named]
-            conversation, found = self._conversation(self.augment(record, images, row, place))
-        except RecordError:  # of the image, reported without the change too, or of the change
-            return None
-        tiles = sum(layout.tiles for layout, _ in found)
-        fits = len(conversation) <= room[0] and tiles <= room[1]
-        return (conversation, found) if fits else None
+            whole, found = self._whole(self.augment(record, images, row, place))
+            if len(whole) <= room[0] and sum(layout.tiles for layout, _ in found) <= room[1]:
+                return self._cut(whole, record), found
+        except RecordError:  # of the change
+            pass
+        return self._conversation(dataclasses.replace(record, images=images))
 
     def _conversation(self, record: Record) -> tuple[TokenRow, list[tuple[Layout, np.ndarray]]]:
         """The tokens of a record, and layout and tiles of each of its pictures and videos."""
+        whole, found = self._whole(record)
+        return self._cut(whole, record), found
+
+    def _whole(self, record: Record) -> tuple[TokenRow, list[tuple[Layout, np.ndarray]]]:
+        """`_conversation` before it is cut at `max_length`."""
         found, seen = self._sources(record)
         texts = render_record(self.row_format, self.records, record, self.tokenizer, seen)
-        row = token_row(self.tokenizer, texts, [len(layout) for layout, _ in found])
-        row, reason = truncate(row, self.row_format.max_length)
+        return token_row(self.tokenizer, texts, [len(layout) for layout, _ in found]), found
+
+    def _cut(self, whole: TokenRow, record: Record) -> TokenRow:
+        row, reason = truncate(whole, self.row_format.max_length)
         if row is None:
-            raise LlavaError(
-                f"{self.records.path}: {record.name} changed since it was measured: {reason}"
+            raise RecordError(
+                "changed",
+                f"{self.records.path}: {record.name} changed since it was measured: {reason}",
             )
-        return row, found
+        return row
 
     def _sources(self, record: Record) -> tuple[list[tuple[Layout, np.ndarray]], list]:
         """Layout and tiles of each of a record's pictures and videos, and what is known of it."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.data import media
 from llava_jax.data.augment import Augmentation
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
@@ -36,11 +37,12 @@ def records(tmp_path):
     return open_records(path)
 
 
-def data(records, mode="resize", steps=6, **changes) -> TrainingData:
-    rows = RowFormat(get_template("v1"), ImageSpec(SIDE, mode), 4, 300, 4, packing=False)
+def data(records, mode="resize", steps=6, max_length=300, tiles=4, **changes) -> TrainingData:
+    image = ImageSpec(SIDE, mode)
+    form = RowFormat(get_template("v1"), image, 4, max_length, tiles, packing=False)
     options = {"batch_size": 2, "steps": steps, "progress": False, "threads": 1}
     return TrainingData(
-        records, byte_tokenizer(), rows, augmentation=Augmentation(**changes), **options
+        records, byte_tokenizer(), form, augmentation=Augmentation(**changes), **options
     )
 
 
@@ -86,20 +88,49 @@ def test_a_text_about_sides_is_not_mirrored(records):
         assert (record.images[0].tobytes() != image.tobytes()) == mirrored
 
 
-def test_what_would_need_more_room_stays_as_it_is(records):
-    """Of a part of a picture a box may have more digits, and AnyRes may cut it into more tiles."""
-    builder = data(records, crop=0.5)._row_builder
+@pytest.mark.parametrize("mode, tight", [("resize", False), ("anyres", False), ("anyres", True)])
+def test_what_would_need_more_room_stays_as_it_is(records, monkeypatch, mode, tight):
+    """Of a part of a picture a box may have more digits, and AnyRes may cut it into more tiles.
+
+    If it is tight no token beyond those of the picture as it is would fit into a row.
+    """
+    options = {"mode": mode, "tiles": 5}
+    if tight:
+        records._items[:] = records._items[-1:] * 2  # 80 x 60
+        options["max_length"] = data(records, **options).tokens_per_epoch // 2
+    builder = data(records, crop=0.5, **options)._row_builder
+    opened, open_file = [], media._open
+    monkeypatch.setattr(media, "_open", lambda *given: opened.append(given) or open_file(*given))
     outcomes = {True: 0, False: 0}
-    for member in range(12):
+    for member in range(len(records)):
+        tokens, (plain,) = builder._conversation(records[member])
+        assert [len(tokens), plain[0].tiles] == builder.room[member].tolist()
         for row in range(5):
-            room = builder.room[member]
-            made = builder._augmented(records[member], room, row, 0)
-            outcomes[made is None] += 1
-            if made:
-                conversation, found = made
-                assert len(conversation) <= room[0]
-                assert sum(layout.tiles for layout, _ in found) <= room[1]
+            changed, (found,) = builder._changed(records[member], builder.room[member], row, 0)
+            stays = found[1].tobytes() == plain[1].tobytes()
+            outcomes[stays] += 1
+            if stays:
+                np.testing.assert_array_equal(changed.input_ids, tokens.input_ids)
+            assert len(changed) <= len(tokens) and found[0].tiles <= plain[0].tiles
+            assert changed.input_ids[-1] == tokens.input_ids[-1]  # the end of the answer
     assert min(outcomes.values()) > 0
+    assert len(opened) == len(records) + sum(outcomes.values())  # a file once, whatever comes of it
+
+
+def test_a_change_that_leaves_nothing_to_learn_is_not_made(tmp_path):
+    """A part that AnyRes cuts into more tiles would push the answer out of the row."""
+    Image.new("RGB", (84, 60)).save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": "<image>\nwhere?"}, {"from": "gpt", "value": "ok"}]
+    items = [{"id": str(n), "image": "0.png", "conversations": turns} for n in range(12)]
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    records = open_records(tmp_path / "data.json")
+    length = data(records, "anyres", tiles=8).tokens_per_epoch // 12
+    ends = {
+        tuple(row[-2:])
+        for batch in arrays(data(records, "anyres", max_length=length, tiles=8, crop=0.6))
+        for row in batch["labels"]
+    }
+    assert len(ends) == 1
 
 
 def test_wrong_shares_are_refused():
