@@ -20,9 +20,7 @@ from llava_jax.data import sources
 from llava_jax.data.attachments import NO_FILE
 from llava_jax.data.media import ImageError
 from llava_jax.data.parsing import Record, check_record
-from llava_jax.data.record_boxes import nominal_size
-from llava_jax.data.rows import RowFormat, is_several, render_record
-from llava_jax.data.video import Video
+from llava_jax.data.rows import RowFormat, is_several, nominal, render_record
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
 from llava_jax.text.templates import Segment
@@ -183,7 +181,7 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
     record, errors, is_image, files, seen = None, [], True, b"", []
     try:
         record = records[index]
-        seen = [_nominal(record, number, row_format) for number in range(len(record.images))]
+        seen = [nominal(record, number, row_format) for number in range(len(record.images))]
         check_record(record, records.image_root)
         files = b"".join(map(sources.state, record.images))
     except RecordError as error:
@@ -209,12 +207,6 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
             errors, is_image = [RecordError("video", f"{record.name}: {error}")], False
     has_boxes = record is not None and bool(record.boxes)
     return _Look(record if is_image else None, errors, is_image, files, layouts, seen, has_boxes)
-
-
-def _nominal(record: Record, number: int, row_format: RowFormat) -> sources.Seen:
-    """Of a picture or video that was not looked at."""
-    size = nominal_size(row_format.image.size, record.boxes, number)
-    return sources.Seen((*size, 1) if isinstance(record.images[number], Video) else size)
 
 
 def _tokenize(

@@ -17,7 +17,7 @@ from llava_jax.data.parsing import (
     count_ignored_keys,
     parse_record,
 )
-from llava_jax.data.record_boxes import has_boxes
+from llava_jax.data.record_boxes import BOX_KEYS, has_boxes
 from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.text.conversation import Turn  # noqa: F401  what a Record's turns are
 
@@ -140,7 +140,8 @@ class ArrayRecords:
     `llava-jax build` writes such sets. One made by another program is read if its features are
     named like the keys of a JSON record: `conversations` is JSON text or a sequence of `from` and
     `value`, an image is an Image or a Text of its encoded bytes, a video a Text of those of a file,
-    several are a sequence of them. `boxes` is the JSON text of an object with the keys of boxes.
+    several are a sequence of them. `boxes` is the JSON text of an object with the keys of boxes;
+    any other text there is ignored, as a JSON record's would be.
     """
 
     image_root = None
@@ -174,12 +175,12 @@ class ArrayRecords:
             raise IndexError(index)
         example = self._features.deserialize_example_np(self._source[int(index)])
         names = tuple(name.decode() for name in example.pop("image_names", ()))
+        boxes = _box_keys(example.pop("boxes", b"{}"))
         try:
             item = {key: _as_json(key, value) for key, value in example.items()}
-            item |= item.pop("boxes", {})
         except ValueError as error:  # of which broken JSON and broken UTF-8 are two
             raise RecordError("bad text", f"record {index}: {error}") from None
-        record = parse_record(item, int(index), None)
+        record = parse_record(item | boxes, int(index), None)
         return dataclasses.replace(
             record,
             image_names=names if len(names) == len(record.images) else record.image_names,
@@ -284,8 +285,19 @@ def _as_json(key: str, value):
         return [{name: turn[name].decode() for name in ("from", "value")} for turn in value]
     if isinstance(value, bytes):
         value = value.decode()
-        return json.loads(value) if key in ("conversations", "boxes") else value
+        return json.loads(value) if key == "conversations" else value
     return value.item() if hasattr(value, "item") else value
+
+
+def _box_keys(text: bytes) -> dict:
+    """The keys of a record's boxes that `llava-jax build` wrote; else the text is another's own."""
+    try:
+        keys = json.loads(text)
+    except ValueError:  # of which broken UTF-8 is one
+        keys = None
+    if isinstance(keys, dict) and keys.keys() <= {*BOX_KEYS}:
+        return keys
+    return {"boxes": text.decode(errors="replace")}
 
 
 def _data_set_directory(path: Path) -> Path:

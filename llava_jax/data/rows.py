@@ -14,7 +14,7 @@ from llava_jax.data.augment import Augmentation
 from llava_jax.data.boxes import Boxes
 from llava_jax.data.media import ImageError, load_image
 from llava_jax.data.parsing import Record
-from llava_jax.data.record_boxes import placed_boxes
+from llava_jax.data.record_boxes import nominal_size, placed_boxes
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import (
@@ -275,6 +275,12 @@ def render_record(
 def is_several(record: Record) -> bool:
     """Whether a record has more than one picture; videos do not count."""
     return sum(not isinstance(source, Video) for source in record.images) > 1
+
+
+def nominal(record: Record, number: int, row_format: RowFormat) -> sources.Seen:
+    """What is taken for a record's picture or video, by its number, that was not looked at."""
+    size = nominal_size(row_format.image.size, record.boxes, number)
+    return sources.Seen((*size, 1) if isinstance(record.images[number], Video) else size)
 
 
 @dataclasses.dataclass(frozen=True)

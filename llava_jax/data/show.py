@@ -8,9 +8,9 @@ from llava_jax.data.attachments import NO_FILE
 from llava_jax.data.boxes import draw_boxes
 from llava_jax.data.media import MAX_PIXELS, ImageError, load_image
 from llava_jax.data.parsing import Record
-from llava_jax.data.record_boxes import box_texts, nominal_size
+from llava_jax.data.record_boxes import box_texts
 from llava_jax.data.records import checked_record
-from llava_jax.data.rows import RowFormat, is_several, render_record
+from llava_jax.data.rows import RowFormat, is_several, nominal, render_record
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.text.conversation import IMAGE_TOKEN
@@ -128,13 +128,12 @@ def draw_record(record: Record, shown: dict) -> Image.Image:
 def _look_at_images(record: Record, row_format: RowFormat, max_pixels: int):
     """([{"image", "size"}], what is known of each image, what is wrong with them).
 
-    One that cannot be read is taken for a picture of the size of a tile, or its boxes.
+    Of one that cannot be read the nominal.
     """
     slots, found, faults = [], [], []
     named = zip(record.images, record.image_names, strict=True)
     for number, (source, name) in enumerate(named):
-        size = nominal_size(row_format.image.size, record.boxes, number)
-        seen, size = sources.Seen(size), None
+        seen, size = nominal(record, number, row_format), None
         try:
             seen = sources.look_at(source, row_format.image, name, max_pixels, is_several(record))
             size = seen.source

@@ -138,3 +138,20 @@ def test_a_record_without_a_picture_or_video_has_no_bytes(tmp_path):
     picture, clip = (checked_record(open_records(make(tmp_path, features, examples)), i)
                      for i in range(2))  # fmt: skip
     assert picture.images == (png(1),) and clip.images == (Video(b"..."),)
+
+
+def with_boxes(folder, text, answer="blue"):
+    talk = [TALK[0], {"from": "gpt", "value": answer}]
+    example = {"image": png(1), "conversations": json.dumps(talk), "boxes": text}
+    return open_records(make(folder, dict.fromkeys(example, Text()), [example]))
+
+
+@pytest.mark.parametrize("text", ["[[1, 2, 3, 4]]", "5", "none", b"\xff\x00", '{"cat": 1}', ""])
+def test_boxes_of_another_program_are_ignored(tmp_path, text):
+    record = checked_record(with_boxes(tmp_path, text), 0)
+    assert record.boxes == () and record.ignored_keys == (("boxes",) if text else ())
+
+
+def test_boxes_of_another_program_that_a_text_refers_to_are_refused(tmp_path):
+    with pytest.raises(RecordError, match="box_format None: declare one of"):
+        checked_record(with_boxes(tmp_path, "[[1, 2, 3, 4]]", answer="<box>"), 0)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_jax.data.build import build_data_set
 from llava_jax.data.pipeline import TrainingData
@@ -14,6 +15,7 @@ from llava_jax.data.show import as_text, show
 from llava_jax.data.validate import validate
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
+from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.video import VideoSpec
 from llava_jax.text.templates import get_template
@@ -215,3 +217,17 @@ class TestFiles:
         found = records(files, video("v"))
         with pytest.raises(LlavaError, match="record 0 .*make one of the frames"):
             build_data_set(found.path, None, tmp_path / "set", "clips", progress=False)
+
+
+def test_a_video_that_cannot_be_read_is_shown_as_it_is_measured(root):
+    """One view of each of several pictures: a video next to a picture does not make it several."""
+    Image.new("RGB", (50, 20)).save(root / "wide.png")
+    fields = {"question": "<image> <video> What?", "image": "wide.png"}
+    found = records(root, video(**fields), video(**fields) | {"video": "gone"})
+    tiling = Tiling(((1, 1), (2, 1), (1, 2), (3, 1)), one_view=True)
+    form = dataclasses.replace(
+        FORMAT, image=dataclasses.replace(SPEC, mode="anyres", tiling=tiling)
+    )
+    shown = [show(found, number, form, byte_tokenizer()) for number in (0, 1)]
+    tiles = [[slot["tiles"] for slot in one["image_slots"]] for one in shown]
+    assert tiles == [[3, 5], [3, 1]]
