@@ -85,7 +85,7 @@ def test_it_resumes_bit_for_bit(world, run, aligned, data, tiled, tmp_path, caps
     assert_same_trees(*(load_run(checkpoint_of(d))[1] for d in (tmp_path / "parts", tiled)))
 
 
-def test_a_newline_alone_of_the_projector_may_learn(world, run, aligned, data, tmp_path):
+def test_a_newline_alone_of_the_projector_may_learn(world, run, aligned, data, tmp_path, capsys):
     rates = {"trainable": {"projector/newline": 1e-2, "decoder": 1e-3}}
     run(instruct(world, tmp_path / "run", aligned, STAGE | data | rates))
     saved = flatten_dict(saved_params(checkpoint_of(tmp_path / "run")))
@@ -94,6 +94,12 @@ def test_a_newline_alone_of_the_projector_may_learn(world, run, aligned, data, t
     kept = [path for path in before if path[0] in ("vision", "projector")]
     for path in kept:
         np.testing.assert_array_equal(before[path], after[path])
+    assert "drawn at random" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    run(instruct(world, tmp_path / "run", aligned, STAGE | data | rates))
+    report = capsys.readouterr().err
+    assert "resuming from step 2" in report and "drawn at random" not in report
+    assert_same_trees(flat(tmp_path / "run"), after)
 
 
 def test_a_newline_that_is_drawn_must_learn(world, run, aligned, data, tmp_path):

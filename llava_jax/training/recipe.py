@@ -287,6 +287,7 @@ def starting_params(
     components: set[str],
     seed: int,
     frozen: dict | None = None,
+    resumed: bool = False,
 ) -> dict:
     """Parameters of some components, to be placed on devices.
 
@@ -296,6 +297,7 @@ def starting_params(
 
     Args:
       frozen: the frozen parameters of the stage: what is drawn must be trained.
+      resumed: what trains is there already; nothing is drawn.
     """
     params, newline = {}, ("projector", "newline")
     for folder in dict.fromkeys(sources.values()):
@@ -310,6 +312,8 @@ def starting_params(
             f"{sources['projector']} has no projector/newline and config.trainable leaves it "
             "frozen at its random start: train it, at the language model's rate for one"
         )
+    if resumed:
+        return params
     if "projector" in components and (projector is None or lacks_newline):
         if lacks_newline:
             hosts.report(f"{sources['projector']} has no projector/newline: it is drawn at random")

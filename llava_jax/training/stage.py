@@ -173,7 +173,13 @@ class Stage:
         """
         components = set(self.frozen) | set(() if resumed else self.state.params)
         params = recipe.starting_params(
-            self.model.config, self.lora, sources, components, self.config.seed, self.frozen
+            self.model.config,
+            self.lora,
+            sources,
+            components,
+            self.config.seed,
+            self.frozen,
+            resumed is not None,
         )
         frozen = place(params, self.frozen)
         return resumed or fresh_state(self.state, params, optimizer), frozen
