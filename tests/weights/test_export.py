@@ -184,6 +184,25 @@ def test_original_form(projector, tmp_path):
     assert (tmp_path / "again" / SINGLE_FILE).read_bytes() == (out / SINGLE_FILE).read_bytes()
 
 
+def test_the_path_of_the_encoder_changes_no_feature(tmp_path):
+    """The original code wants a path for the name: both mean the same layers of a SigLIP."""
+    image = ImageSpec(8, "resize", mean=(0.5,) * 3, std=(0.5,) * 3)
+    config = dataclasses.replace(CONFIG, vision=SIGLIP, feature_layer=-2, image=image)
+    checkpoint, tree = in_memory(tmp_path / "tokenizer", config, "v1")
+    out = tmp_path / "out"
+    write_folder(original(checkpoint, None), out)
+    assert open_llava(out).config == config
+    values = json.loads((out / "config.json").read_text())
+    values["mm_vision_tower"] = str(out / values["mm_vision_tower"])
+    (out / "config.json").write_text(json.dumps(values))
+    with pytest.raises(LlavaError, match="config.json has changed"):
+        open_llava(out)
+    (out / "checksums.json").unlink()
+    opened = open_llava(out)
+    assert opened.config == config
+    jax.tree.map(np.testing.assert_array_equal, opened.read(), jax.tree.map(np.asarray, tree))
+
+
 def test_original_form_as_llama_cpp_takes_it_apart(tmp_path):
     """Its llava_surgery_v2.py sorts tensors by the beginnings of their names, of all files whose
     name has `model` in it; what each part leaves is a whole model of transformers."""

@@ -52,7 +52,7 @@ _KNOWN_TOWERS = {
     "siglip-so400m-patch14-384": dataclasses.replace(SIGLIP_SO400M, num_layers=27),
 }
 # The tower of folders that `llava-jax export` wrote around encoders that the original code does not
-# have: they say what they mean, also of a SigLIP.
+# have: they say what they mean, also of a SigLIP. For that code its path is written there.
 OWN_TOWER = "vision_tower"
 _BLOCK = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d+)\.")
 
@@ -104,7 +104,8 @@ def open_original(
     if not inside:
         parts["vision"] = open_weights(tower, allow_pickle)
     layer = values.get("mm_vision_select_layer", -2)
-    if vision_family.model_type == "siglip_vision_model" and tower_name(values) != OWN_TOWER:
+    own = Path(tower_name(values)).name == OWN_TOWER
+    if vision_family.model_type == "siglip_vision_model" and not own:
         vision, parts["vision"] = _siglip(vision, parts["vision"], inside)
         layer = -1
     image = original_pictures(values, source, image, vision, decoder, pinpoint_order, image_mode)
