@@ -117,6 +117,7 @@ class SegmentTokenizer:
         self.image_token_id = int(image_token_id)
         self.use_im_start_end = use_im_start_end
         self._core = fast_core(tokenizer)
+        self._learnt_ids: dict[str, int] = {}  # of the tokens of templates, once asked for
         self.placeholder = placeholder(tokenizer, self.image_token_id)
         added = self._core.get_added_tokens_decoder().values()
         self.special = tuple(token.content for token in added if token.special)
@@ -226,18 +227,19 @@ class SegmentTokenizer:
                 continue
             here = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
             if tokens:
-                here = here[np.isin(ids[here], self._ids_of(tokens))]
+                here = here[np.isin(ids[here], [self._learnt_id(token) for token in tokens])]
             elif not segment.supervised:
                 here = here[:leading]
             labels[here] = ids[here]
         return labels
 
-    def _ids_of(self, tokens: tuple[str, ...]) -> list[int]:
-        found = [self._core.encode(token, add_special_tokens=False).ids for token in tokens]
-        for token, ids in zip(tokens, found, strict=True):
+    def _learnt_id(self, token: str) -> int:
+        if token not in self._learnt_ids:
+            ids = self._core.encode(token, add_special_tokens=False).ids
             if len(ids) != 1:
                 raise LlavaError(f"{token!r}, which is to be learnt, is no token of the tokenizer")
-        return [i for ids in found for i in ids]
+            self._learnt_ids[token] = ids[0]
+        return self._learnt_ids[token]
 
 
 def continued(core: Tokenizer, text: str, position: int = 0) -> tuple[np.ndarray, np.ndarray]:

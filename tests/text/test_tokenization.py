@@ -196,6 +196,22 @@ def original_labels(tokenizer, messages: list[tuple[str, str]]) -> tuple[list, l
     return ids, [i if i in marks else label for i, label in zip(ids, labels, strict=True)]
 
 
+def test_tokens_that_are_always_learnt_are_looked_up_once(tokenizers, monkeypatch):
+    template = TEMPLATES["chatml"].with_original_labels()
+    segments = render(template, turns_of("What?", "a cat", "Sure?", "yes"))
+    tokenizer = SegmentTokenizer(tokenizers["smollm"])
+    row = tokenizer(segments)
+    tokenizer = pickle.loads(pickle.dumps(tokenizer))
+    encode, encoded = tokenizer._core.encode, []
+
+    class Core:
+        encode_batch = tokenizer._core.encode_batch
+        encode = lambda _, text, **options: encoded.append(text) or encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "_core", Core())
+    assert tokenizer(segments).labels.tolist() == row.labels.tolist() and not encoded
+
+
 def test_original_labels_are_those_of_llava_next(tokenizers):
     template = TEMPLATES["chatml"].with_original_labels()
     turns = turns_of("<image>\nWhat\nis it?", "a cat\n\nor two", "Sure?", "yes")
