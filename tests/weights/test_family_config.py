@@ -9,7 +9,7 @@ from llava_jax.models.anyres import NEXT_GRIDS
 from llava_jax.models.images import CLIP_MEAN
 from llava_jax.models.presets import SIGLIP_SO400M, clip_large, preset
 from llava_jax.models.video import VideoSpec
-from llava_jax.weights.read.huggingface import llava_config
+from llava_jax.weights.read.huggingface import huggingface_notes, llava_config
 
 # As llava-hf/llava-v1.6-mistral-7b-hf has it: much is left out.
 NEXT = {
@@ -158,6 +158,33 @@ def test_frames_that_are_normalised_otherwise_are_left_out(tmp_path):
     frames = {"video_processor_type": "LlavaOnevisionVideoProcessor"}
     config = read(tmp_path, ONEVISION, pixels=ONEVISION_PIXELS, frames=frames)
     assert config.image.video is None and config.image.newline
+
+
+@pytest.mark.parametrize("model_type", ["llava_next_video", "llava_next"])
+def test_what_of_a_folder_is_not_obeyed(model_type, tmp_path):
+    """Also of the first revisions of LLaVA-NeXT-Video, which call themselves llava_next."""
+    stray = VIDEO["text_config"] | {"factor": 2.0, "type": "linear"}
+    values = VIDEO | {"model_type": model_type, "text_config": stray}
+    frames = {"image_mean": [0.1] * 3, "size": {"shortest_edge": 336}, "crop_size": 336}
+    config = read(tmp_path, values, pixels=NEXT_PIXELS, frames=frames)
+    rotary, videos = huggingface_notes(tmp_path, values, config)
+    assert rotary == (
+        f"{tmp_path}/config.json has factor and type in text_config, outside rope_scaling: rotary "
+        "positions are not scaled by it, as in transformers"
+    )
+    assert videos == (
+        f"{tmp_path}/video_preprocessor_config.json normalises frames otherwise than pictures are "
+        "normalised: the model takes no videos"
+    )
+
+
+def test_a_folder_that_leaves_all_to_its_class_is_told_of_its_pictures(tmp_path):
+    """As much as one whose config.json says something; of a language model there is no word."""
+    values = {"model_type": "llava_onevision"}
+    config = read(tmp_path, values)
+    (note,) = huggingface_notes(tmp_path, values, config)
+    assert note.startswith(f"{tmp_path} has no preprocessor_config.json: pictures are prepared as")
+    assert not list(huggingface_notes(tmp_path, {"model_type": "qwen2"}, config))
 
 
 def test_what_a_processor_takes_for_granted(tmp_path):

@@ -149,8 +149,10 @@ def llava_config(
 
 def huggingface_notes(folder: Path, values: dict, config: LlavaConfig) -> Iterator[str]:
     """What was assumed about a folder's pictures, and what of its config.json is not obeyed."""
+    if not is_hugging_face(values):  # a language model, to which an encoder was given
+        return
     _, pictures = processor_values(folder)
-    if pictures is None and "text_config" in values:
+    if pictures is None:
         yield (
             f"{folder} has no preprocessor_config.json: pictures are prepared as for "
             f"{config.image.size} pixels in the mode {config.image.mode}, with the mean "
@@ -163,13 +165,12 @@ def huggingface_notes(folder: Path, values: dict, config: LlavaConfig) -> Iterat
             f"{folder}/config.json has {' and '.join(stray)} in text_config, outside rope_scaling: "
             "rotary positions are not scaled by it, as in transformers"
         )
-    frames = frame_settings(folder)
-    if values.get("model_type") in CLASSES and frames and config.image.tiling:
-        if CLASSES[values["model_type"]].video and config.image.video is None:
-            yield (
-                f"{frames[0]} normalises frames otherwise than pictures are normalised: the model "
-                "takes no videos"
-            )
+    frames, llava = frame_settings(folder), llava_class(values, f"{folder}/config.json")
+    if frames and llava.video and config.image.tiling and config.image.video is None:
+        yield (
+            f"{frames[0]} normalises frames otherwise than pictures are normalised: the model "
+            "takes no videos"
+        )
 
 
 def _placeholder(f: Fields, kind: str, decoder: DecoderConfig) -> int:
