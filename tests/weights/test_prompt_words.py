@@ -1,6 +1,7 @@
 """The words in which a folder's model is asked, wherever the folder says them."""
 
 import json
+import re
 
 import pytest
 
@@ -222,8 +223,8 @@ def test_both_texts_of_a_template_of_ours(tmp_path):
     assert (words(tmp_path).template, words(tmp_path).chat_template) == ("chatml", None)
 
 
-def test_an_unknown_box_convention_is_refused(tmp_path):
-    with pytest.raises(
-        LlavaError, match="config.json has box_convention='yolo': it must be one of"
-    ):
-        prompt_words([tmp_path], {"box_convention": "yolo"}, DECODERS["llama"])
+@pytest.mark.parametrize("value", ["yolo", [], {}, None])
+def test_an_unknown_box_convention_is_refused(value, tmp_path):
+    words = re.escape(f"config.json has box_convention={value!r}: it must be one of llava")
+    with pytest.raises(LlavaError, match=words):
+        prompt_words([tmp_path], {"box_convention": value}, DECODERS["llama"])

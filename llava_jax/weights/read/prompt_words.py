@@ -143,7 +143,7 @@ def run_words(
 def _box_convention(config: Mapping) -> str:
     """How the model of a `config.json` writes boxes; only llava-jax writes that down."""
     found = config.get(BOX_KEY, PromptWords.box_convention)
-    if found not in CONVENTIONS:
+    if found not in tuple(CONVENTIONS):  # it may be unhashable
         raise LlavaError(
             f"config.json has {BOX_KEY}={found!r}: it must be one of {', '.join(CONVENTIONS)}"
         )
