@@ -9,29 +9,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from llava_jax.models.images import ImageSpec
+from llava_jax.models.presets import SIGLIP_SO400M, clip_large
 from llava_jax.models.video import VideoSpec
+from llava_jax.weights.families import encoder_to_hf
 
 STRATEGY, PINPOINTS = "vision_feature_select_strategy", "image_grid_pinpoints"
 ASPECT = "vision_aspect_ratio"
 
-_CLIP_LARGE = {  # the vision_config of a config.json without one: CLIP-L/14 at 336 pixels
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_SIGLIP_SO400M = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
+# The encoders of a config.json without a vision_config.
+_CLIP_LARGE, _SIGLIP_SO400M = encoder_to_hf(clip_large(336)), encoder_to_hf(SIGLIP_SO400M)
 _LLAVA = {
     "image_token_index": 32000,
     "vision_feature_layer": -2,

@@ -14,7 +14,7 @@ from llava_jax.files import write_json
 from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.chat_template import chat_template
-from llava_jax.text.conversation import IMAGE_TOKEN, Turn
+from llava_jax.text.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn
 from llava_jax.text.processor_prompt import processor_placeholder
 from llava_jax.text.templates import Template, get_template, render
 from llava_jax.text.tokenization import SegmentTokenizer
@@ -38,7 +38,6 @@ from llava_jax.weights.write.processor import (
     FRAMES,
     PICTURES,
     PROCESSOR,
-    VIDEO_TOKEN,
     picture_keys,
     pinpoints,
     preprocessor_config_json,
@@ -95,21 +94,15 @@ class HFTokenizer:
         (folder / "chat_template.jinja").write_text(self.settings["chat_template"])
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """True for a whole LLaVA of transformers."""
-    path = folder / "config.json"
-    if not path.is_file() or (folder / "adapter_config.json").exists():
-        return False
-    return is_hugging_face(read_json(path))
-
-
 def is_copied(checkpoint: LlavaFolder) -> bool:
     """Whether a folder's config and processor are of the class that its model is written as."""
-    folder = checkpoint.folder
-    if not is_hf_folder(folder):
+    path = checkpoint.folder / "config.json"
+    if not path.is_file() or (checkpoint.folder / "adapter_config.json").exists():
         return False
-    found = llava_class(read_json(folder / "config.json"), str(folder / "config.json"))
-    return found is class_of(checkpoint.config.image)
+    values = read_json(path)
+    if not is_hugging_face(values):
+        return False
+    return llava_class(values, str(path)) is class_of(checkpoint.config.image)
 
 
 def prepare_tokenizer(

@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_jax.files import write_json
 from llava_jax.models.images import ImageSpec, cells_a_side
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.conversation import IMAGE_TOKEN, VIDEO_TOKEN
 from llava_jax.weights.llava_classes import (
     ASPECT,
     NEXT_VIDEO,
@@ -19,7 +19,6 @@ from llava_jax.weights.llava_classes import (
 )
 from llava_jax.weights.read.image_settings import BICUBIC
 
-VIDEO_TOKEN = "<video>"
 PICTURES, FRAMES = "preprocessor_config.json", "video_preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 
@@ -65,27 +64,24 @@ def preprocessor_config_json(config: LlavaConfig) -> dict:
     """preprocessor_config.json: our picture mode, in the keys of transformers."""
     image, llava = config.image, class_of(config.image)
     square, edge = _square(image.size), {"shortest_edge": image.size}
-    if llava is ONEVISION:
-        kind = "LlavaOnevisionImageProcessor", "resize", {"do_pad": True}
-    elif llava.tiled:
-        kind = "LlavaNextImageProcessor", "square", {"do_pad": True}
+    if llava.tiled:
+        kind = llava.image_processor, {"do_pad": True, PINPOINTS: pinpoints(image)}
     else:
         kind = {
-            "pad": ("LlavaImageProcessor", "square", {"do_pad": True}),
-            "square": ("CLIPImageProcessor", "square", {}),
-            "resize": ("SiglipImageProcessor", "resize", {}),
+            "pad": ("Llava", {"do_pad": True}),
+            "square": ("CLIP", {}),
+            "resize": ("Siglip", {}),
         }[image.mode]
-    name, mode, more = kind
-    if llava.tiled:
-        more |= {PINPOINTS: pinpoints(image)}
-    if mode == "square":
-        more = more | {"do_center_crop": True, "crop_size": square}
+    name, more = kind
+    cropped = llava is not ONEVISION and image.mode != "resize"
+    if cropped:
+        more |= {"do_center_crop": True, "crop_size": square}
     return {
-        "image_processor_type": name,
+        "image_processor_type": f"{name}ImageProcessor",
         "processor_class": f"{llava.name}Processor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": edge if mode == "square" else square,
+        "size": edge if cropped else square,
         "resample": BICUBIC,
         **more,
         **_normalised(image),
