@@ -8,6 +8,7 @@ F frames that are shown, S side of a tile.
 
 import bisect
 import contextlib
+import functools
 import io
 import os
 import re
@@ -160,14 +161,9 @@ def inspect_video(video: Video, name: str, max_pixels: int = MAX_PIXELS) -> Foot
     """
     pictures = _pictures(video, name)
     if pictures is not None:
-        first, at = pictures[0], f"{name}, frame 0"
-        still = isinstance(first, Image.Image)
-        size = first.size if still else inspect_image(first, at, max_pixels)
-        check_pixels(size, at, max_pixels)
-        rate = PICTURE_RATE if video.rate is None else video.rate
-        return Footage(size, len(pictures), rate, still=True)
-    with _opened(video.source, name) as (container, stream):
-        return _footage(container, stream, video.source, name, max_pixels)
+        return _still_footage(pictures, video.rate, name, max_pixels)
+    with _opened(video.source, name) as (_, stream, packets):
+        return _footage(stream, packets, video.source, name, max_pixels)
 
 
 def video_tiles(
@@ -198,15 +194,15 @@ def _shown(
     """Footage, numbers int[F], and number -> `use` of its picture, of which one is kept a time."""
     pictures = _pictures(video, name)
     if pictures is not None:
-        footage = inspect_video(video, name, max_pixels)
+        footage = _still_footage(pictures, video.rate, name, max_pixels)
         numbers = sampled(footage, frames, fps, name)
         load = lambda n: load_image(pictures[n], f"{name}, frame {n}", max_pixels)
         return footage, numbers, {n: use(load(n)) for n in dict.fromkeys(numbers.tolist())}
-    with _opened(video.source, name) as (container, stream):
-        footage = _footage(container, stream, video.source, name, max_pixels)
+    with _opened(video.source, name) as (container, stream, packets):
+        footage = _footage(stream, packets, video.source, name, max_pixels)
         numbers = sampled(footage, frames, fps, name)
         wanted = np.unique(numbers)
-        images = _decoded(container, stream, wanted, footage.frames, name)
+        images = _decoded(container, stream, packets(), wanted, footage.frames, name)
         return footage, numbers, dict(zip(wanted.tolist(), map(use, images), strict=True))
 
 
@@ -225,14 +221,21 @@ def _pictures(video: Video, name: str) -> Sequence | None:
         return video.source
     if isinstance(video.source, bytes) or not os.path.isdir(video.source):
         return None
-    files = [path for path in Path(video.source).iterdir() if path.is_file()]
-    files = [str(file) for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    files = [p for p in Path(video.source).iterdir() if p.suffix.lower() in PICTURE_SUFFIXES]
+    files = [str(path) for path in files if path.is_file()]
     if not files:
         endings = ", ".join(PICTURE_SUFFIXES)
         raise ImageError(
             "empty video", f"the folder {name!r} holds no frames: no file ends in {endings}"
         )
     return sorted(files, key=_natural)
+
+
+def _still_footage(pictures: Sequence, rate: float | None, name: str, max_pixels: int) -> Footage:
+    first, at = pictures[0], f"{name}, frame 0"
+    size = first.size if isinstance(first, Image.Image) else inspect_image(first, at, max_pixels)
+    check_pixels(size, at, max_pixels)
+    return Footage(size, len(pictures), PICTURE_RATE if rate is None else rate, still=True)
 
 
 def _natural(path: str) -> list:
@@ -254,7 +257,10 @@ def _pyav():
 
 @contextlib.contextmanager
 def _opened(source: str | bytes, name: str) -> Iterator[tuple]:
-    """The container and the video stream of a file; what FFmpeg finds wrong is an ImageError."""
+    """The container of a file, its video stream, and what gives its `_packets`, read once.
+
+    What FFmpeg finds wrong is an ImageError.
+    """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     if isinstance(file, str) and not os.path.isfile(file):
         raise ImageError("missing video", f"no video file {name!r}")
@@ -272,7 +278,8 @@ def _opened(source: str | bytes, name: str) -> Iterator[tuple]:
         if not container.streams.video:
             raise ImageError("not a video", f"{name!r} holds no pictures, only sound")
         try:
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            yield container, stream, functools.cache(lambda: _packets(container, stream))
         except (av.FFmpegError, EOFError) as error:
             raise _broken(name, _reason(error)) from None
 
@@ -288,21 +295,21 @@ def _broken(name: str, reason: str) -> ImageError:
     )
 
 
-def _footage(container, stream, source: str | bytes, name: str, max_pixels: int) -> Footage:
+def _footage(stream, packets, source: str | bytes, name: str, max_pixels: int) -> Footage:
     size = stream.codec_context.width, stream.codec_context.height
     check_pixels(size, name, max_pixels)
-    frames = _count(container, stream, source, name)
+    frames = _count(stream, packets, source, name)
     if not frames:
         raise ImageError("empty video", f"video {name!r} has no frames")
     rate = stream.average_rate or stream.guessed_rate
     return Footage(size, frames, float(rate) if rate else None, still=False)
 
 
-def _count(container, stream, source: str | bytes, name: str) -> int:
+def _count(stream, packets, source: str | bytes, name: str) -> int:
     """Frames of a file: of its index if it has one (MP4, AVI), else of the packets."""
     entries = stream.index_entries
     if not stream.frames or len(entries) != stream.frames:
-        return len(_packets(container, stream)[0])
+        return len(packets()[0])
     frames = end = 0
     for entry in entries:
         frames, end = frames + (not entry.is_discard), max(end, entry.pos + entry.size)
@@ -326,9 +333,9 @@ def _packets(container, stream) -> tuple[list[int], list[tuple[int, int]]]:
     return sorted(packet.pts for packet in found), sorted(keys)
 
 
-def _decoded(container, stream, wanted: np.ndarray, frames: int, name: str) -> Iterator:
+def _decoded(container, stream, packets, wanted: np.ndarray, frames: int, name: str) -> Iterator:
     """The pictures of the frames with the rising numbers `wanted`, upright RGB."""
-    times, keys = _packets(container, stream)
+    times, keys = packets
     if len(times) != frames:
         raise _broken(name, f"its index names {frames} frames, it has {len(times)}")
     if not keys:

@@ -1,11 +1,13 @@
 """Frames of videos: which are shown, that they are those of the file, and broken files."""
 
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.data import video as module
 from llava_jax.data.media import ImageError, preprocess
 from llava_jax.data.video import (
     Footage,
@@ -224,6 +226,25 @@ def test_inspecting_decodes_nothing_and_reads_no_more_than_the_index(av, tmp_pat
     monkeypatch.setattr("llava_jax.data.video._frames", None)
     monkeypatch.setattr("llava_jax.data.video._packets", None)
     assert inspect_video(Video(write_video(tmp_path / "a.mp4", 9)), "a").frames == 9
+
+
+@pytest.mark.parametrize("ending", ["mp4", "webm"])
+def test_the_packets_of_a_file_are_read_once(av, tmp_path, monkeypatch, ending):
+    path = write_video(tmp_path / f"a.{ending}", 9, **FORMATS[ending])
+    read, passes = module._packets, []
+    monkeypatch.setattr(module, "_packets", lambda *given: passes.append(given) or read(*given))
+    assert video_tiles(Video(path), SPEC, "a")[0].frames == 9 and len(passes) == 1
+
+
+def test_a_folder_is_listed_once_and_only_its_pictures_are_looked_at(tmp_path, monkeypatch):
+    frame(3).save(tmp_path / "1.png")
+    (tmp_path / "2.jpg").mkdir()
+    (tmp_path / "notes.txt").touch()
+    looked, is_file = [], pathlib.Path.is_file
+    spy = lambda path, **options: looked.append(path.name) or is_file(path, **options)
+    monkeypatch.setattr(pathlib.Path, "is_file", spy)
+    assert video_tiles(Video(tmp_path), SPEC, "a")[0].frames == 1
+    assert sorted(looked) == ["1.png", "2.jpg"]
 
 
 def test_a_frame_of_too_many_pixels(av, tmp_path):
