@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,6 +90,18 @@ def write_json(path: Path, value: dict | list) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole_file(path) as file:
         file.write(_utf8(text))
+
+
+def write_records(path: Path, records: Sequence[dict]) -> None:
+    """Writes a record a line, whole or not at all: lines of a .jsonl file, else one JSON list."""
+    with whole_file(path) as file:
+        if path.suffix == ".jsonl":
+            file.writelines(map(json_line, records))
+            return
+        file.write(b"[")
+        for i, record in enumerate(records):
+            file.write((b",\n" if i else b"\n") + json_line(record).rstrip(b"\n"))
+        file.write(b"\n]\n")
 
 
 def json_line(value: dict) -> bytes:

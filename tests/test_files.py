@@ -7,7 +7,7 @@ import os
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.files import claim, json_line, lock, locked, whole_file, write_json
+from llava_jax.files import claim, json_line, lock, locked, whole_file, write_json, write_records
 
 
 @pytest.mark.parametrize("name", ["a folder", "a file"])
@@ -62,6 +62,16 @@ def test_json_is_utf8_and_keeps_half_characters(tmp_path, monkeypatch):
     content = (tmp_path / "value.json").read_bytes()
     assert "größer".encode() in content and json.loads(content) == value
     assert json.loads(json_line(value)) == value and json_line(value).endswith(b"\n")
+
+
+@pytest.mark.parametrize("records", [[], [{"id": "ä"}], [{"id": 0}, {"id": 1}, {"id": 2}]])
+def test_records_are_written_a_line_each(tmp_path, records):
+    write_records(tmp_path / "a.json", records)
+    write_records(tmp_path / "a.jsonl", records)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == records and len(text.splitlines()) == len(records) + 2
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(map(json.loads, lines)) == records
 
 
 def test_results_of_another_run_are_kept(tmp_path):

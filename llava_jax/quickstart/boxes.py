@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from llava_jax.files import write_records
 from llava_jax.quickstart.composed import SIDE, Shape, read_shapes
-from llava_jax.quickstart.easy_vqa import conversation, write_records
+from llava_jax.quickstart.easy_vqa import conversation
 from llava_jax.weights.checksums import is_whole
 from llava_jax.weights.write.save import whole_folder
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from llava_jax.files import write_records
 from llava_jax.quickstart.easy_vqa import (
     COLORS,
     SHAPES,
@@ -26,7 +27,6 @@ from llava_jax.quickstart.easy_vqa import (
     caption,
     conversation,
     read_questions,
-    write_records,
 )
 from llava_jax.quickstart.packages import package_folder
 from llava_jax.weights.checksums import is_whole

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from llava_jax.data.build import build_data_set
 from llava_jax.errors import LlavaError
+from llava_jax.files import write_records
 from llava_jax.quickstart.packages import package_file, package_folder
 from llava_jax.weights.checksums import is_whole
 from llava_jax.weights.write.save import whole_folder
@@ -237,11 +238,6 @@ def conversation(exchanges: list[tuple[str, str]], pictures: int = 1) -> list[di
         turns.append({"from": "human", "value": shown + question})
         turns.append({"from": "gpt", "value": answer})
     return turns
-
-
-def write_records(path: Path, records: list[dict]) -> None:
-    """A record a line, as one JSON list."""
-    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
 
 
 def _digest(text: str) -> str:

@@ -76,6 +76,8 @@ def test_visual_genome(tmp_path, capsys):
     assert len(first["boxes"]) == 10 and turns(second)[1] == "<box>"
     assert turns(second)[2:] == [WHAT, "thing 11"] and second["id"] == "vg-1-1"
     assert "(1 without an area left out)" in capsys.readouterr().out
+    assert imported("visual_genome", tmp_path, "--limit", "1") == [first]
+    assert "1 records with 10 boxes\n" in capsys.readouterr().out  # what was cut is of all records
 
 
 def coco(root, **changes):

@@ -12,9 +12,10 @@ pytest.importorskip("easy_vqa")
 from llava_jax.data.boxes import Boxes
 from llava_jax.data.records import checked_record, open_records
 from llava_jax.evaluation import load_benchmark
+from llava_jax.files import write_records
 from llava_jax.models.images import ImageSpec
 from llava_jax.quickstart import boxes
-from llava_jax.quickstart.easy_vqa import conversation, write_records
+from llava_jax.quickstart.easy_vqa import conversation
 from llava_jax.quickstart.packages import package_folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_jax.data.importers import coco, flickr30k, grit, refer, visual_genome
 from llava_jax.data.importers.annotations import Cuts
 from llava_jax.errors import LlavaError
-from llava_jax.files import json_line, whole_file
+from llava_jax.files import write_records
 
 # name -> (records of (root, split, cuts), its splits, the files below the root)
 IMPORTERS: dict[str, tuple[Callable[[Path, str, Cuts], list[dict]], Sequence[str], str]] = {
@@ -51,20 +51,9 @@ def main(args) -> int:
     records = read(Path(args.root), split, cuts)[: args.limit]
     if not records:
         raise LlavaError(f"{args.root} has no record of the split {split!r} with a box")
-    with whole_file(Path(args.out)) as file:
-        write(file, records, lines=args.out.endswith(".jsonl"))
+    write_records(Path(args.out), records)
     boxes = sum(len(record["boxes"]) for record in records)
-    print(f"{args.out}: {len(records):,} records with {boxes:,} boxes{cuts.text()}")
+    cut = cuts.text() if args.limit is None else ""  # they are counted of all records
+    print(f"{args.out}: {len(records):,} records with {boxes:,} boxes{cut}")
     print(f"check it: llava-jax validate {args.out} --image_root {args.root}")
     return 0
-
-
-def write(file, records: Sequence[dict], lines: bool) -> None:
-    """A record a line: JSON lines, or one JSON list."""
-    if lines:
-        file.writelines(map(json_line, records))
-        return
-    file.write(b"[\n")
-    for i, record in enumerate(records):
-        file.write((b",\n" if i else b"") + json_line(record).rstrip(b"\n"))
-    file.write(b"\n]\n")

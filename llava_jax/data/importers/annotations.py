@@ -9,6 +9,7 @@ IMAGE = "<image>\n"
 # The two questions of LLaVA-1.5's training data.
 WHERE = "Please provide the bounding box coordinate of the region this sentence describes: {}"
 WHAT = f"Please provide a short description for this region: {BOX_TOKEN}"
+DESCRIBE = "Describe the picture, with the bounding box coordinates of what you mention."
 REGIONS = 10  # of a conversation; a picture with more has several
 
 Box = list[float]  # left, top, right, bottom in pixels

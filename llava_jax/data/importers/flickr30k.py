@@ -5,12 +5,11 @@ import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
 
-from llava_jax.data.importers.annotations import Cuts, plain, record
+from llava_jax.data.importers.annotations import DESCRIBE, Cuts, plain, record
 from llava_jax.data.published import each, readable
 from llava_jax.data.record_boxes import BOX_TOKEN
 from llava_jax.errors import LlavaError
 
-QUESTION = "Describe the picture, with the bounding box coordinates of what you mention."
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/\w+)+ ([^\]]*)\]")
 
 
@@ -31,7 +30,7 @@ def records(root: Path, split: str, cuts: Cuts) -> list[dict]:
             text, found = _grounded(line, boxes)
             image = f"flickr30k-images/{number}.jpg"
             key = f"flickr30k-{number}-{index}"
-            return record(key, image, [(QUESTION, text)], found) if found else None
+            return record(key, image, [(DESCRIBE, text)], found) if found else None
 
         made += each(list(enumerate(lines)), sentences, make)
     return [one for one in made if one]

@@ -7,12 +7,10 @@ KEY.json with the row's columns. One file of JSON lines of such rows is read as 
 import json
 from pathlib import Path
 
-from llava_jax.data.importers.annotations import Cuts, plain, record
+from llava_jax.data.importers.annotations import DESCRIBE, Cuts, plain, record
 from llava_jax.data.published import each, read_json, readable
 from llava_jax.data.record_boxes import BOX_TOKEN
 from llava_jax.errors import LlavaError
-
-QUESTION = "Describe the picture, with the bounding box coordinates of what you mention."
 
 
 def records(root: Path, split: str, cuts: Cuts) -> list[dict]:
@@ -57,4 +55,4 @@ def _record(row: dict, where: Path, cuts: Cuts) -> dict | None:
     text = " ".join(filter(None, [*pieces, plain(caption[last:])]))
     key = str(row["key"])
     image = (where / f"{key}.jpg").as_posix()
-    return record(f"grit-{key}", image, [(QUESTION, text)], boxes) if boxes else None
+    return record(f"grit-{key}", image, [(DESCRIBE, text)], boxes) if boxes else None
