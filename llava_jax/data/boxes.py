@@ -89,7 +89,7 @@ def _read_tokens(groups: Sequence[str], size: tuple[float, float]) -> Box:
 CONVENTIONS: dict[str, Convention] = {
     # LLaVA-1.5: two decimals, without zeros at their end: [0.25, 0.5, 0.75, 1.0]
     "llava": _scaled(1, 2, "square"),
-    # Qwen-VL and others: thousandths of the picture: [250, 500, 750, 1000]
+    # Qwen-VL and others: thousandths of what is seen of the picture: [250, 500, 750, 1000]
     "qwen_1000": _scaled(1000, None, "seen"),
     # Kosmos-2: 32 x 32 bins: <object><patch_index_0520><patch_index_1015></object>
     "kosmos": Convention("seen", _write_tokens, _TOKENS, _read_tokens),
