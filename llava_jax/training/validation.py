@@ -46,7 +46,7 @@ class Validation:
         # Answers of a model spread over several hosts are not gathered: held-out loss alone there.
         samples = config.samples if jax.process_count() == 1 else 0
         records = [data.records[i] for i in range(min(samples, len(data.records)))]
-        self._records = [r for r in records if len(r.turns) > 1]
+        self._samples = [(r, *self._turns(r)[:2]) for r in records if len(r.turns) > 1]
         self._sampling = SamplingParams(config.sample_tokens, 0.0, 1.0, 0)
 
     def __call__(self, state: TrainState, step: int) -> None:
@@ -60,13 +60,12 @@ class Validation:
         self._answer(state, step)
 
     def _answer(self, state: TrainState, step: int) -> None:
-        if not self._records:
+        if not self._samples:
             return
         self._answerer.replace_params(self._stage.join(state.params, self._frozen))
-        requests = [self._request(record) for record in self._records]
+        requests = [self._request(record, question) for record, question, _ in self._samples]
         answers = self._answerer.answer(requests, batch_size=len(requests))
-        for record, answer in zip(self._records, answers, strict=True):
-            question, reference = self._turns(record)[:2]
+        for (record, question, reference), answer in zip(self._samples, answers, strict=True):
             self._log.sample(
                 step,
                 {
@@ -77,14 +76,14 @@ class Validation:
                 },
             )
 
-    def _request(self, record: Record):
+    def _request(self, record: Record, question: Turn):
         # Only the images that the first question shows.
         shown = record.turns[0].images
         images = [
             source if isinstance(source, Video) else load_image(source, name)
             for source, name in zip(record.images[:shown], record.image_names, strict=False)
         ]
-        return self._answerer.request(self._turns(record)[0].text, images, self._sampling)
+        return self._answerer.request(question.text, images, self._sampling)
 
     def _turns(self, record: Record) -> Sequence[Turn]:
         """Its turns as the model reads them, boxes written."""
