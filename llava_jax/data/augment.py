@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 from llava_jax.data.boxes import Box
 from llava_jax.data.parsing import Record
 from llava_jax.data.record_boxes import RecordBox
-from llava_jax.errors import LlavaError
 
 # Words that are wrong of a mirrored picture.
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
@@ -35,12 +34,6 @@ class Augmentation:
     flip: float = 0.0
     crop: float = 0.0
     seed: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.flip <= 1:
-            raise LlavaError(f"data.flip is {self.flip}: it is a share, from 0 to 1")
-        if not 0 <= self.crop < 1:
-            raise LlavaError(f"data.crop is {self.crop}: it is a share, from 0 to less than 1")
 
     def __bool__(self) -> bool:
         return self.flip > 0 or self.crop > 0
@@ -87,3 +80,6 @@ class Augmentation:
         if (left, top, right, bottom) != (0, 0, *image.size):
             image = image.crop((left, top, right, bottom))
         return image, [(x1 - left, y1 - top, x2 - left, y2 - top) for x1, y1, x2, y2 in boxes]
+
+
+UNCHANGED = Augmentation()

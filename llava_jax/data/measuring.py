@@ -105,7 +105,7 @@ def measure(
         changed = cache.images_seen != seen
         if cache.lengths is not None and changed:
             looks, faults, _ = look(inspect=True)
-        by_size = row_format.image.by_size or any(look.has_boxes for look in looks)
+        by_size = row_format.image.by_size or records.holds_boxes
         if cache.lengths is None or changed and by_size:
             _tokenize(cache, records, tokenizer, row_format, looks, progress, findings)
         if changed or faults:
@@ -137,7 +137,7 @@ class _Look(NamedTuple):
     record: None if it has not the right form. errors: its faults. is_image: whether they are of
     its images or videos. files: path, size and time of modification of their files. layouts:
     (tiles, tokens) of each image, nominal for one that is faulty or was not inspected. seen: what
-    is known of each. has_boxes: whether it has boxes, whose text depends on the size of an image.
+    is known of each.
     """
 
     record: Record | None
@@ -146,7 +146,6 @@ class _Look(NamedTuple):
     files: bytes
     layouts: list[tuple[int, int]]
     seen: list[sources.Seen]
-    has_boxes: bool
 
 
 def _look_at_all(
@@ -205,8 +204,7 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
             layouts = [(layout.tiles, len(layout)) for layout in found]
         except LlavaError as error:  # a missing video, of a model that takes none
             errors, is_image = [RecordError("video", f"{record.name}: {error}")], False
-    has_boxes = record is not None and bool(record.boxes)
-    return _Look(record if is_image else None, errors, is_image, files, layouts, seen, has_boxes)
+    return _Look(record if is_image else None, errors, is_image, files, layouts, seen)
 
 
 def _tokenize(

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from llava_jax.data.augment import Augmentation
+from llava_jax.data.augment import UNCHANGED, Augmentation
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS
 from llava_jax.data.plan import RowStream
@@ -70,7 +70,7 @@ class TrainingData:
         pad_final_batch: bool = False,
         progress: bool = True,
         findings: Findings | None = None,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation = UNCHANGED,
     ):
         if (epochs is None) == (steps is None):
             raise LlavaError("give either epochs or steps")
@@ -104,7 +104,7 @@ class TrainingData:
             max_pixels,
             policy.skip,
             room,
-            augmentation or Augmentation(),
+            augmentation,
         )
         self._rows = RowStream(measured.lengths[usable], measured.tiles[usable], row_format, seed)
         self.rows_per_epoch = self._rows.rows_before(1)
@@ -143,7 +143,7 @@ class TrainingData:
         (tokens, tiles), f = self._needs, self.row_format
         if all(tokens[indices] > f.max_length):
             return f", needing up to {tokens[indices].max():,} tokens"
-        if f.several_tiles and all(tiles[indices] > f.tiles):
+        if f.image.by_size and all(tiles[indices] > f.tiles):
             return f", needing up to {tiles[indices].max():,} tiles"
         return ""
 
@@ -153,7 +153,7 @@ class TrainingData:
         if self.records_cut:
             cut = f"; {self.records_cut:,} cut to {self.row_format.max_length} tokens"
         full = f"{self.fill:.0%} full"
-        if self.row_format.several_tiles:
+        if self.row_format.image.by_size:
             full = f"{self.fill:.0%} of tokens and {self.tile_fill:.0%} of tiles used"
         return (
             f"{self.records_used:,} of {self.records_total:,} records "

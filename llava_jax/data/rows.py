@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_jax.data import sources
-from llava_jax.data.augment import Augmentation
+from llava_jax.data.augment import UNCHANGED, Augmentation
 from llava_jax.data.boxes import Boxes
 from llava_jax.data.media import ImageError, load_image
 from llava_jax.data.parsing import Record
@@ -97,14 +97,9 @@ class RowFormat:
         return self.max_length if self.row_length is None else self.row_length
 
     @property
-    def several_tiles(self) -> bool:
-        """Whether a picture or video may take more than one."""
-        return self.image.by_size or self.image.video is not None
-
-    @property
     def crowded(self) -> str:
         """Why a record with more than K tiles is refused."""
-        what = "tiles" if self.several_tiles else "images"
+        what = "tiles" if self.image.by_size else "images"
         return f"more {what} than images_per_row={self.tiles}"
 
     @property
@@ -303,7 +298,7 @@ class RowBuilder:
     max_pixels: int
     skip_bad_images: bool
     room: np.ndarray
-    augment: Augmentation = Augmentation()
+    augment: Augmentation = UNCHANGED
 
     def __call__(
         self, members: np.ndarray, row: int = 0

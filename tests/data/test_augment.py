@@ -11,7 +11,6 @@ from llava_jax.data.augment import Augmentation
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
 from llava_jax.data.rows import RowFormat
-from llava_jax.errors import LlavaError
 from llava_jax.models.images import ImageSpec
 from llava_jax.text.templates import get_template
 from tests.tiny_model import byte_tokenizer
@@ -131,9 +130,3 @@ def test_a_change_that_leaves_nothing_to_learn_is_not_made(tmp_path):
         for row in batch["labels"]
     }
     assert len(ends) == 1
-
-
-def test_wrong_shares_are_refused():
-    for name, value in (("flip", 1.5), ("flip", -0.1), ("crop", 1.0)):
-        with pytest.raises(LlavaError, match=f"data.{name} is {value}: it is a share, from 0"):
-            Augmentation(**{name: value})
