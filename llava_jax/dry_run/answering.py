@@ -1,7 +1,8 @@
 """`llava-jax serve --dry_run`: what answering costs on devices that are not attached.
 
-The programs that the server runs are compiled in the largest shapes that it warms up: tiles through
-the encoder, prompts into the cache, tokens out of it. Nothing of a model is computed or read.
+Of the programs that the server warms up, those are compiled that can need most memory: tiles
+through the encoder, prompts into the cache, tokens out of it. Nothing of a model is computed or
+read.
 """
 
 import argparse
@@ -18,16 +19,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.compiling import needed_by
-from llava_jax.dry_run.report import bytes_on_a_device, share_of_a_card
+from llava_jax.dry_run.report import DOES_NOT_FIT, bytes_on_a_device, share_of_a_card
 from llava_jax.dry_run.topology import Topology, topology
 from llava_jax.errors import LlavaError
-from llava_jax.inference.device import TILES, Device
+from llava_jax.inference.device import TILES, Device, all_calls
 from llava_jax.inference.prefill import (
+    PrefillShape,
     cache_bucket,
     count_bucket,
     pack_prompts,
-    prefill_shapes,
-    window_bucket,
 )
 from llava_jax.inference.quantization import quantize_kernels
 from llava_jax.models.llava import LlavaConfig, abstract_params
@@ -39,7 +39,6 @@ from llava_jax.serving.serve import context_length
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.load import source_config
 
-DOES_NOT_FIT = 3  # exit status
 BATCHES = (1, 8, 32, 128)  # whose speed is estimated
 
 
@@ -64,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     params = abstract_weights(config, mesh, dtype, bool(args.quantize))
     device = Device(config, params, dtype, args.kv_cache, mesh)
     slots = cache_bucket(context_length(args.max_model_len, config))
-    rows = count_bucket(args.batch_size)
+    share = -(-args.batch_size // args.replicas)  # of a copy
+    rows = count_bucket(share)
+    calls = all_calls(share, slots, few=not args.all_shapes)
     figures = {
         "topology": where.name,
         "tensor": args.tensor,
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         "cache_dtype": device.kv_dtype.name,
         "rows": rows,
         "slots": slots,
-        **costs(device, where, mesh, rows, slots, few=not args.all_shapes),
+        "warm_up": len(calls),
+        **costs(device, where, mesh, rows, slots, [s for f, s in calls if f == "prefill"]),
     }
     if where.chip:
         figures["decoding"] = decoding_speed(config, params, where, figures)
@@ -111,28 +113,29 @@ def abstract_weights(config: LlavaConfig, mesh: Mesh, dtype: str, quantize: bool
 
 
 def costs(
-    device: Device, where: Topology, mesh: Mesh, rows: int, slots: int, few: bool
+    device: Device, where: Topology, mesh: Mesh, rows: int, slots: int, shapes: list[PrefillShape]
 ) -> dict[str, object]:
     """Bytes of a device by kind, and of each program; rows and slots for which there is room.
 
     Args:
       rows, slots: of the cache.
-      few: see `Engine.warm_up`.
+      shapes: of all prefills.
     """
     config, everywhere = device.config, replicated(mesh)
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
     state, store = device.abstract_state(rows, slots), device.abstract_store(everywhere)
-    shapes = prefill_shapes(rows, slots, few)
-    prompts = pack_prompts([], shapes[-1], rows, config.image.taps)
-    prompts = jax.tree.map(lambda leaf: put(leaf.shape, leaf.dtype), prompts)
     side = config.image.size
     tiles = put((TILES[-1], side, side, 3), jnp.uint8), put((TILES[-1],), jnp.int32)
     running, fewest = put((rows,), bool), put((), jnp.int32)
     lowered = {
         f"encode {TILES[-1]} tiles": device.lower("encode", store, *tiles),
-        f"read {shapes[-1].tokens:,} tokens": device.lower("prefill", state, store, prompts),
         f"a token of {rows} rows": device.lower("decode", state, running, fewest, window=slots),
     }
+    for shape in largest_prefills(shapes):
+        prompts = pack_prompts([], shape, rows, config.image.taps)
+        prompts = jax.tree.map(lambda leaf: put(leaf.shape, leaf.dtype), prompts)
+        name = f"read {shape.tokens:,} tokens in {shape.chunks} chunks"
+        lowered[name] = device.lower("prefill", state, store, prompts)
     programs = {name: program_costs(program) for name, program in lowered.items()}
     sizes = {
         "weights": bytes_on_a_device(device.params),
@@ -147,14 +150,34 @@ def costs(
         for program in programs.values()
     )
     sizes |= {"usable": where.usable, "hbm": where.chip and where.chip.hbm}
-    windows = {window_bucket(n, slots, few) for n in range(1, slots + 1)}
-    warm_up = len(TILES) + len(windows) + len(shapes)
-    figures = {"bytes": sizes, "programs": programs, "warm_up": warm_up}
+    figures = {"bytes": sizes, "programs": programs}
     if where.usable is None:
         return figures | {"fits": True}
     spare = (where.usable - held - temporary) / (sizes["cache"] / (rows * slots))
     figures["room"] = {"rows": _power(spare / slots), "slots": _power(spare / rows)}
     return figures | {"fits": sizes["needed"] <= where.usable}
+
+
+def largest_prefills(shapes: list[PrefillShape]) -> list[PrefillShape]:
+    """The shapes that no other reaches in all that memory grows with.
+
+    That is tokens, copies of cache slots (a window for each chunk) and attention scores. More
+    tokens in fewer chunks can need less: 32 rows of 2,048 slots read 4,096 tokens in 85 chunks of
+    64, which gather 85 windows, and 2,048 in 170 of 16, which gather 170.
+    """
+
+    def sizes(shape: PrefillShape) -> tuple[int, int, int]:
+        copies = shape.chunks * shape.window
+        return shape.tokens, copies, copies * shape.chunk
+
+    def reaches(other: PrefillShape, shape: PrefillShape) -> bool:
+        return all(a >= b for a, b in zip(sizes(other), sizes(shape), strict=True))
+
+    largest: list[PrefillShape] = []
+    for shape in sorted(shapes, key=sizes, reverse=True):
+        if not any(reaches(other, shape) for other in largest):
+            largest.append(shape)
+    return largest
 
 
 def _power(number: float) -> int:
@@ -163,7 +186,7 @@ def _power(number: float) -> int:
 
 
 def program_costs(lowered: jax.stages.Lowered) -> dict[str, float]:
-    """Bytes at the peak and bytes moved in a run; loops of unknown turns count once."""
+    """Bytes on top of the arguments, and at the peak; seconds to compile."""
     began = time.perf_counter()
     try:
         program = lowered.compile()
@@ -171,18 +194,11 @@ def program_costs(lowered: jax.stages.Lowered) -> dict[str, float]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = needed_by(str(error)) or np.inf
-        return {
-            "temporary": 0,
-            "peak": needed,
-            "moved": None,
-            "seconds": time.perf_counter() - began,
-        }
+        return {"temporary": 0, "peak": needed, "seconds": time.perf_counter() - began}
     memory = program.memory_analysis()
-    counted = program.cost_analysis() or {}  # the compiler for GPUs counts nothing
     return {
         "temporary": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
-        "moved": counted.get("bytes accessed"),
         "seconds": time.perf_counter() - began,
     }
 
@@ -214,14 +230,13 @@ def print_figures(figures: dict) -> None:
     print(
         f"{figures['topology']}, {figures['tensor']} devices a copy; {figures['dtype']}, cache "
         f"{figures['cache_dtype']}; {rows} rows of {slots:,} tokens; {figures['warm_up']} programs "
-        "to compile at the start"
+        "a copy to compile at the start"
     )
     kinds = ("weights", "cache", "features")
     print("GiB a device: " + ", ".join(f"{kind} {gib(sizes[kind])}" for kind in kinds))
     for name, program in figures["programs"].items():
-        moved = f", {program['moved'] / 1e9:.1f} GB moved" if program["moved"] else ""
         print(
-            f"{name}: {gib(program['temporary'])} GiB on top{moved}; compiled in "
+            f"{name}: {gib(program['temporary'])} GiB on top; compiled in "
             f"{program['seconds']:.0f} s"
         )
     room = f" of {gib(sizes['usable'])}" if sizes["hbm"] else ""

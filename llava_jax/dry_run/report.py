@@ -21,6 +21,7 @@ from llava_jax.text.templates import get_template
 from llava_jax.training.flops import attention_flops, step_flops
 from llava_jax.training.stage import Stage
 
+DOES_NOT_FIT = 3  # exit status
 LARGEST_SHARE = 0.95  # of a card's memory; CUDA and NCCL need the rest
 BY_THE_COMPILER = "by the compiler's own figures (attention at the peak)"
 AT_THE_ROOFLINE = "at the roofline, as this compiler gives no figures"

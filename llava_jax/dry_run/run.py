@@ -12,13 +12,11 @@ from llava_jax.data.records import shares_of
 from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.compiling import compile_stage
 from llava_jax.dry_run.fit import fastest_fit
-from llava_jax.dry_run.report import print_report, report
+from llava_jax.dry_run.report import DOES_NOT_FIT, print_report, report
 from llava_jax.dry_run.topology import Topology, topology
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 from llava_jax.training.stage import Stage
-
-DOES_NOT_FIT = 3  # exit status
 
 
 def run(config: ConfigDict, name: str, fit: bool) -> int:

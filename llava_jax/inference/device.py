@@ -19,6 +19,7 @@ from llava_jax.inference.decoding import (
     shard_state,
     tile_slots,
 )
+from llava_jax.inference.prefill import PrefillShape, prefill_shapes, windows_of
 from llava_jax.inference.sampling import Logprobs
 from llava_jax.inference.scoring import all_logits, prompt_logprobs
 from llava_jax.models.decoder import are_stacked
@@ -32,6 +33,19 @@ TILES = (1, 4, 16, 64)  # encoded at once
 def tile_bucket(waiting: int) -> int:
     """How many tiles the next call encodes: the most of TILES that are filled to 3/4."""
     return max(count for count in TILES if count == 1 or 4 * waiting >= 3 * count)
+
+
+def all_calls(batch_size: int, size: int, few: bool) -> list[tuple[str, int | PrefillShape]]:
+    """(function, its shape) of every call that requests can need; arguments as in `warm_up`.
+
+    The shape is a number of tiles for `encode`, a window for `decode`.
+    """
+    shapes = {
+        "encode": TILES,
+        "decode": windows_of(size, few),
+        "prefill": prefill_shapes(batch_size, size, few),
+    }
+    return [(function, shape) for function, some in shapes.items() for shape in some]
 
 
 class Device:

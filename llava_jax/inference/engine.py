@@ -1,7 +1,6 @@
 """The host side of generation: jobs into rows of a batch, tokens out chunk by chunk."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from llava_jax.inference.admission import Admission
 from llava_jax.inference.answer import Answer, TokenLogprob
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, Prompts
-from llava_jax.inference.device import TILES, Device
+from llava_jax.inference.device import Device, all_calls
 from llava_jax.inference.jobs import Job, Queue, Source
 from llava_jax.inference.prefill import (
     PrefillShape,
@@ -22,7 +21,6 @@ from llava_jax.inference.prefill import (
     count_bucket,
     length_bucket,
     pack_prompts,
-    prefill_shapes,
     take_parts,
     take_prompts,
     window_bucket,
@@ -191,17 +189,16 @@ class Engine:
         """
         self._few, self._least = few, size
         self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
-        device, slots = self.device, self.device.size
-        windows = sorted({window_bucket(n, slots, few) for n in range(1, slots + 1)})
-        calls = [functools.partial(device.compile_encode, count) for count in TILES]
-        calls += [functools.partial(device.compile_decode, window) for window in windows]
-        calls += [
-            functools.partial(device.compile_prefill, self._pack([], shape))
-            for shape in prefill_shapes(batch_size, slots, few)
-        ]
-        for number, call in enumerate(calls):
+        device = self.device
+        compilers = {
+            "encode": device.compile_encode,
+            "decode": device.compile_decode,
+            "prefill": lambda shape: device.compile_prefill(self._pack([], shape)),
+        }
+        calls = all_calls(batch_size, device.size, few)
+        for number, (function, shape) in enumerate(calls):
             report(number, len(calls))
-            call()
+            compilers[function](shape)
         report(len(calls), len(calls))
 
     def _remove_cancelled(self, running: dict[int, Job]) -> Iterator[Grown]:

@@ -85,6 +85,11 @@ def window_bucket(length: int, size: int, few: bool = False) -> int:
     return size if window > quarter else min(quarter, size)
 
 
+def windows_of(size: int, few: bool = False) -> list[int]:
+    """Every `window_bucket` of rows of `size`, the smallest first."""
+    return sorted({window_bucket(n, size, few) for n in range(1, size + 1)})
+
+
 def count_bucket(count: int) -> int:
     """The smallest power of two from `count`, and 0 for 0: of rows, of tiles a row."""
     return 1 << (count - 1).bit_length() if count else 0
@@ -117,7 +122,7 @@ def prefill_shapes(batch_size: int, size: int, few: bool = False) -> list[Prefil
     """Every prefill shape that prompts shorter than `size` can need, the shortest first."""
     most = min(TOKENS_AT_A_TIME, max(batch_size * size, length_bucket(size, few)))
     lengths = sorted({length_bucket(n, few) for n in range(1, most + 1)})
-    windows = sorted({window_bucket(n, size, few) for n in range(1, size + 1)})
+    windows = windows_of(size, few)
     longest = min(size, TOKENS_AT_A_TIME)
     shortest = {chunk_bucket(n): n for n in range(longest, 0, -1)}  # prompt of each chunk length
     return [
