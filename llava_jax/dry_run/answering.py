@@ -37,7 +37,7 @@ from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import param_shardings, replicated
 from llava_jax.serving.serve import context_length
 from llava_jax.weights.hub import local_folder
-from llava_jax.weights.load import source_config
+from llava_jax.weights.load import picture_options, source_config
 
 BATCHES = (1, 8, 32, 128)  # whose speed is estimated
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             f"--tensor {args.tensor} need {args.replicas * args.tensor}"
         )
     mesh = make_mesh(1, 1, args.tensor, list(where.devices[: args.tensor]))  # of one copy
-    config = model_config(args.checkpoint)
+    config = model_config(args.checkpoint, picture_options(args))
     dtype = "bfloat16" if args.dtype == "auto" and where.chip else args.dtype
     params = abstract_weights(config, mesh, dtype, bool(args.quantize))
     device = Device(config, params, dtype, args.kv_cache, mesh)
@@ -83,11 +83,19 @@ def run(args: argparse.Namespace) -> int:
     return 0 if figures["fits"] else DOES_NOT_FIT
 
 
-def model_config(checkpoint: str) -> LlavaConfig:
-    """The config of a checkpoint, or of a preset if no folder has that name."""
-    if checkpoint in PRESETS and not Path(checkpoint).exists():
-        return PRESETS[checkpoint]
-    return source_config(local_folder(checkpoint))
+def model_config(checkpoint: str, options: dict[str, str | None]) -> LlavaConfig:
+    """The config of a checkpoint, or of a preset if no folder has that name.
+
+    options: of `picture_options`, for a folder of another program.
+    """
+    if checkpoint not in PRESETS or Path(checkpoint).exists():
+        return source_config(local_folder(checkpoint), **options)
+    if given := [f"--{name}" for name, value in options.items() if value]:
+        raise LlavaError(
+            f"{checkpoint} is a preset, which says how pictures are read: leave out "
+            f"{', '.join(given)}"
+        )
+    return PRESETS[checkpoint]
 
 
 def abstract_weights(config: LlavaConfig, mesh: Mesh, dtype: str, quantize: bool) -> dict:

@@ -74,14 +74,19 @@ class LoadedModel:
         return self.words.box_convention
 
 
-def source_config(path: Path) -> LlavaConfig:
-    """The model config of a run, a step folder, or a LLaVA of another program."""
+def source_config(path: Path, **options) -> LlavaConfig:
+    """The model config of a run, a step folder, or a LLaVA of another program.
+
+    options: of `open_llava`, for a folder of another program.
+    """
     if is_llava_folder(path):
-        opened = open_llava(path)
+        opened = open_llava(path, **options)
         for note in opened.notes:
             hosts.report(note)
         return opened.config
-    return read_run_model(checkpoint_of(path).parent.parent).config
+    run = checkpoint_of(path).parent.parent
+    _refuse(options, path)
+    return read_run_model(run).config
 
 
 def open_components(
@@ -210,9 +215,7 @@ def load_model(
             params = jax.device_put(opened.read(dtype))
     else:
         step_folder = checkpoint_of(path)
-        given = [name for name, value in options.items() if value]
-        if given:
-            raise LlavaError(f"{path} is a run of train.py: leave out {', '.join(given)}")
+        _refuse(options, path)
         tokenizer_dir, added_tokens = step_folder.parent.parent / "tokenizer", ()
         run, params = open_run(step_folder) if place else load_run(step_folder)
         config = run.config
@@ -224,6 +227,12 @@ def load_model(
     if words.warning:
         hosts.report(words.warning)
     return LoadedModel(config, params, tokenizer_dir, words, added_tokens)
+
+
+def _refuse(options: dict, run: Path) -> None:
+    """LlavaError if options of `open_llava` are given for a run, which says all of itself."""
+    if given := [name for name, value in options.items() if value]:
+        raise LlavaError(f"{run} is a run of train.py: leave out {', '.join(given)}")
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,20 +2,30 @@
 
 import importlib.util
 import json
+from unittest import mock
 
 import jax
 import pytest
 
 from llava_jax import cli
-from llava_jax.dry_run.answering import abstract_weights, decoding_speed
+from llava_jax.dry_run.answering import (
+    abstract_weights,
+    decoding_speed,
+    largest_prefills,
+    model_config,
+)
 from llava_jax.dry_run.chips import CHIPS
 from llava_jax.dry_run.report import bytes_on_a_device
 from llava_jax.dry_run.topology import Topology
+from llava_jax.errors import LlavaError
+from llava_jax.inference import device
+from llava_jax.inference.prefill import pack_prompts, prefill_shapes
 from llava_jax.models.presets import PRESETS, preset
 from llava_jax.parallel.mesh import make_mesh
 from tests.dry_run.test_gpu import with_compiler
 from tests.dry_run.test_run import DECODER_7B, PROJECTOR_7B
-from tests.tiny_model import CONFIG, random_params
+from tests.tiny_model import CONFIG, random_params, tiny_llava
+from tests.weights.family_models import family_model, save_family
 
 KERNELS_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
 OUTPUTS_7B = 32 * (5 * 4096 + 2 * 11008) + 32000  # of those kernels, one scale each
@@ -41,13 +51,66 @@ def test_the_command_on_simulated_devices(monkeypatch, capsys, tensor):
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(random_params(CONFIG)))
     assert whole / tensor <= sizes["weights"] <= whole
     assert sizes["needed"] > sizes["cache"] + sizes["weights"] + sizes["features"]
-    assert len(figures["programs"]) == 3 and figures["warm_up"] > 8
+    assert {name.split()[0] for name in figures["programs"]} == {"encode", "read", "a"}
+
+
+@pytest.mark.parametrize("all_shapes", [False, True])
+def test_it_counts_the_programs_that_the_server_warms_up(monkeypatch, capsys, all_shapes):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    flags = ["--batch_size=3", "--max_model_len=60", "--dry_run=cpu:8"]
+    _, figures = answer(capsys, *flags, *["--all_shapes"] * all_shapes)
+    model, reports = tiny_llava(), []
+    monkeypatch.setattr(device.Device, "lower", mock.MagicMock())  # compile nothing
+    report = lambda done, count: reports.append((done, count))
+    model.engine.warm_up(3, 60, report, few=not all_shapes)
+    assert reports[-1] == (figures["warm_up"], figures["warm_up"])
+
+
+def test_copies_share_the_rows(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    flags = ("--batch_size=8", "--replicas=4", "--max_model_len=60", "--dry_run=cpu:8")
+    assert answer(capsys, *flags)[1]["rows"] == 2
+
+
+def test_the_prefills_that_can_need_most_memory():
+    largest = largest_prefills(prefill_shapes(32, 2048, few=True))
+    assert [(s.tokens, s.chunk, s.chunks, s.window) for s in largest] == [
+        (4096, 64, 85, 2048),
+        (2048, 16, 170, 2048),
+    ]
+
+
+@pytest.mark.slow
+def test_no_prefill_of_the_server_needs_more_than_those_that_are_compiled():
+    engine_device, needed = tiny_llava().engine.device, {}
+    engine_device.reserve(32, 2048)
+    engine_device.compile_encode(1)  # makes the store
+    shapes = prefill_shapes(32, 2048, few=True)
+    for shape in (s for s in shapes if s.tokens >= 2048 and s.window == 2048):
+        prompts = pack_prompts([], shape, 32)
+        lowered = engine_device.lower("prefill", engine_device.state, engine_device.store, prompts)
+        needed[shape] = lowered.compile().memory_analysis().temp_size_in_bytes
+    largest = max(needed[shape] for shape in largest_prefills(shapes))
+    assert len(needed) == 7 and max(needed.values()) == largest > needed[shapes[-1]]
 
 
 def test_more_devices_than_the_topology_has_are_refused(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
     assert cli.main(["serve", "--checkpoint=tiny", "--tensor=16", "--dry_run=cpu:8"]) == 1
     assert "cpu:8 has 8 devices" in capsys.readouterr().err
+
+
+def test_the_mode_of_pictures_is_the_one_asked_for(monkeypatch, tmp_path):
+    folder = str(save_family(tmp_path / "model", family_model("llava_next")))
+    picture = {"pinpoint_order": None, "image_mode": None}
+    assert model_config(folder, picture).image.tiling
+    assert not model_config(folder, picture | {"image_mode": "pad"}).image.tiling
+    turned = model_config(folder, picture | {"pinpoint_order": "original"}).image.tiling
+    assert turned != model_config(folder, picture).image.tiling
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    for given in ({"image_mode": "pad"}, {"pinpoint_order": "hf"}):
+        with pytest.raises(LlavaError, match=f"tiny is a preset, .*leave out --{[*given][0]}"):
+            model_config("tiny", picture | given)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
@@ -91,5 +154,4 @@ def test_the_command_on_a_gpu(monkeypatch, capsys):
 def test_the_command_on_a_tpu(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
     code, figures = answer(capsys, "--dry_run=v5e:1x1", "--dtype=auto", "--max_model_len=60")
-    decode = figures["programs"]["a token of 8 rows"]
-    assert code == 0 and decode["moved"] > figures["decoding"]["8"]["bytes"] > 0
+    assert code == 0 and figures["decoding"]["8"]["bytes"] > figures["bytes"]["cache"]
