@@ -35,7 +35,7 @@ from llava_jax.models.precision import compute_precision
 from llava_jax.models.presets import PRESETS
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.parallel.sharding import param_shardings, replicated
-from llava_jax.serving.serve import context_length
+from llava_jax.serving.serve import check_arguments, context_length
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.load import picture_options, source_config
 
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
       The exit status: 0, or DOES_NOT_FIT.
     """
+    check_arguments(args)
     where = topology(args.dry_run)
     if args.replicas * args.tensor > len(where.devices):
         raise LlavaError(

@@ -22,6 +22,7 @@ class Topology:
       shape: chips along each axis of a slice's torus; cards of a host.
       chip: what a device is; None for CPUs.
       slices: that have a torus each; the hosts' network joins them.
+      share: of a device's memory that a program may use.
     """
 
     name: str
@@ -29,13 +30,12 @@ class Topology:
     shape: tuple[int, ...]
     chip: Chip | None
     slices: int = 1
+    share: float = 1.0
 
     @property
     def usable(self) -> int | None:
         """Bytes of a device that a program may use; None for CPUs."""
-        if isinstance(self.chip, Gpu):
-            return int(usable_share() * self.chip.hbm)
-        return self.chip and self.chip.hbm
+        return self.chip and int(self.share * self.chip.hbm)
 
     def bandwidth(self, devices: Iterable[jax.Device]) -> float:
         """Bytes/s that enter a device when these devices of a slice gather."""
@@ -50,7 +50,8 @@ def topology(name: str) -> Topology:
     anything else asks JAX for its devices.
 
     Raises:
-      LlavaError: no such topology, or its compiler is not installed.
+      LlavaError: no such topology, its compiler is not installed, or the variable that says how
+        much of a card JAX takes is wrong.
     """
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):([1-9]\d*(?:x[1-9]\d*)*)", name)
     count, kind, sizes = found.groups() if found else (None, None, "")
@@ -71,7 +72,9 @@ def topology(name: str) -> Topology:
         return Topology(name, _simulated_cpus(shape[0]), shape, None)
     count = int(count or 1)
     if isinstance(chip, Gpu):
-        return Topology(name, gpu_devices(name, chip, count, shape[0]), shape, chip)
+        share = usable_share()
+        devices = gpu_devices(name, chip, count, shape[0])
+        return Topology(name, devices, shape, chip, share=share)
     devices = _tpu_devices(name, chip, f"{kind}:{sizes}", shape, count)
     return Topology(name, devices, shape, chip, count)
 

@@ -116,18 +116,25 @@ def main(args) -> int:
     return asyncio.run(_serve(args, server, config, listening_on))
 
 
-def make_server(args):
-    """The application of the arguments, without its model."""
-    from llava_jax.serving.api import Defaults, Limits
-    from llava_jax.serving.app import Options, Server
-
+def check_arguments(args) -> None:
+    """LlavaError if a number among the arguments makes no sense, whatever the model."""
     if args.batch_size < 1 or args.max_queue < 1:
         raise LlavaError("--batch_size and --max_queue must be at least 1")
+    if args.replicas < 1 or args.tensor < 1:
+        raise LlavaError("--replicas and --tensor must be at least 1")
     if args.max_images < 0 or args.drain_seconds < 0:
         raise LlavaError("--max_images and --drain_seconds must be at least 0")
     SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens or 1)  # raises
     if args.max_tokens is not None and args.max_tokens < 1:
         raise LlavaError(f"--max_tokens must be at least 1, not {args.max_tokens}")
+
+
+def make_server(args):
+    """The application of the arguments, without its model."""
+    from llava_jax.serving.api import Defaults, Limits
+    from llava_jax.serving.app import Options, Server
+
+    check_arguments(args)
     keys = _keys(args.api_key_file)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         LOG.warning("anybody who reaches %s can ask the model: set an API key", args.host)

@@ -100,6 +100,15 @@ def test_more_devices_than_the_topology_has_are_refused(monkeypatch, capsys):
     assert "cpu:8 has 8 devices" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flag", ["batch_size=0", "replicas=0", "tensor=0", "max_queue=0", "temperature=-1"]
+)
+def test_flags_are_checked_as_the_server_checks_them(monkeypatch, capsys, flag):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    assert cli.main(["serve", "--checkpoint=tiny", "--dry_run=cpu:8", f"--{flag}"]) == 1
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
 def test_the_mode_of_pictures_is_the_one_asked_for(monkeypatch, tmp_path):
     folder = str(save_family(tmp_path / "model", family_model("llava_next")))
     picture = {"pinpoint_order": None, "image_mode": None}
