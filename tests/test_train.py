@@ -333,7 +333,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, run, tmp_path):
 def test_bad_images_are_left_out_up_to_a_ceiling(world, run, tmp_path):
     values = edit_records(world, tmp_path, set_image("none.png"))
     values |= {"data.bad_image": "skip", "steps": 1, "data.bad_image_ceiling": 1}
-    run(align(world, tmp_path / "run", values))
+    held_out = {"data.validation": values["data.train"], "validate_every": 1, "samples": 4}
+    run(align(world, tmp_path / "run", values | held_out))
+    ids = [item["id"] for item in json.loads((tmp_path / "changed.json").read_text())]
+    answered = [line["id"] for line in read_lines(tmp_path / "run/samples.jsonl")]
+    assert answered == [*ids[:3], ids[4]]
     with pytest.raises(LlavaError, match="bad_image_ceiling=0"):
         run(align(world, tmp_path / "other", values | {"data.bad_image_ceiling": 0}))
 

@@ -39,13 +39,13 @@ class TrainingData:
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
     findings: see `measure`; by default the first fault is raised.
-    augmentation: random changes of pictures and their boxes, None for none.
+    augmentation: random changes of pictures and their boxes, by default none.
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
     `rows_per_epoch` (of the first epoch), `tokens_per_epoch`, `tiles_per_epoch`, `fill` and
     `tile_fill` (shares of the rows' tokens and tiles that are used), `records_total`,
-    `records_used`, `refused` (reason -> record numbers), `bad_images` (messages), `records_cut`
-    (at max_length).
+    `records_used`, `usable` (their numbers), `refused` (reason -> record numbers), `bad_images`
+    (messages), `records_cut` (at max_length).
 
     Raises LlavaError naming file, record index and id for a faulty record; when no record is
     usable; when an epoch has fewer rows than a batch.
@@ -91,7 +91,7 @@ class TrainingData:
         self.records, self.records_total = records, len(records)
         is_usable = np.ones(len(records), bool)
         is_usable[[i for indices in self.refused.values() for i in indices]] = False
-        usable = np.flatnonzero(is_usable)
+        self.usable = usable = np.flatnonzero(is_usable)
         self.records_used = len(usable)
         if not len(usable):
             raise LlavaError(f"{records.path}: no record can be used ({self._refused_text()})")

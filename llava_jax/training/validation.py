@@ -23,8 +23,8 @@ class Validation:
     """Called with a state and its step; writes `validation_loss` and sample answers to the log.
 
     Args:
-      data: held-out data, one pass. The first question of each of its first `config.samples`
-        records is answered, greedily.
+      data: held-out data, one pass. The first question of each of the first `config.samples`
+        records that can be used is answered, greedily.
       tokenizer: a Hugging Face fast tokenizer.
       frozen: the frozen parameters.
     """
@@ -45,7 +45,7 @@ class Validation:
         )
         # Answers of a model spread over several hosts are not gathered: held-out loss alone there.
         samples = config.samples if jax.process_count() == 1 else 0
-        records = [data.records[i] for i in range(min(samples, len(data.records)))]
+        records = [data.records[int(i)] for i in data.usable[:samples]]
         self._samples = [(r, *self._turns(r)[:2]) for r in records if len(r.turns) > 1]
         self._sampling = SamplingParams(config.sample_tokens, 0.0, 1.0, 0)
 
