@@ -17,12 +17,10 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.precision import cpu_multiplies_bfloat16
-from llava_jax.quickstart.commands import python, train
+from llava_jax.quickstart.commands import ROOT, python, train
 from llava_jax.quickstart.easy_vqa import prepare_easy_vqa
 from llava_jax.quickstart.parts import prepare_parts
 from llava_jax.quickstart.picture import draw_answers
-
-ROOT = Path("runs/quickstart")
 
 
 def main() -> None:

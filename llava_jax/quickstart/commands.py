@@ -9,6 +9,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.weights.run_directory import latest_step
 
+ROOT = Path("runs/quickstart")  # of all that the quickstart writes
 # A training step on a CPU allocates and frees gigabytes, which is cheaper in huge pages.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 

@@ -11,16 +11,13 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.report import aligned
-from llava_jax.quickstart.commands import python, train
+from llava_jax.quickstart.commands import ROOT, python, train
 from llava_jax.quickstart.composed import prepare_composed
 from llava_jax.weights.run_directory import latest_step
-
-ROOT = Path("runs/quickstart")
 
 
 class Proof(NamedTuple):
