@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from llava_jax.files import write_records
-from llava_jax.quickstart.composed import SIDE, Shape, read_shapes
+from llava_jax.quickstart.commands import ROOT
+from llava_jax.quickstart.composed import SIDE, Shape, box_of, read_shapes
 from llava_jax.quickstart.easy_vqa import conversation
 from llava_jax.weights.checksums import is_whole
 from llava_jax.weights.write.save import whole_folder
@@ -80,15 +80,8 @@ def prepare_boxes(root: str | Path, log: Callable[[str], None] = print) -> Path:
     return out_dir
 
 
-def box_of(picture: Image.Image) -> tuple[int, int, int, int]:
-    """The box of all pixels that are not the background, which is the colour of the corner."""
-    pixels = np.asarray(picture).astype(int)
-    rows, columns = np.nonzero(np.abs(pixels - pixels[0, 0]).sum(-1) > BACKGROUND)
-    return (*(int(v.min()) for v in (columns, rows)), *(int(v.max()) + 1 for v in (columns, rows)))
-
-
 def _single(one: Shape) -> Example:
-    return Example(f"easy_vqa/images/{one.file}", [one], [box_of(one.picture)])
+    return Example(f"easy_vqa/images/{one.file}", [one], [box_of(one.picture, BACKGROUND)])
 
 
 def _mosaic(rng: random.Random, shapes: Sequence[Shape], file: str) -> tuple[Image.Image, Example]:
@@ -104,7 +97,7 @@ def _mosaic(rng: random.Random, shapes: Sequence[Shape], file: str) -> tuple[Ima
     for one, quarter in zip(chosen, rng.sample(range(4), count), strict=True):
         x, y = SIDE * (quarter % 2), SIDE * (quarter // 2)
         picture.paste(one.picture, (x, y))
-        left, top, right, bottom = box_of(one.picture)
+        left, top, right, bottom = box_of(one.picture, BACKGROUND)
         boxes.append((left + x, top + y, right + x, bottom + y))
     return picture, Example(file, chosen, boxes)
 
@@ -163,7 +156,7 @@ def _moved(record: dict) -> dict:
 
 def main() -> None:
     """Writes the data set of the quickstart: python -m llava_jax.quickstart.boxes"""
-    prepare_boxes("runs/quickstart")
+    prepare_boxes(ROOT)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     several   two to four pictures in one prompt: which of them is red?
     video     a shape that moves, or two that appear one after the other
 
-Each has records to train on, one question each to test with, and what an ablation is shown: the
-same records with one view, with the pictures in another order, with the middle frame alone.
-Pictures of the training and of the test split never meet.
+Each has records to train on and one question each to test with. Two have records for an ablation
+besides: of the pictures in another order, and of the middle frame alone. That of posters is a
+recipe, which sees one view of the same records. Pictures of the training and of the test split
+never meet.
 """
 
 import collections
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from llava_jax.files import write_records
@@ -56,17 +58,20 @@ class Example(NamedTuple):
     Attributes:
       media: names of its files below `images/`, with the pictures; a video has those of its frames.
       questions: (question, answer) pairs.
+      video: the folder of the frames below `images/`; "" if the media are pictures.
     """
 
     media: list[tuple[str, Image.Image]]
     questions: list[tuple[str, str]]
+    video: str = ""
 
 
 def prepare_composed(name: str, out_dir: str | Path, log: Callable[[str], None] = print) -> Path:
     """Writes one of the data sets to `out_dir`, unless it is there, complete and unchanged.
 
-    Files: train.json, test.json (one question a record, with keys question, answer and kind), the
-    same for the ablation (train_ablation.json, test_ablation.json), blind.json, images/.
+    Files: train.json, test.json (one question a record, with keys question, answer and kind),
+    blind.json, images/; test_ablation.json of `several` and `video`, and train_ablation.json of
+    `video`.
     """
     out_dir = Path(out_dir)
     if is_whole(out_dir, log):
@@ -152,7 +157,7 @@ def _video(rng: random.Random, shapes: list[Shape], name: str) -> Example:
     """
     first = rng.choice(shapes)
     background = first.picture.getpixel((0, 0))
-    sprite = _sprite(first)
+    sprite = _sprite(first.picture)
     reach = STRIDE * (FRAMES // 2)
     frames = [Image.new("RGB", (SIDE, SIDE), background) for _ in range(FRAMES)]
     if rng.random() < 0.5:
@@ -165,64 +170,78 @@ def _video(rng: random.Random, shapes: list[Shape], name: str) -> Example:
         questions = [("in which direction does the shape move?", word)]
     else:
         second = rng.choice([s for s in shapes if s.color != first.color])
+        later = _sprite(second.picture)
         places = [(rng.randrange(0, 5), rng.randrange(0, 5)), (34, 34)]
         rng.shuffle(places)
         for i, frame in enumerate(frames):
             if i <= FRAMES // 2:
                 frame.paste(sprite, places[0])
             if i >= FRAMES // 2:
-                frame.paste(_sprite(second), places[1])
+                frame.paste(later, places[1])
         pair = [(first, "yes"), (second, "no")]
         rng.shuffle(pair)
         (one, answer), (other, _) = pair
         asked = f"does the {one.color} shape come before the {other.color} shape?"
         questions = [(asked, answer)]
-    return Example([(f"{name}/{i}.png", frame) for i, frame in enumerate(frames)], questions)
+    media = [(f"{name}/{i}.png", frame) for i, frame in enumerate(frames)]
+    return Example(media, questions, video=name)
 
 
-def _sprite(one: Shape) -> Image.Image:
+def box_of(picture: Image.Image, level: int = 0) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of all pixels that are not the background.
+
+    level: summed over the channels, up to which a pixel may differ from the corner, whose colour
+      is the background's.
+    """
+    pixels = np.asarray(picture).astype(int)
+    rows, columns = np.nonzero(np.abs(pixels - pixels[0, 0]).sum(-1) > level)
+    return (*(int(v.min()) for v in (columns, rows)), *(int(v.max()) + 1 for v in (columns, rows)))
+
+
+def _sprite(picture: Image.Image) -> Image.Image:
     """The shape of a picture with nothing around it, at most 28 pixels a side."""
-    background = one.picture.getpixel((0, 0))
-    inside = [
-        (x, y)
-        for x in range(SIDE)
-        for y in range(SIDE)
-        if one.picture.getpixel((x, y)) != background
-    ]
-    xs, ys = zip(*inside, strict=True)
-    cut = one.picture.crop((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
+    cut = picture.crop(box_of(picture))
     cut.thumbnail((28, 28))
     return cut
 
 
 def _training(name: str, examples: list[Example]) -> dict[str, list[dict]]:
-    whole = [_record(name, e, e.questions, f"train-{i}") for i, e in enumerate(examples)]
-    if name != "video":
-        return {"train": whole}
-    cut = [_middle(e) for e in examples]
-    alone = [_record("poster", e, e.questions, f"train-{i}") for i, e in enumerate(cut)]
-    return {"train": whole, "train_ablation": alone}
+    splits = {"train": examples}
+    if name == "video":  # no other ablation trains on records of its own
+        splits["train_ablation"] = [_middle(example) for example in examples]
+    return {
+        split: [_record(e, e.questions, f"train-{i}") for i, e in enumerate(some)]
+        for split, some in splits.items()
+    }
 
 
 def _tests(name: str, examples: list[Example]) -> dict[str, list[dict]]:
-    """One question of each example, and the ablation's record of it."""
-    records = {"test": [], "test_ablation": []}
-    for i, example in enumerate(examples):
-        question, answer = example.questions[0]
-        changed, form = example, name
-        if name == "several":  # moved on by one, every picture is in another place
-            changed = example._replace(media=example.media[1:] + example.media[:1])
-        elif name == "video":
-            changed, form = _middle(example), "poster"
-        for split, e, kind_of in (("test", example, name), ("test_ablation", changed, form)):
-            record = _record(kind_of, e, [(question, answer)], f"test-{i}")
-            keys = {"question": question, "answer": answer, "kind": _kind(name, question)}
-            records[split].append(record | keys)
-    return records
+    """One question of each example, and the ablation's record of it if that is another."""
+    splits = {"test": examples}
+    if name in ABLATED:
+        splits["test_ablation"] = [ABLATED[name](example) for example in examples]
+    return {
+        split: [_test(name, example, f"test-{i}") for i, example in enumerate(some)]
+        for split, some in splits.items()
+    }
+
+
+def _test(name: str, example: Example, key: str) -> dict:
+    question, answer = example.questions[0]
+    scored = {"question": question, "answer": answer, "kind": _kind(name, question)}
+    return _record(example, [(question, answer)], key) | scored
 
 
 def _middle(example: Example) -> Example:
-    return example._replace(media=[example.media[FRAMES // 2]])
+    return example._replace(media=[example.media[FRAMES // 2]], video="")
+
+
+def _moved_on(example: Example) -> Example:
+    """Every picture in another place."""
+    return example._replace(media=example.media[1:] + example.media[:1])
+
+
+ABLATED = {"several": _moved_on, "video": _middle}  # what an ablation is asked about
 
 
 def _kind(name: str, question: str) -> str:
@@ -233,10 +252,12 @@ def _kind(name: str, question: str) -> str:
     return "order" if question.startswith("does") else "direction"
 
 
-def _record(name: str, example: Example, questions: list[tuple[str, str]], key: str) -> dict:
+def _record(example: Example, questions: list[tuple[str, str]], key: str) -> dict:
+    if example.video:
+        return {"id": key, "conversations": conversation(questions), "video": example.video}
     files = [file for file, _ in example.media]
-    record = {"id": key, "conversations": conversation(questions, pictures=len(files))}
-    if name == "video":
-        record["conversations"] = conversation(questions)
-        return record | {"video": str(Path(files[0]).parent)}
-    return record | {"image": files if len(files) > 1 else files[0]}
+    return {
+        "id": key,
+        "conversations": conversation(questions, pictures=len(files)),
+        "image": files if len(files) > 1 else files[0],
+    }

@@ -15,6 +15,7 @@ from llava_jax.evaluation import load_benchmark
 from llava_jax.files import write_records
 from llava_jax.models.images import ImageSpec
 from llava_jax.quickstart import boxes
+from llava_jax.quickstart.composed import box_of
 from llava_jax.quickstart.easy_vqa import conversation
 from llava_jax.quickstart.packages import package_folder
 
@@ -41,7 +42,8 @@ def test_the_box_of_a_shape_is_all_that_differs_from_the_background():
     picture = Image.new("RGB", (64, 64), (240, 240, 240))
     picture.paste((200, 0, 0), (10, 20, 30, 41))
     picture.putpixel((60, 60), (236, 240, 240))  # of the compression, if there were one
-    assert boxes.box_of(picture) == (10, 20, 30, 41)
+    assert box_of(picture, boxes.BACKGROUND) == (10, 20, 30, 41)
+    assert box_of(picture) == (10, 20, 61, 61)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
