@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, score_of_sums
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.short_answers import SHORT
 from llava_jax.evaluation.statistics import ratio
 
@@ -72,14 +72,14 @@ def load(root: Path, part: str) -> Benchmark:
 
     name = f"amber/{part}"
     if part == "discriminative":
-        questions = questions_of(items, path, yes_no)
+        questions = each(items, path, yes_no)
         return Benchmark(name, source, questions, grade_amber, score_amber)
     words = Words(
         folder.json("data/relation.json", "relation.json"),
         folder.path("data/safe_words.txt", "safe_words.txt").read_text("utf-8").splitlines(),
         Language(),
     )
-    questions = questions_of(items, path, description)
+    questions = each(items, path, description)
     grade = lambda q, text: float(words.row(text, *q.label)[0] == 0)
 
     def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:

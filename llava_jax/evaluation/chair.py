@@ -14,7 +14,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, score_of_sums
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.statistics import ratio
 
 PROMPT = "Please describe this image in detail."
@@ -97,7 +97,7 @@ def load(root: Path, count: int, seed: int) -> Benchmark:
         )
 
     chosen = random.Random(seed).sample(images, count)
-    questions = questions_of(chosen, root / name, make)
+    questions = each(chosen, root / name, make)
 
     def grade(question: Question, text: str) -> float:
         return float(set(objects.find(text)) <= question.label)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, mean_score
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.short_answers import write_rows
 
 CAPTION = "Provide a one-sentence caption for the provided image."
@@ -43,7 +43,7 @@ def load(root: Path, split: str) -> Benchmark:
         rows = [{"image_id": int(q.id), "caption": one_line(text)} for q, text in pairs]
         return write_rows(output / f"captions_{split}_llava_results.json", rows)
 
-    questions = questions_of(data["images"], root / name, make)
+    questions = each(data["images"], root / name, make)
     return Benchmark(f"coco_captions/{split}", folder.source, questions, score=score, submit=submit)
 
 

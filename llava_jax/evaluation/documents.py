@@ -10,7 +10,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, graded, score_by_kind
 from llava_jax.evaluation.exams import HUB
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.short_answers import SHORT, write_rows
 from llava_jax.files import write_json
 
@@ -35,7 +35,7 @@ def load_chartqa(root: Path) -> Benchmark:
             kind="human" if row["type"] == "human_test" else "augmented",
         )
 
-    questions = questions_of(list(enumerate(rows)), root, make)
+    questions = each(list(enumerate(rows)), root, make)
     grade = lambda q, text: float(is_nearly(text, q.reference))
     return Benchmark("chartqa", folder.source, questions, **graded(grade, "relaxed accuracy"))
 
@@ -95,7 +95,7 @@ def _documents(name: str, root: Path, split: str, source: str, inside: str) -> B
         answers = [{"questionId": int(q.id), "answer": text} for q, text in pairs]
         return write_rows(output / f"{name}_{split}_submission.json", answers)
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     if split == "test":
         return Benchmark(f"{name}/test", folder.source, questions, submit=submit)
     metric = graded(lambda q, text: anls(text, q.label), "ANLS")
@@ -146,7 +146,7 @@ def load_ocrbench(root: Path) -> Benchmark:
             label=(answers, row["dataset"] == "HME100k"),
         )
 
-    questions = questions_of(list(enumerate(rows)), root, make)
+    questions = each(list(enumerate(rows)), root, make)
     return Benchmark("ocrbench", folder.source, questions, grade_ocrbench, score_ocrbench)
 
 
@@ -210,7 +210,7 @@ def load_mathvista(root: Path, split: str) -> Benchmark:
         write_json(path, answers)
         return path
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     return Benchmark(f"mathvista/{split}", folder.source, questions, submit=submit)
 
 

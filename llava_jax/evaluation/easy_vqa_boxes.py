@@ -16,7 +16,7 @@ from llava_jax.data.records import check_record, open_records
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import easy_vqa
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, mean_score
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.refcoco import Metric
 from llava_jax.text.conversation import IMAGE_TOKEN
 
@@ -38,7 +38,7 @@ def load(root: Path, split: str) -> Benchmark:
         name, kind = record.image_names[0], item["kind"]
         return Question(record.id, "", "", "", record.images, name, kind, label)
 
-    questions = questions_of(list(zip(read_json(path), records, strict=True)), path, make)
+    questions = each(list(zip(read_json(path), records, strict=True)), path, make)
     benchmark = Benchmark(
         f"easy_vqa_boxes/{split}",
         SOURCE,

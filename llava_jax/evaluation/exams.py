@@ -22,7 +22,7 @@ from llava_jax.evaluation.benchmark import (
     score_by_kind,
     score_of_sums,
 )
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.letters import (
     bare,
     leading_letter,
@@ -57,7 +57,7 @@ def load_ai2d(root: Path) -> Benchmark:
             label=ALPHABET[index],
         )
 
-    questions = questions_of(list(enumerate(rows)), root, make)
+    questions = each(list(enumerate(rows)), root, make)
     grade = lambda q, text: float(bare(leading_letter(text)) == bare(q.label))
     return Benchmark("ai2d", folder.source, questions, **graded(grade))
 
@@ -74,7 +74,7 @@ def load_realworldqa(root: Path) -> Benchmark:
         picture = row.picture("image")
         return ask(number, row["question"].strip(), picture, reference=answer, kind=kind)
 
-    questions = questions_of(list(enumerate(rows)), root, make)
+    questions = each(list(enumerate(rows)), root, make)
     return Benchmark("realworldqa", folder.source, questions, **graded(grade_realworldqa))
 
 
@@ -103,7 +103,7 @@ def load_mmstar(root: Path) -> Benchmark:
             label=row["l2_category"],
         )
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     return Benchmark("mmstar", folder.source, questions, grade_mmstar, score_mmstar)
 
 
@@ -169,7 +169,7 @@ def load_mmmu(root: Path, seed: int) -> Benchmark:
             return float(mmmu_open_is_right(text, answer))
         return float(mmmu_letter(text, options, f"{seed}/{question.id}") == answer)
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     return Benchmark("mmmu", folder.source, questions, **graded(grade))
 
 
@@ -211,7 +211,7 @@ def load_cvbench(root: Path) -> Benchmark:
             kind=row["source"],
         )
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     return Benchmark("cvbench", folder.source, questions, grade_cvbench, score_cvbench)
 
 
@@ -263,7 +263,7 @@ def load_muirbench(root: Path) -> Benchmark:
     def score(questions: Sequence[Question], predictions: Sequence[str]) -> list[Score]:
         return score_by_kind(questions, grades_of(grade_muirbench, questions, predictions))
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     return Benchmark("muirbench", folder.source, questions, grade_muirbench, score)
 
 

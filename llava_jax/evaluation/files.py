@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,6 @@ class Folder:
         )
 
 
-def questions_of(
-    records: Sequence[Any], path: Path | str, make: Callable[[Any], Question]
-) -> list[Question]:
-    """`make` of each record; LlavaError with the number of a record without the published form."""
-    return each(records, path, make)
-
-
 def check_images(questions: Sequence[Question], source: str) -> None:
     """MissingFile if a picture or video of a question does not exist."""
     images = [image for q in questions for image in q.images]
@@ -108,6 +101,6 @@ __all__ = [
     "Folder",
     "MissingFile",
     "check_images",
-    "questions_of",
+    "each",
     "readable",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, graded, mean_score
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.statistics import percent, standard_error
 from llava_jax.evaluation.xlsx import write_xlsx
 from llava_jax.files import json_line, whole_file
@@ -57,7 +57,7 @@ def load_scienceqa(root: Path) -> Benchmark:
             label=(letter, len(problem["choices"])),
         )
 
-    questions = questions_of(ids, root / "pid_splits.json", make)
+    questions = each(ids, root / "pid_splits.json", make)
     return Benchmark("scienceqa", folder.source, questions, grade_scienceqa, score_scienceqa)
 
 
@@ -124,7 +124,7 @@ def load_mmbench(root: Path, file: str, language: str) -> Benchmark:
             label=(answer, options),
         )
 
-    questions = questions_of(rows, root / file, make)
+    questions = each(rows, root / file, make)
     columns = [c for c in rows[0] if c not in
                ("hint", "category", "source", "image", "comment", "l2-category")]  # fmt: skip
     cells = {str(int(row["index"])): [row[column] for column in columns] for row in rows}
@@ -238,7 +238,7 @@ def load_seed(root: Path) -> Benchmark:
             file.writelines(json_line({"question_id": q.id, "prediction": t}) for q, t in pairs)
         return path
 
-    questions = questions_of(data["questions"], root / "SEED-Bench.json", make)
+    questions = each(data["questions"], root / "SEED-Bench.json", make)
     source = f"{folder.source}; frames of videos are SEED-Bench-video-image/TYPE_ID.png"
     return Benchmark("seed", source, questions, grade_seed, score_seed, submit)
 

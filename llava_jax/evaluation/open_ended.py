@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax.evaluation.benchmark import Benchmark, Question, ask
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.files import json_line, whole_file, write_json
 
 
@@ -24,7 +24,7 @@ def load_mmvet(root: Path) -> Benchmark:
         write_json(path, answers)
         return path
 
-    questions = questions_of(list(items.items()), root / "mm-vet.json", make)
+    questions = each(list(items.items()), root / "mm-vet.json", make)
     return Benchmark("mmvet", folder.source, questions, submit=submit)
 
 
@@ -46,5 +46,5 @@ def load_llava_bench(root: Path) -> Benchmark:
         return path
 
     path = root / "questions.jsonl"
-    questions = questions_of(folder.json_lines("questions.jsonl"), path, make)
+    questions = each(folder.json_lines("questions.jsonl"), path, make)
     return Benchmark("llava_bench", folder.source, questions, submit=submit)

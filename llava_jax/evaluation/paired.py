@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, score_of_sums
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.multiple_choice import LETTER, with_options
 from llava_jax.evaluation.short_answers import SHORT
 from llava_jax.evaluation.statistics import ratio
@@ -101,7 +101,7 @@ def load_hallusionbench(root: Path) -> Benchmark:
             group=group,
         )
 
-    questions = questions_of(folder.json("HallusionBench.json"), root / "HallusionBench.json", make)
+    questions = each(folder.json("HallusionBench.json"), root / "HallusionBench.json", make)
     return Benchmark(
         "hallusionbench", folder.source, questions, grade_hallusionbench, score_hallusionbench
     )
@@ -168,7 +168,7 @@ def load_naturalbench(root: Path) -> Benchmark:
         )
 
     cases = [(n, row, q, i) for n, row in enumerate(rows) for q in (0, 1) for i in (0, 1)]
-    questions = questions_of(cases, root, make)
+    questions = each(cases, root, make)
     return Benchmark(
         "naturalbench", folder.source, questions, grade_naturalbench, score_naturalbench
     )
@@ -216,7 +216,7 @@ def load_mmvp(root: Path) -> Benchmark:
             group=f"pair {(number + 1) // 2}",
         )
 
-    questions = questions_of(list(enumerate(rows, start=1)), root / "Questions.csv", make)
+    questions = each(list(enumerate(rows, start=1)), root / "Questions.csv", make)
     return Benchmark("mmvp", folder.source, questions, grade_mmvp, score_mmvp)
 
 

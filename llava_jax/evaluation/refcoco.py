@@ -10,7 +10,7 @@ from llava_jax.data.boxes import Box, Boxes, draw_boxes
 from llava_jax.data.importers.refer import REFERENCES, SOURCE, Reference, references
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, mean_score
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import MissingFile, each
 
 IOU_THRESHOLD = 0.5
 OTHER_THRESHOLDS = (0.1, 0.3, 0.7, 0.9)
@@ -29,9 +29,10 @@ def load(root: Path, name: str, split: str) -> Benchmark:
         choices = "; ".join(f"{name}: {', '.join(splits)}" for name, splits in known.items())
         raise LlavaError(f"unknown set and split {name!r}, {split!r}: choose of {choices}")
 
-    folder = Folder(root, SOURCE)
-    for file in ("instances.json", REFERENCES[name][0]):
-        folder.path(f"{name}/{file}")  # an error that names config.data_root
+    try:
+        described = references(root, name, split)
+    except MissingFile as error:
+        raise MissingFile(f"{error} or set config.data_root to the folder that holds it") from None
 
     def make(one: Reference) -> Question:
         x, y, width, height = one.box
@@ -44,7 +45,7 @@ def load(root: Path, name: str, split: str) -> Benchmark:
             label=((x, y, x + width, y + height), one.size),
         )
 
-    questions = questions_of(references(root, name, split), root / name, make)
+    questions = each(described, root / name, make)
     source = f"{SOURCE} (pictures: https://cocodataset.org, train2014)"
     benchmark = Benchmark(f"{name}/{split}", source, questions, by_boxes=_graded)
     return benchmark.reading(Boxes())

@@ -6,7 +6,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.answer_accuracy import m4c_accuracy, normalize_answer, vqa_accuracy
 from llava_jax.evaluation.benchmark import Benchmark, Question, ask, graded
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.files import json_line, whole_file
 
 SHORT = "Answer the question using a single word or phrase."
@@ -43,7 +43,7 @@ def load_vqav2(root: Path, split: str) -> Benchmark:
             label=answers,
         )
 
-    questions = questions_of(items, root / name, make)
+    questions = each(items, root / name, make)
     if split == "val2014":
         # A submission is normalised before the server scores it; a local score has to do the same.
         metric = graded(lambda q, text: vqa_accuracy(normalize_answer(text), q.label))
@@ -88,7 +88,7 @@ def load_gqa(root: Path) -> Benchmark:
         rows = [{"questionId": q.id, "prediction": gqa_answer(text)} for q, text in pairs]
         return write_rows(output / "testdev_balanced_predictions.json", rows)
 
-    questions = questions_of(list(items.items()), path, make)
+    questions = each(list(items.items()), path, make)
     metric = graded(lambda q, text: float(gqa_answer(text) == q.label))
     return Benchmark("gqa", folder.source, questions, submit=submit, **metric)
 
@@ -112,7 +112,7 @@ def load_vizwiz(root: Path) -> Benchmark:
         rows = [{"image": q.label, "answer": normalize_answer(text)} for q, text in pairs]
         return write_rows(output / "vizwiz_submission.json", rows)
 
-    questions = questions_of(items, root / "test.json", make)
+    questions = each(items, root / "test.json", make)
     return Benchmark("vizwiz", folder.source, questions, submit=submit)
 
 
@@ -144,7 +144,7 @@ def load_textvqa(root: Path) -> Benchmark:
             label=tuple(answers),
         )
 
-    questions = questions_of(items, root / name, make)
+    questions = each(items, root / name, make)
     metric = graded(lambda q, text: m4c_accuracy(text, q.label))
     return Benchmark("textvqa", folder.source, questions, **metric)
 

@@ -12,7 +12,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.evaluation.answer_accuracy import strip_punctuation
 from llava_jax.evaluation.benchmark import Benchmark, Question, ask, graded
 from llava_jax.evaluation.exams import HUB
-from llava_jax.evaluation.files import Folder, questions_of
+from llava_jax.evaluation.files import Folder, each
 from llava_jax.evaluation.letters import mmmu_letter, option_letter
 from llava_jax.evaluation.multiple_choice import ALPHABET, LETTER, with_options
 
@@ -74,7 +74,7 @@ def load_mvbench(root: Path) -> Benchmark:
             label=letter,
         )
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     return Benchmark("mvbench", folder.source, questions, **graded(grade_mvbench))
 
 
@@ -119,7 +119,7 @@ def load_videomme(root: Path, ending: str) -> Benchmark:
             kind=row["duration"],
         )
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     grade = lambda q, text: float(option_letter(text) == q.reference)
     return Benchmark("videomme", folder.source, questions, **graded(grade))
 
@@ -151,7 +151,7 @@ def load_nextqa(root: Path, seed: int) -> Benchmark:
             mmmu_letter(text, question.label, f"{seed}/{question.id}") == question.reference
         )
 
-    questions = questions_of(rows, root, make)
+    questions = each(rows, root, make)
     return Benchmark("nextqa", folder.source, questions, **graded(grade))
 
 

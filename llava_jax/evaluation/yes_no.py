@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, ask, score_of_sums
-from llava_jax.evaluation.files import Folder, questions_of, readable
+from llava_jax.evaluation.files import Folder, each, readable
 from llava_jax.evaluation.short_answers import SHORT
 from llava_jax.evaluation.statistics import columns_by_part, ratio
 
@@ -91,7 +91,7 @@ def _pope(name: str, folder: Folder, pattern: str) -> Benchmark:
             )
 
         items = folder.json_lines(str(path.relative_to(folder.root)))
-        questions += questions_of(items, path, make)
+        questions += each(items, path, make)
     source = f"{folder.source} (pictures: https://cocodataset.org, val2014)"
     return Benchmark(name, source, questions, grade_pope, score_pope)
 
@@ -171,7 +171,7 @@ def _mme_questions(file: Path, image: Path, category: str) -> list[Question]:
             label=f"{category}/{image.name}",
         )
 
-    return questions_of(lines, file, make)
+    return each(lines, file, make)
 
 
 def mme_answer(text: str) -> str:

@@ -155,7 +155,7 @@ def run(name, root, **options):
 
 
 def test_faults_name_file_and_record(tmp_path):
-    with pytest.raises(LlavaError, match=r"refs\(unc\)\.p is missing: it is published at https:"):
+    with pytest.raises(LlavaError, match=r"instances\.json is missing: it is published at https:"):
         run("refcoco", tmp_path)
     with pytest.raises(LlavaError, match="cannot read .*image_data.json: .*No such file"):
         run("visual_genome", tmp_path)

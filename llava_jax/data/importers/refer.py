@@ -36,13 +36,13 @@ def references(root: Path, name: str, split: str) -> list[Reference]:
     Raises:
       MissingFile, LlavaError: a file is missing or not as published.
     """
-    paths = [root / name / file for file in (REFERENCES[name][0], "instances.json")]
-    for path in paths:
+    objects, sentences = (root / name / file for file in ("instances.json", REFERENCES[name][0]))
+    for path in (objects, sentences):
         if not path.exists():
             raise MissingFile(f"{path} is missing: it is published at {SOURCE}; put it there")
-    instances = read_json(paths[1])
-    boxes = dict(each(instances["annotations"], paths[1], lambda a: (a["id"], a["bbox"])))
-    images = dict(each(instances["images"], paths[1], lambda i: (i["id"], i)))
+    instances = read_json(objects)
+    boxes = dict(each(instances["annotations"], objects, lambda a: (a["id"], a["bbox"])))
+    images = dict(each(instances["images"], objects, lambda i: (i["id"], i)))
 
     def make(ref) -> list[Reference]:
         image, (x, y, width, height) = images[ref["image_id"]], boxes[ref["ann_id"]]
@@ -58,7 +58,7 @@ def references(root: Path, name: str, split: str) -> list[Reference]:
             if ref["split"] == split
         ]
 
-    return [one for found in each(plain_pickle(paths[0]), paths[0], make) for one in found]
+    return [one for found in each(plain_pickle(sentences), sentences, make) for one in found]
 
 
 def of(name: str) -> Callable[[Path, str, Cuts], list[dict]]:
