@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from llava_jax.training.flops import peak_flops
+
 GIB = 2**30
 
 
@@ -22,18 +24,23 @@ class Chip:
     """What a device of JAX has.
 
     Attributes:
+      kind: as JAX reports it, and a GPU's driver.
       hbm: bytes of memory.
-      peak: dense bfloat16 FLOP/s.
       hbm_bandwidth: bytes/s.
       link: bytes/s, one way: of a TPU's link to a neighbour, of all links of a GPU.
       network: bytes/s of a host's network cards, one way: the share of a device.
     """
 
+    kind: str
     hbm: int
-    peak: float
     hbm_bandwidth: float
     link: float
     network: float
+
+    @property
+    def peak(self) -> float:
+        """Dense bfloat16 FLOP/s of a device."""
+        return peak_flops(self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,6 @@ class Gpu(Chip):
     """An NVIDIA GPU, joined to the others of its host by switches.
 
     Attributes:
-      name: as its driver reports it.
       capability: CUDA compute capability.
       cores: streaming multiprocessors.
       fpus: float32 units of a core.
@@ -92,7 +98,6 @@ class Gpu(Chip):
       links: NVLinks.
     """
 
-    name: str
     capability: str
     cores: int
     fpus: int
@@ -121,29 +126,31 @@ class Gpu(Chip):
 
 MEGACORE = (("chip_config_name", "megacore"),)  # a v4 chip's two cores as one device
 CHIPS: dict[str, Tpu | Gpu] = {
-    # hbm, peak, hbm_bandwidth, link, network, clock, ring
+    # kind, hbm, hbm_bandwidth, link, network, clock, ring
     # v4's network is not published: v5p's.
-    "v4": Tpu(int(30.75 * GIB), 275e12, 1.23e12, 4.5e10, 6.25e9, 1.05e9, 4, True, options=MEGACORE),
-    "v5e": Tpu(int(15.75 * GIB), 197e12, 0.82e12, 4.5e10, 3.125e9, 1.5e9, 16),
-    "v5p": Tpu(int(95.74 * GIB), 459e12, 2.76e12, 9e10, 6.25e9, 1.75e9, 4, True),
-    "v6e": Tpu(int(31.25 * GIB), 918e12, 1.64e12, 9e10, 12.5e9, 1.75e9, 16),
+    "v4": Tpu(
+        "TPU v4", int(30.75 * GIB), 1.23e12, 4.5e10, 6.25e9, 1.05e9, 4, True, options=MEGACORE
+    ),
+    "v5e": Tpu("TPU v5 lite", int(15.75 * GIB), 0.82e12, 4.5e10, 3.125e9, 1.5e9, 16),
+    "v5p": Tpu("TPU v5", int(95.74 * GIB), 2.76e12, 9e10, 6.25e9, 1.75e9, 4, True),
+    "v6e": Tpu("TPU v6 lite", int(31.25 * GIB), 1.64e12, 9e10, 12.5e9, 1.75e9, 16),
     # A device is half a chip. The clock is the peak over what four products units of 256 x 256 do.
-    "tpu7x": Tpu(int(94.74 * GIB), 1153.5e12, 3.69e12, 9e10, 6.25e9, 2.2e9, 4, True, devices=2),
-    # hbm, peak, hbm_bandwidth, link, network; then as in `Gpu`
+    "tpu7x": Tpu("TPU7x", int(94.74 * GIB), 3.69e12, 9e10, 6.25e9, 2.2e9, 4, True, devices=2),
+    # kind, hbm, hbm_bandwidth, link, network; then as in `Gpu`
     "a100": Gpu(
-        85_100_068_864, 312e12, 2.04e12, 3e11, 2.5e10,
-        "NVIDIA A100-SXM4-80GB", "8.0", 108, 64, 167_936, 41_943_040, 1.41, 12,
+        "NVIDIA A100-SXM4-80GB", 85_100_068_864, 2.04e12, 3e11, 2.5e10,
+        "8.0", 108, 64, 167_936, 41_943_040, 1.41, 12,
     ),
     "h100": Gpu(
-        84_942_979_072, 989e12, 3.35e12, 4.5e11, 5e10,
-        "NVIDIA H100 80GB HBM3", "9.0", 132, 128, 233_472, 52_428_800, 1.98, 18,
+        "NVIDIA H100 80GB HBM3", 84_942_979_072, 3.35e12, 4.5e11, 5e10,
+        "9.0", 132, 128, 233_472, 52_428_800, 1.98, 18,
     ),
     "h200": Gpu(
-        151_397_597_184, 989e12, 4.8e12, 4.5e11, 5e10,
-        "NVIDIA H200", "9.0", 132, 128, 233_472, 52_428_800, 1.98, 18,
+        "NVIDIA H200", 151_397_597_184, 4.8e12, 4.5e11, 5e10,
+        "9.0", 132, 128, 233_472, 52_428_800, 1.98, 18,
     ),
     "b200": Gpu(
-        191_514_411_008, 2250e12, 7.67e12, 9e11, 5e10,
-        "NVIDIA B200", "10.0", 148, 128, 233_472, 132_644_864, 1.965, 18,
+        "NVIDIA B200", 191_514_411_008, 7.67e12, 9e11, 5e10,
+        "10.0", 148, 128, 233_472, 132_644_864, 1.965, 18,
     ),
 }  # fmt: skip

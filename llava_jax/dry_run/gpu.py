@@ -58,7 +58,7 @@ def described(gpu: Gpu) -> str:
     dnn = dict(zip(("major", "minor", "patch"), CUDNN.split("."), strict=True))
     return f"""
 gpu_device_info {{
-  name: "{gpu.name}" device_vendor: "NVIDIA Corporation" ecc_enabled: true
+  name: "{gpu.kind}" device_vendor: "NVIDIA Corporation" ecc_enabled: true
   cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
   device_memory_size: {gpu.hbm} memory_bandwidth: {int(gpu.hbm_bandwidth)}
   core_count: {gpu.cores} fpus_per_core: {gpu.fpus} clock_rate_ghz: {gpu.clock}
@@ -75,7 +75,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ {" ".join(f"{part}: {number}" for part, number in dnn.items())} }}
-device_description_str: "{gpu.name}"
+device_description_str: "{gpu.kind}"
 """
 
 

@@ -12,22 +12,30 @@ from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.projector import ProjectorSpec
 from llava_jax.models.vit import num_blocks
 
-# Dense bfloat16 peak of one device in FLOP/s, by a part of jax's `device_kind` (vendors' figures).
+# Dense bfloat16 peak of one device in FLOP/s, by a part of jax's `device_kind` (vendors' figures);
+# the first that fits counts.
 PEAK_FLOPS = (
+    ("TPU7x", 1153.5e12),  # a device is half a chip
     ("TPU v6 lite", 918e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5", 459e12),
     ("TPU v4", 275e12),
+    ("NVIDIA B200", 2250e12),  # not GB200
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
     ("H100", 989e12),
     ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
     ("L4", 121e12),
 )
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak of one device, or None if it is not known (CPU)."""
-    return next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), None)
+def peak_flops(kind: str) -> float | None:
+    """Peak of a device of this `device_kind`, or None if it is not known (CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
 
 
 def decoder_flops_per_token(config: LlavaConfig) -> float:
@@ -82,5 +90,5 @@ def step_flops(config: LlavaConfig, trainable: set[str], counts: dict[str, float
 
 def mfu(flops: float, seconds: float, devices: Sequence[jax.Device]) -> float | None:
     """Share of the devices' peak that a step's model FLOPs took, or None if the peak is unknown."""
-    peak = peak_flops(devices[0])
+    peak = peak_flops(devices[0].device_kind)
     return None if peak is None else flops / seconds / (peak * len(devices))

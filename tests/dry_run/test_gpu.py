@@ -156,7 +156,7 @@ def test_cards_of_two_hosts(kind):
     assert [d.process_index for d in where.devices] == [0] * 4 + [1] * 4
     device = where.devices[0]
     chip = CHIPS[kind]
-    assert (device.platform, device.device_kind) == ("gpu", chip.name)
+    assert (device.platform, device.device_kind) == ("gpu", chip.kind)
     assert device.compute_capability == chip.capability and device.core_count == chip.cores
 
 

@@ -40,6 +40,12 @@ def test_names_that_mean_no_devices_are_refused(name):
         topology(name)
 
 
+def test_every_chip_has_the_peak_of_its_kind():
+    peaks = {name: chip.peak / 1e12 for name, chip in CHIPS.items()}
+    tpus = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918, "tpu7x": 1153.5}
+    assert peaks == tpus | {"a100": 312, "h100": 989, "h200": 989, "b200": 2250}
+
+
 def chips(*sizes: int, step: int = 1) -> list:
     """A block of chips, along the last axis every `step`th."""
     along = [
@@ -76,6 +82,7 @@ def test_links_into_a_chip(kind, shape, devices, links):
 def test_a_slice_of_a_tpu():
     where = topology("v5e:2x4")
     assert len(where.devices) == 8 and where.devices[0].platform == "tpu"
+    assert where.devices[0].device_kind == where.chip.kind
     with pytest.raises(LlavaError, match="no such slice"):
         topology("v5e:3x5")
 
@@ -89,6 +96,7 @@ def test_generations_of_tpus(name, devices, chips):
     where = topology(name)
     places = {tuple(device.coords) for device in where.devices}
     assert (len(where.devices), len(places)) == (devices, chips)
+    assert where.devices[0].device_kind == where.chip.kind
     assert where.bandwidth(where.devices) == 2 * where.chip.link
     assert make_mesh(devices=list(where.devices)).size == devices
 
