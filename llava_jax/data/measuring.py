@@ -182,7 +182,7 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
         record = records[index]
         seen = [nominal(record, number, row_format) for number in range(len(record.images))]
         check_record(record, records.image_root)
-        files = b"".join(map(sources.state, record.images))
+        files = b"".join(map(sources.state, record.images, record.image_names))
     except RecordError as error:
         errors, is_image = [error], error.kind in NO_FILE
         inspect = inspect and record is not None and error.kind not in _NOT_READ

@@ -3,7 +3,9 @@
 S side of a tile, N tiles.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from llava_jax.data import video
 from llava_jax.data.media import (
     MAX_PIXELS,
+    ImageError,
     check_shape,
     check_views,
     file_state,
@@ -49,11 +52,13 @@ def look_at(
       LlavaError: it is a video and the model takes none, or PyAV is missing.
     """
     if not isinstance(media, Video):
-        size = inspect_image(media, name, max_pixels)
+        with _readable(media, name):
+            size = inspect_image(media, name, max_pixels)
         check_shape(size, spec, name, max_pixels, several)
         return Seen(size)
     of_model = needed_video(spec)
-    footage = video.inspect_video(media, name, max_pixels)
+    with _readable(media, name):
+        footage = video.inspect_video(media, name, max_pixels)
     check_views(frame_views(spec, footage.size), footage.size, name, max_pixels)
     numbers = video.sampled(footage, *media.sampling(of_model), name)
     return _seen(footage, numbers, spec, name)
@@ -66,7 +71,8 @@ def tiles(
     if not isinstance(media, Video):
         image = load_image(media, name, max_pixels)
         return Seen(image.size), preprocess(image, spec, name, max_pixels, several)
-    footage, numbers, pixels = video.video_tiles(media, spec, name, max_pixels)
+    with _readable(media, name):
+        footage, numbers, pixels = video.video_tiles(media, spec, name, max_pixels)
     return _seen(footage, numbers, spec, name), pixels
 
 
@@ -76,13 +82,33 @@ def _seen(footage: video.Footage, numbers: np.ndarray, spec: ImageSpec, name: st
     return Seen((*footage.size, len(numbers)), time)
 
 
-def state(media: Media) -> bytes:
-    """Changes when the path, size or time of modification of a file, or of a frame's file, does."""
-    if not isinstance(media, Video):
-        return file_state(media)
-    if not isinstance(media.source, str):
+def state(media: Media, name: str) -> bytes:
+    """Changes when the path, size or time of modification of a file, or of a frame's file, does.
+
+    Empty for what is in memory. ImageError if there is no file.
+    """
+    path = media.source if isinstance(media, Video) else media
+    if not isinstance(path, str):
         return b""
-    if not os.path.isdir(media.source):
-        return file_state(media.source)
-    files = sorted(os.path.join(media.source, file) for file in os.listdir(media.source))
-    return b"".join(map(file_state, files))
+    try:
+        if not isinstance(media, Video) or not os.path.isdir(path):
+            return file_state(path)
+        files = sorted(os.path.join(path, file) for file in os.listdir(path))
+        return b"".join(map(file_state, files))
+    except (OSError, ValueError) as error:  # the latter: a zero byte in the path
+        raise _missing(media, name, error) from None
+
+
+@contextlib.contextmanager
+def _readable(media: Media, name: str) -> Iterator[None]:
+    """What the file system refuses is an ImageError: a file may go while it is read."""
+    try:
+        yield
+    except OSError as error:
+        raise _missing(media, name, error) from None
+
+
+def _missing(media: Media, name: str, error: Exception) -> ImageError:
+    word = "video" if isinstance(media, Video) else "image"
+    reason = getattr(error, "strerror", None) or error
+    return ImageError(f"missing {word}", f"no {word} file {name!r}: {reason}")

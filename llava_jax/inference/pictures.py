@@ -20,12 +20,8 @@ from PIL import Image
 
 from llava_jax.data import sources
 from llava_jax.data.addresses import decode_data_address, is_address, scheme
-from llava_jax.data.media import (
-    check_shape,
-    inspect_image,
-    load_image,
-    preprocess,
-)
+from llava_jax.data.media import MAX_PIXELS, load_image
+from llava_jax.data.sources import Media, Seen
 from llava_jax.data.video import Video, is_video_path
 from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Picture
@@ -53,8 +49,8 @@ class PictureReader:
         self._config, self._allow_urls = config, allow_urls
         self._recent = _Recent(RECENT)
         self._pillow = threading.Lock()  # one image may be that of several requests
-        self._file_size = functools.lru_cache(1024)(
-            lambda path, version, name: inspect_image(path, name)
+        self._file_seen = functools.lru_cache(1024)(
+            lambda source, version, *args: sources.look_at(source, config.image, *args)
         )
 
     def pictures(self, images, where: str = "") -> tuple[Picture, ...]:
@@ -75,44 +71,26 @@ class PictureReader:
           name: what messages call a source without a name.
           several: it is one of several pictures of a prompt.
         """
-        name = source_name(source, name)
-        if isinstance(source, Video):
-            return self._video(source, name, where)
-        remote = isinstance(source, str) and is_address(source)
-        if remote and not self._config.image.by_size:
-            size = (1, 1)  # any: it is downloaded when it is needed
+        name, by_size = source_name(source, name), self._config.image.by_size
+        is_video = isinstance(source, Video)
+        several = several and not is_video  # a video is shown alike with others
+        if isinstance(source, str) and is_address(source) and not by_size:
+            seen = Seen((1, 1))  # any: it is downloaded when it is needed
         else:
             source = fetch(source, self._allow_urls)
-            size = self._size(source, name)
-        (layout,) = self._config.layouts([size], several)
-        check_shape(size, self._config.image, name, several=several)
-        key = (id(source) if isinstance(source, Image.Image) else source, several)
-        known = size if self._config.image.by_size else None
+            seen = self._look_at(source, name, several)
+        (layout,) = self._config.layouts([seen.source], several)
+        known = seen if by_size else None
         load = functools.partial(self._load, source, name, where, several, known, object())
-        return Picture(layout, load, key)
+        key = (_identity(source), several)
+        return Picture(layout, load, key, is_video=is_video, time=seen.time)
 
-    def _video(self, video: Video, name: str, where: str) -> Picture:
-        spec = self._config.image
-        seen = sources.look_at(video, spec, name)
-        (layout,) = self._config.layouts([seen.source])
-        in_files = isinstance(video.source, str)
-
-        def load() -> np.ndarray:
-            with error_prefix(where):
-                key = (video, sources.state(video)) if in_files else object()
-                again, tiles = self._recent.get(key, lambda: sources.tiles(video, spec, name))
-                if again != seen:
-                    raise LlavaError(f"video {name!r} changed while it was asked about")
-                return tiles
-
-        key = video if in_files else id(video.source)
-        return Picture(layout, load, key, is_video=True, time=seen.time)
-
-    def _size(self, source: str | bytes | Image.Image, name: str) -> tuple[int, int]:
-        if isinstance(source, str):
-            return self._file_size(source, file_version(source, name), name)
-        with self._lock_of(source):
-            return inspect_image(source, name)
+    def _look_at(self, source: Media, name: str, several: bool) -> Seen:
+        """The head of a file that has not changed is read once for several requests."""
+        if version := _version(source, name):
+            return self._file_seen(source, version, name, MAX_PIXELS, several)
+        with self._pillow if isinstance(source, Image.Image) else contextlib.nullcontext():
+            return sources.look_at(source, self._config.image, name, several=several)
 
     def _load(
         self,
@@ -120,34 +98,30 @@ class PictureReader:
         name: str,
         where: str,
         several: bool,
-        size: tuple[int, int] | None,
+        seen: Seen | None,
         picture: object,
     ) -> np.ndarray:
         """uint8[tiles, S, S, 3]. A file that has not changed is read once for several requests.
 
-        size: that it had, if its layout is made for it.
+        seen: what its layout was made for, if that depends on it.
         """
         with error_prefix(where):
             found = fetch(source, self._allow_urls)
-            version = isinstance(found, str) and file_version(found, name)
+            version = _version(found, name)
             key = (found, version, name, several) if version else picture
             now, tiles = self._recent.get(key, lambda: self._tiles(found, name, several))
-            if size is not None and now != size:
+            if seen is not None and now != seen:
                 raise LlavaError(
-                    f"image {name!r} changed while it was asked about: it had {size[0]}x{size[1]} "
-                    f"pixels and has {now[0]}x{now[1]}; ask again"
+                    f"{name!r} changed while it was asked about: it had {_extent(seen)} and has "
+                    f"{_extent(now)}; ask again"
                 )
             return tiles
 
-    def _tiles(
-        self, source: str | bytes | Image.Image, name: str, several: bool
-    ) -> tuple[tuple[int, int], np.ndarray]:
-        with self._lock_of(source):
-            image = load_image(source, name)
-        return image.size, preprocess(image, self._config.image, name, several=several)
-
-    def _lock_of(self, source: str | bytes | Image.Image):
-        return self._pillow if isinstance(source, Image.Image) else contextlib.nullcontext()
+    def _tiles(self, source: Media, name: str, several: bool) -> tuple[Seen, np.ndarray]:
+        if isinstance(source, Image.Image):
+            with self._pillow:
+                source = load_image(source, name)
+        return sources.tiles(source, self._config.image, name, several=several)
 
 
 class _Recent:
@@ -235,16 +209,33 @@ def source_name(source: ImageSource, default: str) -> str:
     return source if len(source) <= 300 else f"{source[:300]}..."  # a picture's bytes, no path
 
 
-def file_version(path: str, name: str) -> tuple[int, ...]:
-    """Changes when a file does; LlavaError with `name` if there is no file."""
+def _version(source: Media, name: str) -> object:
+    """Changes when a file does, None for what is in memory; LlavaError if there is no file."""
+    if isinstance(source, Video):
+        return sources.state(source, name) or None
+    if not isinstance(source, str):
+        return None
     try:
-        status = os.stat(path)
+        status = os.stat(source)
     except (OSError, ValueError) as error:  # the latter: a zero byte in the path
         reason = getattr(error, "strerror", None) or error
         raise LlavaError(f"no image file {name!r}: {reason}") from None
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write
         raise LlavaError(f"{name!r} is not a file")
     return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _identity(source: Media):
+    """Equal for two sources that are the same: of pictures in memory, without comparing pixels."""
+    if isinstance(source, Video):
+        return source if isinstance(source.source, str) else id(source.source)
+    return id(source) if isinstance(source, Image.Image) else source
+
+
+def _extent(seen: Seen) -> str:
+    """`640x480 pixels`, `640x480 pixels and 32 frames`."""
+    width, height, *frames = seen.source
+    return f"{width}x{height} pixels" + "".join(f" and {count} frames" for count in frames)
 
 
 def _download(address: str) -> bytes:

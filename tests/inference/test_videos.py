@@ -1,11 +1,13 @@
 """Videos as prompts show them: their tokens, words and times, and what is refused."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
 import llava_jax
+from llava_jax.data import video
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
@@ -156,3 +158,48 @@ def test_what_is_no_image_or_video(model):
         model.chat("What?", [3])
     with pytest.raises(LlavaError, match="images must be a list, not Video"):
         model.generate(["a", "b"], Video(MOVING))
+
+
+def test_a_video_that_goes_away_is_a_fault_of_its_answer_alone(model, tmp_path):
+    pytest.importorskip("av", reason="PyAV (llava_jax[video]) is not installed")
+    gone, folder = write_video(tmp_path / "gone.mp4", 30), tmp_path / "frames"
+    folder.mkdir()
+    for number, picture in enumerate(MOVING):
+        picture.save(folder / f"{number}.png")
+    sources = [Video(gone), Video(folder), Video(MOVING)]
+    requests = [model.request("What?", source, PARAMS) for source in sources]
+    gone.unlink()
+    shutil.rmtree(folder)
+    jobs = [model.jobs(request)[0] for request in requests]
+    assert sum(answer.done for answer in model.engine.run(jobs, 4)) == 3
+    first, second, third = (job.answer for job in jobs)
+    assert f"no video file '{gone}': No such file" in str(first.error)
+    assert f"no video file '{folder}': No such file" in str(second.error)
+    assert third.error is None and third.tokens
+    with pytest.raises(LlavaError, match="no video file"):
+        model.request("What?", Video("a\0.mp4"), PARAMS)
+
+
+def test_a_video_that_changes_between_request_and_answer_is_an_error(model, tmp_path):
+    for number, picture in enumerate(MOVING):
+        picture.save(tmp_path / f"{number}.png")
+    request = model.request("What?", Video(tmp_path), PARAMS)
+    (tmp_path / "2.png").unlink()
+    words = "changed while it was asked about: it had 64x48 pixels and 3 frames and has .* 2 frames"
+    with pytest.raises(LlavaError, match=words):
+        model.answer([request], 4)
+
+
+def test_the_head_of_a_video_is_read_once_for_many_questions(model, tmp_path, monkeypatch):
+    for number, picture in enumerate(MOVING):
+        picture.save(tmp_path / f"{number}.png")
+    read, inspect = [], video.inspect_video
+    monkeypatch.setattr(video, "inspect_video", lambda *args: read.append(1) or inspect(*args))
+    lengths = lambda: [
+        len(p.layout) for p in model.request("What?", Video(tmp_path), PARAMS).pictures
+    ]
+    assert lengths() == lengths() == [13] and len(read) == 1
+    model.request("What?", Video(tmp_path, frames=2), PARAMS)
+    assert len(read) == 2
+    (tmp_path / "2.png").unlink()
+    assert lengths() == [9] and len(read) == 3
