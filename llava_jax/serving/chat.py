@@ -49,17 +49,18 @@ class Conversation:
     def add_image(self, source: str) -> None:
         """Shows a picture with the next question; LlavaError if it cannot be read."""
         name = source_name(source, "picture")
-        self._add(load_image(fetch(source, self.allow_urls), name), name)
+        self.add(load_image(fetch(source, self.allow_urls), name), name)
 
-    def add_video(self, path: str) -> None:
-        """Shows a video with the next question; LlavaError if its head cannot be read."""
-        inspect_video(Video(path), path)
-        self._add(Video(path), path)
-
-    def _add(self, shown: Image.Image | Video, name: str) -> None:
+    def add(self, shown: Image.Image | Video, name: str) -> None:
+        """Shows a picture or a video with the next question."""
         self.images.append(shown)
         self.names.append(name)
         self.waiting += 1
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of its pictures."""
+        return [image.size for image in self.images if isinstance(image, Image.Image)]
 
     def reset(self) -> None:
         """Forgets everything, pictures too."""
@@ -125,19 +126,25 @@ class Conversation:
         self.waiting = 0
 
 
-def picture_words(config: LlavaConfig, sizes: Sequence[tuple[int, int]]) -> str:
-    """How the last picture of a conversation with pictures of such sizes is looked at.
+def picture_words(config: LlavaConfig, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """How each picture of a conversation with pictures of such sizes is looked at.
 
     >>> picture_words(llava16_7b, [(640, 480)])
-    'picture 1: 640x480 pixels, 2x2 tiles and the whole, 2,340 tokens'
+    ['picture 1: 640x480 pixels, 2x2 tiles and the whole, 2,340 tokens']
     """
-    (width, height), layout = sizes[-1], config.layouts(sizes)[-1]
-    cut = f"{layout.grid[0]}x{layout.grid[1]} tiles and the whole" if layout.grid else "one tile"
-    return f"picture {len(sizes)}: {width}x{height} pixels, {cut}, {len(layout):,} tokens"
+    cut = lambda grid: f"{grid[0]}x{grid[1]} tiles and the whole" if grid else "one tile"
+    looks = zip(sizes, config.layouts(sizes), strict=True)
+    return [
+        f"picture {i}: {width}x{height} pixels, {cut(layout.grid)}, {len(layout):,} tokens"
+        for i, ((width, height), layout) in enumerate(looks, 1)
+    ]
 
 
 def video_words(config: LlavaConfig, path: str) -> str:
-    """What a video takes: "video: 640x480 pixels, 32 frames, 6,273 tokens"."""
+    """What a video takes: "video: 640x480 pixels, 32 frames, 6,273 tokens".
+
+    LlavaError if the model takes none, or its head cannot be read.
+    """
     width, height, frames = source = look_at(Video(path), config.image, path).source
     (layout,) = config.layouts([source])
     return f"video: {width}x{height} pixels, {frames} frames, {len(layout):,} tokens"
@@ -169,13 +176,17 @@ def main(args: argparse.Namespace) -> int:
     for path in args.image:
         conversation.add_image(path)
     for path in args.video:
-        conversation.add_video(path)
+        inspect_video(Video(path), path)  # reports a wrong one before the model is loaded
+        conversation.add(Video(path), path)
     model = load_from_arguments(args)
     if args.system is not None:
         settings["system"] = args.system
     if args.prompt is not None:
         print("".join(conversation.ask(model, args.prompt, **settings)))
     else:
+        words = picture_words(model.config, conversation.sizes)
+        for line in (*words, *(video_words(model.config, path) for path in args.video)):
+            print(line, file=sys.stderr)
         talk(model, conversation, settings)
     return 0
 
@@ -211,12 +222,10 @@ def _one_line(model: Llava, conversation: Conversation, line: str, settings: dic
         conversation.reset()
     elif command == "/image":
         conversation.add_image(path)
-        sizes = [image.size for image in conversation.images if isinstance(image, Image.Image)]
-        print(picture_words(model.config, sizes), file=sys.stderr)
+        print(picture_words(model.config, conversation.sizes)[-1], file=sys.stderr)
     elif command == "/video":
-        words = video_words(model.config, path)  # an error if the model takes none
-        conversation.add_video(path)
-        print(words, file=sys.stderr)
+        print(video_words(model.config, path), file=sys.stderr)
+        conversation.add(Video(path), path)
     elif command == "/boxes":
         conversation.save_boxes(path, model.boxes)
     elif command == "/save":

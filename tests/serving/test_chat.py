@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from llava_jax.data import video
 from llava_jax.data.boxes import Boxes, draw_boxes
 from llava_jax.data.media import load_image
 from llava_jax.data.video import Video
@@ -104,9 +105,9 @@ def test_a_picture_is_shown_with_what_it_takes():
     tiling = Tiling(one_view=True)
     tiled = dataclasses.replace(CONFIG, image=ImageSpec(8, "anyres", tiling=tiling))
     words = chat.picture_words(tiled, [(40, 40)])
-    assert words == "picture 1: 40x40 pixels, 2x2 tiles and the whole, 24 tokens"
+    assert words == ["picture 1: 40x40 pixels, 2x2 tiles and the whole, 24 tokens"]
     words = chat.picture_words(tiled, [(40, 40), (30, 20)])
-    assert words == "picture 2: 30x20 pixels, one tile, 5 tokens"
+    assert words == [f"picture {i} pixels, one tile, 5 tokens" for i in ("1: 40x40", "2: 30x20")]
 
 
 def test_a_saved_conversation_is_a_llava_record(model, pictures, tmp_path, capsys, monkeypatch):
@@ -190,6 +191,10 @@ def test_a_video_is_shown_and_saved_as_a_record(model, pictures, tmp_path, capsy
     monkeypatch.setattr(
         model, "stream_chat", lambda q, images, *_, **__: asked.append((q, images)) or iter("a")
     )
+    inspected, inspect = [], video.inspect_video
+    inspecting = lambda one, *args: inspected.append(one.source) or inspect(one, *args)
+    monkeypatch.setattr(video, "inspect_video", inspecting)
+    monkeypatch.setattr(chat, "inspect_video", inspecting)
     spec = ImageSpec(8, "resize", video=VideoSpec(frames=3))
     model.config = dataclasses.replace(CONFIG, image=spec)
     lines = [f"/video {folder}", "What <video>?", "/video none.mp4", f"/save {tmp_path / 's.json'}"]
@@ -200,7 +205,10 @@ def test_a_video_is_shown_and_saved_as_a_record(model, pictures, tmp_path, capsy
     assert [isinstance(image, Video) for image in images] == [False, True, True]
     errors = capsys.readouterr().err
     assert "no video file 'none.mp4'" in errors
-    assert "video: 11x9 pixels, 1 frames, 2 tokens" in errors
+    # On the command line before the model is loaded and after it; then once each.
+    assert inspected == [str(folder)] * 3 + ["none.mp4"]
+    assert errors.startswith("picture 1: 11x9 pixels, one tile, 4 tokens\nvideo: 11x9 pixels, 1 f")
+    assert errors.count("video: 11x9 pixels, 1 frames, 2 tokens\n") == 2
     (record,) = json.loads((tmp_path / "s.json").read_text())
     assert record["image"] == pictures[:1] and record["video"] == [str(folder)] * 2
     assert record["conversations"][0]["value"] == "<image>\n<video>\n<video>\nWhat ?"
@@ -212,3 +220,7 @@ def test_a_model_without_videos_keeps_none_waiting(model, tmp_path, capsys, monk
     run("--checkpoint", str(tmp_path), lines=lines, monkeypatch=monkeypatch)
     assert "the model takes pictures, not videos" in capsys.readouterr().err
     assert model.calls[0][:2] == ("What?", [])
+    given = ("--checkpoint", str(tmp_path), "--video", str(tmp_path))
+    with pytest.raises(LlavaError, match="the model takes pictures, not videos"):
+        run(*given, lines=["What?"], monkeypatch=monkeypatch)
+    assert len(model.calls) == 1
