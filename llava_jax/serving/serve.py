@@ -19,6 +19,7 @@ from llava_jax.inference.engine import Engine
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.images import cells_a_side
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
@@ -221,9 +222,10 @@ def describe_memory(engine: Engine | Replicas, context: int) -> str:
 
 def describe_pictures(config: LlavaConfig, context: int) -> str:
     """How much of a context pictures take, for people to read."""
-    least, most = min(config.tokens_per_tile, config.most_tokens), config.most_tokens
-    if not config.image.by_size:
+    most = config.most_tokens
+    if config.image.tiling is None:
         return f"a picture takes {most:,} tokens: at most {context // most} fit"
+    least = cells_a_side(config.image, config.tokens_per_tile) ** 2
     words = "the largest fits" if most < context else "larger ones are refused: --max_model_len"
     return f"a picture takes from {least:,} to {most:,} tokens, by its size: {words}"
 

@@ -21,6 +21,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
+from llava_jax.models.video import VideoSpec
 from llava_jax.serving import command_line, serve
 from tests.serving.live_server import question
 from tests.tiny_model import VISION, config_with, tiny_llava
@@ -133,6 +134,11 @@ def test_the_default_context_has_room_for_the_largest_picture():
     whole, part = (serve.describe_pictures(onevision, context) for context in (12288, 8192))
     assert whole == "a picture takes from 729 to 8,829 tokens, by its size: the largest fits"
     assert part.endswith("larger ones are refused: --max_model_len")
+    one_view = dataclasses.replace(clip, image=ImageSpec(336, "pad", video=VideoSpec()))
+    assert serve.describe_pictures(one_view, 2048) == "a picture takes 576 tokens: at most 3 fit"
+    pooled = VideoSpec("square", "average_before_projector", "no_token")
+    pooled = dataclasses.replace(next_, image=dataclasses.replace(next_.image, video=pooled))
+    assert serve.describe_pictures(pooled, 4096).startswith("a picture takes from 576 to 2,928 tok")
 
 
 class Process:
