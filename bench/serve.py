@@ -141,8 +141,10 @@ def report(records: Sequence[Record], first_within: float) -> float:
         sys.exit("no request was answered")
     seconds = max(record.pieces[-1] for record in answered) - min(r.sent for r in records)
     first = [record.pieces[0] - record.sent for record in answered]
-    between = np.concatenate([np.diff(record.pieces) for record in answered] or [[0.0]])
+    between = np.concatenate([np.diff(record.pieces) for record in answered])
     for name, values in (("first", first), ("between", between)):
+        if not len(values):  # answers of one piece
+            continue
         shown = "  ".join(f"p{p} {np.percentile(values, p):.3f}" for p in (50, 90, 99))
         print(f"{name:<10}{shown}")
     speed = sum(record.tokens for record in answered) / seconds
