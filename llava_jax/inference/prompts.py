@@ -202,8 +202,8 @@ def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -
     tiles = sum(picture.layout.tiles for picture in request.pictures)
     if tiles > (most := tile_slots(config.image)):
         raise LlavaError(
-            f"the prompt has {len(request.pictures)} images of {tiles} tiles in all: give fewer, "
-            f"at most {most} tiles"
+            f"the prompt has {len(request.pictures)} images or videos of {tiles} tiles in all: "
+            f"give fewer images or frames, at most {most} tiles"
         )
     if len(stops) > MAX_STOP_IDS:
         raise LlavaError(

@@ -269,7 +269,8 @@ def test_more_tiles_than_the_store_has_are_refused_by_name(llava):
         TEMPLATE,
     )
     turns = llava_turns("<image>" * count)
-    with pytest.raises(LlavaError, match=rf"{count} images of \d+ tiles in all: give fewer"):
+    words = rf"{count} images or videos of \d+ tiles in all: give fewer images or frames"
+    with pytest.raises(LlavaError, match=words):
         model.conversation_request(turns, [picture] * count, SamplingParams())
 
 
