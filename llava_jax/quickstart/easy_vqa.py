@@ -231,11 +231,16 @@ def blind_scores(train: list[Question], records: list[dict]) -> dict[str, dict]:
 
 
 def conversation(exchanges: list[tuple[str, str]], pictures: int = 1) -> list[dict]:
-    """The turns of (question, answer) pairs; the pictures stand before the first."""
+    """The turns of (question, answer) pairs; the pictures stand before the first.
+
+    Several are numbered: "picture 1: <image>", "picture 2: <image>", each on a line of its own.
+    """
+    shown = "<image>\n"
+    if pictures != 1:
+        shown = "".join(f"picture {i + 1}: <image>\n" for i in range(pictures))
     turns = []
     for i, (question, answer) in enumerate(exchanges):
-        shown = "" if i else "<image>\n" * pictures
-        turns.append({"from": "human", "value": shown + question})
+        turns.append({"from": "human", "value": (shown if i == 0 else "") + question})
         turns.append({"from": "gpt", "value": answer})
     return turns
 

@@ -35,8 +35,11 @@ def test_every_record_has_its_files_and_its_answer(folder, name):
             media = line.get("image") or line["video"]
             for path in [media] if isinstance(media, str) else media:
                 assert (folder / name / "images" / path).exists()
-            marks = line["conversations"][0]["value"].count("<image>")
-            assert marks == (1 if isinstance(media, str) else len(media))
+            shown = line["conversations"][0]["value"].split("\n")[:-1]
+            if isinstance(media, str):
+                assert shown == ["<image>"]
+            else:
+                assert shown == [f"picture {i + 1}: <image>" for i in range(len(media))]
 
 
 @pytest.mark.parametrize(
