@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import base
 from llava_jax import command, imports
 from llava_jax.data.pipeline import TrainingData
-from llava_jax.data.records import shares_of
+from llava_jax.data.records import about
 from llava_jax.errors import LlavaError
 from llava_jax.files import locked, write_json
 from llava_jax.parallel import hosts
@@ -137,7 +137,7 @@ def open_data(stage: Stage, tokenizer) -> tuple[TrainingData, TrainingData | Non
     """
     data = hosts.first_then_all(lambda: stage.training_data(tokenizer))
     hosts.report(f"{stage.config.data.train}: {data.describe()}")
-    for line in shares_of(data.records):
+    for line in about(data.records):
         hosts.report(f"  {line}")
     hosts.check_same({"the training data": data.fingerprint})
     stage.check_reach(data, hosts.report)

@@ -3,7 +3,10 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-FREE = ("trainable",)  # sections whose keys are up to the recipe; see llava_jax/command.py
+FREE = (
+    "trainable",
+    "data.columns",
+)  # sections whose keys are up to the recipe; see llava_jax/command.py
 
 
 def get_config() -> ConfigDict:
@@ -59,10 +62,15 @@ def get_config() -> ConfigDict:
     config.lora.dropout = 0.0  # share of an update's inputs left out, in training
 
     config.data = ConfigDict()
-    config.data.train = ""  # LLaVA .json / .jsonl, or a data set folder made by `llava-jax build`
+    # A .json, .jsonl, .parquet or .tar file, a pattern of the last two, a .yaml mixture of data
+    # sets, or a folder: of Parquet files or tars, or one made by `llava-jax build`.
+    config.data.train = ""
     config.data.validation = ""  # the same, held out; empty: none
-    config.data.train_split = placeholder(str)  # of a data set folder; None: train
+    config.data.train_split = placeholder(str)  # of a folder; None: train
     config.data.validation_split = placeholder(str)
+    # Names of id, image, video, system, conversations, question and answer, where the data have
+    # others: {"question": "query", "answer": "label"}.
+    config.data.columns = ConfigDict()
     config.data.image_root = ""  # folder that image paths are relative to
     config.data.max_length = 2048  # tokens of a conversation; a longer one loses its end
     config.data.row_length = placeholder(int)  # tokens a row; None: max_length

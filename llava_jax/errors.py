@@ -1,5 +1,6 @@
 """The one exception that means "the user can fix this", and words for messages."""
 
+import difflib
 import errno
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,3 +39,11 @@ def brief(value) -> str:
     """`repr` of a value for a message, at most 80 characters."""
     text = repr(value[:100] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def closest(keys, known) -> str:
+    """ " (did you mean 'image' instead of 'imgae'?)", or ""."""
+    for key in map(str, keys):
+        for match in difflib.get_close_matches(key, known, 1, 0.75):
+            return f" (did you mean {match!r} instead of {brief(key)}?)"
+    return ""

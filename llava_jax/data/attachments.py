@@ -7,6 +7,8 @@ import stat
 from collections.abc import Sequence
 
 from llava_jax.data.addresses import decode_data_address
+from llava_jax.data.forms import Part
+from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, VIDEO_TOKEN, Turn
@@ -28,7 +30,7 @@ def field(item: dict, keys: Sequence[str]) -> tuple[str | None, list[str]]:
     return given[0], [key for key in given[1:] if as_list(item[key]) != first]
 
 
-def sources(item: dict, kind: str, where: str) -> list[str | bytes]:
+def sources(item: dict, kind: str, where: str) -> list[str | bytes | Stored]:
     """What the keys of a kind, image or video, hold."""
     key, different = field(item, IMAGE_KEYS if kind == "image" else VIDEO_KEYS)
     if different and key != kind:
@@ -38,13 +40,55 @@ def sources(item: dict, kind: str, where: str) -> list[str | bytes]:
         )
     # A data set has the feature for every record: without bytes it has nothing there.
     sources = [] if key is None or item[key] == b"" else item[key]
-    sources = [sources] if isinstance(sources, str | bytes) else sources
-    if not isinstance(sources, list) or not all(isinstance(s, str | bytes) for s in sources):
+    sources = sources if isinstance(sources, list) else [sources]
+    sources = [_of_struct(source) for source in sources]
+    if not all(isinstance(source, str | bytes | Stored) for source in sources):
         raise RecordError(
             f"bad {kind} field",
             f"{where}: {key!r} must be a path or a list of paths, not {brief(sources)}",
         )
     return sources
+
+
+def _of_struct(source):
+    """The bytes or the path of a picture as `datasets` writes it; any other value as it is."""
+    if isinstance(source, dict) and source.keys() <= {"bytes", "path"}:
+        return source.get("path") if source.get("bytes") is None else source["bytes"]
+    return source
+
+
+def read(kind: str, source: str | bytes | Stored, image_root: str | None, where: str) -> tuple:
+    """(what it is, its name in messages) of an image or video as given."""
+    return (image if kind == "image" else video)(source, image_root, where)
+
+
+def of_parts(parts: Sequence[Part], given: dict, image_root: str | None, where: str) -> list:
+    """(source, name) of each part of a record's messages.
+
+    given: kind -> sources that the record itself names. Parts without a source of their own are
+    these, by number or one after the other.
+    """
+    found, used = [], {kind: set() for kind in given}
+    for part in parts:
+        source, own = part.given, given[part.kind]
+        if source is None or isinstance(source, int):
+            number = len(used[part.kind]) if source is None else source
+            used[part.kind].add(number)
+            if number >= len(own):
+                raise RecordError(
+                    f"{part.kind} part",
+                    f"{where}: a part stands for {part.kind} number {number}, but the record has "
+                    f"{len(own)} {part.kind}(s)",
+                )
+            source = own[number]
+        found.append(read(part.kind, source, image_root, where))
+    for kind, own in given.items():
+        if len(own) != len(used[kind]):
+            raise RecordError(
+                f"{kind} part",
+                f"{where} has {len(own)} {kind}(s), of which its parts show {len(used[kind])}",
+            )
+    return found
 
 
 def placed(turns: Sequence[Turn], images: list, videos: list, where: str) -> tuple:
@@ -75,8 +119,10 @@ def marked(turns: Sequence[Turn], sources: Sequence) -> list[Turn]:
     return [Turn(t.role, re.sub(re.escape(IMAGE_TOKEN), mark, t.text)) for t in turns]
 
 
-def image(source: str | bytes, image_root: str | None, where: str):
+def image(source: str | bytes | Stored, image_root: str | None, where: str):
     """An image as given -> (path below the root, or encoded bytes; its name in messages)."""
+    if isinstance(source, Stored):
+        return source, source.name
     if isinstance(source, bytes):
         is_text = len(source) < 1000 and source.isascii() and source.decode().isprintable()
         return source, brief(source.decode()) if is_text else f"of {len(source):,} bytes"
@@ -99,8 +145,10 @@ def image(source: str | bytes, image_root: str | None, where: str):
     return _join_root(image_root, source, where), source
 
 
-def video(source: str | bytes, image_root: str | None, where: str) -> tuple[Video, str]:
+def video(source: str | bytes | Stored, image_root: str | None, where: str) -> tuple[Video, str]:
     """A video as given -> (the video below the root, or of encoded bytes; its name in messages)."""
+    if isinstance(source, Stored):
+        return Video(source), source.name
     if isinstance(source, bytes):
         return Video(source), f"of {len(source):,} bytes"
     if source[:5].lower() == "data:" or "://" in source[:10]:

@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from llava_jax.data.array_records import ArrayRecords
 from llava_jax.data.attachments import marked
 from llava_jax.data.parsing import Record
 from llava_jax.data.record_boxes import as_json
-from llava_jax.data.records import ArrayRecords, checked_record, ignored_keys_text, open_records
+from llava_jax.data.records import checked_record, ignored_keys_text, open_records
+from llava_jax.data.stored import Stored, loaded
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 
@@ -138,7 +140,8 @@ def _example(record: Record) -> dict:
     }
 
 
-def _read(image: str | bytes, record: Record) -> bytes:
+def _read(image: str | bytes | Stored, record: Record) -> bytes:
+    image = loaded(image)
     if isinstance(image, bytes):
         return image
     try:

@@ -99,9 +99,10 @@ def measure(
     look = functools.partial(_look_at_all, records, row_format, policy, findings, threads, progress)
     faults: dict[int, RecordError] = {}
     # Nothing can change in a data set that holds its images and was found good before.
-    if cache.lengths is None or cache.images_seen != f"within the data set {demands}":
+    within = None if records.within is None else f"within the data set {records.within}".rstrip()
+    if cache.lengths is None or cache.images_seen != f"{within} {demands}":
         looks, faults, files = look(inspect=cache.lengths is None)
-        seen = f"{'within the data set' if records.image_root is None else files} {demands}"
+        seen = f"{files if within is None else within} {demands}"
         changed = cache.images_seen != seen
         if cache.lengths is not None and changed:
             looks, faults, _ = look(inspect=True)

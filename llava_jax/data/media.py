@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from llava_jax.data.stored import Stored, loaded
 from llava_jax.errors import RecordError
 from llava_jax.models.images import ImageSpec, View, views
 
@@ -38,9 +39,11 @@ class ImageError(RecordError):
 
 
 def load_image(
-    source: str | bytes | Image.Image, name: str | None = None, max_pixels: int = MAX_PIXELS
+    source: str | bytes | Stored | Image.Image,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """A path, encoded bytes or a Pillow image -> an upright RGB Pillow image.
+    """A path, encoded bytes (here or in a larger file) or a Pillow image -> an upright RGB one.
 
     name: what errors call it (default: the path). Raises ImageError for a missing, truncated or
     non-image file, and for one of more than `max_pixels` pixels, before decoding it.
@@ -54,7 +57,9 @@ def load_image(
 
 
 def inspect_image(
-    source: str | bytes | Image.Image, name: str | None = None, max_pixels: int = MAX_PIXELS
+    source: str | bytes | Stored | Image.Image,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, int]:
     """Upright size (width, height) of an image, of a file by its first and last bytes if they do.
 
@@ -71,7 +76,7 @@ def inspect_image(
         return _upright_size(image)
 
 
-def file_state(source: str | bytes) -> bytes:
+def file_state(source: str | bytes | Stored) -> bytes:
     """Changes when the path, size or time of modification of an image file does."""
     if not isinstance(source, str):
         return b""
@@ -80,7 +85,8 @@ def file_state(source: str | bytes) -> bytes:
     return state.encode(errors="surrogateescape")
 
 
-def _open(source: str | bytes, name: str, max_pixels: int) -> Image.Image:
+def _open(source: str | bytes | Stored, name: str, max_pixels: int) -> Image.Image:
+    source = loaded(source)
     try:
         image = Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS

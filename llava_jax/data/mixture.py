@@ -1,10 +1,19 @@
-"""A mixture of record files: LLaVA-NeXT's list of data sets, a YAML file.
+"""A mixture of data sets: LLaVA-NeXT's list of them, a YAML file.
 
     datasets:
       - json_path: ocr.json
         sampling_strategy: all          # the default
       - json_path: chat.jsonl
         sampling_strategy: random:10%   # or first:N, end:N, random:N, each N a number or P%
+      - path: ai2d                      # of any data set: a file, a pattern or a folder
+        split: validation               # these three as in configs/base.py
+        image_root: images
+        columns: {question: query, answer: label}
+        repeat: 3                       # what is chosen counts three times
+
+In place of `repeat` all entries may have a `weight`. The share of an entry in the mixture is then
+its weight among all weights: of the records that are chosen some are repeated or left out, so that
+there are as many in the end.
 
 A path is relative to the YAML file. What is drawn is a pure function of the seed: unlike there, all
 processes and all runs of a seed draw the same. The records of the files follow each other, and are
@@ -23,28 +32,31 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from llava_jax.data.parsing import Record, brief
-from llava_jax.data.records import JsonRecords
-from llava_jax.errors import LlavaError, RecordError
+from llava_jax.data.collection import Records
+from llava_jax.data.parsing import Record
+from llava_jax.data.records import holds_images, open_records
+from llava_jax.errors import LlavaError, RecordError, brief
 
-_KEYS = ("json_path", "sampling_strategy")
+_PATHS = ("json_path", "path")  # the first is LLaVA-NeXT's
+_KEYS = (*_PATHS, "sampling_strategy", "split", "image_root", "columns", "repeat", "weight")
+_KINDS = {"split": str, "image_root": str, "columns": dict, "repeat": int, "weight": (int, float)}
 _STRATEGY = re.compile(r"(first|end|random):\s*(\d+)(%?)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One file of a mixture.
+    """One data set of a mixture.
 
     Attributes:
       name: its path as the list has it.
-      strategy: how records are chosen of it.
+      strategy: how records are chosen of it, in words.
       records: all that it holds.
       chosen: int64[n], which of them are used, in their order.
     """
 
     name: str
     strategy: str
-    records: JsonRecords
+    records: Records
     chosen: np.ndarray
 
 
@@ -54,15 +66,24 @@ class MixedRecords:
     Args:
       image_root: folder that image paths start from; by default that of the YAML file.
       seed: of the draws.
+      columns: of the data sets that have none of their own in the list.
     """
 
-    def __init__(self, path: str | os.PathLike, image_root=None, seed: int = 0):
-        self.path, self.seed = str(path), seed
+    def __init__(self, path: str | os.PathLike, image_root=None, seed: int = 0, columns=None):
+        self.path, self.seed, self.columns = str(path), seed, dict(columns or {})
         self.image_root = str(image_root if image_root is not None else Path(path).parent)
         self.ignored_options = set()
         self._parts = []
-        for number, entry in enumerate(_read_list(Path(path), self.ignored_options)):
-            self._parts.append(_draw(Path(path), entry, number, self.image_root, seed))
+        entries = _read_list(Path(path), self.ignored_options)
+        for number, entry in enumerate(entries):
+            entry = {"columns": self.columns} | entry
+            root = self.image_root
+            if "image_root" in entry:
+                root = str(Path(path).parent / entry["image_root"])
+            self._parts.append(_draw(Path(path), entry, number, root, seed))
+        if "weight" in entries[0]:
+            weights = [entry["weight"] for entry in entries]
+            self._parts = _weighted(Path(path), self._parts, weights, seed)
         self._ends = np.cumsum([len(part.chosen) for part in self._parts]).tolist()
 
     @property
@@ -83,12 +104,22 @@ class MixedRecords:
             record = part.records[place]
         except RecordError as error:
             raise RecordError(error.kind, f"record {index}, of {part.name}: {error}") from None
-        return dataclasses.replace(
-            record, index=int(index), origin=f"number {place} of {part.name}"
-        )
+        origin = f"number {place} of {part.name}" + (record.origin and f", {record.origin}")
+        return dataclasses.replace(record, index=int(index), origin=origin)
+
+    @property
+    def within(self) -> str | None:
+        """The state of the files that hold the pictures; None where one has a file of its own."""
+        states = [part.records.within for part in self._parts]
+        return None if None in states else " ".join(states)
+
+    def forms(self) -> list[str]:
+        """A line about each form of conversation in each data set."""
+        return [f"{part.name}: {form}" for part in self._parts for form in part.records.forms()]
 
     def __getstate__(self):
-        return {"path": self.path, "image_root": self.image_root, "seed": self.seed}
+        state = {"path": self.path, "image_root": self.image_root, "seed": self.seed}
+        return state | {"columns": self.columns}
 
     def __setstate__(self, state):
         self.__init__(**state)
@@ -131,14 +162,30 @@ def _read_list(path: Path, ignored: set[str]) -> list[dict]:
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise LlavaError(f"{path} must hold a list 'datasets' of json_path and sampling_strategy")
+    if len({"weight" in entry for entry in entries if isinstance(entry, dict)}) > 1:
+        raise LlavaError(f"{path}: give every entry a weight, or none")
     _check_keys(path, "", content, ("datasets",), ignored)
     for number, entry in enumerate(entries):
         where = f", entry {number}"
         if not isinstance(entry, dict):
             raise LlavaError(f"{path}{where}: expected json_path: FILE, not {brief(entry)}")
         _check_keys(path, where, entry, _KEYS, ignored)
-        if not isinstance(entry.get("json_path"), str):
-            raise LlavaError(f"{path}{where} has no json_path: name its .json or .jsonl file")
+        named = [key for key in _PATHS if entry.get(key) is not None]
+        if len(named) != 1 or not isinstance(entry[named[0]], str):
+            raise LlavaError(
+                f"{path}{where} has {'a path too many' if named[1:] else 'no json_path'}: name its "
+                "file or folder once, with json_path or path"
+            )
+        for key, kind in _KINDS.items():
+            if key in entry and (not isinstance(entry[key], kind) or entry[key] is True):
+                raise LlavaError(f"{path}{where}: {key} cannot be {brief(entry[key])}")
+        if "repeat" in entry and ("weight" in entry or entry["repeat"] < 1):
+            raise LlavaError(
+                f"{path}{where}: repeat is {entry['repeat']}: give a number of times from 1, and "
+                "no weight with it"
+            )
+        if "weight" in entry and not 0 < entry["weight"] < float("inf"):
+            raise LlavaError(f"{path}{where}: weight is {entry['weight']}: it must be above 0")
     return entries
 
 
@@ -153,14 +200,16 @@ def _check_keys(path: Path, where: str, values: dict, known: tuple[str, ...], ig
 
 def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int) -> Part:
     """The records that entry `number` of the list chooses."""
-    name, strategy = entry["json_path"], str(entry.get("sampling_strategy") or "all")
+    name, strategy = _name(entry), str(entry.get("sampling_strategy") or "all")
     where = f"{path}, entry {number}"
     file = path.parent / name
-    if file.suffix not in (".json", ".jsonl"):
-        raise LlavaError(f"{where}: {name} is no .json or .jsonl file")
-    if not file.is_file():
-        raise LlavaError(f"{where}: no data file at {file}")
-    records = JsonRecords(file, image_root)
+    if file.suffix in (".yaml", ".yml"):
+        raise LlavaError(f"{where}: {name} is a list itself: name its data sets here")
+    root = None if holds_images(file) else image_root
+    try:
+        records = open_records(file, root, entry.get("split"), columns=entry["columns"])
+    except LlavaError as error:
+        raise LlavaError(f"{where}: {error}") from None
     every = np.arange(len(records))
     if strategy == "all":
         chosen = every
@@ -168,8 +217,7 @@ def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int) -> P
         kind, count = match[1], int(match[2])
         count = -(-count * len(every) // 100) if match[3] else count  # rounded up
         if kind == "random":
-            source = np.random.Philox(np.random.SeedSequence([seed, number]))
-            chosen = np.sort(np.random.Generator(source).permutation(every)[:count])
+            chosen = np.sort(_random([seed, number]).permutation(every)[:count])
         else:
             chosen = every[:count] if kind == "first" else every[max(len(every) - count, 0) :]
     else:
@@ -179,4 +227,35 @@ def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int) -> P
         )
     if not len(chosen):
         raise LlavaError(f"{where}: {strategy} of {name} with {len(every)} records is nothing")
+    if entry.get("repeat", 1) > 1:
+        chosen, strategy = np.tile(chosen, entry["repeat"]), f"{strategy}, {entry['repeat']} times"
     return Part(name, strategy, records, chosen)
+
+
+def _weighted(path: Path, parts: list[Part], weights: list[float], seed: int) -> list[Part]:
+    """As many records in all, each part's share that of its weight.
+
+    Of 10 and 10 records with the weights 3 and 1 these are 15 and 5: every record of the first once
+    and five of them, drawn at random, a second time; five of the second.
+    """
+    exact = np.array(weights) / sum(weights) * sum(len(part.chosen) for part in parts)
+    counts = exact.astype(int)
+    most_cut = np.argsort(counts - exact, kind="stable")
+    counts[most_cut[: round(exact.sum()) - counts.sum()]] += 1
+    found = []
+    for number, (part, count) in enumerate(zip(parts, counts.tolist(), strict=True)):
+        if not count:
+            raise LlavaError(f"{path}, entry {number}: its weight leaves no record of {part.name}")
+        times, rest = divmod(count, len(part.chosen))
+        some = np.sort(_random([seed, number, 1]).permutation(part.chosen)[:rest])
+        chosen = np.concatenate([np.tile(part.chosen, times), some])
+        found.append(dataclasses.replace(part, chosen=chosen))
+    return found
+
+
+def _random(seed: list[int]) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+
+
+def _name(entry: dict) -> str:
+    return next(entry[key] for key in _PATHS if entry.get(key) is not None)

@@ -15,15 +15,15 @@ template's system prompt. Ids may repeat, as they do in LLaVA's own data: a reco
 identifies it, and stands in for a missing id.
 """
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass
 
 from llava_jax.data import attachments
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
+from llava_jax.data.forms import Talk, read_talk, renamed, sound_text, with_marks
 from llava_jax.data.record_boxes import BOX_KEYS, RecordBox, has_boxes, parse_boxes
 from llava_jax.data.video import Video
-from llava_jax.errors import RecordError, brief
+from llava_jax.errors import RecordError, brief, closest
 from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
 
 SYSTEM_KEYS = ("system", "system_prompt")
@@ -33,11 +33,7 @@ PLAIN_KEYS = tuple(
     "id uid image_id image_ids question_id model source data_source source_dataset dataset "
     "dataset_name split type task task_type category metadata meta width height license".split()
 )
-_READ_KEYS = frozenset(
-    (*PLAIN_KEYS, *SYSTEM_KEYS, *UNSUPPORTED_KEYS, *IMAGE_KEYS, *VIDEO_KEYS, "conversations")
-)
-_TURN_KEYS = frozenset(("from", "value"))
-_ROLE_NAMES = {"user": "human", "assistant": "gpt"}  # of other formats -> LLaVA's
+_READ_KEYS = frozenset((*PLAIN_KEYS, *SYSTEM_KEYS, *UNSUPPORTED_KEYS, *IMAGE_KEYS, *VIDEO_KEYS))
 
 
 @dataclass(frozen=True)
@@ -70,35 +66,43 @@ class Record:
         return f"record {self.index} (id {brief(self.id)}{origin})"
 
 
-def ignored_keys(item: dict) -> list[str]:
+def ignored_keys(item: dict, talk: Talk) -> list[str]:
     """The keys of a decoded record that hold something which nothing reads.
 
     `conversations.weight` stands for a key `weight` of a turn.
     """
     keys = attachments.field(item, IMAGE_KEYS)[1] + attachments.field(item, VIDEO_KEYS)[1]
-    read = _READ_KEYS | {*BOX_KEYS} if has_boxes(item) else _READ_KEYS
+    read = _READ_KEYS | {*talk.keys} | ({*BOX_KEYS} if has_boxes(item) else set())
     spare = [key for key in item if key not in read]
     keys += [key for key in spare if item[key] not in (None, "", [], {})]
-    conversations = item.get("conversations")
-    turns = conversations if isinstance(conversations, list) else []
-    extra = {key for turn in turns if isinstance(turn, dict) for key in turn.keys() - _TURN_KEYS}
-    return keys + [f"conversations.{key}" for key in sorted(extra)]
+    return keys + [*talk.ignored]
 
 
-def count_ignored_keys(items) -> dict[str, int]:
+def count_ignored_keys(items, columns: dict[str, str]) -> dict[str, int]:
     """key -> number of records in which it is ignored; most frequent first."""
-    counts = Counter(key for item in items if isinstance(item, dict) for key in ignored_keys(item))
+    counts = Counter()
+    for item in items:
+        try:
+            item = renamed(item, columns)
+            counts.update(ignored_keys(item, read_talk(item, columns, "")))
+        except (RecordError, AttributeError, TypeError):  # reported when the record is read
+            pass
     return dict(counts.most_common())
 
 
-def parse_record(item, index: int, image_root: str | None) -> Record:
+def parse_record(
+    item, index: int, image_root: str | None, columns: dict[str, str] | None = None
+) -> Record:
     """One decoded JSON object -> Record, its image paths joined to `image_root`.
 
-    Raises RecordError unless the object has the form given at the top of this module.
+    columns: our names of keys -> those of the object; see `forms.check_columns`.
+
+    Raises RecordError unless the object has a form of this module or of `data.forms`.
     """
     where = f"record {index}"
     if not isinstance(item, dict):
         raise RecordError("not an object", f"{where}: expected a JSON object, found {brief(item)}")
+    item = renamed(item, columns or {})
     record_id = str(index if item.get("id") is None else item["id"])
     where = f"{where} (id {brief(record_id)})"
     for key in UNSUPPORTED_KEYS:
@@ -108,71 +112,31 @@ def parse_record(item, index: int, image_root: str | None) -> Record:
                 f"{where} has {key!r} {brief(item[key])}: only images and videos are supported; "
                 "leave the record out",
             )
-    system, turns = _parse_turns(item, where)
-    images, videos = (
-        [parse(source, image_root, where) for source in attachments.sources(item, kind, where)]
-        for kind, parse in (("image", attachments.image), ("video", attachments.video))
-    )
-    if videos:
-        turns, images = attachments.placed(turns, images, videos, where)
+    talk = read_talk(item, columns or {}, where)
+    turns = talk.turns
+    given = {kind: attachments.sources(item, kind, where) for kind in ("image", "video")}
+    if talk.parts is not None:
+        found = attachments.of_parts(talk.parts, given, image_root, where)
+    else:
+        images, videos = (
+            [attachments.read(kind, source, image_root, where) for source in given[kind]]
+            for kind in given
+        )
+        if not talk.is_marked:
+            turns = with_marks(turns, len(images) + len(videos))
+        found = images
+        if videos:
+            turns, found = attachments.placed(turns, images, videos, where)
     return Record(
         index,
         record_id,
         turns,
-        tuple(image for image, _ in images),
-        tuple(name for _, name in images),
-        _parse_system(item, system, where),
-        tuple(ignored_keys(item)),
-        parse_boxes(item, turns, len(images), where),
+        tuple(source for source, _ in found),
+        tuple(name for _, name in found),
+        _parse_system(item, talk.system, where),
+        tuple(ignored_keys(item, talk)),
+        parse_boxes(item, turns, len(found), where),
     )
-
-
-def _parse_turns(item: dict, where: str) -> tuple[str | None, tuple[Turn, ...]]:
-    """The text of a leading system turn, if any, and the turns after it."""
-    if item.get("conversations") is None:
-        raise RecordError(
-            "no conversations",
-            f"{where} has no 'conversations'; its keys: {brief(', '.join(map(str, item)))}"
-            f"{_closest(item, ['conversations'])}",
-        )
-    conversations = item["conversations"]
-    if not isinstance(conversations, list) or not conversations:
-        raise RecordError(
-            "no conversations",
-            f"{where}: 'conversations' must be a list of turns, not {brief(conversations)}",
-        )
-    system, turns = None, []
-    for position, message in enumerate(conversations):
-        if not isinstance(message, dict) or not _TURN_KEYS <= message.keys():
-            raise RecordError(
-                "bad turn",
-                f"{where}, turn {position}: expected an object with 'from' and 'value', "
-                f"found {brief(message)}",
-            )
-        role, text = message["from"], message["value"]
-        if role == "system" and position == 0:
-            system = _sound_text(text, "value", f"{where}, turn 0")
-        elif role in ROLES:
-            turns.append(Turn(role, _sound_text(text, "value", f"{where}, turn {position}")))
-        else:
-            raise RecordError("unknown role", f"{where}, turn {position}: {_role_fault(role)}")
-    return system, tuple(turns)
-
-
-def _role_fault(role) -> str:
-    if role == "system":
-        return "only the first turn may be from 'system'"
-    meant = _ROLE_NAMES.get(role) if isinstance(role, str) else None
-    meant = f"write {meant!r}" if meant else "it must be 'human' or 'gpt'"
-    return f"unknown role {brief(role)}; {meant}"
-
-
-def _sound_text(text, key: str, where: str) -> str:
-    if not isinstance(text, str):
-        raise RecordError("bad text", f"{where}: {key!r} must be a string, not {brief(text)}")
-    if not text.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in text):
-        raise RecordError("bad text", f"{where}: {key!r} holds half a surrogate pair")
-    return text
 
 
 def _parse_system(item: dict, first_turn: str | None, where: str) -> str | None:
@@ -180,21 +144,13 @@ def _parse_system(item: dict, first_turn: str | None, where: str) -> str | None:
     texts = {"conversations": first_turn} if first_turn else {}
     for key in SYSTEM_KEYS:
         if item.get(key):
-            texts[key] = _sound_text(item[key], key, where)
+            texts[key] = sound_text(item[key], key, where)
     if len(set(texts.values())) > 1:
         raise RecordError(
             "several system prompts",
             f"{where} has different system prompts in {' and '.join(map(repr, texts))}: keep one",
         )
     return next(iter(texts.values()), None)
-
-
-def _closest(keys, known) -> str:
-    """ " (did you mean 'image' instead of 'imgae'?)", or ""."""
-    for key in map(str, keys):
-        for match in difflib.get_close_matches(key, known, 1, 0.75):
-            return f" (did you mean {match!r} instead of {brief(key)}?)"
-    return ""
 
 
 def check_record(record: Record, image_root: str | None = None) -> None:
@@ -248,4 +204,4 @@ def _unread(record: Record) -> str:
     keys = record.ignored_keys
     if not keys:
         return ""
-    return f"; nothing reads its keys {brief(', '.join(keys))}{_closest(keys, IMAGE_KEYS)}"
+    return f"; nothing reads its keys {brief(', '.join(keys))}{closest(keys, IMAGE_KEYS)}"

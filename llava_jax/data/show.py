@@ -13,7 +13,7 @@ from llava_jax.data.records import checked_record
 from llava_jax.data.rows import RowFormat, is_several, nominal, render_record
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError, brief
-from llava_jax.text.conversation import IMAGE_TOKEN
+from llava_jax.text.conversation import BREAK, IMAGE_TOKEN
 from llava_jax.text.tokenization import (
     IGNORE_INDEX,
     SegmentTokenizer,
@@ -190,6 +190,7 @@ def as_text(shown: dict, colour: bool) -> str:
     marked = "".join([*pieces, text[position:]])
     if colour:
         marked = marked.replace(IMAGE_TOKEN, f"{_CYAN}{IMAGE_TOKEN}{_PLAIN}")
+    marked = marked.replace(BREAK, "")
     lengths = shown["lengths"]
     named = f"record {shown['index']} (id {shown['id']!r})"
     named += f", {shown['origin']}" if shown["origin"] else ""

@@ -4,6 +4,7 @@ S side of a tile, N tiles.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,11 +23,12 @@ from llava_jax.data.media import (
     load_image,
     preprocess,
 )
+from llava_jax.data.stored import Stored, loaded
 from llava_jax.data.video import Video
 from llava_jax.models.images import ImageSpec, Source, frame_views, needed_video
 
-# A path or encoded bytes of a picture, a picture, or a video.
-Media = str | bytes | Image.Image | Video
+# A path or encoded bytes of a picture, here or in a larger file, a picture, or a video.
+Media = str | bytes | Stored | Image.Image | Video
 
 
 class Seen(NamedTuple):
@@ -56,6 +58,7 @@ def look_at(
             size = inspect_image(media, name, max_pixels)
         check_shape(size, spec, name, max_pixels, several)
         return Seen(size)
+    media = dataclasses.replace(media, source=loaded(media.source))
     of_model = needed_video(spec)
     with _readable(media, name):
         footage = video.inspect_video(media, name, max_pixels)
@@ -71,6 +74,7 @@ def tiles(
     if not isinstance(media, Video):
         image = load_image(media, name, max_pixels)
         return Seen(image.size), preprocess(image, spec, name, max_pixels, several)
+    media = dataclasses.replace(media, source=loaded(media.source))
     with _readable(media, name):
         footage, numbers, pixels = video.video_tiles(media, spec, name, max_pixels)
     return _seen(footage, numbers, spec, name), pixels

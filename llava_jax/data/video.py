@@ -29,6 +29,7 @@ from llava_jax.data.media import (
     load_image,
     tiles_of,
 )
+from llava_jax.data.stored import Stored
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import ImageSpec, frame_views, needed_video
 from llava_jax.models.video import VideoSpec
@@ -55,7 +56,7 @@ class Video:
       rate: pictures a second, of a folder or list of them; None for PICTURE_RATE.
     """
 
-    source: str | os.PathLike | bytes | Sequence
+    source: str | os.PathLike | bytes | Stored | Sequence
     frames: int | None = None
     fps: float | None = None
     rate: float | None = None
@@ -65,7 +66,7 @@ class Video:
             object.__setattr__(self, "source", os.fspath(self.source))
         elif isinstance(self.source, list):
             object.__setattr__(self, "source", tuple(self.source))
-        elif not isinstance(self.source, str | bytes | tuple):
+        elif not isinstance(self.source, str | bytes | Stored | tuple):
             raise LlavaError(
                 "a video is a path, encoded bytes or a list of pictures, "
                 f"not {type(self.source).__name__}"

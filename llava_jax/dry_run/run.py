@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llava_jax.data.pipeline import TrainingData
-from llava_jax.data.records import shares_of
+from llava_jax.data.records import about
 from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.compiling import compile_stage
 from llava_jax.dry_run.fit import fastest_fit
@@ -95,7 +95,7 @@ def first_row(stage: Stage) -> tuple[TrainingData, str]:
     """The training data, and the first packed row of the first step as text."""
     tokenizer = load_tokenizer(recipe.tokenizer_folder(stage.config))
     data = stage.training_data(tokenizer)
-    print("\n  ".join([f"{stage.config.data.train}: {data.describe()}", *shares_of(data.records)]))
+    print("\n  ".join([f"{stage.config.data.train}: {data.describe()}", *about(data.records)]))
     stage.check_reach(data, print)
     batch = next(data.batch_iterator(0, 0, stage.config.batch_size))
     row = {name: batch.arrays[name][0] for name in ("input_ids", "labels", "segment_ids")}

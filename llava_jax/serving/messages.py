@@ -5,11 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_jax.serving.api import ApiError, Limits, shortened
-from llava_jax.text.conversation import BREAK, IMAGE_TOKEN, Turn, spelled_out
+from llava_jax.text.conversation import (
+    BREAK,
+    IMAGE_PARTS,
+    IMAGE_TOKEN,
+    SYSTEM_ROLES,
+    TEXT_PARTS,
+    Turn,
+    spelled_out,
+)
 
-SYSTEM, USER, ASSISTANT = ("system", "developer"), "user", "assistant"
+USER, ASSISTANT = "user", "assistant"
 NO_TEXT = re.compile(f"[\ud800-\udfff{BREAK}]")  # half characters, and what spells marks out
-TEXT_PARTS, IMAGE_PARTS = ("text", "input_text"), ("image_url", "input_image")
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def read_messages(messages, limits: Limits) -> Messages:
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         role = message.get("role")
-        if role in SYSTEM:
+        if role in SYSTEM_ROLES:
             if any(turn.role == "gpt" for turn in turns):
                 raise _refused(f"{where}.role", "a system message must come before any answer")
             system.append(_text_only(message.get("content"), f"{where}.content"))

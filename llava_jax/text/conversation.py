@@ -8,6 +8,13 @@ IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<video>"  # read in place of IMAGE_TOKEN where videos are given; never kept
 MARKS = re.compile(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}")
 ROLES = ("human", "gpt")
+# How files and requests of other programs write them.
+ROLE_NAMES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt",
+              "bing": "gpt", "bard": "gpt"}  # fmt: skip
+SYSTEM_ROLES = ("system", "developer")
+# Types of the parts of a message.
+TEXT_PARTS, IMAGE_PARTS = ("text", "input_text"), ("image_url", "input_image")
+VIDEO_PARTS = ("video", "video_url")
 # No token reaches across this character, which is part of no text (a Unicode noncharacter) and is
 # removed when a text is tokenized.
 BREAK = "\ufdd0"

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.data.augment import Augmentation
 from llava_jax.data.pipeline import TrainingData
-from llava_jax.data.records import open_records
+from llava_jax.data.records import holds_images, open_records
 from llava_jax.data.rows import RowFormat, batch_spec
 from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaModel
@@ -240,9 +240,8 @@ class Stage:
         path, split = data.train, data.train_split
         if held_out:
             path, split = data.validation, data.validation_split
-        holds_images = Path(path).is_dir()  # a data set of `llava-jax build`
-        root = None if holds_images else data.image_root or None
-        return open_records(path, root, split, self.config.seed)
+        root = None if holds_images(path) else data.image_root or None
+        return open_records(path, root, split, self.config.seed, data.columns.to_dict())
 
     def data_arguments(self, held_out: bool = False) -> dict:
         """Arguments of `TrainingData`; held-out data come in batches of a microbatch's size."""

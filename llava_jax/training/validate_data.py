@@ -7,7 +7,7 @@ import os
 from typing import NamedTuple
 
 from llava_jax.data.media import MAX_PIXELS
-from llava_jax.data.records import open_records, shares_of
+from llava_jax.data.records import about, open_records
 from llava_jax.data.rows import RowFormat
 from llava_jax.data.validate import validate
 from llava_jax.errors import LlavaError
@@ -139,6 +139,6 @@ def main(args) -> int:
         )
         reports.append(report)
         print(f"{data_set.records.path}: {report.text()}")
-        for line in shares_of(data_set.records):
+        for line in about(data_set.records):
             print(f"  {line}")
     return 1 if any(report.faults for report in reports) else 0

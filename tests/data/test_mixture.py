@@ -113,8 +113,12 @@ def test_a_fault_is_named_by_its_file(mix, tmp_path):
 
 WRONG = {
     "json_path missing": ([{"json_path": None}], {}, "entry 0 has no json_path"),
-    "no such file": ([{"json_path": "gone.json"}], {}, "entry 0: no data file at .*gone.json"),
-    "a folder": ([{"json_path": "set"}], {}, "entry 0: set is no .json or .jsonl file"),
+    "no such file": (
+        [{"json_path": "gone.json"}],
+        {},
+        "entry 0: no data file or data set at .*gone.json",
+    ),
+    "a folder": ([{"json_path": "set"}], {}, "entry 0: no data file or data set at .*set"),
     "strategy": (["all", "some:3"], {}, "entry 1: sampling_strategy is 'some:3': give all, first"),
     "fraction": (["random:2.5%"], {}, "sampling_strategy is 'random:2.5%'"),
     "nothing": (["first:0"], {}, "entry 0: first:0 of part0.json with 40 records is nothing"),

@@ -1,0 +1,130 @@
+"""The records of Parquet files, such as those of the Hugging Face hub.
+
+Columns are named like the keys of a JSON record, or by `columns`. Their texts are in memory;
+pictures stay in the files until they are needed.
+"""
+
+import bisect
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
+from llava_jax.data.collection import Records, ends_of_files, state_of_files
+from llava_jax.data.forms import ANSWER, LISTS, QUESTION, form_of
+from llava_jax.data.parquet import holds_pictures, pictures_of, reading
+from llava_jax.data.parquet_pages import File, metadata
+from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS
+from llava_jax.data.record_boxes import BOX_KEYS
+from llava_jax.errors import LlavaError, RecordError
+
+_TEXTS = ("id", *LISTS, QUESTION, ANSWER, *SYSTEM_KEYS, *BOX_KEYS)
+
+
+class _File:
+    """One file: its texts, its pictures, the names of columns that nothing reads."""
+
+    def __init__(self, path: Path, columns: dict[str, str]):
+        self.path, file, ours = (
+            path,
+            File.of(path),
+            {theirs: name for name, theirs in columns.items()},
+        )
+        texts, self._pictures, self.unread = [], {}, []
+        schema = metadata(file).schema_arrow
+        self.names = schema.names
+        for field in schema:
+            name = ours.get(field.name, field.name)
+            if name in UNSUPPORTED_KEYS:
+                raise LlavaError(
+                    f"{path} has a column {field.name!r}: only images and videos are supported"
+                )
+            if name in (*IMAGE_KEYS, *VIDEO_KEYS) and holds_pictures(field.type):
+                self._pictures[field.name] = pictures_of(file, field.name)
+            elif name in (*IMAGE_KEYS, *VIDEO_KEYS, *_TEXTS):
+                texts.append(field.name)
+            elif name not in PLAIN_KEYS:
+                self.unread.append(field.name)
+        with reading(path):
+            self._texts = metadata(file).read(columns=texts)
+        self.rows = metadata(file).metadata.num_rows
+
+    @property
+    def any_paths(self) -> bool:
+        """Whether a picture may be a file of its own."""
+        outside = {*IMAGE_KEYS, *VIDEO_KEYS} & {*self._texts.column_names}
+        return bool(outside) or any(pictures.any_paths for pictures in self._pictures.values())
+
+    def item(self, row: int) -> dict[str, Any]:
+        item = {name: self._texts.column(name)[row].as_py() for name in self._texts.column_names}
+        for name, pictures in self._pictures.items():
+            found = pictures[row]
+            item[name] = found if pictures.is_list else next(iter(found), None)
+        return item
+
+
+class ParquetRecords(Records):
+    """The rows of Parquet files, one file after the other."""
+
+    def __init__(self, path, image_root, columns=None, files: list[Path] = ()):
+        super().__init__(path, image_root, columns, files=files)
+        self._files = [_File(file, self.columns) for file in files]
+        self._ends = np.cumsum([file.rows for file in self._files]).tolist()
+        self.check_named({name for file in self._files for name in file.names})
+        for file in self._files:
+            if not {*LISTS, ANSWER, *self.columns.values()} & {*file.names}:
+                raise LlavaError(
+                    f"{file.path} holds no conversations: its columns are "
+                    f"{', '.join(file.names)}; name a question and an answer, as in "
+                    "config.data.columns=\"{'question': 'Q', 'answer': 'A'}\""
+                )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def item(self, index: int) -> dict:
+        file, row = self._place(index)
+        try:
+            return file.item(row)
+        except ValueError as error:  # text that is not UTF-8
+            raise RecordError("bad text", f"record {index}: {error}") from None
+
+    def origin(self, index: int) -> str:
+        file, row = self._place(index)
+        return f"row {row} of {file.path.name}" if len(self._files) > 1 else ""
+
+    def _place(self, index: int) -> tuple[_File, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return self._files[number], index - (self._ends[number - 1] if number else 0)
+
+    def content(self) -> str:
+        """SHA-256 over the name, size and both ends of each file; their ends describe them."""
+        return ends_of_files([file.path for file in self._files], "parquet 1")
+
+    @functools.cached_property
+    def within(self) -> str | None:
+        if any(file.any_paths for file in self._files):
+            return None
+        return state_of_files([file.path for file in self._files])
+
+    @functools.cached_property
+    def holds_boxes(self) -> bool:
+        """Whether a record has boxes."""
+        return any({*BOX_KEYS} & {*file.names} for file in self._files) and super().holds_boxes
+
+    def ignored_keys(self) -> dict[str, int]:
+        """Key or column that nothing reads -> number of records."""
+        counts = Counter(super().ignored_keys())
+        for file in self._files:
+            counts.update(dict.fromkeys(file.unread, file.rows))
+        return dict(counts.most_common())
+
+    def forms(self) -> list[str]:
+        """That of the first record that has one: all have the same columns."""
+        found = (form_of(self.item(index), self.columns) for index in range(len(self)))
+        form = next(filter(None, found), None)
+        count = f"{len(self._files)} Parquet file{'s' * (len(self._files) > 1)}"
+        return [f"{form} ({len(self):,} records in {count})"] if form else []
