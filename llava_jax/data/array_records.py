@@ -50,7 +50,7 @@ class ArrayRecords(Records):
 
     @property
     def within(self) -> str:
-        """Nothing: the data set was written whole, and its content is known."""
+        """ "": the data set was written whole, and its content is known."""
         return ""
 
     @property

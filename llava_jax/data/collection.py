@@ -46,7 +46,7 @@ class Records(ABC):
 
     @property
     def within(self) -> str | None:
-        """The state of the files that hold the pictures; None where each has a file of its own."""
+        """The state of the files that may hold pictures; None where each has a file of its own."""
         return None
 
     def __getitem__(self, index: int) -> Record:

@@ -120,7 +120,8 @@ def form_of(item, columns: dict[str, str]) -> str | None:
     try:
         key = talk_key(item, columns, "")
         if key == ANSWER:
-            return "question and answer" if item.get(QUESTION) else "answers alone"
+            named = columns.get(ANSWER, ANSWER)
+            return "question and answer" if item.get(QUESTION) else f"{named} as captions"
         turns = _listed(item.get(key)) if key else None
         pair = _pair(turns[0])
         parts = " parts" if any(isinstance(turn.get(pair[1]), list) for turn in turns) else ""

@@ -100,9 +100,14 @@ def measure(
     faults: dict[int, RecordError] = {}
     # Nothing can change in a data set that holds its images and was found good before.
     within = None if records.within is None else f"within the data set {records.within}".rstrip()
-    if cache.lengths is None or cache.images_seen != f"{within} {demands}":
+    if cache.lengths is None or within is None or cache.images_seen != f"{within} {demands}":
         looks, faults, files = look(inspect=cache.lengths is None)
-        seen = f"{files if within is None else within} {demands}"
+        if within is None:
+            seen = f"{files} {demands}"
+        elif files == hashlib.sha256().hexdigest():
+            seen = f"{within} {demands}"
+        else:  # some are within, some have a file of their own
+            seen = f"{files} {records.within} {demands}"
         changed = cache.images_seen != seen
         if cache.lengths is not None and changed:
             looks, faults, _ = look(inspect=True)

@@ -67,10 +67,19 @@ class MixedRecords:
       image_root: folder that image paths start from; by default that of the YAML file.
       seed: of the draws.
       columns: of the data sets that have none of their own in the list.
+      cache_dir: as in `open_records`.
     """
 
-    def __init__(self, path: str | os.PathLike, image_root=None, seed: int = 0, columns=None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        image_root: str | os.PathLike | None = None,
+        seed: int = 0,
+        columns: dict[str, str] | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ):
         self.path, self.seed, self.columns = str(path), seed, dict(columns or {})
+        self.cache_dir = cache_dir
         self.image_root = str(image_root if image_root is not None else Path(path).parent)
         self.ignored_options = set()
         self._parts = []
@@ -80,7 +89,7 @@ class MixedRecords:
             root = self.image_root
             if "image_root" in entry:
                 root = str(Path(path).parent / entry["image_root"])
-            self._parts.append(_draw(Path(path), entry, number, root, seed))
+            self._parts.append(_draw(Path(path), entry, number, root, seed, cache_dir))
         if "weight" in entries[0]:
             weights = [entry["weight"] for entry in entries]
             self._parts = _weighted(Path(path), self._parts, weights, seed)
@@ -119,7 +128,7 @@ class MixedRecords:
 
     def __getstate__(self):
         state = {"path": self.path, "image_root": self.image_root, "seed": self.seed}
-        return state | {"columns": self.columns}
+        return state | {"columns": self.columns, "cache_dir": self.cache_dir}
 
     def __setstate__(self, state):
         self.__init__(**state)
@@ -198,7 +207,7 @@ def _check_keys(path: Path, where: str, values: dict, known: tuple[str, ...], ig
             ignored.add(key)
 
 
-def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int) -> Part:
+def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int, cache_dir) -> Part:
     """The records that entry `number` of the list chooses."""
     name, strategy = _name(entry), str(entry.get("sampling_strategy") or "all")
     where = f"{path}, entry {number}"
@@ -207,7 +216,7 @@ def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int) -> P
         raise LlavaError(f"{where}: {name} is a list itself: name its data sets here")
     root = None if holds_images(file) else image_root
     try:
-        records = open_records(file, root, entry.get("split"), columns=entry["columns"])
+        records = open_records(file, root, entry.get("split"), 0, entry["columns"], cache_dir)
     except LlavaError as error:
         raise LlavaError(f"{where}: {error}") from None
     every = np.arange(len(records))

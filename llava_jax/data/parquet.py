@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax.data.parquet_pages import File, Leaf, leaves_of, metadata
-from llava_jax.data.stored import Stored
+from llava_jax.data.parquet_pages import Leaf, leaves_of, metadata
+from llava_jax.data.stored import File, Stored
 from llava_jax.errors import LlavaError
 
 _BATCH = 64  # rows in memory, of a column of pictures that has to be read whole
@@ -38,19 +38,16 @@ class StoredValue(Stored):
     given: str = ""
 
     @property
-    def path(self) -> Path:
-        return self.leaf.file.path
-
-    @property
     def name(self) -> str:
         column = self.leaf.name.partition(".")[0]
-        where = f"{column} in row {self.row} of {self.path.name}"
+        where = f"{column} in row {self.row} of {self.leaf.file.path.name}"
         return f"{self.given} ({where})" if self.given else where
 
     def read(self) -> bytes:
         data = self.leaf.read(self.group, self.entry)
         if data is None:
-            raise LlavaError(f"{self.path}, row {self.row}: the file holds no picture there")
+            path = self.leaf.file.path
+            raise LlavaError(f"{path}, row {self.row}: the file holds no picture there")
         return data
 
 
@@ -59,7 +56,6 @@ class Pictures:
 
     Attributes:
       is_list: whether a row has a list of them.
-      any_paths: whether one is a path, of a file outside.
     """
 
     def __init__(self, source: File, column: str):
@@ -72,10 +68,9 @@ class Pictures:
         ]
         fields = {field.name for field in element} if _is_struct(element) else set()
         ending = lambda name: next(leaf for leaf in leaves if leaf.endswith(f".{name}"))
-        has = lambda name: name in fields
-        self._leaf = Leaf(source, ending("bytes") if has("bytes") else leaves[0])
+        self._leaf = Leaf(source, ending("bytes") if "bytes" in fields else leaves[0])
         self._number = leaves_of(source).index(self._leaf.name)
-        shape = _Shape(file, ending("path") if has("path") else self._leaf.name, self.is_list)
+        shape = _Shape(file, ending("path") if "path" in fields else self._leaf.name, self.is_list)
         self._names = shape.names
         self._counts, self._valid = shape.counts, shape.valid
         self._first = np.concatenate([[0], np.cumsum(self._counts)])  # picture of each row
@@ -83,11 +78,12 @@ class Pictures:
         self._groups = np.concatenate([[0], np.cumsum(rows)])  # first row of each group
         entries = np.maximum(self._counts, 1) if self.is_list else np.ones_like(self._counts)
         self._entries = np.concatenate([[0], np.cumsum(entries)])  # first entry of each row
-        self._inside = self._valid.copy()
-        if has("path"):
+        self._inside = shape.leaf_valid
+        if "bytes" not in fields and fields:
+            self._inside = np.zeros_like(self._valid)
+        elif "path" in fields:
             for group in range(len(rows)):
                 self._look_inside(group, file)
-        self.any_paths = bool((self._valid & ~self._inside).any())
 
     def _look_inside(self, group: int, file) -> None:
         """Which pictures of a row group are stored, and not only their paths."""

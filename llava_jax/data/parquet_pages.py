@@ -19,14 +19,13 @@ are rare for pictures, are read by pyarrow, the row group as a whole.
 
 import dataclasses
 import functools
-import os
 import struct
 from bisect import bisect_right
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from llava_jax.data.stored import File
 from llava_jax.errors import LlavaError
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # types of pages
@@ -71,23 +70,6 @@ class _Values(NamedTuple):
     starts: list[int]
     ends: list[int]
     numbers: np.ndarray
-
-
-class File(NamedTuple):
-    """A Parquet file as it was when it was opened, by its size and time of modification."""
-
-    path: Path
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, path: Path) -> "File":
-        """The file as it is now; LlavaError if there is none."""
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise LlavaError(f"cannot read {path}: {error.strerror}") from None
-        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +127,6 @@ def leaves_of(file: File) -> list[str]:
     return [schema.column(number).path for number in range(len(schema.names))]
 
 
-@functools.lru_cache(maxsize=64)
-def _opened(file: File) -> BinaryIO:
-    opened = open(file.path, "rb", buffering=0)
-    if File.of(file.path) != file:
-        raise ValueError("the file was changed after it was opened first")
-    return opened
-
-
-def _bytes_at(file: File, start: int, count: int) -> bytes:
-    data = os.pread(_opened(file).fileno(), count, start)
-    if len(data) < count:
-        raise ValueError(f"the file ends at byte {start + len(data):,}")
-    return data
-
-
 @functools.lru_cache(maxsize=4096)
 def _column(leaf: Leaf, group: int) -> _Column:
     """The headers of all pages of a leaf in a row group."""
@@ -206,7 +173,7 @@ def _header(file: File, start: int, end: int) -> tuple[dict, int]:
     """The header of the page at a byte of the file, and where the page itself begins."""
     size = 256
     while True:
-        data = _bytes_at(file, start, min(size, end - start))
+        data = file.read(start, min(size, end - start))
         try:
             header, length = _thrift(data, 0)
             return header, start + length
@@ -220,7 +187,7 @@ def _content(leaf: Leaf, column: _Column, page: _Page) -> tuple[bytes, bytes, by
     """(definition levels, the page's other levels, values) of a page, decompressed."""
     import pyarrow
 
-    data = _bytes_at(leaf.file, page.start, page.stored)
+    data = leaf.file.read(page.start, page.stored)
     unpacked = lambda data, size: (
         pyarrow.decompress(data, size, column.codec, asbytes=True)
         if column.codec and page.compressed and size

@@ -16,9 +16,10 @@ from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.collection import Records, ends_of_files, state_of_files
 from llava_jax.data.forms import ANSWER, LISTS, QUESTION, form_of
 from llava_jax.data.parquet import holds_pictures, pictures_of, reading
-from llava_jax.data.parquet_pages import File, metadata
+from llava_jax.data.parquet_pages import metadata
 from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS
 from llava_jax.data.record_boxes import BOX_KEYS
+from llava_jax.data.stored import File
 from llava_jax.errors import LlavaError, RecordError
 
 _TEXTS = ("id", *LISTS, QUESTION, ANSWER, *SYSTEM_KEYS, *BOX_KEYS)
@@ -51,12 +52,6 @@ class _File:
         with reading(path):
             self._texts = metadata(file).read(columns=texts)
         self.rows = metadata(file).metadata.num_rows
-
-    @property
-    def any_paths(self) -> bool:
-        """Whether a picture may be a file of its own."""
-        outside = {*IMAGE_KEYS, *VIDEO_KEYS} & {*self._texts.column_names}
-        return bool(outside) or any(pictures.any_paths for pictures in self._pictures.values())
 
     def item(self, row: int) -> dict[str, Any]:
         item = {name: self._texts.column(name)[row].as_py() for name in self._texts.column_names}
@@ -104,10 +99,8 @@ class ParquetRecords(Records):
         """SHA-256 over the name, size and both ends of each file; their ends describe them."""
         return ends_of_files([file.path for file in self._files], "parquet 1")
 
-    @functools.cached_property
-    def within(self) -> str | None:
-        if any(file.any_paths for file in self._files):
-            return None
+    @property
+    def within(self) -> str:
         return state_of_files([file.path for file in self._files])
 
     @functools.cached_property

@@ -8,12 +8,13 @@ from llava_jax.data.array_records import ArrayRecords
 from llava_jax.data.json_records import JsonRecords
 from llava_jax.data.parquet_records import ParquetRecords
 from llava_jax.data.parsing import Record, check_record
+from llava_jax.data.tar_records import TarRecords
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.text.conversation import Turn  # noqa: F401  what a Record's turns are
 
 _FILES = (
-    "expected a .json or .jsonl file, Parquet files, a .yaml that lists data sets, or the folder of "
-    "a data set"
+    "expected a .json or .jsonl file, Parquet files, tars that are not compressed, a .yaml that "
+    "lists data sets, or the folder of one"
 )
 
 
@@ -54,16 +55,18 @@ def open_records(
     split: str | None = None,
     seed: int = 0,
     columns: dict[str, str] | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ):
     """The records of a data set.
 
-    path: a LLaVA JSON or JSONL file; a Parquet file, a pattern such as `data/train-*.parquet`, or a
-    folder of them; the YAML file of a mixture; the folder of a TFDS ArrayRecord data set (its
-    version folder or a parent of it).
+    path: a LLaVA JSON or JSONL file; a Parquet file or a tar, a pattern of several, such as
+    `data/train-*.parquet` or `{000..012}.tar`, or a folder of them; the YAML file of a mixture; the
+    folder of a TFDS ArrayRecord data set (its version folder or a parent of it).
     image_root: the folder that image paths start from (default: the folder of the file).
     split: of a folder; default "train".
     seed: of what a mixture draws.
     columns: our names of keys -> those of the data; see `forms.check_columns`.
+    cache_dir: where it is kept what tars hold; None keeps nothing.
     Gives a picklable sequence with random access, whose items are parsed but not checked
     (`check_record`). Raises LlavaError, naming the file and the place.
     """
@@ -72,7 +75,7 @@ def open_records(
         raise LlavaError(f"the image root {image_root} is not a folder")
     if path.is_dir():
         if files := shards.in_folder(path, split or "train"):
-            return _of_files(path, files, path, image_root, columns)
+            return _of_files(path, files, path, image_root, columns, cache_dir)
         if image_root is not None:
             raise LlavaError(f"{path} is a data set that holds its images: leave image_root out")
         return _not_empty(ArrayRecords(path, split or "train", columns))
@@ -80,22 +83,25 @@ def open_records(
         raise LlavaError(f"{path} names files and has no splits: leave split out")
     if shards.is_pattern(path):
         files = shards.matching(str(path))
-        return _of_files(path, files, files[0].parent, image_root, columns)
+        return _of_files(path, files, files[0].parent, image_root, columns, cache_dir)
     if not path.exists():
         raise LlavaError(f"no data file or data set at {path}")
     if path.suffix in (".yaml", ".yml"):
         from llava_jax.data.mixture import MixedRecords  # late: it is made of the records above
 
-        return MixedRecords(path, image_root, seed, columns)
+        return MixedRecords(path, image_root, seed, columns, cache_dir)
     if path.suffix in (".json", ".jsonl"):
         return _not_empty(JsonRecords(path, image_root, columns))
     if path.suffix in shards.SUFFIXES:
-        return _of_files(path, [path], path.parent, image_root, columns)
+        return _of_files(path, [path], path.parent, image_root, columns, cache_dir)
     raise LlavaError(f"{path}: {_FILES}")
 
 
-def _of_files(path: Path, files: list[Path], folder: Path, image_root, columns):
-    return _not_empty(ParquetRecords(path, image_root or folder, columns, files))
+def _of_files(path: Path, files: list[Path], folder: Path, image_root, columns, cache_dir):
+    root = folder if image_root is None else image_root
+    if files[0].suffix == ".tar":
+        return TarRecords(path, root, columns, files, cache_dir)
+    return _not_empty(ParquetRecords(path, root, columns, files))
 
 
 def _not_empty(records):

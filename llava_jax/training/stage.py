@@ -225,23 +225,29 @@ class Stage:
           changes: arguments of `TrainingData` to be other than in the recipe.
         """
         arguments = self.data_arguments() | changes
-        return TrainingData(self.records(), tokenizer, self.row_format, **arguments)
+        records = self.records(cache_dir=arguments["cache_dir"])
+        return TrainingData(records, tokenizer, self.row_format, **arguments)
 
     def held_out_data(self, tokenizer) -> TrainingData | None:
         """One pass over the held-out data; None without any."""
         if not self.config.data.validation:
             return None
         arguments = self.data_arguments(held_out=True)
-        return TrainingData(self.records(held_out=True), tokenizer, self.row_format, **arguments)
+        records = self.records(held_out=True, cache_dir=arguments["cache_dir"])
+        return TrainingData(records, tokenizer, self.row_format, **arguments)
 
-    def records(self, held_out: bool = False):
-        """The records of the training data, or of the held-out data, not yet checked."""
+    def records(self, held_out: bool = False, cache_dir: Path | None = None):
+        """The records of the training data, or of the held-out data, not yet checked.
+
+        cache_dir: as in `open_records`.
+        """
         data = self.config.data
         path, split = data.train, data.train_split
         if held_out:
             path, split = data.validation, data.validation_split
         root = None if holds_images(path) else data.image_root or None
-        return open_records(path, root, split, self.config.seed, data.columns.to_dict())
+        columns = data.columns.to_dict()
+        return open_records(path, root, split, self.config.seed, columns, cache_dir)
 
     def data_arguments(self, held_out: bool = False) -> dict:
         """Arguments of `TrainingData`; held-out data come in batches of a microbatch's size."""

@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llava_jax.data.parquet_pages import File, Leaf, Unsupported, _column, leaves_of
+from llava_jax.data.parquet_pages import Leaf, Unsupported, _column, leaves_of
+from llava_jax.data.stored import File
 from llava_jax.errors import LlavaError
 
 STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])

@@ -1,0 +1,125 @@
+"""What a tar of samples holds and where: read once, kept in a file, then looked up.
+
+Members of one sample have one name up to the first dot, as webdataset has it:
+
+    0007.jpg  0007.json  0008.0.png  0008.1.png  0008.json
+
+A sample is a row of a pyarrow table: its key, and of each of its members what comes after the first
+dot, where its bytes begin, how many they are, and of small texts the bytes themselves.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+from pathlib import Path
+
+from llava_jax.data.stored import File
+from llava_jax.errors import LlavaError, brief
+from llava_jax.files import whole_file
+
+_VERSION = "1"  # of the index
+JSON = ("json", "jsn")
+TEXTS = (*JSON, "txt", "text", "caption", "transcript", "cls", "cls2", "class", "id", "index")
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+
+
+def kind(extension: str) -> str:
+    """What the last part of an extension says of a member: `0.png` -> png."""
+    return extension.rpartition(".")[2].lower()
+
+
+def index_of(file: File, cache_dir: str | os.PathLike | None):
+    """The table of a tar's samples; its schema's metadata hold the hash of its `content`.
+
+    cache_dir: where it is kept, checked by the tar's size and time of modification; None keeps
+    nothing.
+
+    Raises:
+      LlavaError: the file is no tar, is compressed or cut off, or a sample has a member twice.
+    """
+    import pyarrow
+
+    place = None
+    if cache_dir is not None:
+        name = hashlib.sha256(os.path.abspath(file.path).encode()).hexdigest()[:32]
+        place = Path(cache_dir) / f"tar-{name}.arrow"
+        try:
+            with pyarrow.memory_map(str(place)) as source:
+                table = pyarrow.ipc.open_file(source).read_all()
+            if table.schema.metadata[b"state"] == _state(file):
+                return table
+        except (OSError, KeyError, TypeError, pyarrow.ArrowException):  # none, or a broken one
+            pass
+    table = _table(file)
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(place) as out, pyarrow.ipc.new_file(out, table.schema) as writer:
+            writer.write_table(table)
+    return table
+
+
+def _state(file: File) -> bytes:
+    return f"{_VERSION} {file.size} {file.modified}".encode()
+
+
+def _table(file: File):
+    import pyarrow
+
+    samples = _samples(file)
+    digest = hashlib.sha256()
+    for key, members in samples.items():
+        for extension, (start, size, text) in members.items():
+            digest.update(f"{key}\0{extension}\0{start} {size}\0".encode(errors="surrogateescape"))
+            digest.update(text or b"")
+    columns = {
+        "key": (pyarrow.string(), [key for key in samples]),
+        "names": (pyarrow.list_(pyarrow.string()), [[*m] for m in samples.values()]),
+    }
+    for i, (name, item) in enumerate(
+        [("starts", pyarrow.int64()), ("sizes", pyarrow.int64()), ("texts", pyarrow.binary())]
+    ):
+        values = [[member[i] for member in members.values()] for members in samples.values()]
+        columns[name] = pyarrow.list_(item), values
+    arrays = {name: pyarrow.array(values, of) for name, (of, values) in columns.items()}
+    metadata = {"state": _state(file), "content": digest.hexdigest()}
+    return pyarrow.table(arrays).replace_schema_metadata(metadata)
+
+
+def _samples(file: File) -> dict[str, dict[str, tuple[int, int, bytes | None]]]:
+    """key -> {extension: (start, size, text)}, in the order of the tar."""
+    samples = {}
+    try:
+        with tarfile.open(file.path, "r:") as tar:
+            for member in tar:
+                match = _NAME.fullmatch(member.name.removeprefix("./"))
+                if not member.isfile() or match is None:
+                    continue
+                key, extension = match[1], match[2]
+                if member.sparse is not None:
+                    raise LlavaError(f"{file.path}: {member.name!r} is sparse: write it anew")
+                if member.offset_data + member.size > file.size:
+                    raise LlavaError(
+                        f"{file.path} is cut off: {member.name!r} would end at byte "
+                        f"{member.offset_data + member.size:,} of {file.size:,}"
+                    )
+                text = None
+                if kind(extension) in TEXTS:
+                    text = file.read(member.offset_data, member.size)
+                members = samples.setdefault(key, {})
+                if extension in members:
+                    raise LlavaError(f"{file.path} has two members {member.name!r}")
+                members[extension] = member.offset_data, member.size, text
+    except (OSError, ValueError, tarfile.TarError, EOFError) as error:
+        if isinstance(error, LlavaError):
+            raise
+        with open(file.path, "rb") as opened:
+            head = opened.read(4)
+        compressed = head[:2] == b"\x1f\x8b" or head == b"\x28\xb5\x2f\xfd" or head[:3] == b"BZh"
+        reason = (
+            "it is compressed, so that no member can be found: unpack it" if compressed else error
+        )
+        raise LlavaError(f"cannot read {file.path}: {reason}") from None
+    if not samples:
+        raise LlavaError(f"{file.path} holds no files of samples such as {brief('7.json')}")
+    return samples
