@@ -64,6 +64,8 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
         hosts.first_alone(lambda: lock.enter_context(locked_workdir(workdir)))
         data, held_out = open_data(stage, tokenizer)
         values["data_fingerprint"] = data.fingerprint
+        if stage.compares:
+            values["reference"] = stage.reference_checksums(sources)
         hosts.first_alone(lambda: claim_workdir(workdir, values))
 
         # 2. Build: the state, fresh or resumed, and the frozen parameters, on the devices.

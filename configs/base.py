@@ -110,6 +110,11 @@ def get_config() -> ConfigDict:
     # As the original LLaVA: each eighth of a batch (one of its 8 GPUs) weighs the same in the loss,
     # however many tokens it has, and gradients are not clipped.
     config.parity = False
+    # answers: their tokens are learnt | dpo: of the two answers that each record has the chosen one
+    # is made likelier than the rejected one; see llava_jax/training/preferences.py.
+    config.loss = "answers"
+    config.dpo = ConfigDict()
+    config.dpo.beta = 0.1  # the larger, the closer the model stays to the one that it starts from
     config.loss_chunk = 64  # positions a row whose logits exist at once
 
     # Mesh axes: copies of the weights, shards of each copy, devices that share a layer's products;

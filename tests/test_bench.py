@@ -7,7 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from bench import scaling, train_step
+from bench import dpo_step, scaling, train_step
 from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.presets import PRESETS
@@ -96,3 +96,13 @@ def test_a_recipe_s_shape_is_timed_with_random_parameters(name, monkeypatch):
     for step in (ours, theirs):
         first, second = step(0), step(1)
         assert abs(first - np.log(300)) < 1 and second < first
+
+
+def test_two_separate_models_take_the_same_steps_on_pairs(world, tmp_path, aligned):
+    changes = {"model.dtype": "float32", "optimizer.eps": 1e-3}
+    values = tiny_run.preferences(world, tmp_path, aligned, tmp_path, changes)
+    sides = dpo_step.compiled_sides(tiny_run.recipe(values), pairs=2, prompt=9, answer=5)
+    losses = {name: dpo_step.run(side, 3) for name, side in sides.items()}
+    assert losses["llava_jax"][2] < losses["llava_jax"][0]
+    np.testing.assert_allclose(losses["llava_jax"], losses["separate"], rtol=1e-4)
+    assert sides["llava_jax"].needed < sides["separate"].needed

@@ -14,8 +14,9 @@ from llava_jax.data.rows import feature_places
 from llava_jax.inference.model import Llava
 from llava_jax.models.decoder import DecoderConfig
 from llava_jax.models.images import ImageSpec, features_in_turn
-from llava_jax.models.llava import LlavaConfig, abstract_params
+from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params
 from llava_jax.models.vit import ViTConfig
+from llava_jax.training.step import AnswerLoss, make_eval_step
 
 VISION = ViTConfig(
     hidden_size=16,
@@ -65,6 +66,12 @@ def random_params(config: LlavaConfig, seed: int = 0) -> dict:
         return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), jnp.float32)
 
     return jax.tree.map_with_path(draw, nn.meta.unbox(abstract_params(config)))
+
+
+def loss_and_tokens(model: LlavaModel, params: dict, batch: dict, chunk: int = 16) -> tuple:
+    """(sum of token losses, supervised tokens)."""
+    sums, tokens = make_eval_step(AnswerLoss(model, chunk))(params, {}, batch)
+    return sums["loss"], tokens
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

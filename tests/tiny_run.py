@@ -77,6 +77,14 @@ def conversation(i: int) -> dict:
     return record | ({"image": pictures} if pictures else {})
 
 
+def pair(i: int) -> dict:
+    """A question about one picture, or about none, with two answers of other lengths."""
+    answers = {"chosen": ANSWERS[i % 5], "rejected": ANSWERS[(i + 1 + i // 5) % 5]}
+    if i % 3 == 1:
+        return {"id": f"pair-{i}", "prompt": "What?", **answers}
+    return {"id": f"pair-{i}", "image": f"{i}.png", "prompt": "<image>\nWhat?", **answers}
+
+
 def write_data(folder: Path, count: int = 24) -> None:
     """folder/images, align.json, instruct.json and held_out.json."""
     (folder / "images").mkdir(parents=True)
@@ -149,6 +157,14 @@ def instruct(world: Path, workdir: Path, start: Path, changes: dict | None = Non
         "data.image_root": str(world / "data/images"),
     }
     return {**INSTRUCT, **places, **(changes or {})}
+
+
+def preferences(
+    world: Path, workdir: Path, start: Path, pairs: Path, changes: dict | None = None
+) -> dict:
+    """The values of a run on the pairs of a file, whose pictures are next to it."""
+    places = {"data.train": str(pairs), "data.validation": "", "data.image_root": ""}
+    return instruct(world, workdir, start, {"loss": "dpo", **places, **(changes or {})})
 
 
 def start_script(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.collection import Records, ends_of_files
-from llava_jax.data.forms import ANSWER, LISTS, QUESTION, form_of
+from llava_jax.data.forms import ANSWER, LISTS, QUESTION
+from llava_jax.data.pairs import PAIR_KEYS, form_of
 from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS, Record, parse_record
 from llava_jax.data.record_boxes import BOX_KEYS
 from llava_jax.errors import LlavaError, RecordError
@@ -85,6 +86,8 @@ class ArrayRecords(Records):
             item = {key: _as_json(ours.get(key, key), value) for key, value in example.items()}
         except ValueError as error:  # of which broken JSON and broken UTF-8 are two
             raise RecordError("bad text", f"record {index}: {error}") from None
+        if not item.get("rejected"):  # the feature is there for all records
+            item.pop("rejected", None)
         return item | boxes, names
 
     def content(self) -> str:
@@ -110,7 +113,7 @@ def _read_features(tfds, features, path, columns: dict[str, str]) -> tuple:
     """(the features that are read, as they are stored; names of those that nothing reads)."""
     text, sequence = tfds.features.Text, tfds.features.Sequence
     found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-    if not columns and not any(name in features for name in (*LISTS, ANSWER)):
+    if not columns and not any(name in features for name in (*LISTS, ANSWER, "rejected")):
         raise LlavaError(
             f"{path} is not a data set of LLaVA records: its features are {found}, none is "
             "'conversations'; write one with `llava-jax build`"
@@ -145,7 +148,7 @@ def _read_features(tfds, features, path, columns: dict[str, str]) -> tuple:
             read[theirs] = stored(feature) if whole else None
         elif name in (*SYSTEM_KEYS, QUESTION, ANSWER):
             read[theirs] = feature if is_text(feature) else None
-        elif name == "boxes" and is_text(feature):  # another program's may be a list
+        elif name in ("boxes", *PAIR_KEYS) and is_text(feature):  # another's may be a list
             read[theirs] = feature
         elif name == "id":
             read[theirs] = feature if feature.shape == () else None

@@ -48,7 +48,8 @@ class Augmentation:
           row: number of the row in the run. place: of the record in the row.
         """
         rng = np.random.default_rng([self.seed, row, place])
-        may_flip = not any(_SIDES.search(turn.text) for turn in record.turns)
+        texts = [turn.text for turn in record.turns] + [record.rejected or ""]
+        may_flip = not any(map(_SIDES.search, texts))
         changed, boxes = [], list(record.boxes)
         for number, image in enumerate(images):
             of = [i for i, box in enumerate(boxes) if box.image == number]

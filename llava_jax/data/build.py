@@ -98,7 +98,7 @@ def _existing(target: Path, split: str) -> str | None:
 
 def _check_and_hash(records, progress: bool) -> dict:
     """Counts and a hash of everything; raises LlavaError for the first faulty record."""
-    digest, images, videos, boxes = hashlib.sha256(), 0, 0, 0
+    digest, images, videos, boxes, pairs = hashlib.sha256(), 0, 0, 0, 0
     for index in tqdm(range(len(records)), "checking", unit=" records", disable=not progress):
         record = checked_record(records, index)
         example = _example(record)
@@ -110,7 +110,10 @@ def _check_and_hash(records, progress: bool) -> dict:
             digest.update(f"{len(encoded)}:".encode() + encoded)
         if record.boxes:
             digest.update(example["boxes"].encode())
-    counts = {"videos": videos, "boxes": boxes}
+        if record.rejected is not None:
+            pairs += 1
+            digest.update(f"rejected {len(record.rejected)}:{record.rejected}".encode())
+    counts = {"videos": videos, "boxes": boxes, "rejected": pairs}
     return {
         "format": "llava_jax records 1",
         "source": Path(records.path).name,
@@ -137,6 +140,7 @@ def _example(record: Record) -> dict:
         "videos": [_read(video, record) for video in videos],
         "image_names": list(record.image_names),
         "boxes": json.dumps(as_json(record.boxes)),
+        "rejected": record.rejected or "",
     }
 
 
@@ -178,6 +182,7 @@ def _write(records, out: Path, name: str, split: str, metadata: dict, progress: 
                 }
                 | ({"videos": encoded} if "videos" in metadata else {})
                 | ({"boxes": tfds.features.Text(doc="JSON")} if "boxes" in metadata else {})
+                | ({"rejected": tfds.features.Text()} if "rejected" in metadata else {})
             )
             return tfds.core.DatasetInfo(
                 builder=self,
@@ -194,7 +199,7 @@ def _write(records, out: Path, name: str, split: str, metadata: dict, progress: 
             bar = tqdm(range(len(records)), "writing", unit=" records", disable=not progress)
             for index in bar:
                 example = _example(records[index])
-                for kind in {"videos", "boxes"} - metadata.keys():
+                for kind in {"videos", "boxes", "rejected"} - metadata.keys():
                     del example[kind]
                 yield index, example
 

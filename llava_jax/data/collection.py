@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 
-from llava_jax.data.forms import check_columns, form_of
+from llava_jax.data.forms import check_columns
+from llava_jax.data.pairs import form_of
 from llava_jax.data.parsing import Record, count_ignored_keys, parse_record
 from llava_jax.data.record_boxes import has_boxes
 from llava_jax.errors import LlavaError, RecordError

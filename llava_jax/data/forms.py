@@ -32,9 +32,10 @@ LISTS = ("conversations", "messages", "texts")  # keys of lists of turns
 QUESTION, ANSWER = "question", "answer"
 # What `config.data.columns` may name.
 COLUMNS = ("id", "image", "video", "system", "conversations", QUESTION, ANSWER)
+COLUMNS += ("pair", "prompt", "chosen", "rejected")  # see `data.pairs`
 _TALK = ("conversations", QUESTION, ANSWER)
 # A turn: who speaks, what is said. Of the last pair it is the question and the answer.
-_TURNS = (("from", "value"), ("role", "content"), ("user", "assistant"))
+TURN_KEYS = (("from", "value"), ("role", "content"), ("user", "assistant"))
 # Where a part of a message has its picture or video; without any it is the record's next one.
 _PART_KEYS = {"image": ("image", "image_url", "url", "path", "base64"),
               "video": ("video", "video_url", "url", "path")}  # fmt: skip
@@ -114,7 +115,7 @@ def talk_key(item: dict, columns: dict[str, str], where: str) -> str | None:
     return next((key for key in LISTS if item.get(key) is not None), None)
 
 
-def form_of(item, columns: dict[str, str]) -> str | None:
+def talk_form(item, columns: dict[str, str]) -> str | None:
     """Words for the form of a record, by its keys and its first turn."""
     item = renamed(item, columns) if isinstance(item, dict) else {}
     try:
@@ -122,8 +123,8 @@ def form_of(item, columns: dict[str, str]) -> str | None:
         if key == ANSWER:
             named = columns.get(ANSWER, ANSWER)
             return "question and answer" if item.get(QUESTION) else f"{named} as captions"
-        turns = _listed(item.get(key)) if key else None
-        pair = _pair(turns[0])
+        turns = listed(item.get(key)) if key else None
+        pair = turn_keys(turns[0])
         parts = " parts" if any(isinstance(turn.get(pair[1]), list) for turn in turns) else ""
         return f"{columns.get(key, key)} of {pair[0]} and {pair[1]}{parts}"
     except (RecordError, TypeError, KeyError, IndexError, AttributeError):
@@ -144,7 +145,7 @@ def read_talk(item: dict, columns: dict[str, str], where: str) -> Talk:
         return Talk(None, turns, None, False, (QUESTION, ANSWER), ())
     if key is None:
         raise _no_talk(item, columns, where)
-    messages = _listed(item[key])
+    messages = listed(item[key])
     if not isinstance(messages, list) or not messages:
         raise RecordError(
             "no conversations",
@@ -153,14 +154,14 @@ def read_talk(item: dict, columns: dict[str, str], where: str) -> Talk:
     pair, system, said, ignored = None, None, [], set()
     for position, message in enumerate(messages):
         here = f"{where}, turn {position}"
-        pair = pair or _pair(message)
+        pair = pair or turn_keys(message)
         if pair is None or not isinstance(message, dict) or not {*pair} <= message.keys():
-            wanted = " and ".join(map(repr, pair or _TURNS[key == "messages"]))
+            wanted = " and ".join(map(repr, pair or TURN_KEYS[key == "messages"]))
             raise RecordError(
                 "bad turn", f"{here}: expected an object with {wanted}, found {brief(message)}"
             )
         ignored |= {name for name in message.keys() - {*pair} if message[name] is not None}
-        if pair == _TURNS[2]:
+        if pair == TURN_KEYS[2]:
             ignored.discard("source")  # of The Cauldron: a name of the data
             said += [("human", [sound_text(message["user"], "user", here)])]
             said += [("gpt", [sound_text(message["assistant"], "assistant", here)])]
@@ -182,7 +183,7 @@ def read_talk(item: dict, columns: dict[str, str], where: str) -> Talk:
     parts = tuple(piece for _, pieces in said for piece in pieces if isinstance(piece, Part))
     turns = tuple(Turn(role, _joined(pieces, bool(parts))) for role, pieces in said)
     ignored = tuple(f"{key}.{name}" for name in sorted(map(str, ignored)))
-    return Talk(system, turns, parts or None, pair != _TURNS[2], (key,), ignored)
+    return Talk(system, turns, parts or None, pair != TURN_KEYS[2], (key,), ignored)
 
 
 def with_marks(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
@@ -202,7 +203,7 @@ def sound_text(text, key: str, where: str) -> str:
     return text
 
 
-def _listed(turns):
+def listed(turns):
     """A list of turns from JSON text, or from the lists of each key that columnar files keep."""
     if isinstance(turns, str):
         try:
@@ -217,9 +218,9 @@ def _listed(turns):
     return turns
 
 
-def _pair(turn) -> tuple[str, str] | None:
+def turn_keys(turn) -> tuple[str, str] | None:
     keys = turn.keys() if isinstance(turn, dict) else ()
-    return next((pair for pair in _TURNS if {*pair} <= keys), None)
+    return next((pair for pair in TURN_KEYS if {*pair} <= keys), None)
 
 
 def _pieces(content, key: str, where: str) -> list[str | Part]:

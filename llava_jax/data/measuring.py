@@ -24,7 +24,7 @@ from llava_jax.data.rows import RowFormat, is_several, nominal, render_record
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.files import whole_file
 from llava_jax.text.templates import Segment
-from llava_jax.text.tokenization import SegmentTokenizer, token_row, truncate
+from llava_jax.text.tokenization import SegmentTokenizer, token_row
 
 _CHUNK = 1024  # records tokenized at a time
 _CACHE_VERSION = 4  # raise it when the meaning of a cached value changes
@@ -231,7 +231,7 @@ def _tokenize(
         for (index, *texts), length in zip(chunk, lengths, strict=tokenizer is not None):
             full, reason = int(length), None
             if full > row_format.max_length:
-                row, reason = truncate(token_row(tokenizer, *texts), row_format.max_length)
+                row, reason = row_format.cut(token_row(tokenizer, *texts))
                 length = 0 if row is None else len(row)
                 cache.cut += row is not None
                 if row is None:

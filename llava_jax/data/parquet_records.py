@@ -14,7 +14,8 @@ import numpy as np
 
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.collection import Records, ends_of_files, state_of_files
-from llava_jax.data.forms import ANSWER, LISTS, QUESTION, form_of
+from llava_jax.data.forms import ANSWER, LISTS, QUESTION
+from llava_jax.data.pairs import PAIR_KEYS, form_of
 from llava_jax.data.parquet import holds_pictures, pictures_of, reading
 from llava_jax.data.parquet_pages import metadata
 from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS
@@ -22,7 +23,7 @@ from llava_jax.data.record_boxes import BOX_KEYS
 from llava_jax.data.stored import File
 from llava_jax.errors import LlavaError, RecordError
 
-_TEXTS = ("id", *LISTS, QUESTION, ANSWER, *SYSTEM_KEYS, *BOX_KEYS)
+_TEXTS = ("id", *LISTS, QUESTION, ANSWER, *PAIR_KEYS, *SYSTEM_KEYS, *BOX_KEYS)
 
 
 class _File:
@@ -70,7 +71,7 @@ class ParquetRecords(Records):
         self._ends = np.cumsum([file.rows for file in self._files]).tolist()
         self.check_named({name for file in self._files for name in file.names})
         for file in self._files:
-            if not {*LISTS, ANSWER, *self.columns.values()} & {*file.names}:
+            if not {*LISTS, ANSWER, "rejected", *self.columns.values()} & {*file.names}:
                 raise LlavaError(
                     f"{file.path} holds no conversations: its columns are "
                     f"{', '.join(file.names)}; name a question and an answer, as in "

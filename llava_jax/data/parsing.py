@@ -12,7 +12,7 @@ https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md):
 each with one `<image>`, or `<video>`, in the text. A text-only record has neither. `boxes` are of
 its images; see `data.record_boxes`. `system`, or a first turn from "system", replaces the
 template's system prompt. Ids may repeat, as they do in LLaVA's own data: a record's index is what
-identifies it, and stands in for a missing id.
+identifies it, and stands in for a missing id. Records with two answers are in `data.pairs`.
 """
 
 from collections import Counter
@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from llava_jax.data import attachments
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.forms import Talk, read_talk, renamed, sound_text, with_marks
+from llava_jax.data.pairs import unpaired
 from llava_jax.data.record_boxes import BOX_KEYS, RecordBox, has_boxes, parse_boxes
 from llava_jax.data.video import Video
 from llava_jax.errors import RecordError, brief, closest
-from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, Turn
+from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, VIDEO_TOKEN, Turn
 
 SYSTEM_KEYS = ("system", "system_prompt")
 UNSUPPORTED_KEYS = tuple(key.replace("image", "audio") for key in IMAGE_KEYS)
@@ -47,6 +48,7 @@ class Record:
     ignored_keys: keys that hold something which nothing reads.
     boxes: what each `<box>` in the turns stands for.
     origin: "number 3 of ocr.json", where the record is one of a mixture.
+    rejected: of a pair, the answer that is worse than the last one of `turns`.
     """
 
     index: int
@@ -58,6 +60,7 @@ class Record:
     ignored_keys: tuple[str, ...] = ()
     boxes: tuple[RecordBox, ...] = ()
     origin: str = ""
+    rejected: str | None = None
 
     @property
     def name(self) -> str:
@@ -83,7 +86,7 @@ def count_ignored_keys(items, columns: dict[str, str]) -> dict[str, int]:
     counts = Counter()
     for item in items:
         try:
-            item = renamed(item, columns)
+            item, _ = unpaired(renamed(item, columns), "")
             counts.update(ignored_keys(item, read_talk(item, columns, "")))
         except (RecordError, AttributeError, TypeError):  # reported when the record is read
             pass
@@ -112,7 +115,12 @@ def parse_record(
                 f"{where} has {key!r} {brief(item[key])}: only images and videos are supported; "
                 "leave the record out",
             )
-    talk = read_talk(item, columns or {}, where)
+    item, rejected = unpaired(item, where)
+    if rejected is not None and has_boxes(item):
+        raise RecordError(
+            "bad pair", f"{where} has boxes and 'rejected': write the boxes of a pair as text"
+        )
+    talk = read_talk(item, {} if rejected else columns or {}, where)
     turns = talk.turns
     given = {kind: attachments.sources(item, kind, where) for kind in ("image", "video")}
     if talk.parts is not None:
@@ -136,6 +144,7 @@ def parse_record(
         _parse_system(item, talk.system, where),
         tuple(ignored_keys(item, talk)),
         parse_boxes(item, turns, len(found), where),
+        rejected=rejected,
     )
 
 
@@ -181,6 +190,8 @@ def check_record(record: Record, image_root: str | None = None) -> None:
         raise RecordError("no conversations", f"{where} has no conversations")
     if len(record.turns) % 2:
         raise RecordError("last turn unanswered", f"{where} ends with a human turn; add its answer")
+    if record.rejected is not None:
+        _check_rejected(record, where)
     places = sum(turn.images for turn in record.turns)
     if places != len(record.images):
         raise RecordError(
@@ -194,6 +205,17 @@ def check_record(record: Record, image_root: str | None = None) -> None:
             attachments.check_file(
                 path, name, image_root, where, "image" if path is source else "video"
             )
+
+
+def _check_rejected(record: Record, where: str) -> None:
+    if IMAGE_TOKEN in record.rejected or _videos(record) and VIDEO_TOKEN in record.rejected:
+        raise RecordError(
+            "<image> in an answer", f"{where}: the rejected answer may not hold a picture's place"
+        )
+    if record.rejected == record.turns[-1].text:
+        raise RecordError(
+            "bad pair", f"{where}: both answers are the same, so neither is better; leave it out"
+        )
 
 
 def _videos(record: Record) -> bool:

@@ -27,7 +27,7 @@ from llava_jax.models.images import (
 )
 from llava_jax.models.taps import inverse
 from llava_jax.text.conversation import with_times
-from llava_jax.text.templates import TURNS, Segment, Template, get_template, render_turns
+from llava_jax.text.templates import PAIR, TURNS, Segment, Template, get_template, render_turns
 from llava_jax.text.tokenization import (
     IGNORE_INDEX,
     SegmentTokenizer,
@@ -50,7 +50,8 @@ class RowFormat:
       tiles: K; a record with more tiles is refused.
       row_length: T, at least max_length; None for max_length.
       packing: several conversations in a row; otherwise one.
-      turns: "conversation", or "independent": each question sees the record's pictures and itself.
+      turns: "conversation", or "independent": each question sees the record's pictures and itself,
+        or PAIR: each of a record's two answers sees the prompt and itself.
       image_token_id: what stands in `input_ids` for a feature.
       use_im_start_end: each picture stands between <im_start> and <im_end>.
       box_convention: how the boxes of records are written (`data.boxes`).
@@ -69,7 +70,7 @@ class RowFormat:
     box_convention: str = "llava"
 
     def __post_init__(self):
-        if self.turns not in TURNS:
+        if self.turns not in (*TURNS, PAIR):
             raise LlavaError(f"data.turns is {self.turns!r}: choose one of {', '.join(TURNS)}")
         if self.length < self.max_length:
             raise LlavaError(
@@ -107,6 +108,12 @@ class RowFormat:
         """How the boxes of records are written."""
         return Boxes(self.box_convention, self.image)
 
+    def cut(self, row: TokenRow) -> tuple[TokenRow | None, str | None]:
+        """`truncate` at `max_length`; a pair is whole or of no use, since its answers compare."""
+        if self.turns == PAIR and len(row) > self.max_length:
+            return None, "a pair is too long"
+        return truncate(row, self.max_length)
+
     def layouts(self, sources: Sequence[Source]) -> list[Layout]:
         """The tiles and tokens of a record's pictures and videos; see `images.layouts`."""
         return layouts(self.image, self.tokens_per_tile, sources)
@@ -122,14 +129,14 @@ class RowFormat:
 
         input_ids, labels: as in TokenRow. position_ids: restart in each conversation, and in each
         independent turn where the part that the turns share ends. segment_ids: 0 is padding,
-        conversations count from 1. turn_ids: as in TokenRow, only if turns are independent.
+        conversations count from 1. turn_ids: as in TokenRow, if turns are independent or a pair.
         feature_ids, feature_places: which feature of the row's tiles stands at each position, and
         its inverse (`models.images`). Where tokens mix several features both have an axis of taps,
         and feature_weights come with them. tiles: pixels; unused ones are zero.
         """
         tokens, side = (self.length,), self.image.size
         names = ["input_ids", "labels", "position_ids", "segment_ids", "feature_ids"]
-        names += ["turn_ids"] if self.turns == "independent" else []
+        names += ["turn_ids"] if self.turns != "conversation" else []
         shapes = dict.fromkeys(names, tokens)
         shapes["feature_places"] = (self.tiles * self.tokens_per_tile,)
         taps = (self.image.taps,) if self.image.taps > 1 else ()
@@ -260,9 +267,8 @@ def render_record(
                     "data.turns=conversation",
                 )
             turns = with_times(turns, times)
-        return render_turns(
-            row_format.template, turns, row_format.turns, record.system, placeholder
-        )
+        words = record.system, placeholder, record.rejected
+        return render_turns(row_format.template, turns, row_format.turns, *words)
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {record.name}: {error}") from None
 
@@ -357,7 +363,7 @@ class RowBuilder:
         return token_row(self.tokenizer, texts, [len(layout) for layout, _ in found]), found
 
     def _cut(self, whole: TokenRow, record: Record) -> TokenRow:
-        row, reason = truncate(whole, self.row_format.max_length)
+        row, reason = self.row_format.cut(whole)
         if row is None:
             raise RecordError(
                 "changed",

@@ -19,7 +19,6 @@ from llava_jax.text.tokenization import (
     SegmentTokenizer,
     TokenRow,
     token_row,
-    truncate,
     turn_positions,
 )
 
@@ -39,8 +38,8 @@ def show(
       training: what becomes of the record; ignored_keys; supervised_spans: the [start, end)
       characters of the text that are learnt. Of a record with boxes also boxes: [{"image",
       "pixels", "text"}], the number of its image, the box on it and how it is written.
-      If turns are independent also turn_ids, and the text has what each question adds to the part
-      that they share.
+      If turns are independent, or a pair, also turn_ids, and the text has what each question, or
+      answer, adds to the part that they share. Of a pair also rejected.
     Raises:
       LlavaError: there is no such record, or training would refuse its text.
     """
@@ -86,6 +85,8 @@ def show(
     if row.turn_ids is not None:
         shown["turn_ids"] = row.turn_ids.tolist()
         shown["position_ids"] = turn_positions(row.turn_ids).tolist()
+    if record.rejected is not None:
+        shown["rejected"] = record.rejected
     if record.boxes:
         sizes = [one.source for one in seen]
         shown["boxes"] = [
@@ -150,7 +151,7 @@ def _fate(row: TokenRow, layouts: list, row_format: RowFormat) -> str:
         return f"left out: {row_format.crowded}"
     if len(row) <= row_format.max_length:
         return "used whole"
-    kept, reason = truncate(row, row_format.max_length)
+    kept, reason = row_format.cut(row)
     at = f"at max_length={row_format.max_length}"
     return f"left out: {reason} {at}" if kept is None else f"cut {at}"
 
@@ -214,7 +215,9 @@ def as_text(shown: dict, colour: bool) -> str:
         f"{lengths['tokens']} tokens: {lengths['image_tokens']} of images, "
         f"{lengths['supervised_tokens']} supervised (marked {'green' if colour else '«»'})"
     )
-    if "turn_ids" in shown:
+    if "rejected" in shown:
+        lines.append("a pair: the chosen answer, then the rejected one; each sees the prompt alone")
+    elif "turn_ids" in shown:
         lines.append("independent turns: each question sees the images and itself alone")
     if shown["ignored_keys"]:
         lines.append(f"ignored keys: {', '.join(map(brief, shown['ignored_keys']))}")

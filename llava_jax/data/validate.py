@@ -70,12 +70,10 @@ class Report(Findings):
                 "system prompt in place of the template's",
                 f"{record.name}: {brief(record.system)}",
             )
-        for position, turn in enumerate(record.turns):
-            if match := self._special.search(turn.text):
-                note(
-                    "special token in the text",
-                    f"{record.name}, turn {position}: {match.group()!r}",
-                )
+        texts = {f"turn {position}": turn.text for position, turn in enumerate(record.turns)}
+        for place, text in (texts | {"rejected": record.rejected or ""}).items():
+            if match := self._special.search(text):
+                note("special token in the text", f"{record.name}, {place}: {match.group()!r}")
 
     def tokens(self, index: int, length: int, reason: str | None) -> None:
         self.lengths.append(length)

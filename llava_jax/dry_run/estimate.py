@@ -43,6 +43,8 @@ class Contents:
 # Captions of LCS-558K; the 665K mix: 94% have a picture, and about 900 tokens with it.
 CAPTIONS = Contents(fill=0.95, text=32, supervised=0.9, pictured=1.0)
 CONVERSATIONS = Contents(fill=0.88, text=340, supervised=0.4, pictured=0.94)
+# A question about a picture with two descriptions of it, of 110 tokens each: a guess.
+PAIRS = Contents(fill=0.85, text=290, supervised=0.75, pictured=1.0)
 # Where tiles and tokens depend on the size: two of COCO, Visual Genome, OCR-VQA, ChartQA, DocVQA,
 # InfographicVQA, a small one. Rows of several such pictures are fuller (tests/data/test_plan.py).
 SIZES = ((640, 427), (427, 640), (500, 375), (325, 500))
@@ -50,10 +52,10 @@ SIZES += ((850, 600), (1700, 2200), (800, 2500), (448, 336))
 TILED = dataclasses.replace(CONVERSATIONS, fill=0.95, sizes=SIZES)
 
 
-def contents_of(config: LlavaConfig, captions: bool) -> Contents:
+def contents_of(config: LlavaConfig, captions: bool, pairs: bool = False) -> Contents:
     """What rows are assumed to hold."""
-    if captions:
-        return CAPTIONS
+    if captions or pairs:
+        return PAIRS if pairs else CAPTIONS
     return TILED if config.image.by_size else CONVERSATIONS
 
 
@@ -81,7 +83,13 @@ def assumed_counts(
 
 
 def executed_flops(
-    config: LlavaConfig, trainable: set[str], rows: int, length: int, images: int, remat: str
+    config: LlavaConfig,
+    trainable: set[str],
+    rows: int,
+    length: int,
+    images: int,
+    remat: str,
+    reference: bool = False,
 ) -> float:
     """FLOPs that the devices execute, with padding, empty image slots and recomputation.
 
@@ -97,7 +105,7 @@ def executed_flops(
     once += attention_flops(config, everything["attention_pairs"])
     if "vision" in trainable:
         once += rows * images * image_flops(config)[0]
-    return step_flops(config, trainable, everything) + RECOMPUTED[remat] * once
+    return step_flops(config, trainable, everything, reference) + RECOMPUTED[remat] * once
 
 
 def memory_traffic(config: LlavaConfig, plan: dict) -> float:

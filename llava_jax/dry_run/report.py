@@ -18,8 +18,9 @@ from llava_jax.dry_run.estimate import (
 )
 from llava_jax.dry_run.topology import Topology
 from llava_jax.text.templates import get_template
-from llava_jax.training.flops import attention_flops, step_flops
+from llava_jax.training.flops import attention_flops, decoder_passes, step_flops
 from llava_jax.training.stage import Stage
+from llava_jax.training.step import REFERENCE
 
 DOES_NOT_FIT = 3  # exit status
 LARGEST_SHARE = 0.95  # of a card's memory; CUDA and NCCL need the rest
@@ -50,7 +51,7 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
     config, state, model = stage.config, stage.state, stage.model.config
     rows, length = config.batch_size, stage.row_format.length
     is_captions = get_template(config.model.template).image_only_question
-    contents = contents_of(model, is_captions)
+    contents = contents_of(model, is_captions, stage.compares)
     contents = dataclasses.replace(contents, fill=fill) if fill else contents
     counts = assumed_counts(model, contents, rows, length, stage.row_format.tiles)
     figures = {
@@ -80,7 +81,7 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
         and (where.chip is None or compiled.needed <= where.usable),
         "assumed": dataclasses.asdict(contents),
         "tokens": counts["tokens"],
-        "model_flops": step_flops(model, stage.trainable, counts),
+        "model_flops": step_flops(model, stage.trainable, counts, stage.compares),
     }
     if compiled.memory is None:
         return figures
@@ -121,8 +122,8 @@ def least_fsdp_bytes(stage: Stage) -> float:
     width = jnp.dtype(stage.model.dtype).itemsize
     trained = parameter_count(stage.state.params)
     frozen = {name: parameter_count(tree) for name, tree in stage.frozen.items()}
-    # The gradient flows back through a frozen decoder, not through a frozen encoder.
-    passes = {name: 1 if name == "vision" else 2 for name in frozen}
+    # The gradient flows back through a frozen decoder, not through a frozen encoder or a reference.
+    passes = {name: 1 if name in ("vision", REFERENCE) else 2 for name in frozen}
     least = trained * (2 * width + 4) + sum(frozen[n] * passes[n] * width for n in frozen)
     return stage.microbatches * least * share / tensor
 
@@ -144,13 +145,15 @@ def estimate_of(
     """
     config, model, trainable = stage.config, stage.model.config, stage.trainable
     rows, length, remat = config.batch_size, stage.row_format.length, config.model.remat_policy
-    executed = executed_flops(model, trainable, rows, length, stage.row_format.tiles, remat)
+    executed = executed_flops(
+        model, trainable, rows, length, stage.row_format.tiles, remat, stage.compares
+    )
     decoder = {**stage.frozen, **stage.state.params}["decoder"]
     plan = {
         "trainable": figures["bytes"]["trainable_weights"],
         "optimizer": figures["bytes"]["optimizer"],
         "decoder": parameter_count(decoder),
-        "passes": (3 if "decoder" in trainable else 2) + (remat in ("attention", "full")),
+        "passes": decoder_passes(trainable, stage.compares) + (remat in ("attention", "full")),
         "accumulation": stage.microbatches,
         "tokens": rows * length / stage.batch_shards,
     }

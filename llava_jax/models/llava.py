@@ -136,8 +136,8 @@ class LlavaModel(nn.Module):
             c.decoder, self.dtype, self.remat_policy, self.attention, self.stacked
         )
 
-    def encode_images(self, tiles: jax.Array) -> jax.Array:
-        """Pixels [N, S, S, 3], uint8 or already normalised floats -> features [N, P, D]."""
+    def see(self, tiles: jax.Array) -> jax.Array:
+        """Pixels [N, S, S, 3], uint8 or already normalised floats -> what the projector gets."""
         with jax.named_scope("vision"):
             if tiles.dtype == jnp.uint8:
                 tiles = normalize_images(self.config.image, tiles)
@@ -145,7 +145,13 @@ class LlavaModel(nn.Module):
             features = features[:, 1:] if self.config.drop_first_patch else features
             if self.config.image.pools_in_encoder:
                 features = jnp.concatenate([features, average_squares(features)], axis=1)
-            return self.projector(features)
+            return features
+
+    def encode_images(self, tiles: jax.Array) -> jax.Array:
+        """Pixels as of `see` -> features [N, P, D]."""
+        seen = self.see(tiles)
+        with jax.named_scope("vision"):
+            return self.projector(seen)
 
     def embed(
         self,
@@ -199,6 +205,7 @@ class LlavaModel(nn.Module):
         segment_ids: jax.Array,
         turn_ids: jax.Array | None = None,
         feature_weights: jax.Array | None = None,
+        seen: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states [B, T, D].
 
@@ -206,10 +213,14 @@ class LlavaModel(nn.Module):
           input_ids, feature_ids, feature_places, feature_weights: as in `embed`.
           tiles: [B, K, S, S, 3], or None for text alone.
           position_ids, segment_ids, turn_ids: int[B, T], as in `Decoder`.
+          seen: what `see` gives of the tiles [B * K, S, S, 3], if it is there already.
         """
         features = None
         if tiles is not None and tiles.shape[1]:
-            features = self.encode_images(tiles.reshape(-1, *tiles.shape[2:]))
+            if seen is None:
+                features = self.encode_images(tiles.reshape(-1, *tiles.shape[2:]))
+            else:
+                features = self.projector(seen)
             features = features.reshape(len(input_ids), -1, features.shape[-1])  # [B, K * P, D]
         embeddings = self.embed(input_ids, features, feature_ids, feature_places, feature_weights)
         return self.decoder(embeddings, position_ids, segment_ids, turn_ids)

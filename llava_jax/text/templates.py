@@ -17,6 +17,7 @@ from llava_jax.errors import LlavaError, RecordError
 from llava_jax.text.conversation import IMAGE_TOKEN, Turn, images_in
 
 TURNS = ("conversation", "independent")
+PAIR = "pair"  # of a record with two answers to a prompt
 _LEADING_IMAGES = re.compile(rf"^(?:{IMAGE_TOKEN}\s*)*")
 _CHAT_OF = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
@@ -334,23 +335,37 @@ def render_turns(
     mode: str,
     system: str | None = None,
     placeholder: str | None = None,
+    rejected: str | None = None,
 ) -> list[tuple[Segment, ...]]:
     """The texts of one record: a single one, or with `mode` "independent" one for each question.
 
     If a record holds many questions about one picture, each answer can be learnt from the picture
     alone: every question sees the pictures and itself, not the questions and answers before it. The
-    part that all of them begin with is stored once in the row (`tokenization.token_row`).
+    part that all of them begin with is stored once in the row (`tokenization.token_row`). So it is
+    with PAIR, for the two answers to a prompt.
 
     Args:
       system: replaces the template's system prompt.
       placeholder: of the model, see `check_plain_text`.
+      rejected: with `mode` PAIR, the answer of the second text in place of the last one.
     Raises:
       RecordError: the template cannot write the turns or the system prompt; a text holds the
-        placeholder; with "independent", an image stands after the start of the first question.
+        placeholder; with "independent", an image stands after the start of the first question;
+        `rejected` and `mode` do not go together.
     """
-    for text in (system or "", *(turn.text for turn in turns)):
+    for text in (system or "", rejected or "", *(turn.text for turn in turns)):
         check_plain_text(text, placeholder)
     template = template.with_system(system)
+    if mode == PAIR:
+        if rejected is None:
+            raise RecordError(
+                "not a pair", "there is no 'rejected': with config.loss=dpo each record is a pair"
+            )
+        return _render_pair(template, turns, rejected)
+    if rejected is not None:
+        raise RecordError(
+            "a pair", "'rejected' is read with config.loss=dpo alone: set that, or leave it out"
+        )
     if mode == "conversation":
         return [render(template, turns)]
     if len(turns) % 2:
@@ -364,3 +379,18 @@ def render_turns(
         )
     pairs = zip(questions, turns[1::2], strict=True)
     return [render(template, (Turn("human", images + q), answer)) for q, answer in pairs]
+
+
+def _render_pair(
+    template: Template, turns: Sequence[Turn], rejected: str
+) -> list[tuple[Segment, ...]]:
+    """A conversation with its last answer, and with `rejected` in place of it.
+
+    Nothing before that answer is learnt.
+    """
+    *prompt, _ = turns
+    answered = render(template, turns), render(template, (*prompt, Turn("gpt", rejected)))
+    # The prompt's segments are those of a generation but for the header of the answer.
+    heard = len(render(template, prompt, generation=True)) - bool(template.gpt[0].rstrip(" "))
+    unlearnt = tuple(Segment(segment.text) for segment in answered[0][:heard])
+    return [unlearnt + whole[heard:] for whole in answered]

@@ -65,26 +65,37 @@ def image_flops(config: LlavaConfig) -> tuple[float, float]:
     return float(num_blocks(v, config.feature_layer) * block + embed), projector
 
 
-def step_flops(config: LlavaConfig, trainable: set[str], counts: dict[str, float]) -> float:
+def decoder_passes(trainable: set[str], reference: bool = False) -> int:
+    """How often the weights of the decoder are multiplied by in a step.
+
+    The gradient always flows through the decoder, to reach the decoder or the projector. A
+    reference takes a forward pass more.
+    """
+    return (3 if "decoder" in trainable else 2) + reference
+
+
+def step_flops(
+    config: LlavaConfig, trainable: set[str], counts: dict[str, float], reference: bool = False
+) -> float:
     """FLOPs of one step: forward, needed gradients of activations, gradients of trained weights.
 
     Args:
       trainable: top-level components with trained parameters.
       counts: `tokens` real tokens, `attention_pairs` (query, key) pairs seen, `images` real
         images, `supervised_tokens`.
+      reference: whether the model is compared with the one that the stage starts from.
     """
     d = config.decoder
-    # The gradient always flows through the decoder, to reach the decoder or the projector.
-    passes = 3 if "decoder" in trainable else 2
+    passes = decoder_passes(trainable, reference)
     decoder = counts["tokens"] * decoder_flops_per_token(config)
     head = 2.0 * counts["supervised_tokens"] * d.hidden_size * d.vocab_size
     scores = attention_flops(config, counts["attention_pairs"])
     vision, projector = image_flops(config)
     return (
         passes * (decoder + head)
-        + 3 * scores
-        + counts["images"] * (vision * (3 if "vision" in trainable else 1))
-        + counts["images"] * projector * (3 if "projector" in trainable else 1)
+        + (3 + reference) * scores
+        + counts["images"] * (vision * (3 + reference if "vision" in trainable else 1))
+        + counts["images"] * projector * (3 + reference if "projector" in trainable else 1)
     )
 
 

@@ -112,6 +112,7 @@ class Loop:
         warm = self.schedule(step - 1)
         scalars = {
             "loss": metrics["loss"],
+            **{name: metrics[name] for name in stage.loss.figures},
             "grad_norm": metrics["grad_norm"],
             **{f"learning_rate/{k}": float(rate * warm) for k, rate in stage.groups.items()},
             "tokens": int(metrics["tokens"]),
@@ -124,7 +125,7 @@ class Loop:
             "step_seconds": seconds,
             "data_wait_seconds": waited,
         }
-        flops = step_flops(stage.model.config, stage.trainable, metrics)
+        flops = step_flops(stage.model.config, stage.trainable, metrics, stage.compares)
         share = mfu(flops, seconds, list(stage.mesh.devices.flat))
         return scalars if share is None else scalars | {"mfu": share}
 

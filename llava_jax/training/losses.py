@@ -1,6 +1,6 @@
 """Next-token cross-entropy that never holds a batch's logits, and skips unsupervised positions.
 
-B rows, T length, D model, V vocabulary, C positions a row in one chunk.
+B rows, T length, D model, V vocabulary, C positions a row in one chunk, A answers in a row.
 """
 
 import functools
@@ -60,21 +60,41 @@ def cross_entropy_sum(
       weights: float32 [B], of each row; no gradient is taken of them.
       chunk: positions of each row in one piece.
     """
+    hidden_states, targets, chunk = _front_loaded(hidden_states, targets, chunk)
+    weights = jnp.broadcast_to(weights[:, None], targets.shape)
+    with jax.named_scope("cross_entropy"):
+        return _front_loaded_sum(hidden_states, table, targets, weights, chunk)
+
+
+def _front_loaded(hidden_states, targets, chunk: int, *more: jax.Array) -> tuple:
+    """Supervised positions at the front of their rows, which are padded to whole chunks.
+
+    Returns:
+      hidden_states, targets, the chunk, no longer than a row, and each of `more`, [B, T].
+    """
     length = hidden_states.shape[1]
     chunk = min(chunk, length)
     padding = -length % chunk
     order, rank = front_order(targets != IGNORE_INDEX)
-    targets = jnp.take_along_axis(targets, order, axis=1)
+    targets, *more = (jnp.take_along_axis(x, order, axis=1) for x in (targets, *more))
     hidden_states = take_rows(hidden_states, order, rank, every=True)
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
-    hidden_states = jnp.pad(hidden_states, ((0, 0), (0, padding), (0, 0)))
-    with jax.named_scope("cross_entropy"):
-        return _front_loaded_sum(hidden_states, table, targets, weights, chunk)
+    behind = ((0, 0), (0, padding))
+    targets = jnp.pad(targets, behind, constant_values=IGNORE_INDEX)
+    hidden_states = jnp.pad(hidden_states, (*behind, (0, 0)))
+    return hidden_states, targets, chunk, *(jnp.pad(x, behind) for x in more)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _front_loaded_sum(hidden_states, table, targets, weights, chunk):
     return _sum_and_grads(hidden_states, table, targets, weights, chunk, False, False)[0]
+
+
+def _split_axes() -> tuple[str, ...]:
+    """The axes of the mesh that rows are split over here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
+    )
 
 
 def _sum_and_grads(
@@ -84,14 +104,14 @@ def _sum_and_grads(
 
     Under a mesh, each device gets the whole table once, in the dtype of the products, and the sums
     are reduced once at the end. The compiler by itself would do both for every chunk.
+
+    Args:
+      weights: float32 [B, T], of each position.
     """
     run = functools.partial(
         _local_sum_and_grads, chunk=chunk, want_hidden=want_hidden, want_table=want_table
     )
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
-    )
+    mesh, axes = jax.sharding.get_abstract_mesh(), _split_axes()
     if not axes:
         return run(hidden_states, table, targets, weights)
     scatter = "fsdp" in axes and table.shape[1] % mesh.shape["fsdp"] == 0
@@ -124,6 +144,18 @@ def longest_row(targets: jax.Array) -> jax.Array:
     return jnp.max(jnp.sum(targets != IGNORE_INDEX, axis=1))
 
 
+def _chunk_of(start, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
+    return [jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in arrays]
+
+
+def _logits_of(h: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    """Logits [B, C, V], their logsumexp and that of the target, [B, C], of h [B * C, D]."""
+    logits = product(h, table, (1,), (1,), jnp.float32).reshape(*targets.shape, -1)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    at_target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return logits, log_z, at_target
+
+
 def _local_sum_and_grads(
     hidden_states, table, targets, weights, chunk, want_hidden, want_table, longest=None
 ):
@@ -132,13 +164,10 @@ def _local_sum_and_grads(
 
     def piece(state):
         start, total, d_hidden, d_table = state
-        h = jax.lax.dynamic_slice_in_dim(hidden_states, start, chunk, axis=1)  # [B, C, D]
-        t = jax.lax.dynamic_slice_in_dim(targets, start, chunk, axis=1)  # [B, C]
+        h, t, w = _chunk_of(start, chunk, hidden_states, targets, weights)
         h = h.reshape(-1, h.shape[-1])
-        logits = product(h, table, (1,), (1,), jnp.float32).reshape(*t.shape, -1)  # [B, C, V]
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        weight = jnp.where(t != IGNORE_INDEX, weights[:, None], 0.0)  # [B, C]
-        at_target = jnp.take_along_axis(logits, jnp.maximum(t, 0)[..., None], axis=-1)[..., 0]
+        logits, log_z, at_target = _logits_of(h, table, t)
+        weight = jnp.where(t != IGNORE_INDEX, w, 0.0)  # [B, C]
         total += jnp.sum(weight * (log_z - at_target))
         if want_hidden or want_table:
             d_logits = jnp.exp(logits - log_z[..., None])
@@ -188,3 +217,92 @@ def _backward(chunk, residuals, cotangent):
 
 
 _front_loaded_sum.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def answer_log_probs(
+    hidden_states: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    answers: jax.Array,
+    count: int,
+    chunk: int,
+) -> jax.Array:
+    """log p of each answer in a row: the sum over its supervised positions, in float32.
+
+    As in `cross_entropy_sum` no more than [B, C, V] logits exist at once. Their weights in a
+    gradient are known only when all sums are, so the backward pass computes the logits again.
+
+        targets  5 _ 6 7 _     answers  0 0 0 1 0     sums  log p(5) + log p(6), log p(7)
+
+    Args:
+      hidden_states, table, targets, chunk: as in `cross_entropy_sum`.
+      answers: int[B, T], the number of the answer that each supervised position belongs to.
+      count: A, more than any of these numbers.
+
+    Returns:
+      float32 [B, A], 0 for a number that no position has.
+    """
+    loaded = _front_loaded(hidden_states, targets, chunk, answers)
+    hidden_states, targets, chunk, answers = loaded
+    with jax.named_scope("log_probs"):
+        return _front_loaded_log_probs(hidden_states, table, targets, answers, count, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _front_loaded_log_probs(hidden_states, table, targets, answers, count, chunk):
+    run = functools.partial(_local_log_probs, count=count, chunk=chunk)
+    axes = _split_axes()
+    if not axes:
+        return run(hidden_states, table, targets, answers)
+
+    def on_a_device(hidden_states, table, targets, answers):
+        longest = jax.lax.pmax(longest_row(targets), axes)
+        return run(hidden_states, table, targets, answers, longest=longest)
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    sharded = jax.shard_map(
+        on_a_device,
+        in_specs=(rows, whole, rows, rows),
+        out_specs=rows,
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    table = table.astype(product_dtype(hidden_states.dtype))
+    return sharded(hidden_states, table, targets, answers)
+
+
+def _local_log_probs(hidden_states, table, targets, answers, count, chunk, longest=None):
+    """`answer_log_probs` of the rows of one device."""
+    longest = longest_row(targets) if longest is None else longest
+
+    def piece(state):
+        start, sums = state
+        h, t, a = _chunk_of(start, chunk, hidden_states, targets, answers)
+        _, log_z, at_target = _logits_of(h.reshape(-1, h.shape[-1]), table, t)
+        mine = (a[..., None] == jnp.arange(count)) & (t != IGNORE_INDEX)[..., None]  # [B, C, A]
+        sums += jnp.sum(jnp.where(mine, (at_target - log_z)[..., None], 0.0), axis=1)
+        return start + chunk, sums
+
+    start = jnp.int32(0), jnp.zeros((len(targets), count), jnp.float32)
+    return jax.lax.while_loop(lambda s: s[0] < longest, piece, start)[1]
+
+
+def _log_probs_forward(hidden_states, table, targets, answers, count, chunk):
+    values = [x.value for x in (hidden_states, table, targets, answers)]
+    # What is needed backward travels as an array or as None: residuals hold no flags.
+    wanted = tuple(jnp.zeros(0) if x.perturbed else None for x in (hidden_states, table))
+    return _front_loaded_log_probs(*values, count, chunk), (values, wanted)
+
+
+def _log_probs_backward(count, chunk, residuals, cotangent):
+    (hidden_states, table, targets, answers), wanted = residuals
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    weights = -jnp.take_along_axis(cotangent, answers, axis=1)
+    wants = [x is not None for x in wanted]
+    with jax.named_scope("log_probs"):
+        _, d_hidden, d_table = _sum_and_grads(hidden_states, table, targets, weights, chunk, *wants)
+    return d_hidden, d_table if d_table is None else d_table.astype(table.dtype), None, None
+
+
+_front_loaded_log_probs.defvjp(_log_probs_forward, _log_probs_backward, symbolic_zeros=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -24,8 +24,9 @@ from llava_jax.models.presets import preset
 from llava_jax.models.remat import REMAT_POLICIES
 from llava_jax.models.video import VideoSpec
 from llava_jax.parallel import hosts
-from llava_jax.text.templates import get_template
-from llava_jax.training.step import PARITY_DEVICES
+from llava_jax.text.templates import PAIR, TURNS, get_template
+from llava_jax.training.preferences import check_preferences
+from llava_jax.training.step import PARITY_DEVICES, REFERENCE
 from llava_jax.weights.load import open_components, source_config
 from llava_jax.weights.read.huggingface import composed_config
 from llava_jax.weights.read.llava_folder import is_llava_folder
@@ -46,7 +47,7 @@ RANGES = {  # message -> (condition on a value that is set, keys)
         "seed samples data.images_per_row data.workers data.bad_image_ceiling optimizer.clip_norm "
         "optimizer.weight_decay",
     ),
-    "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps"),
+    "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps dpo.beta"),
     "it is a share, from 0 to 1": (lambda x: 0 <= x <= 1, "data.flip"),
     "it is a share, from 0 to less than 1": (
         lambda x: 0 <= x < 1,
@@ -84,6 +85,8 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size is {config.batch_size}: make it a multiple"
         )
     choices = {
+        "loss": (config.loss, ["answers", "dpo"]),
+        "data.turns": (config.data.turns, list(TURNS)),
         "data.labels": (config.data.labels, [None, "original"]),
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
         "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
@@ -96,6 +99,7 @@ def check_config(config: ConfigDict) -> None:
             known = ", ".join(map(str, allowed))
             raise LlavaError(f"config.{key} is {value!r}: choose one of {known}")
     get_template(config.model.template)
+    check_preferences(config)
     if config.wandb_project and not importlib.util.find_spec("wandb"):
         raise LlavaError(
             f"config.wandb_project is {config.wandb_project!r} but wandb is not installed: "
@@ -182,7 +186,7 @@ def row_format(config: ConfigDict, model: LlavaConfig) -> RowFormat:
         data.images_per_row,
         row_length=data.row_length,
         packing=data.packing,
-        turns=data.turns,
+        turns=PAIR if config.loss == "dpo" else data.turns,
         box_convention=data.box_convention,
     )
     if data.labels is None:
@@ -230,7 +234,7 @@ def training_model(config: ConfigDict, model: LlavaConfig, mesh: Mesh) -> tuple[
             dtype,
             model.decoder,
             data.row_length or data.max_length,
-            data.turns == "independent",
+            data.turns == "independent" or config.loss == "dpo",
         )
     except ValueError as error:
         raise LlavaError(f"config.model.attention: {error}; choose auto") from None
@@ -312,6 +316,11 @@ def starting_params(
             f"{sources['projector']} has no projector/newline and config.trainable leaves it "
             "frozen at its random start: train it, at the language model's rate for one"
         )
+    if lacks_newline and REFERENCE in (frozen or {}):
+        raise LlavaError(
+            f"{sources['projector']} has no projector/newline, and config.loss=dpo would compare "
+            "with a random one: start from a model that was trained on pictures in tiles"
+        )
     if resumed:
         return params
     if "projector" in components and (projector is None or lacks_newline):
@@ -350,8 +359,8 @@ def lora_config(config: ConfigDict, model: LlavaConfig) -> LoraConfig | None:
     return lora
 
 
-def frozen_sources(sources: dict[str, Path], frozen: dict) -> dict[str, Source]:
-    """The sources of frozen parameters, which a checkpoint names because it does not hold them."""
+def frozen_sources(sources: dict[str, Path], frozen: Collection[str]) -> dict[str, Source]:
+    """The sources of frozen components, which a checkpoint names because it does not hold them."""
     for component in frozen:
         if component not in sources:
             raise LlavaError(

@@ -29,8 +29,17 @@ from llava_jax.parallel.mesh import BATCH_AXES, make_mesh, microbatches
 from llava_jax.parallel.sharding import RULES, batch_sharding, process_part, put_batch
 from llava_jax.training import recipe
 from llava_jax.training.optimizer import adamw, warmup_cosine
+from llava_jax.training.preferences import PreferenceLoss
 from llava_jax.training.state import abstract_model, abstract_state, fresh_state, joined, place
-from llava_jax.training.step import COMPILER_OPTIONS, TrainState, make_eval_step, make_train_step
+from llava_jax.training.step import (
+    COMPILER_OPTIONS,
+    REFERENCE,
+    AnswerLoss,
+    Loss,
+    TrainState,
+    make_eval_step,
+    make_train_step,
+)
 from llava_jax.weights.run_directory import RunModel
 
 
@@ -77,7 +86,9 @@ class Stage:
     def _abstract(self) -> tuple[TrainState, dict]:
         optimizer = self.optimizer(lambda step: 1.0)  # the schedule changes no shape
         boxed = abstract_model(self.model.config, self.lora)
-        return abstract_state(self.mesh, boxed, self.groups, optimizer, self.model.dtype)
+        return abstract_state(
+            self.mesh, boxed, self.groups, optimizer, self.model.dtype, self.compares
+        )
 
     @property
     def state(self) -> TrainState:
@@ -99,6 +110,19 @@ class Stage:
         return joined(self.lora)
 
     @property
+    def compares(self) -> bool:
+        """Whether pairs of answers are learnt from, in comparison with the model at the start."""
+        return self.config.loss == "dpo"
+
+    @property
+    def loss(self) -> Loss:
+        """What is minimised."""
+        chunk = self.config.loss_chunk
+        if not self.compares:
+            return AnswerLoss(self.model, chunk)
+        return PreferenceLoss(self.model, chunk, self.config.dpo.beta, "vision" not in self.learns)
+
+    @property
     def groups(self) -> dict[str, float]:
         """What trains: path prefix -> peak learning rate."""
         return self.config.trainable.to_dict()
@@ -107,6 +131,12 @@ class Stage:
     def trainable(self) -> set[str]:
         """Top-level components with trained parameters."""
         return set(self.state.params)
+
+    @property
+    def learns(self) -> set[str]:
+        """The components that are other at the end: those trained themselves, or adapted."""
+        paths = flatten_dict(self.state.params)
+        return {path[1] if path[0] == "lora" else path[0] for path in paths}
 
     @property
     def platform(self) -> str:
@@ -147,16 +177,14 @@ class Stage:
           (state, frozen, batch) -> (state, metrics); it consumes the state.
         """
         c = self.config
-        step = make_train_step(
-            self.model, optimizer, self.microbatches, c.loss_chunk, self.join, c.parity, c.seed
-        )
+        step = make_train_step(self.loss, optimizer, self.microbatches, self.join, c.parity, c.seed)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         return jitted.lower(state, frozen, batch).compile(COMPILER_OPTIONS.get(self.platform))
 
     def eval_step(self) -> Callable:
-        """(trainable, frozen, batch) -> (sum of token losses, number of supervised tokens)."""
-        return jax.jit(make_eval_step(self.model, self.config.loss_chunk, self.join))
+        """(trainable, frozen, batch) -> (sums of losses and other figures, number of units)."""
+        return jax.jit(make_eval_step(self.loss, self.join))
 
     def starting_state(
         self,
@@ -171,7 +199,8 @@ class Stage:
         Args:
           sources: component -> folder that it starts from; see `recipe.starting_sources`.
         """
-        components = set(self.frozen) | set(() if resumed else self.state.params)
+        components = {*self.frozen, *self.frozen.get(REFERENCE, ())} - {REFERENCE}
+        components |= set(() if resumed else self.state.params)
         params = recipe.starting_params(
             self.model.config,
             self.lora,
@@ -199,7 +228,8 @@ class Stage:
         Raises:
           LlavaError: a frozen component starts from no folder.
         """
-        frozen = recipe.frozen_sources(sources, self.frozen)
+        components = set(self.frozen) - {REFERENCE}
+        frozen = recipe.frozen_sources(sources, components)
         return RunModel(
             self.model.config,
             self.config.model.template,
@@ -207,6 +237,16 @@ class Stage:
             self.lora,
             self.row_format.box_convention,
         )
+
+    def reference_checksums(self, sources: dict[str, Path]) -> dict[str, str]:
+        """Component -> checksum of the folder that the reference is read from, if there is one.
+
+        A run that is resumed reads it again.
+        """
+        components = self.frozen.get(REFERENCE, ())
+        return {
+            c: source.checksum for c, source in recipe.frozen_sources(sources, components).items()
+        }
 
     @functools.cached_property
     def part(self) -> tuple[int, int]:
@@ -271,8 +311,7 @@ class Stage:
 
         Without pictures no gradient reaches the encoder and the projector.
         """
-        paths = flatten_dict(self.state.params)  # checks config.trainable, in any case
-        names = {path[1] if path[0] == "lora" else path[0] for path in paths}
+        names = self.learns  # checks config.trainable, in any case
         idle = sorted(names & {"vision", "projector"})
         if data.tiles_per_epoch:
             return

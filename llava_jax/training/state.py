@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.lora import LoraConfig, abstract_lora, attach_lora
 from llava_jax.parallel.sharding import param_shardings, put, replicated
-from llava_jax.training.optimizer import merge_params, optimizer_shardings, split_params
-from llava_jax.training.step import TrainState, join_params
+from llava_jax.training.optimizer import optimizer_shardings, split_params
+from llava_jax.training.step import REFERENCE, TrainState, join_params
 
 
 def abstract_model(config: LlavaConfig, lora: LoraConfig | None) -> dict:
@@ -28,22 +28,24 @@ def abstract_state(
     groups: dict[str, float],
     optimizer: optax.GradientTransformation,
     frozen_dtype: jnp.dtype,
+    reference: bool = False,
 ) -> tuple[TrainState, dict]:
     """Shapes, dtypes and shardings of (state, frozen parameters); nothing is computed.
 
     Args:
       boxed_params: from `abstract_model`.
       groups: what trains; see `split_params`.
+      reference: among the frozen ones are the parameters that train, as they start (REFERENCE).
     """
     shapes = split_params(nn.meta.unbox(boxed_params), groups)
     places = split_params(param_shardings(mesh, boxed_params), groups)
     placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     trainable = jax.tree.map(placed, shapes[0], places[0])
-    frozen = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype, sharding=sharding),
-        shapes[1],
-        places[1],
-    )
+    kept = lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype, sharding=to)
+    frozen = jax.tree.map(kept, shapes[1], places[1])
+    start = {name: tree for name, tree in trainable.items() if name != "lora"}
+    if reference and start:
+        frozen[REFERENCE] = jax.tree.map(lambda leaf: kept(leaf, leaf.sharding), start)
     moments = optimizer_shardings(optimizer, trainable, places[0], replicated(mesh))
     opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), moments)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
@@ -51,8 +53,11 @@ def abstract_state(
 
 
 def place(params: dict, like: dict) -> dict:
-    """Puts the parameters that `like` names on the devices; each gets its own slices only."""
-    flat = flatten_dict(params)
+    """Puts the parameters that `like` names on the devices; each gets its own slices only.
+
+    Those below REFERENCE are the same parameters, in the place of their own.
+    """
+    flat = flatten_dict(params | {REFERENCE: params})
     chosen = unflatten_dict({path: flat[path] for path in flatten_dict(like)})
     return jax.tree.map(lambda leaf, to: put(leaf, to.sharding, to.dtype), chosen, like)
 
@@ -70,5 +75,5 @@ def joined(lora: LoraConfig | None) -> Callable[..., dict]:
     if lora is None:
         return join_params
     return lambda trainable, frozen, row_keys=None: attach_lora(
-        merge_params(trainable, frozen), lora, row_keys
+        join_params(trainable, frozen), lora, row_keys
     )

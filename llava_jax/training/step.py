@@ -1,6 +1,8 @@
 """The jitted training step: loss and gradient of the trainable tree, then one optimizer update."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import flax
 import flax.linen as nn
@@ -17,6 +19,7 @@ from llava_jax.training.losses import cross_entropy_sum, next_token_targets
 from llava_jax.training.optimizer import merge_params
 
 PARITY_DEVICES = 8
+REFERENCE = "reference"  # among frozen parameters: where those that train started, to compare with
 # No windowed einsums, which cut a product into one for each device's slice of the weights: with
 # them large models take many times longer to compile. Whether gathers hide behind products (async
 # collective fusion) is left to the compiler: forced on v5p or v6e, it warns of wrong results.
@@ -44,31 +47,80 @@ def batch_targets(batch: dict) -> jax.Array:
     return next_token_targets(batch["labels"], batch["segment_ids"], batch.get("turn_ids"))
 
 
-def batch_loss(model: LlavaModel, params: dict, batch: dict, chunk: int, weights: jax.Array):
-    """Sum of the token losses of a batch, float32, each row with its own weight.
+def supervised_tokens(batch: dict) -> jax.Array:
+    """int[B], those of each row."""
+    return jnp.sum(batch_targets(batch) != IGNORE_INDEX, axis=1)
 
-    Args:
-      weights: float32 [B].
-    """
-    inputs = [batch[name] for name in MODEL_INPUTS]
+
+def model_inputs(batch: dict) -> tuple[list[jax.Array], dict]:
+    """The arguments of a `LlavaModel` that a batch holds, in their order and by name."""
     more = {name: batch.get(name) for name in ("turn_ids", "feature_weights")}
-    hidden_states = model.apply({"params": params}, *inputs, **more)
-    table = output_embedding(params["decoder"])
-    return cross_entropy_sum(hidden_states, table, batch_targets(batch), weights, chunk)
+    return [batch[name] for name in MODEL_INPUTS], more
 
 
-def row_weights(supervised: jax.Array, parity: bool) -> jax.Array:
-    """The weight of a token of each row in the loss of a step, float32 [B].
+class Loss(Protocol):
+    """What a stage minimises: a sum over units, which are the tokens of answers, or pairs.
 
-    All supervised tokens weigh the same. With `parity`, each eighth of the batch weighs the same,
-    and so do all tokens within it: the mean of means of the original, which was trained on 8 GPUs.
+    Attributes:
+      model: the module.
+      figures: names of the other sums that a call gives, for the log.
+    """
+
+    model: LlavaModel
+    figures: tuple[str, ...]
+
+    def units(self, batch: dict) -> jax.Array:
+        """int[B], units in each row."""
+
+    def __call__(
+        self, params: dict, frozen: dict, batch: dict, weights: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, its other figures), float32, sums over the units of a batch.
+
+        Args:
+          params: as the model takes them.
+          frozen: the frozen parameters of the stage.
+          weights: float32 [B], of a unit of each row.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerLoss:
+    """Cross-entropy of the supervised tokens.
+
+    Attributes:
+      model: the module.
+      chunk: see `cross_entropy_sum`.
+    """
+
+    model: LlavaModel
+    chunk: int
+    figures = ()
+
+    def units(self, batch: dict) -> jax.Array:
+        return supervised_tokens(batch)
+
+    def __call__(self, params, frozen, batch, weights):
+        del frozen
+        inputs, more = model_inputs(batch)
+        hidden_states = self.model.apply({"params": params}, *inputs, **more)
+        table = output_embedding(params["decoder"])
+        targets = batch_targets(batch)
+        return cross_entropy_sum(hidden_states, table, targets, weights, self.chunk), {}
+
+
+def row_weights(units: jax.Array, parity: bool) -> jax.Array:
+    """The weight of a unit of each row in the loss of a step, float32 [B].
+
+    All units weigh the same. With `parity`, each eighth of the batch weighs the same, and so do all
+    tokens within it: the mean of means of the original, which was trained on 8 GPUs.
 
     Args:
-      supervised: int[B], supervised tokens of each row.
+      units: int[B], those of each row; see `Loss`.
     """
     parts = PARITY_DEVICES if parity else 1
-    tokens = jnp.sum(supervised.reshape(parts, -1), axis=1, dtype=jnp.float32)
-    return jnp.repeat(1 / (parts * jnp.maximum(tokens, 1)), len(supervised) // parts)
+    totals = jnp.sum(units.reshape(parts, -1), axis=1, dtype=jnp.float32)
+    return jnp.repeat(1 / (parts * jnp.maximum(totals, 1)), len(units) // parts)
 
 
 def count_work(config: LlavaConfig, batch: dict) -> dict[str, jax.Array]:
@@ -102,14 +154,14 @@ def with_kernels_as(params: dict, dtype) -> dict:
 def join_params(trainable: dict, frozen: dict, row_keys: jax.Array | None = None) -> dict:
     """Parameters as a model without LoRA takes them; no random numbers are drawn."""
     del row_keys
-    return merge_params(trainable, frozen)
+    own = {name: tree for name, tree in frozen.items() if name != REFERENCE}
+    return merge_params(trainable, own)
 
 
 def make_train_step(
-    model: LlavaModel,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     accumulation: int,
-    chunk: int,
     join: Callable = join_params,
     parity: bool = False,
     seed: int = 0,
@@ -121,34 +173,37 @@ def make_train_step(
     not depend on how it was cut.
 
     Args:
+      loss: what is minimised.
       join: (trainable, frozen, random keys of the rows) -> parameters as the model takes them.
       seed: of the keys. The key of a row depends on it, on the step and on the row's place in the
         batch.
     """
 
-    def loss_and_grads(trainable, frozen, batch, weights, keys):
-        loss = lambda t: batch_loss(model, join(t, frozen, keys), batch, chunk, weights)
-        total, grads = jax.value_and_grad(loss)(trainable)
+    def sums_and_grads(trainable, frozen, batch, weights, keys):
+        """((loss, other figures), gradients of the loss)."""
+        total = lambda t: loss(join(t, frozen, keys), frozen, batch, weights)
+        (value, figures), grads = jax.value_and_grad(total, has_aux=True)(trainable)
         # Cast before the parts of the data axis are summed: XLA for CPUs cannot sum bfloat16.
-        return total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return (value, figures), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def accumulated(trainable, frozen, *rows):
-        trainable = with_kernels_as(trainable, model.dtype)
+        trainable = with_kernels_as(trainable, loss.model.dtype)
         if accumulation == 1:
-            return loss_and_grads(trainable, frozen, *rows)
+            return sums_and_grads(trainable, frozen, *rows)
 
         def add(carry, microbatch):
-            found = loss_and_grads(trainable, frozen, *microbatch)
+            found = sums_and_grads(trainable, frozen, *microbatch)
             return jax.tree.map(jnp.add, carry, found), None
 
         # Strided, so that each microbatch spreads over all devices.
         cut = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
         cuts = jax.tree.map(cut, rows)
-        return jax.lax.scan(add, (jnp.float32(0), zeros), cuts)[0]
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
+        nothing = jnp.float32(0), dict.fromkeys(loss.figures, jnp.float32(0))
+        return jax.lax.scan(add, (nothing, zeros), cuts)[0]
 
     def summed(trainable, frozen, *rows):
-        """Loss and gradients of a batch, summed over the `data` axis once a step.
+        """Figures and gradients of a batch, summed over the `data` axis once a step.
 
         The compiler by itself would sum them for every microbatch, and slices of a pod would wait
         for the slow network between them.
@@ -173,17 +228,17 @@ def make_train_step(
         return parts(trainable, frozen, *rows)
 
     def train_step(state: TrainState, frozen: dict, batch: dict):
-        supervised = jnp.sum(batch_targets(batch) != IGNORE_INDEX, axis=1)  # [B]
-        weights = row_weights(supervised, parity)
+        weights = row_weights(loss.units(batch), parity)
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(weights)))
-        loss, grads = summed(state.params, frozen, batch, weights, keys)
+        (value, figures), grads = summed(state.params, frozen, batch, weights, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
-            "loss": loss,
+            "loss": value,
             "grad_norm": optax.tree.norm(grads),
-            "supervised_tokens": jnp.sum(supervised),
-            **count_work(model.config, batch),
+            "supervised_tokens": jnp.sum(supervised_tokens(batch)),
+            **count_work(loss.model.config, batch),
+            **figures,
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -191,12 +246,12 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: LlavaModel, chunk: int, join: Callable = join_params):
-    """(trainable, frozen, batch) -> (sum of token losses, supervised tokens)."""
+def make_eval_step(loss: Loss, join: Callable = join_params):
+    """(trainable, frozen, batch) -> (sums over the units by name, units); `loss` is one of them."""
 
     def eval_step(trainable, frozen, batch):
         alike = jnp.ones(len(batch["labels"]), jnp.float32)
-        total = batch_loss(model, join(trainable, frozen), batch, chunk, alike)
-        return total, jnp.sum(batch_targets(batch) != IGNORE_INDEX)
+        value, figures = loss(join(trainable, frozen), frozen, batch, alike)
+        return {"loss": value, **figures}, jnp.sum(loss.units(batch))
 
     return eval_step

@@ -1,5 +1,6 @@
 """Held-out loss, and a few fixed questions answered, while training."""
 
+import collections
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +22,8 @@ from llava_jax.training.step import TrainState
 
 class Validation:
     """Called with a state and its step; writes `validation_loss` and sample answers to the log.
+
+    So are the loss's other figures, if it has any, such as `validation_reward/accuracy`.
 
     Args:
       data: held-out data, one pass. The first question of each of the first `config.samples`
@@ -51,12 +54,15 @@ class Validation:
 
     def __call__(self, state: TrainState, step: int) -> None:
         batches = self._data.batch_iterator(0, *self._stage.part)
-        total = tokens = 0.0
+        totals, units = collections.Counter(), 0.0
         for batch in tqdm(batches, total=self._data.steps, desc="validation", leave=False, delay=2):
             arrays = self._stage.put(batch.arrays)
-            loss, count = self._eval_step(state.params, self._frozen, arrays)
-            total, tokens = total + float(loss), tokens + float(count)
-        self._log.scalars(step, {"validation_loss": total / max(tokens, 1)})
+            sums, count = self._eval_step(state.params, self._frozen, arrays)
+            for name, value in sums.items():
+                totals[f"validation_{name}"] += float(value)
+            units += float(count)
+        means = {name: total / max(units, 1) for name, total in totals.items()}
+        self._log.scalars(step, means)
         self._answer(state, step)
 
     def _answer(self, state: TrainState, step: int) -> None:

@@ -164,6 +164,14 @@ def test_pictures_in_tiles_are_counted_by_their_layouts():
     assert many["tokens"] == pytest.approx(64 * 8192 * 0.95) and many["images"] < 64 * 15
 
 
+def test_rows_of_pairs_are_assumed_to_hold_pictures_alone():
+    config = preset("llava-1.5-7b")
+    contents = contents_of(config, captions=False, pairs=True)
+    counts = assumed_counts(config, contents, 32, 2048, 3)
+    assert contents.pictured == 1.0 and counts["images"] <= 32 * 3
+    assert counts["tokens"] == pytest.approx(counts["images"] * (576 + contents.text))
+
+
 def test_a_trained_encoder_is_computed_again_too():
     config, tile = preset("llava16_7b"), image_flops(preset("llava16_7b"))[0]
     count = lambda parts, remat, tiles: executed_flops(config, parts, 2, 8192, tiles, remat)

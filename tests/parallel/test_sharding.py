@@ -27,7 +27,7 @@ from llava_jax.parallel.sharding import (
 )
 from llava_jax.training.optimizer import adamw, optimizer_shardings, split_params, warmup_cosine
 from llava_jax.training.state import abstract_model, abstract_state, fresh_state, joined, place
-from llava_jax.training.step import make_train_step
+from llava_jax.training.step import AnswerLoss, make_train_step
 from tests.tiny_model import CONFIG, VISION, features_of, random_params
 
 GROUPS = {"projector": 1e-2, "decoder": 1e-2}
@@ -123,7 +123,7 @@ def train(config: LlavaConfig, mesh, steps: int = 2, accumulation: int = 1, lora
 
 def jitted_step(config: LlavaConfig, optimizer, accumulation: int, state, lora=None):
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_train_step(LlavaModel(config), optimizer, accumulation, 8, joined(lora))
+    step = make_train_step(AnswerLoss(LlavaModel(config), 8), optimizer, accumulation, joined(lora))
     return jax.jit(step, out_shardings=(placed, None))
 
 

@@ -49,6 +49,21 @@ def test_a_step_of_each_stage_by_hand():
     assert all_three == pytest.approx(stage_2 + 2 * 2 * vision, rel=1e-12)
 
 
+def test_a_reference_is_one_forward_pass_more_but_for_a_frozen_encoder():
+    decoder = 1000 * 2 * 32 * LAYER + 100 * 2 * 4096 * 32000
+    scores = 300_000 * 4 * 32 * 4096
+    vision, projector = flops.image_flops(CONFIG)
+    more = lambda *parts: (
+        flops.step_flops(CONFIG, {*parts}, COUNTS, reference=True)
+        - flops.step_flops(CONFIG, {*parts}, COUNTS)
+    )
+    frozen = decoder + scores + 2 * projector
+    assert more("projector", "decoder") == pytest.approx(frozen, rel=1e-9)
+    assert more("lora") == pytest.approx(decoder + scores, rel=1e-9)
+    whole = frozen + 2 * vision
+    assert more("vision", "projector", "decoder") == pytest.approx(whole, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     "kind, peak",
     [

@@ -19,6 +19,7 @@ from llava_jax.models.llava import LlavaModel
 from llava_jax.training import step as step_module
 from llava_jax.training.optimizer import adamw, split_params
 from llava_jax.training.step import (
+    AnswerLoss,
     TrainState,
     count_work,
     make_eval_step,
@@ -27,7 +28,13 @@ from llava_jax.training.step import (
 )
 from tests import tiny_run
 from tests.jaxprs import product_flops
-from tests.tiny_model import CONFIG, byte_tokenizer, features_of, random_params
+from tests.tiny_model import (
+    CONFIG,
+    byte_tokenizer,
+    features_of,
+    loss_and_tokens,
+    random_params,
+)
 
 MODEL = LlavaModel(CONFIG)
 OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
@@ -64,7 +71,7 @@ def batches(folder=None, records=None, **options) -> list[dict]:
 @functools.partial(jax.jit, static_argnames="chunk")
 def loss_and_grads(params, batch, chunk=16):
     """((sum of token losses, supervised tokens), gradients of the sum)."""
-    total = lambda p: make_eval_step(MODEL, chunk)(p, {}, batch)
+    total = lambda p: loss_and_tokens(MODEL, p, batch, chunk)
     return jax.value_and_grad(total, has_aux=True)(params)
 
 
@@ -162,7 +169,7 @@ def uneven_batch() -> dict:
 @functools.cache
 def compiled_step(stage: str, accumulation: int):
     """One step of plain SGD on `uneven_batch`, whose updates show gradients as they are."""
-    step = jax.jit(make_train_step(MODEL, optax.sgd(0.1), accumulation, 16))
+    step = jax.jit(make_train_step(AnswerLoss(MODEL, 16), optax.sgd(0.1), accumulation))
     return step.lower(*start(stage), uneven_batch()).compile()
 
 
@@ -190,7 +197,9 @@ def test_accumulation_changes_nothing():
 def bfloat16_gradients(accumulation: int) -> dict:
     """Gradients of one step of a model that computes in bfloat16, read off a step of SGD."""
     state, frozen = start("instruct")
-    step = make_train_step(LlavaModel(CONFIG, jnp.bfloat16), optax.sgd(1.0), accumulation, 16)
+    step = make_train_step(
+        AnswerLoss(LlavaModel(CONFIG, jnp.bfloat16), 16), optax.sgd(1.0), accumulation
+    )
     after, _ = jax.jit(step)(state, frozen, uneven_batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
     return jax.tree.map(lambda a, b: np.asarray(b - a), after.params, state.params)
@@ -224,7 +233,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens():
 def test_parity_is_the_mean_over_eighths_of_the_mean_over_their_tokens():
     batch = jax.tree.map(lambda x: np.concatenate([x] * 4), uneven_batch())
     batch["labels"][5] = batch["labels"][7]  # parts of 1, 16, 17 and 22 tokens among others
-    step = make_train_step(MODEL, optax.sgd(0.1), 2, 16, parity=True)
+    step = make_train_step(AnswerLoss(MODEL, 16), optax.sgd(0.1), 2, parity=True)
     state, metrics = jax.jit(step)(*start("instruct"), batch)
     params = random_params(CONFIG)
 
@@ -260,7 +269,7 @@ def test_accumulated_gradients_are_float32_under_bfloat16_compute():
             seen.extend(leaf.dtype for leaf in jax.tree.leaves(grads))
             return grads, state
 
-    step = make_train_step(model, Spy, 2, 4)
+    step = make_train_step(AnswerLoss(model, 4), Spy, 2)
     state = TrainState(jnp.int32(0), trainable, ())
     after, metrics = jax.eval_shape(step, state, frozen, uneven_batch())
     assert set(seen) == {jnp.dtype(jnp.float32)} and metrics["loss"].dtype == jnp.float32
@@ -308,7 +317,7 @@ def test_no_gradient_of_a_frozen_parameter_is_computed(stage):
     trainable, frozen = split_params(random_params(CONFIG), STAGES[stage])
 
     def grads(trainable, frozen, batch):
-        total = lambda t: make_eval_step(MODEL, 16)(t, frozen, batch)[0]
+        total = lambda t: make_eval_step(AnswerLoss(MODEL, 16))(t, frozen, batch)[0]["loss"]
         return jax.grad(total)(trainable)
 
     traced = jax.make_jaxpr(grads)(trainable, frozen, uneven_batch())
@@ -340,7 +349,7 @@ def test_a_step_returns_the_trainable_tree_alone_and_all_of_it_moves():
 def test_no_compilation_after_the_first_step(data_folder):
     trainable, frozen = split_params(random_params(CONFIG), STAGES["align"])
     optimizer = adamw(STAGES["align"], lambda step: 1.0, **OPTIONS)
-    step = jax.jit(make_train_step(MODEL, optimizer, 1, 16))
+    step = jax.jit(make_train_step(AnswerLoss(MODEL, 16), optimizer, 1))
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     for batch in batches(data_folder):
         state, _ = step(state, frozen, batch)

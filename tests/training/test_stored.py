@@ -5,6 +5,7 @@ their last bits from one kind of processor to another.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -18,9 +19,8 @@ from llava_jax.data.records import open_records
 from llava_jax.data.rows import RowFormat
 from llava_jax.inference.model import Llava
 from llava_jax.models.llava import LlavaModel
-from llava_jax.training.step import make_eval_step
 from tests import tiny_run
-from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params
+from tests.tiny_model import CONFIG, byte_tokenizer, loss_and_tokens, random_image, random_params
 
 STORED = json.loads((Path(__file__).parent / "stored" / "picture_modes.json").read_text())
 
@@ -47,7 +47,7 @@ def test_batches_losses_and_gradients_are_the_stored_ones(mode, records):
         array = np.concatenate([batch[name] for batch in batches])
         assert hashlib.sha256(array.tobytes()).hexdigest() == digest, name
 
-    total = lambda params, batch: make_eval_step(LlavaModel(config), 16)(params, {}, batch)
+    total = functools.partial(loss_and_tokens, LlavaModel(config))
     loss_and_grads = jax.jit(jax.value_and_grad(total, has_aux=True))
     for number, batch in enumerate(batches):
         (loss, tokens), grads = loss_and_grads(random_params(config), batch)

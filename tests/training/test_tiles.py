@@ -15,11 +15,10 @@ from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaModel
 from llava_jax.training.stage import Stage
-from llava_jax.training.step import make_eval_step
 from llava_jax.weights.read.llava_folder import open_llava
 from tests import tiny_run
 from tests.data.conftest import record
-from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params
+from tests.tiny_model import CONFIG, byte_tokenizer, loss_and_tokens, random_image, random_params
 from tests.training.test_step import assert_near
 from tests.weights.family_models import family_model, family_tokenizer, processor_of, save_family
 
@@ -44,7 +43,7 @@ def data_of(config, records, tokenizer=None, **options) -> list[dict]:
 @functools.partial(jax.jit, static_argnames="config")
 def loss_and_grads(config, params, batch):
     """((sum of token losses, supervised tokens), gradients of the sum)."""
-    total = lambda p: make_eval_step(LlavaModel(config), 16)(p, {}, batch)
+    total = lambda p: loss_and_tokens(LlavaModel(config), p, batch)
     return jax.value_and_grad(total, has_aux=True)(params)
 
 

@@ -1,0 +1,113 @@
+"""Pairs for preference tuning: records with a better and a worse answer to a question.
+
+    {"image": "7.jpg", "question": "What is this?", "chosen": "A cat.", "rejected": "A dog."}
+
+In place of `question` there may be `prompt`, a text or a list of turns, or one of the forms of
+`data.forms` with a question last; or a conversation whose last answer is the chosen one, without
+`chosen`. Answers are texts, or lists with one turn. `pair` may hold all of this as JSON text:
+RLHF-V's column `text`, with `config.data.columns={'pair': 'text'}`.
+"""
+
+import json
+
+from llava_jax.data.forms import (
+    ANSWER,
+    LISTS,
+    QUESTION,
+    TURN_KEYS,
+    listed,
+    renamed,
+    sound_text,
+    talk_form,
+    turn_keys,
+)
+from llava_jax.errors import RecordError, brief
+from llava_jax.text.conversation import ROLE_NAMES
+
+PAIR_KEYS = ("pair", "prompt", "chosen", "rejected")
+
+
+def unpaired(item: dict, where: str) -> tuple[dict, str | None]:
+    """A pair as a record with the chosen answer, and the rejected one; another record as it is.
+
+    Args:
+      item: a decoded record with our names of keys.
+
+    Raises:
+      RecordError: it is a pair of another form than those of this module.
+    """
+    item = _unfolded(item, where)
+    if item.get("rejected") is None:
+        return item, None
+    chosen, rejected = (_answer(item.get(key), key, where) for key in ("chosen", "rejected"))
+    if not rejected.strip():
+        raise RecordError("bad pair", f"{where}: 'rejected' is empty; leave the record out")
+    rest = {key: value for key, value in item.items() if key not in PAIR_KEYS}
+    if chosen is None:
+        return rest, rejected
+    talk = next((key for key in (*LISTS, "prompt") if _is_list(item.get(key))), None)
+    if talk is None:
+        asked = next((item[key] for key in (QUESTION, "prompt") if item.get(key)), None)
+        if asked is None:
+            raise RecordError(
+                "bad pair",
+                f"{where} has 'chosen' and 'rejected' but no question; its keys: "
+                f"{brief(', '.join(map(str, item)))}",
+            )
+        return rest | {QUESTION: asked, ANSWER: chosen}, rejected
+    turns = listed(item[talk])
+    who, said = turn_keys(turns[0]) or TURN_KEYS[0]
+    if isinstance(turns[-1], dict) and ROLE_NAMES.get(turns[-1].get(who)) == "gpt":
+        raise RecordError(
+            "bad pair", f"{where} ends with an answer and has 'chosen', another: keep one of them"
+        )
+    rest = {key: value for key, value in rest.items() if key not in LISTS}
+    return rest | {"messages": [*turns, {who: "gpt", said: chosen}]}, rejected
+
+
+def form_of(item, columns: dict[str, str]) -> str | None:
+    """`talk_form` of a record, which may be a pair."""
+    try:
+        plain, rejected = unpaired(renamed(item, columns), "")
+    except (RecordError, AttributeError, TypeError):  # reported when the record is read
+        return None
+    if rejected is None:
+        return talk_form(item, columns)
+    return f"pairs of answers, {talk_form(plain, {})}"
+
+
+def _is_list(turns) -> bool:
+    turns = listed(turns)
+    return isinstance(turns, list) and bool(turns)
+
+
+def _unfolded(item: dict, where: str) -> dict:
+    """A record with what its `pair` holds in place of it."""
+    if not isinstance(item.get("pair"), str):
+        return item
+    try:
+        held = json.loads(item["pair"])
+    except ValueError:
+        held = None
+    if not isinstance(held, dict) or "rejected" not in held:
+        raise RecordError(
+            "bad pair",
+            f"{where}: 'pair' must be JSON text with question, chosen and rejected, not "
+            f"{brief(item['pair'])}",
+        )
+    return {key: value for key, value in item.items() if key != "pair"} | held
+
+
+def _answer(value, key: str, where: str) -> str | None:
+    """The text of an answer, which may be that of the only turn of a list."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        turn = value[0]
+        value = next((turn[said] for _, said in TURN_KEYS[:2] if said in turn), None)
+        if isinstance(value, list):  # parts of a message
+            value = "".join(
+                part["text"] if isinstance(part, dict) and isinstance(part.get("text"), str) else ""
+                for part in value
+            )
+    if value is None and key == "chosen":
+        return None
+    return sound_text(value, key, where)
