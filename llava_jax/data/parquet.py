@@ -61,7 +61,7 @@ class Pictures:
     def __init__(self, source: File, column: str):
         file = metadata(source)
         kind = file.schema_arrow.field(column).type
-        self.is_list = _is_list(kind)
+        self.is_list = is_list(kind)
         element = kind.value_type if self.is_list else kind
         leaves = [
             leaf for leaf in leaves_of(source) if leaf == column or leaf.startswith(f"{column}.")
@@ -150,14 +150,15 @@ class _Shape:
 
 def holds_pictures(kind) -> bool:
     """Whether a column of a pyarrow type may hold pictures that are not plain paths."""
-    element = kind.value_type if _is_list(kind) else kind
+    element = kind.value_type if is_list(kind) else kind
     if _is_struct(element):
         names = {field.name for field in element}
         return bool(names) and names <= {"bytes", "path"}
     return _is_binary(element)
 
 
-def _is_list(kind) -> bool:
+def is_list(kind) -> bool:
+    """Whether a pyarrow type is one of lists."""
     from pyarrow import types
 
     return types.is_list(kind) or types.is_large_list(kind)

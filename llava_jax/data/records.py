@@ -6,8 +6,8 @@ from pathlib import Path
 from llava_jax.data import shards
 from llava_jax.data.array_records import ArrayRecords
 from llava_jax.data.json_records import JsonRecords
-from llava_jax.data.parquet_records import ParquetRecords
 from llava_jax.data.parsing import Record, check_record
+from llava_jax.data.table_records import TableRecords
 from llava_jax.data.tar_records import TarRecords
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.text.conversation import Turn  # noqa: F401  what a Record's turns are
@@ -101,7 +101,7 @@ def _of_files(path: Path, files: list[Path], folder: Path, image_root, columns, 
     root = folder if image_root is None else image_root
     if files[0].suffix == ".tar":
         return TarRecords(path, root, columns, files, cache_dir)
-    return _not_empty(ParquetRecords(path, root, columns, files))
+    return _not_empty(TableRecords(path, root, columns, files))
 
 
 def _not_empty(records):

@@ -1,8 +1,11 @@
 """Which files a data set is made of: a pattern, or a folder with one or several splits.
 
-data/train-00000-of-00002.parquet, data/train-00001-of-00002.parquet      split train
-validation.parquet   train/0000.parquet   my_set-dev-3.tar                by the word
-part-7.parquet       00012.tar                                            train, without one
+    data/train-00000-of-00002.parquet, data/train-00001-of-00002.parquet   split train
+    validation.parquet   train/0000.parquet   my_set-dev-3.tar             by the word
+    part-7.parquet       00012.tar                                         train, without one
+    train/data-00000-of-00001.arrow                                        saved by `datasets`
+
+Files in different folders whose names are no splits are different data sets.
 """
 
 import glob
@@ -13,8 +16,8 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError, brief
 
-SUFFIXES = (".parquet", ".tar")
-_OF = re.compile(r"(?:(.+)-)?(\d+)-of-(\d+)")
+SUFFIXES = (".parquet", ".tar", ".arrow")
+_OF = re.compile(r"(?:(.+)-)?(\d+)-of-(\d+)(?:-[0-9a-f]{16})?")
 _WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "dev": "validation", "test": "test", "testing": "test",
           "eval": "test", "evaluation": "test"}  # fmt: skip
@@ -41,8 +44,8 @@ def matching(pattern: str) -> list[Path]:
         found |= dict.fromkeys(files)
     if len({file.suffix for file in found}) > 1 or next(iter(found)).suffix not in SUFFIXES:
         raise LlavaError(
-            f"{pattern} stands for {brief([file.name for file in found])}: only Parquet files and "
-            "tars may be several"
+            f"{pattern} stands for {brief([file.name for file in found])}: only Parquet files, "
+            "Arrow files and tars may be several"
         )
     return list(found)
 
@@ -98,14 +101,15 @@ def files_below(folder: Path) -> dict[str, list[Path]]:
 def _below(folder: Path, suffix: str) -> list[Path]:
     """Files up to three folders down; what starts with a dot is half-written or a cache."""
     patterns = ["/".join(["[!.]*"] * depth) + f"/[!.]*{suffix}" for depth in range(4)]
-    return [file for pattern in patterns for file in folder.glob(pattern.lstrip("/"))]
+    found = (file for pattern in patterns for file in folder.glob(pattern.lstrip("/")))
+    return [file for file in found if not file.name.startswith("cache-")]  # those of `datasets`
 
 
 def _place(folder: Path, file: Path) -> tuple[str, str]:
     """(the part of the path that names the data set, the split) of a file."""
     *parents, _ = file.relative_to(folder).parts
     match = _OF.fullmatch(file.stem)
-    split = match[1].rpartition("/")[2] if match and match[1] else _word(file.stem)
+    split = match[1] if match and match[1] not in (None, "data") else _word(file.stem)
     home = []
     for parent in parents:
         word = _word(parent) if parent.lower() in _WORDS else None

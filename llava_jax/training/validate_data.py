@@ -3,6 +3,7 @@
 The exit code is 1 if training would stop at a fault. What it would leave out or cut is only noted.
 """
 
+import argparse
 import os
 from typing import NamedTuple
 
@@ -35,11 +36,18 @@ class DataSet(NamedTuple):
     training: dict
 
 
+def _column(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=KEY")
+    return ours, theirs
+
+
 def add_data_arguments(parser) -> None:
     """The arguments that say which data set is meant and how training reads it."""
     parser.add_argument(
         "data", nargs="?",
-        help="LLaVA JSON or JSONL file, or a data set folder (default: what the recipe names)",
+        help="file, pattern, mixture or folder of a data set (default: what the recipe names)",
     )  # fmt: skip
     parser.add_argument(
         "--config", metavar="FILE",
@@ -47,6 +55,10 @@ def add_data_arguments(parser) -> None:
     )  # fmt: skip
     parser.add_argument("--image_root", help="folder that image paths start from")
     parser.add_argument("--split", help="split of a data set (default: train)")
+    parser.add_argument(
+        "--columns", metavar="NAME=KEY", nargs="+", type=_column, default=[],
+        help="names of keys of the data: question=query answer=label",
+    )  # fmt: skip
     without = parser.add_argument_group("without a recipe")
     without.add_argument(
         "--template", choices=sorted(TEMPLATES), metavar="NAME",
@@ -81,7 +93,8 @@ def data_sets(args) -> list[DataSet]:
             image_token_id=values["image_token_id"],
         )
         tokenizer = values["tokenizer"] and load_tokenizer(values["tokenizer"])
-        records = open_records(args.data, args.image_root, args.split)
+        columns = dict(args.columns)
+        records = open_records(args.data, args.image_root, args.split, columns=columns)
         return [DataSet(records, row_format, tokenizer, {})]
     if given:
         raise LlavaError(f"the recipe decides {given[0]}: leave out --{given[0]}")
@@ -102,6 +115,7 @@ def _data_sets_of_recipe(args) -> list[DataSet]:
             config.data.train, config.data.train_split = args.data, args.split
             config.data.validation = ""
         config.data.image_root = args.image_root or config.data.image_root
+        config.data.columns = dict(args.columns) or config.data.columns
     stage = Stage.of(config, jax.devices()[:1])
     tokenizer = load_tokenizer(
         recipe.tokenizer_folder(config), stage.model.config.decoder.vocab_size

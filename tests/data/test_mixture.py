@@ -8,9 +8,10 @@ import yaml
 
 from llava_jax.data import build
 from llava_jax.data.pipeline import TrainingData
-from llava_jax.data.records import checked_record, open_records
+from llava_jax.data.records import about, checked_record, open_records
 from llava_jax.data.show import as_text, show
 from llava_jax.errors import LlavaError
+from tests.data import same_records as same
 from tests.data.conftest import record
 from tests.data.test_tiles import FORMAT
 from tests.tiny_model import byte_tokenizer, random_image
@@ -55,6 +56,51 @@ def test_each_strategy_draws_what_it_says(mix):
     assert of(3) != whole[:10] and len({*of(3)}) == 10
     assert len(records) == 138
     assert "part3.jsonl: 10 of 40 records (random:10), 7.2% of the mixture" in records.shares()
+
+
+def test_any_data_set_may_be_part(mix, tmp_path):
+    folder, shown = tmp_path / "lists", [{"role": "user", "content": "<image>\nWhat?"}]
+    talk = [*shown, {"role": "assistant", "content": "A cat."}]
+    rows = [{"id": f"p{i}", "image": "cat.png", "messages": talk} for i in range(6)]
+    same.write_parquet(folder / "set/train-00000-of-00001.parquet", rows[:4])
+    same.write_parquet(folder / "set/test-00000-of-00001.parquet", rows[4:])
+    picture = (folder / "cat.png").read_bytes()
+    same.write_tar(
+        folder / "t-00.tar", [(f"t{i}", {"png": picture, "txt": b"x"}) for i in range(3)]
+    )
+    (folder / "qa.json").write_text('[{"q": "Who?", "a": "I", "id": "q0"}]')
+    path = mix(
+        "first:2",
+        {"json_path": None, "path": "set", "split": "test"},
+        {"json_path": None, "path": "t-{00..00}.tar", "sampling_strategy": "end:1"},
+        {"json_path": None, "path": "qa.json", "columns": {"question": "q", "answer": "a"}},
+    )
+    records = pickle.loads(pickle.dumps(open_records(path, cache_dir=tmp_path / "cache")))
+    assert ids(records) == ["0-0", "0-1", "p4", "p5", "t2", "q0"]
+    assert checked_record(records, 2).turns[1].text == "A cat."
+    assert records[4].origin == "number 2 of t-{00..00}.tar, t2 of t-00.tar"
+    (said,) = [line for line in about(records) if line.startswith("read as")]
+    assert "set: messages of role and content (2 records in 1 Parquet file)" in said
+    assert "qa.json: question and answer (1 records)" in said
+    data = TrainingData(records, byte_tokenizer(), FORMAT, batch_size=1, epochs=1, progress=False)
+    assert data.records_used == 6 and len([*(tmp_path / "cache").iterdir()]) == 1
+
+
+def test_records_are_repeated(mix):
+    records = open_records(mix({"repeat": 2, "sampling_strategy": "first:2"}, "first:1"))
+    assert ids(records) == ["0-0", "0-1", "0-0", "0-1", "1-0"]
+    assert records.shares()[0].endswith("4 of 40 records (first:2, 2 times), 80.0% of the mixture")
+
+
+def test_weights_are_shares_of_the_mixture(mix):
+    path = mix({"weight": 3}, {"weight": 1, "sampling_strategy": "first:20"})
+    records = open_records(path, seed=1)
+    drawn = ids(records)
+    first, second = ([i for i in drawn if i.startswith(f"{n}-")] for n in (0, 1))
+    assert (len(first), len(second)) == (45, 15)
+    assert len({*first}) == 40 and len({*second}) == 15  # five of the first come twice
+    assert drawn == ids(open_records(path, seed=1)) != ids(open_records(path, seed=2))
+    assert {*second} <= {f"1-{i}" for i in range(20)}
 
 
 def test_draws_are_a_pure_function_of_the_seed(mix):
@@ -123,6 +169,15 @@ WRONG = {
     "fraction": (["random:2.5%"], {}, "sampling_strategy is 'random:2.5%'"),
     "nothing": (["first:0"], {}, "entry 0: first:0 of part0.json with 40 records is nothing"),
     "a slip": ([{"sampling_stategy": "all"}], {}, "entry 0: unknown key 'sampling_stategy', did"),
+    "two paths": ([{"path": "a.json"}], {}, "entry 0 has a path too many"),
+    "a list": ([{"json_path": "mix.yaml"}], {}, "mix.yaml is a list itself"),
+    "weights": ([{"weight": 1}, "all"], {}, "give every entry a weight, or none"),
+    "no weight": ([{"weight": 0}], {}, "entry 0: weight is 0: it must be above 0"),
+    "weight of text": ([{"weight": "1"}], {}, "entry 0: weight cannot be '1'"),
+    "repeat": ([{"repeat": 0}], {}, "entry 0: repeat is 0: give a number of times from 1"),
+    "both": ([{"repeat": 2, "weight": 1}], {}, "entry 0: repeat is 2: .* no weight with it"),
+    "columns": ([{"columns": {"q": "a"}}], {}, "entry 0: config.data.columns names 'q'"),
+    "split": ([{"split": "test"}], {}, "entry 0: .*names files and has no splits"),
     "no list": ([], {}, "must hold a list 'datasets'"),
     "another list": ([], {"dataset": []}, "must hold a list 'datasets'"),
 }

@@ -1,10 +1,11 @@
-"""Parquet files of records: every layout gives the batches of the JSON and its picture files."""
+"""Parquet and Arrow files: every layout gives the batches of the JSON and its picture files."""
 
 import json
 import pickle
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from llava_jax.data import build
@@ -79,6 +80,25 @@ def test_layouts_of_the_same_records_give_the_same_batches(tmp_path, items, layo
     path = same.write_parquet(tmp_path / "d.parquet", LAYOUTS[layout](tmp_path, items), group)
     records = pickle.loads(pickle.dumps(open_records(path, tmp_path)))
     assert_same(batches(records), wanted(tmp_path, items))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_arrow_files(tmp_path, items, layout):
+    table = pyarrow.Table.from_pylist(LAYOUTS[layout](tmp_path, items))
+    folder = tmp_path / "saved/train"
+    folder.mkdir(parents=True)
+    for number in range(2):  # as `datasets` does: a stream in each
+        path = folder / f"data-{number:05}-of-00002.arrow"
+        part = table.slice(number * 5, 5 if number == 0 else None)
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(part, max_chunksize=3)
+    (folder / "dataset_info.json").write_text("{}")
+    records = pickle.loads(pickle.dumps(open_records(tmp_path / "saved", tmp_path)))
+    assert_same(batches(records), wanted(tmp_path, items))
+    assert "(12 records in 2 Arrow files)" in about(records)[0]
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(LlavaError, match="cannot read .*data-00001-of-00002.arrow"):
+        open_records(tmp_path / "saved", tmp_path)
 
 
 def test_one_picture_a_row_may_be_missing_or_a_path(tmp_path, items):

@@ -1,4 +1,4 @@
-"""The records of Parquet files, such as those of the Hugging Face hub.
+"""The records of Parquet files, as on the Hugging Face hub, and of Arrow files.
 
 Columns are named like the keys of a JSON record, or by `columns`. Their texts are in memory;
 pictures stay in the files until they are needed.
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_jax.data import arrow
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.collection import Records, ends_of_files, state_of_files
 from llava_jax.data.forms import ANSWER, LISTS, QUESTION
@@ -30,13 +31,11 @@ class _File:
     """One file: its texts, its pictures, the names of columns that nothing reads."""
 
     def __init__(self, path: Path, columns: dict[str, str]):
-        self.path, file, ours = (
-            path,
-            File.of(path),
-            {theirs: name for name, theirs in columns.items()},
-        )
+        self.path, file = path, File.of(path)
+        ours = {theirs: name for name, theirs in columns.items()}
         texts, self._pictures, self.unread = [], {}, []
-        schema = metadata(file).schema_arrow
+        is_arrow = path.suffix == ".arrow"
+        schema = arrow.table_of(file).schema if is_arrow else metadata(file).schema_arrow
         self.names = schema.names
         for field in schema:
             name = ours.get(field.name, field.name)
@@ -45,11 +44,15 @@ class _File:
                     f"{path} has a column {field.name!r}: only images and videos are supported"
                 )
             if name in (*IMAGE_KEYS, *VIDEO_KEYS) and holds_pictures(field.type):
-                self._pictures[field.name] = pictures_of(file, field.name)
+                of = arrow.Pictures if is_arrow else pictures_of
+                self._pictures[field.name] = of(file, field.name)
             elif name in (*IMAGE_KEYS, *VIDEO_KEYS, *_TEXTS):
                 texts.append(field.name)
             elif name not in PLAIN_KEYS:
                 self.unread.append(field.name)
+        if is_arrow:
+            self._texts, self.rows = arrow.table_of(file).select(texts), len(arrow.table_of(file))
+            return
         with reading(path):
             self._texts = metadata(file).read(columns=texts)
         self.rows = metadata(file).metadata.num_rows
@@ -62,8 +65,8 @@ class _File:
         return item
 
 
-class ParquetRecords(Records):
-    """The rows of Parquet files, one file after the other."""
+class TableRecords(Records):
+    """The rows of files, one file after the other."""
 
     def __init__(self, path, image_root, columns=None, files: list[Path] = ()):
         super().__init__(path, image_root, columns, files=files)
@@ -120,5 +123,6 @@ class ParquetRecords(Records):
         """That of the first record that has one: all have the same columns."""
         found = (form_of(self.item(index), self.columns) for index in range(len(self)))
         form = next(filter(None, found), None)
-        count = f"{len(self._files)} Parquet file{'s' * (len(self._files) > 1)}"
+        kind = self._files[0].path.suffix[1:].capitalize()
+        count = f"{len(self._files)} {kind} file{'s' * (len(self._files) > 1)}"
         return [f"{form} ({len(self):,} records in {count})"] if form else []
