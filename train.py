@@ -28,7 +28,7 @@ from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 from llava_jax.training.preemption import sigterm_noted
 from llava_jax.training.stage import Stage
-from llava_jax.training.step import TrainState
+from llava_jax.training.step import REFERENCE, TrainState
 from llava_jax.weights.read.fields import read_json
 from llava_jax.weights.run_directory import latest_step, write_run_model
 
@@ -177,9 +177,11 @@ def report_start(stage: Stage, state: TrainState, frozen: dict, data: TrainingDa
     devices = f"{stage.mesh.size} x {stage.mesh.devices.flat[0].device_kind}"
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
+    reference = count(frozen.get(REFERENCE, {}))
+    copied = f" and {reference:,.1f}M more as they start" if reference else ""
     hosts.report(
         f"{devices} as {dict(stage.mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
-        f"({', '.join(state.params)}), {count(frozen):,.1f}M frozen; image: "
+        f"({', '.join(state.params)}), {count(frozen) - reference:,.1f}M frozen{copied}; image: "
         f"{stage.model.config.image_words}; steps: {int(state.step)} of {data.steps} done"
     )
     if stage.refused:

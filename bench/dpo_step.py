@@ -26,7 +26,8 @@ from configs import base
 from llava_jax import command
 from llava_jax.data.rows import RowFormat, pack
 from llava_jax.models.decoder import output_embedding
-from llava_jax.models.llava import LlavaModel, init_params
+from llava_jax.models.llava import LlavaModel, abstract_params, init_params
+from llava_jax.models.lora import abstract_lora, init_lora
 from llava_jax.text.templates import PAIR
 from llava_jax.text.tokenization import IGNORE_INDEX, TokenRow
 from llava_jax.training.losses import answer_log_probs
@@ -125,6 +126,10 @@ def compiled_sides(config: ConfigDict, pairs: int, prompt: int, answer: int) -> 
     stage = one_device(config)
     shape, optimizer = stage.model.config, stage.optimizer(lambda step: 1.0)
     params = jax.jit(lambda: nn.meta.unbox(init_params(shape, jax.random.key(0))))()
+    start = params
+    if stage.lora:
+        boxed = abstract_lora(stage.lora, abstract_params(shape))
+        start = params | {"lora": init_lora(boxed, jax.random.key(1))}
     sides = {}
     for name, together in (("llava_jax", True), ("separate", False)):
         answers, copies = (2 * answer + 1, 1) if together else (answer, 2)
@@ -138,7 +143,7 @@ def compiled_sides(config: ConfigDict, pairs: int, prompt: int, answer: int) -> 
         )
         vocabulary = shape.decoder.vocab_size - 1
         batch = batch_of(row_format, config.batch_size, vocabulary, (pairs, prompt, answer))
-        state, frozen = fresh_state(stage.state, params, optimizer), place(params, stage.frozen)
+        state, frozen = fresh_state(stage.state, start, optimizer), place(start, stage.frozen)
         loss = stage.loss
         if not together:
             whole = jax.tree.map(lambda x: jnp.array(x, stage.model.dtype), params)

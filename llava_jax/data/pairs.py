@@ -36,7 +36,7 @@ def unpaired(item: dict, where: str) -> tuple[dict, str | None]:
     Raises:
       RecordError: it is a pair of another form than those of this module.
     """
-    item = _unfolded(item, where)
+    item = _unfolded(item)
     if item.get("rejected") is None:
         return item, None
     chosen, rejected = (_answer(item.get(key), key, where) for key in ("chosen", "rejected"))
@@ -81,33 +81,24 @@ def _is_list(turns) -> bool:
     return isinstance(turns, list) and bool(turns)
 
 
-def _unfolded(item: dict, where: str) -> dict:
-    """A record with what its `pair` holds in place of it."""
-    if not isinstance(item.get("pair"), str):
-        return item
+def _unfolded(item: dict) -> dict:
+    """A record with what its `pair` holds in place of it, if that is a pair."""
     try:
-        held = json.loads(item["pair"])
-    except ValueError:
+        held = json.loads(item.get("pair") or "null")
+    except (TypeError, ValueError):  # another program's key
         held = None
     if not isinstance(held, dict) or "rejected" not in held:
-        raise RecordError(
-            "bad pair",
-            f"{where}: 'pair' must be JSON text with question, chosen and rejected, not "
-            f"{brief(item['pair'])}",
-        )
+        return item
     return {key: value for key, value in item.items() if key != "pair"} | held
 
 
 def _answer(value, key: str, where: str) -> str | None:
     """The text of an answer, which may be that of the only turn of a list."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        turn = value[0]
-        value = next((turn[said] for _, said in TURN_KEYS[:2] if said in turn), None)
-        if isinstance(value, list):  # parts of a message
-            value = "".join(
-                part["text"] if isinstance(part, dict) and isinstance(part.get("text"), str) else ""
-                for part in value
-            )
     if value is None and key == "chosen":
         return None
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = next((value[0][said] for _, said in TURN_KEYS[:2] if said in value[0]), value)
+    if isinstance(value, list):  # of the parts of a message
+        texts = [part.get("text") if isinstance(part, dict) else None for part in value]
+        value = "".join(texts) if all(isinstance(text, str) for text in texts) else value
     return sound_text(value, key, where)

@@ -172,7 +172,7 @@ def plot_losses(metrics_file: Path, out: Path) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             top.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
-    top.set(ylabel="loss (nats a token)", yscale="log", title=metrics_file.parent.name)
+    top.set(ylabel="loss (nats)", yscale="log", title=metrics_file.parent.name)
     top.grid(alpha=0.3)
     top.legend()
     rates = sorted({name for line in lines for name in line if name.startswith("learning_rate/")})

@@ -53,9 +53,9 @@ def test_each_form_of_a_pair_is_the_same_record(form):
 
 
 def test_without_rejected_the_other_keys_are_ignored_as_before():
-    item = FORMS["last answer"] | {"chosen": "x", "prompt": "y", "rejected": None}
+    item = FORMS["last answer"] | {"chosen": "x", "prompt": "y", "rejected": None, "pair": "left"}
     record = parse_record(item, 0, None)
-    assert record.rejected is None and record.ignored_keys == ("chosen", "prompt")
+    assert record.rejected is None and record.ignored_keys == ("chosen", "prompt", "pair")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,8 @@ def test_without_rejected_the_other_keys_are_ignored_as_before():
         ({"rejected": "It is red."}, "both answers are the same, so neither is better"),
         ({"chosen": 3}, "'chosen' must be a string, not 3"),
         ({"prompt": ""}, "has 'chosen' and 'rejected' but no question; its keys: .image, prompt"),
-        ({"pair": "[1]"}, "'pair' must be JSON text with question, chosen and rejected, not"),
+        ({"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, "be a string, not"),
+        ({"chosen": [{"from": "gpt", "value": "a"}] * 2}, "'chosen' must be a string, not"),
         ({"chosen": None, "prompt": None, "conversations": ASKED}, "ends with a human turn; add"),
         ({"conversations": FORMS["last answer"]["conversations"]}, "has 'chosen', another: keep"),
         (
