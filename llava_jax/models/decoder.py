@@ -233,9 +233,15 @@ class SeparateLayers(nn.Module):
     def __call__(self, carry, layer_ids, rope, mask, chunks):
         x, caches = carry
         caches = list(caches or [None] * self.config.num_layers)
-        for layer, cache in enumerate(caches):
-            block = DecoderBlock(self.config, self.dtype, name=str(layer))
-            (x, caches[layer]), _ = block((x, cache), 0, rope, mask, chunks)
+        block = DecoderBlock(self.config, self.dtype, parent=None)
+
+        @jax.jit  # traced and lowered for one layer, not for each
+        def layer(params, carry, *others):
+            return block.apply({"params": params}, carry, 0, *others)
+
+        for i, cache in enumerate(caches):
+            params = self.variables["params"][str(i)]
+            (x, caches[i]), _ = layer(params, (x, cache), rope, mask, chunks)
         return (x, tuple(caches)), None
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llava_jax.models import decoder as decoder_module
 from llava_jax.models.attention import attention_mask
-from llava_jax.models.decoder import Decoder, output_embedding
+from llava_jax.models.decoder import Decoder, output_embedding, separate_layers
 from llava_jax.models.remat import REMAT_POLICIES
 from tests.tiny_model import config_with, random_params
 
@@ -109,6 +110,26 @@ def test_bfloat16_products_are_close_to_float32():
     scale = float(abs(exact).max())
     error = [float(abs(x.astype(jnp.float32) - exact).mean()) / scale for x in (mixed, low)]
     assert 1e-5 < error[0] < 0.01 and 1e-5 < error[1] < 0.02
+
+
+def test_of_separate_layers_one_is_traced_and_each_computes_with_its_own(monkeypatch):
+    """What a start costs: thirty layers of one shape are traced and lowered as one."""
+    traced, swiglu = [], decoder_module.swiglu
+    monkeypatch.setattr(
+        decoder_module, "swiglu", lambda *inputs: traced.append(1) or swiglu(*inputs)
+    )
+    config = config_with(num_layers=5)
+    params = random_params(config)["decoder"]
+    stacked = hidden_states(params, *packed_row(), config.decoder)
+    traced.clear()
+
+    @jax.jit
+    def separate(params, ids, positions, segments):
+        run = lambda decoder, ids: decoder(decoder.embed(ids), positions, segments)
+        return Decoder(config.decoder, stacked=False).apply({"params": params}, ids, method=run)
+
+    np.testing.assert_allclose(separate(separate_layers(params), *packed_row()), stacked, atol=1e-5)
+    assert len(traced) == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
