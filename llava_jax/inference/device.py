@@ -131,22 +131,22 @@ class Device:
         device = self._mesh and replicated(self._mesh)
         return jnp.zeros(self._store_shape, self._model.dtype, device=device)
 
-    def compile_encode(self, count: int) -> None:
-        """Compiles what `encode` runs for `count` tiles at once, without running it."""
+    def lower_encode(self, count: int) -> jax.stages.Lowered:
+        """What `encode` runs for `count` tiles at once."""
         if self.store is None:
             self.store = self._empty_store()
         side = self.config.image.size
         pixels, slots = np.zeros((count, side, side, 3), np.uint8), np.zeros(count, np.int32)
-        self.lower("encode", self.store, pixels, slots).compile()
+        return self.lower("encode", self.store, pixels, slots)
 
-    def compile_prefill(self, prompts: Prompts) -> None:
-        """Compiles what `prefill` runs for prompts of these shapes, without running it."""
-        self.lower("prefill", self.state, self.store, prompts).compile()
+    def lower_prefill(self, prompts: Prompts) -> jax.stages.Lowered:
+        """What `prefill` runs for prompts of these shapes."""
+        return self.lower("prefill", self.state, self.store, prompts)
 
-    def compile_decode(self, window: int) -> None:
-        """Compiles what `decode` runs for a window, without running it."""
+    def lower_decode(self, window: int) -> jax.stages.Lowered:
+        """What `decode` runs for a window."""
         running, fewest = np.zeros(self.rows, bool), np.int32(1)
-        self.lower("decode", self.state, running, fewest, window=window).compile()
+        return self.lower("decode", self.state, running, fewest, window=window)
 
     def encode(self, tiles: dict[int, np.ndarray]) -> None:
         """Fills slots of the feature store with the features of uint8[S, S, 3]."""

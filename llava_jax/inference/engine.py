@@ -190,16 +190,20 @@ class Engine:
         self._few, self._least = few, size
         self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
         device = self.device
-        compilers = {
-            "encode": device.compile_encode,
-            "decode": device.compile_decode,
-            "prefill": lambda shape: device.compile_prefill(self._pack([], shape)),
+        programs = {
+            "encode": device.lower_encode,
+            "decode": device.lower_decode,
+            "prefill": lambda shape: device.lower_prefill(self._pack([], shape)),
         }
         calls = all_calls(batch_size, device.size, few)
-        for number, (function, shape) in enumerate(calls):
-            report(number, len(calls))
-            compilers[function](shape)
-        report(len(calls), len(calls))
+        report(0, len(calls))
+        # Compiling, or reading what was compiled before, needs no Python: the next ones are traced
+        # meanwhile. One at a time, as a GPU's compiler measures kernels.
+        with ThreadPoolExecutor(1, "compiler") as compiler:
+            lowered = (programs[function](shape) for function, shape in calls)
+            done = compiler.map(jax.stages.Lowered.compile, lowered)
+            for number, _ in enumerate(done, start=1):
+                report(number, len(calls))
 
     def _remove_cancelled(self, running: dict[int, Job]) -> Iterator[Grown]:
         for job in [job for job in running.values() if job.answer.cancelled]:

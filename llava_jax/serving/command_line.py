@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from llava_jax import imports
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import DTYPES, Llava
 from llava_jax.parallel.mesh import make_mesh
@@ -54,6 +55,7 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
     if not checkpoint.is_dir():
         raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
     keep_compilations()
+    imports.tokenizers_alone()
     mesh = None
     if (args.replicas, args.tensor) != (1, 1):
         count = max(args.replicas * args.tensor, 1)

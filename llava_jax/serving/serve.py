@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -272,7 +273,8 @@ async def _serve(args, server, config, listening_on: socket.socket) -> int:
     await loading
     server.start(loop)
     address, port = listening_on.getsockname()[:2]
-    LOG.info("ready: http://%s:%d", f"[{address}]" if ":" in address else address, port)
+    host = f"[{address}]" if ":" in address else address
+    LOG.info("ready: http://%s:%d, after %.0f s of CPU", host, port, time.process_time())
     failed = asyncio.create_task(server.failed())
     await asyncio.wait({listening, stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
     clean = stopping.done() and await _drain(args, server, second)
