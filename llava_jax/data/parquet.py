@@ -195,5 +195,7 @@ class reading:
     def __exit__(self, kind, error, trace):
         import pyarrow
 
-        if isinstance(error, OSError | pyarrow.ArrowException) or kind is ValueError:
+        if isinstance(error, LlavaError):
+            return
+        if isinstance(error, OSError | ValueError | LookupError | pyarrow.ArrowException):
             raise LlavaError(f"cannot read {self._path}: {error}") from None

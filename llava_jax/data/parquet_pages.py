@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.data.stored import File
+from llava_jax.data.stored import File, Recent
 from llava_jax.errors import LlavaError
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # types of pages
@@ -33,7 +33,12 @@ _PLAIN, _PLAIN_DICTIONARY, _RLE_DICTIONARY = 0, 2, 8  # encodings of values
 _RLE = 3  # the encoding of levels
 _CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli"}
 _MAX_HEADER = 1 << 20
-_KEPT_PAGES = 32  # decompressed pages in memory: neighbours are often read one after the other
+# Bytes of decompressed pages in memory: neighbours are often read one after the other, and a page,
+# above all of a dictionary, may hold all pictures of a row group.
+_PAGES = Recent(256 << 20)
+# What damaged bytes, taken for numbers and lengths, lead to.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+           MemoryError, SystemError, RecursionError, struct.error)  # fmt: skip
 
 
 class Unsupported(Exception):
@@ -64,9 +69,12 @@ class _Column(NamedTuple):
 
 
 class _Values(NamedTuple):
-    """A page: values `buffer[starts[i] : ends[i]]`, and the number of each entry's value, or -1."""
+    """A page: values `buffer[starts[i] : ends[i]]`, and the number of each entry's value, or -1.
 
-    buffer: bytes
+    buffer: None stands for that of the dictionary.
+    """
+
+    buffer: bytes | None
     starts: list[int]
     ends: list[int]
     numbers: np.ndarray
@@ -98,10 +106,14 @@ class Leaf:
                 number = int(values.numbers[entry - page.first])
                 if number < 0:
                     return None
-                return values.buffer[values.starts[number] : values.ends[number]]
+                start, end = values.starts[number], values.ends[number]
+                words = _values(self, group, -1) if values.buffer is None else values
+                return words.buffer[start:end]
             except Unsupported:
                 return _whole_group(self, group)[entry].as_py()
-        except (OSError, ValueError, IndexError, struct.error, pyarrow.ArrowException) as error:
+        except LlavaError:  # it is gone, or another one
+            raise
+        except (*_DAMAGE, pyarrow.ArrowException) as error:
             reason = str(error) or type(error).__name__
             raise LlavaError(
                 f"{self.file.path}, row group {group}: the column {self.name} is damaged at entry "
@@ -141,6 +153,8 @@ def _column(leaf: Leaf, group: int) -> _Column:
     while first < chunk.num_values and start < end:
         header, start = _header(leaf.file, start, end)
         kind_of_page, stored = header[1], header[3]
+        if stored < 0:
+            raise ValueError("a page of less than no bytes")
         at = {_DATA: 5, _DICTIONARY: 7, _DATA_V2: 8}.get(kind_of_page)
         if at is not None:
             of_kind, levels = header[at], None
@@ -206,9 +220,16 @@ def _content(leaf: Leaf, column: _Column, page: _Page) -> tuple[bytes, bytes, by
     return parts[1], parts[0], data
 
 
-@functools.lru_cache(maxsize=_KEPT_PAGES)
 def _values(leaf: Leaf, group: int, first: int) -> _Values:
     """The page that begins with an entry, or with -1 the dictionary."""
+    key = leaf, group, first
+    if (values := _PAGES.get(key)) is None:
+        values = _read_values(leaf, group, first)
+        _PAGES.keep(key, values, len(values.buffer or b"") + 100 * len(values.numbers))
+    return values
+
+
+def _read_values(leaf: Leaf, group: int, first: int) -> _Values:
     column = _column(leaf, group)
     if first < 0:
         _, _, data = _content(leaf, column, column.dictionary)
@@ -228,7 +249,7 @@ def _values(leaf: Leaf, group: int, first: int) -> _Values:
     words = _values(leaf, group, -1)
     chosen = _hybrid(data[1:], data[0], count).tolist() if count else []
     starts, ends = [words.starts[i] for i in chosen], [words.ends[i] for i in chosen]
-    return _Values(words.buffer, starts, ends, numbers)
+    return _Values(None, starts, ends, numbers)
 
 
 def _plain(data: bytes, count: int) -> tuple[list[int], list[int]]:

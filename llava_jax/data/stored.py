@@ -2,7 +2,10 @@
 
 import functools
 import os
+import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,8 +29,12 @@ class File(NamedTuple):
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def read(self, start: int, count: int) -> bytes:
-        """So many of its bytes; OSError, or ValueError if it has changed or has fewer."""
-        data = os.pread(_opened(self).fileno(), count, start)
+        """So many of its bytes; OSError, ValueError if it has fewer, LlavaError if it has changed."""
+        if start < 0 or not 0 <= count <= self.size - start:
+            raise ValueError(f"the file ends at byte {self.size:,}")
+        # Held until it is read: what falls out of the cache is closed, and its number used again.
+        opened = _opened(self)
+        data = os.pread(opened.fileno(), count, start)
         if len(data) < count:
             raise ValueError(f"the file ends at byte {start + len(data):,}")
         return data
@@ -37,8 +44,37 @@ class File(NamedTuple):
 def _opened(file: File) -> BinaryIO:
     opened = open(file.path, "rb", buffering=0)
     if File.of(file.path) != file:
-        raise ValueError("the file was changed after it was opened first")
+        raise LlavaError(f"{file.path} was changed after it was opened first: start again")
     return opened
+
+
+class Recent:
+    """What was read last, at most so many bytes of it; threads may share it."""
+
+    def __init__(self, most: int):
+        self._most, self._size, self._lock = most, 0, threading.Lock()
+        self._kept: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
+
+    def get(self, key: Hashable):
+        """The value kept for a key, None if there is none."""
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def keep(self, key: Hashable, value, size: int) -> None:
+        """Keeps a value of so many bytes, and forgets those that were used the longest ago."""
+        with self._lock:
+            self._size += size - self._kept.pop(key, (None, 0))[1]
+            self._kept[key] = value, size
+            while self._size > self._most:
+                self._size -= self._kept.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+            self._size = 0
 
 
 class Stored(ABC):

@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llava_jax.data.parquet_pages import Leaf, Unsupported, _column, leaves_of
-from llava_jax.data.stored import File
+from llava_jax.data import stored
+from llava_jax.data.parquet_pages import _PAGES, Leaf, Unsupported, _column, leaves_of
+from llava_jax.data.stored import File, Recent
 from llava_jax.errors import LlavaError
 
 STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
@@ -109,3 +110,52 @@ def test_damage_is_reported_with_its_place(tmp_path, part):
         LlavaError, match=f"{leaf.file.path.name}, row group 0: the column x is damaged"
     ):
         leaf.read(0, 1)
+
+
+@pytest.mark.parametrize("codec, version", [("snappy", "1.0"), ("none", "2.0")])
+def test_any_damaged_byte_of_a_page_is_reported_or_changes_a_value(tmp_path, codec, version):
+    path, rows = tmp_path / "d.parquet", [bytes([65 + i]) * i for i in range(6)]
+    options = {"compression": codec, "data_page_version": version}
+    pyarrow.parquet.write_table(pyarrow.table({"x": rows}), path, **options)
+    column = _column(Leaf(File.of(path), "x"), 0)
+    whole, end = path.read_bytes(), column.pages[-1].start + column.pages[-1].stored
+    reported = 0
+    for place, value in itertools.product(range(4, end), (0, 7, 0xFF)):
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        try:
+            Leaf(File.of(path), "x").read(0, 5)
+        except LlavaError:
+            reported += 1
+    assert reported > 20
+
+
+def test_a_file_that_falls_out_of_the_cache_is_still_read(tmp_path, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"one")
+    other.write_bytes(b"two")
+    read = os.pread
+
+    def interrupted(number, count, start):  # by threads that read other files
+        stored._opened.cache_clear()
+        with open(other, "rb"):
+            return read(number, count, start)
+
+    monkeypatch.setattr(os, "pread", interrupted)
+    assert File.of(one).read(0, 3) == b"one"
+
+
+def test_pages_in_memory_are_bounded_by_their_bytes(tmp_path):
+    rows = [random.Random(i).randbytes(1_000_000) for i in range(4)]
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"x": rows}), path, row_group_size=2)
+    leaf = Leaf(File.of(path), "x")
+    assert [leaf.read(i // 2, i % 2) for i in (0, 3, 2, 1)] == [rows[i] for i in (0, 3, 2, 1)]
+    kept = {key[1:] for key in _PAGES._kept if key[0] == leaf}
+    assert kept == {(0, -1), (0, 0), (1, -1), (1, 0)}  # dictionaries hold the values
+
+    recent = Recent(10)
+    for key, size in (("a", 4), ("b", 4), ("a", 5), ("c", 5), ("d", 11)):
+        recent.keep(key, key.upper(), size)
+        if key == "c":
+            assert [recent.get(k) for k in "abc"] == ["A", None, "C"]
+    assert not any(map(recent.get, "abcd")) and recent._size == 0
