@@ -104,8 +104,8 @@ class ArrayRecords(Records):
         return dict.fromkeys(self._ignored, len(self))
 
     def forms(self) -> list[str]:
-        """That of the first record: all have the same features."""
-        form = form_of(self.item(0), self.columns)
+        """That of the first record that has one: all have the same features."""
+        form = next(filter(None, (form_of(item, self.columns) for item in self.items())), None)
         return [f"{form} ({len(self):,} records)"] if form else []
 
 

@@ -73,8 +73,12 @@ class Records(ABC):
         self.__init__(**state)
 
     def items(self) -> Iterator:
-        """All records as they are stored."""
-        return (self.item(index) for index in range(len(self)))
+        """All records as they are stored; None for one that cannot be read, as reading it says."""
+        for index in range(len(self)):
+            try:
+                yield self.item(index)
+            except RecordError:
+                yield None
 
     def fingerprint(self) -> str:
         """The content, and how it is read where that is not the usual way."""

@@ -33,7 +33,7 @@ QUESTION, ANSWER = "question", "answer"
 # What `config.data.columns` may name.
 COLUMNS = ("id", "image", "video", "system", "conversations", QUESTION, ANSWER)
 COLUMNS += ("pair", "prompt", "chosen", "rejected")  # see `data.pairs`
-_TALK = ("conversations", QUESTION, ANSWER)
+TALK = ("conversations", QUESTION, ANSWER)
 # A turn: who speaks, what is said. Of the last pair it is the question and the answer.
 TURN_KEYS = (("from", "value"), ("role", "content"), ("user", "assistant"))
 # Where a part of a message has its picture or video; without any it is the record's next one.
@@ -125,6 +125,8 @@ def talk_form(item, columns: dict[str, str]) -> str | None:
             return "question and answer" if item.get(QUESTION) else f"{named} as captions"
         turns = listed(item.get(key)) if key else None
         pair = turn_keys(turns[0])
+        if pair == TURN_KEYS[2] and not any(turn["user"] for turn in turns):
+            return "captions"
         parts = " parts" if any(isinstance(turn.get(pair[1]), list) for turn in turns) else ""
         return f"{columns.get(key, key)} of {pair[0]} and {pair[1]}{parts}"
     except (RecordError, TypeError, KeyError, IndexError, AttributeError):
@@ -283,7 +285,7 @@ def _role_fault(role) -> str:
 
 def _no_talk(item: dict, columns: dict[str, str], where: str) -> RecordError:
     keys = brief(", ".join(map(str, item)))
-    if missing := [columns[key] for key in _TALK if key in columns and not item.get(key)]:
+    if missing := [columns[key] for key in TALK if key in columns and not item.get(key)]:
         return RecordError(
             "no conversations",
             f"{where} has no {missing[0]!r}, which config.data.columns names; its keys: {keys}",

@@ -121,7 +121,7 @@ class TableRecords(Records):
 
     def forms(self) -> list[str]:
         """That of the first record that has one: all have the same columns."""
-        found = (form_of(self.item(index), self.columns) for index in range(len(self)))
+        found = (form_of(item, self.columns) for item in self.items())
         form = next(filter(None, found), None)
         kind = self._files[0].path.suffix[1:].capitalize()
         count = f"{len(self._files)} {kind} file{'s' * (len(self._files) > 1)}"

@@ -70,7 +70,7 @@ def _table(file: File):
     digest = hashlib.sha256()
     for key, members in samples.items():
         for extension, (start, size, text) in members.items():
-            digest.update(f"{key}\0{extension}\0{start} {size}\0".encode(errors="surrogateescape"))
+            digest.update(f"{key}\0{extension}\0{start} {size}\0".encode())
             digest.update(text or b"")
     columns = {
         "key": (pyarrow.string(), [key for key in samples]),
@@ -98,6 +98,10 @@ def _samples(file: File) -> dict[str, dict[str, tuple[int, int, bytes | None]]]:
                 key, extension = match[1], match[2]
                 if member.sparse is not None:
                     raise LlavaError(f"{file.path}: {member.name!r} is sparse: write it anew")
+                if any(0xD800 <= ord(letter) < 0xE000 for letter in member.name):
+                    raise LlavaError(
+                        f"{file.path}: the name {member.name!r} is not UTF-8: write it anew"
+                    )
                 if member.offset_data + member.size > file.size:
                     raise LlavaError(
                         f"{file.path} is cut off: {member.name!r} would end at byte "
@@ -110,6 +114,7 @@ def _samples(file: File) -> dict[str, dict[str, tuple[int, int, bytes | None]]]:
                 if extension in members:
                     raise LlavaError(f"{file.path} has two members {member.name!r}")
                 members[extension] = member.offset_data, member.size, text
+            _check_end(file, tar.offset)
     except (OSError, ValueError, tarfile.TarError, EOFError) as error:
         if isinstance(error, LlavaError):
             raise
@@ -123,3 +128,21 @@ def _samples(file: File) -> dict[str, dict[str, tuple[int, int, bytes | None]]]:
     if not samples:
         raise LlavaError(f"{file.path} holds no files of samples such as {brief('7.json')}")
     return samples
+
+
+def _check_end(file: File, end: int) -> None:
+    """LlavaError unless after the last member there are only the zeros that end a whole tar.
+
+    tarfile takes damage and the end of the file for the end of the tar, and so would members be
+    lost.
+    """
+    if file.size - end < tarfile.BLOCKSIZE:
+        raise LlavaError(f"{file.path} is cut off at byte {file.size:,}, or still being written")
+    with open(file.path, "rb") as opened:
+        opened.seek(end)
+        while rest := opened.read(1 << 20):
+            if rest.strip(b"\0"):
+                raise LlavaError(
+                    f"{file.path} is no tar from byte {end:,} on: it is damaged there, or another "
+                    "tar begins, which should be a file of its own"
+                )

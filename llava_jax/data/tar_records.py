@@ -3,7 +3,7 @@
 The `.json` of a sample is the record, or the list of its turns. Its pictures and videos are the
 record's, in the natural order of their names, unless the record names them in another order. Other
 texts, such as `.txt` and `.cls`, are keys of the record. Where the record has no conversation and
-the recipe names none, `.txt` is a caption.
+the recipe names none, `.txt` is a caption: the answer to a question of pictures alone.
 """
 
 import bisect
@@ -20,6 +20,7 @@ import numpy as np
 from llava_jax.data import forms
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS, field
 from llava_jax.data.collection import Records, state_of_files
+from llava_jax.data.pairs import PAIR_KEYS
 from llava_jax.data.stored import File, Stored
 from llava_jax.data.tar_index import JSON, TEXTS, index_of, kind
 from llava_jax.errors import LlavaError, RecordError, brief
@@ -45,6 +46,8 @@ class StoredMember(Stored):
     def read(self) -> bytes:
         try:
             return self.file.read(self.start, self.size)
+        except LlavaError:  # the tar is gone, or another one
+            raise
         except (OSError, ValueError) as error:
             raise LlavaError(f"{self.file.path}: cannot read {self.member!r}: {error}") from None
 
@@ -81,17 +84,7 @@ class TarRecords(Records):
         self._shards = [_Shard(file, cache_dir) for file in files]
         self._ends = np.cumsum([shard.table.num_rows for shard in self._shards]).tolist()
         if self.columns:
-            self.check_named({key for item in self.items() for key in item})
-        elif all(self._is_caption(index) for index in range(min(len(self), 100))):
-            self.columns = {forms.ANSWER: _CAPTION}
-
-    def _is_caption(self, index: int) -> bool:
-        """Whether a sample has a caption, and no conversation."""
-        try:
-            item = self.item(index)
-            return bool(item.get(_CAPTION)) and forms.talk_key(item, {}, "") is None
-        except RecordError:
-            return False
+            self.check_named({key for item in self.items() if item for key in item})
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -117,6 +110,8 @@ class TarRecords(Records):
                     "not an object", f"{where}: {key}.{extension} holds {brief(value)}"
                 )
         item.setdefault("id", key)
+        if item.get(_CAPTION) and self._has_no_talk(item, where):
+            item["texts"] = [{"user": "", "assistant": item.pop(_CAPTION)}]
         named = {*self.columns.values()} & {*stored}
         for keys, kinds in ((IMAGE_KEYS, _IMAGES), (VIDEO_KEYS, _VIDEOS)):
             of_kind = {e: m for e, m in stored.items() if kind(e) in kinds and e not in named}
@@ -127,6 +122,12 @@ class TarRecords(Records):
                     item.pop(other, None)
                 item[keys[0]] = _ordered(of_kind, given, where)
         return item | {extension: stored[extension] for extension in named}
+
+    def _has_no_talk(self, item: dict, where: str) -> bool:
+        """Whether neither a record nor the recipe says what is asked and answered."""
+        if {*forms.TALK, *PAIR_KEYS} & {*self.columns} or {*PAIR_KEYS} & {*item}:
+            return False
+        return forms.talk_key(item, {}, where) is None
 
     def origin(self, index: int) -> str:
         shard, row = self._place(index)

@@ -109,7 +109,7 @@ def test_img2dataset(tmp_path, png):
     (tmp_path / "cc3m/00000_stats.json").write_text("{}")
     records = open_records(tmp_path / "cc3m/{00000..00001}.tar")
     assert [record[1:] for record in read(records)] == [("<image>", "A cat.", 1)] * 2
-    assert about(records) == ["read as txt as captions (2 records in 2 tars)"]
+    assert about(records) == ["read as captions (2 records in 2 tars)"]
 
 
 def test_files_of_datasets(tmp_path, png):

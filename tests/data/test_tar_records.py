@@ -105,12 +105,26 @@ def test_captions_and_classes(tmp_path, items):
     records = open_records(path)
     record = checked_record(records, 0)
     assert [turn.text for turn in record.turns] == ["<image>", "A cat."] and record.id == "000"
-    assert about(records) == ["read as txt as captions (2 records in 1 tar)"]
+    assert about(records) == ["read as captions (2 records in 1 tar)"]
     assert records.ignored_keys() == dict.fromkeys(("npy", "cls", "url", "caption"), 2)
     named = open_records(path, columns={"question": "txt", "answer": "cls"})
     assert [turn.text for turn in checked_record(named, 1).turns] == ["<image>\nA cat.", "3"]
     with pytest.raises(LlavaError, match="columns.answer is 'label', which no record has"):
         open_records(path, columns={"answer": "label"})
+
+
+def test_a_caption_is_read_where_a_record_has_no_conversation(tmp_path, items):
+    data = (tmp_path / "a/1.png").read_bytes()
+    samples = [sample(tmp_path, items[1]), ("c", {"png": data, "txt": b"A cat."})] * 60
+    samples = [(f"{i}", members) for i, (_, members) in enumerate(samples)]
+    samples[-2][1]["txt"] = b"not used"
+    path = same.write_tar(tmp_path / "d.tar", samples)
+    for columns in ({}, {"id": "id"}):
+        records = open_records(path, columns=columns)
+        assert checked_record(records, 118).turns[1].text == "It is 1."
+        assert [turn.text for turn in checked_record(records, 1).turns] == ["<image>", "A cat."]
+    assert about(records)[0].count("(60 records in 1 tar)") == 2
+    assert records.ignored_keys() == {"txt": 60}
 
 
 def test_videos(tmp_path):
@@ -162,7 +176,9 @@ def test_faults_name_the_tar_and_the_sample(tmp_path, items):
     samples[3][1]["json"] = b'{"conversations": ['
     samples[5][1]["json"] = b"5"
     path = same.write_tar(tmp_path / "d.tar", samples)
-    report = validate(open_records(path), FORMAT, byte_tokenizer(), progress=False)
+    records = open_records(path, columns={"id": "id"})
+    report = validate(records, FORMAT, byte_tokenizer(), progress=False)
+    assert "conversations of from and value (10 records in 1 tar)" in about(records)[0]
     faults = [message for messages in report.faults.values() for message in messages]
     assert any("record 2 (id 'r2', r2 of d.tar): 'r2.png of d.tar' is not an image" in m
                for m in faults)  # fmt: skip
@@ -190,6 +206,23 @@ def test_broken_tars_are_named(tmp_path, items):
     (tmp_path / "d.tar.gz").write_bytes(b"")
     with pytest.raises(LlavaError, match="tars that are not compressed"):
         open_records(tmp_path / "d.tar.gz")
+    path.write_bytes(whole[:-10_240] + b"x" * 10_240)
+    with pytest.raises(LlavaError, match="d.tar is no tar from byte [0-9,]+ on: it is damaged"):
+        open_records(path)
+    middle = whole.index(b"r5.json")
+    path.write_bytes(whole[:middle] + b"\xff" * 500 + whole[middle + 500 :])
+    with pytest.raises(LlavaError, match="d.tar is no tar from byte [0-9,]+ on"):
+        open_records(path)
+    path.write_bytes(whole + whole)
+    with pytest.raises(LlavaError, match="is no tar from byte .*or another tar begins"):
+        open_records(path)
+    path.write_bytes(whole[:middle])
+    with pytest.raises(LlavaError, match="d.tar is cut off at byte"):
+        open_records(path)
+    with tarfile.open(path, "w", errors="surrogateescape") as tar:
+        tar.addfile(tarfile.TarInfo("a\udcff.json"))
+    with pytest.raises(LlavaError, match=r"the name 'a\\udcff.json' is not UTF-8"):
+        open_records(path)
     data = {"png": b"1"}
     same.write_tar(path, [("1", data), ("1", data)])
     with pytest.raises(LlavaError, match="d.tar has two members '1.png'"):
