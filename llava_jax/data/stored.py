@@ -29,7 +29,12 @@ class File(NamedTuple):
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def read(self, start: int, count: int) -> bytes:
-        """So many of its bytes; OSError, ValueError if it has fewer, LlavaError if it has changed."""
+        """So many of its bytes.
+
+        Raises:
+          OSError, ValueError: they cannot be read, or there are fewer.
+          LlavaError: the file is gone or was changed.
+        """
         if start < 0 or not 0 <= count <= self.size - start:
             raise ValueError(f"the file ends at byte {self.size:,}")
         # Held until it is read: what falls out of the cache is closed, and its number used again.
