@@ -1,7 +1,6 @@
 """Parquet files of the Hugging Face hub: their rows, and the pictures stored inside.
 
-pyarrow comes with tensorflow-datasets. Pictures are read when they are needed: a set of documents
-holds gigabytes of them.
+Pictures are read when they are needed: a set of documents holds gigabytes of them.
 """
 
 import functools
@@ -10,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_jax.data.parquet import holds_pictures, pictures_of, reading
+from llava_jax.data.parquet_pages import metadata
+from llava_jax.data.stored import File, Stored
 from llava_jax.errors import LlavaError
 
 
@@ -30,13 +32,11 @@ class StoredPicture:
 
     def read(self) -> bytes:
         """The encoded picture."""
-        cell = _column(self.path, self.group, self.column)[self.row].as_py()
-        if self.item is not None:
-            cell = cell[self.item]
-        data = cell.get("bytes") if isinstance(cell, Mapping) else cell
-        if not isinstance(data, bytes):
+        cell = _cell(self.path, self.column, self.group, self.row)
+        found = cell[self.item or 0] if len(cell) > (self.item or 0) else None
+        if not isinstance(found, Stored):
             raise LlavaError(f"{self.name}: the file holds no picture there")
-        return data
+        return found.read()
 
     @property
     def name(self) -> str:
@@ -60,15 +60,15 @@ class ParquetRow:
         return self.values.get(column, default)
 
     def picture(self, column: str, item: int | None = None) -> StoredPicture:
-        if column not in _columns(self.path):
+        if column not in _columns(File.of(self.path)):
             raise KeyError(column)
         return StoredPicture(self.path, column, self.group, self.row, item)
 
     def pictures(self, column: str) -> tuple[StoredPicture, ...]:
         """The pictures of a column of lists."""
-        if column not in _columns(self.path):
+        if column not in _columns(File.of(self.path)):
             raise KeyError(column)
-        count = _list_lengths(self.path, self.group, column)[self.row]
+        count = len(_cell(self.path, column, self.group, self.row))
         return tuple(self.picture(column, item) for item in range(count))
 
 
@@ -77,57 +77,34 @@ def rows(paths: Sequence[Path], columns: Iterable[str]) -> Iterator[ParquetRow]:
 
     LlavaError if a file cannot be read.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     for path in paths:
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-            present = [name for name in columns if name in file.schema_arrow.names]
+        file = metadata(File.of(path))
+        present = [name for name in columns if name in file.schema_arrow.names]
+        with reading(path):
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=present)
                 for row, values in enumerate(table.to_pylist()):
                     yield ParquetRow(values, path, group, row)
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise LlavaError(f"cannot read {path}: {error}") from None
 
 
-def _column(path: Path, group: int, column: str):
-    """One column of one row group; `column` may be the path of a leaf, a.list.element.b."""
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = _read_columns(path, group)
-    if column not in columns:
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-            columns[column] = file.read_row_group(group, columns=[column]).column(0)
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise LlavaError(f"cannot read {path}: {error}") from None
-    return columns[column]
-
-
-@functools.lru_cache(maxsize=2)  # questions are asked in the order of the file
-def _read_columns(path: Path, group: int) -> dict:
-    """The columns of a row group that were read, to be filled."""
-    return {}
+def _cell(path: Path, column: str, group: int, row: int) -> list[Stored | str | None]:
+    """The pictures of one cell; none if the column holds no pictures."""
+    file = File.of(path)
+    if not holds_pictures(metadata(file).schema_arrow.field(column).type):
+        return []
+    return pictures_of(file, column)[_first_rows(file)[group] + row]
 
 
 @functools.lru_cache(maxsize=256)
-def _columns(path: Path) -> frozenset[str]:
-    import pyarrow.parquet
-
-    return frozenset(pyarrow.parquet.read_schema(path).names)
+def _first_rows(file: File) -> list[int]:
+    """The first row of each row group."""
+    parts = metadata(file).metadata
+    firsts = [0]
+    for group in range(parts.num_row_groups):
+        firsts.append(firsts[-1] + parts.row_group(group).num_rows)
+    return firsts
 
 
 @functools.lru_cache(maxsize=256)
-def _list_lengths(path: Path, group: int, column: str) -> list[int]:
-    """The number of pictures in each row; of a stored picture only the file name is read."""
-    import pyarrow.compute
-    import pyarrow.parquet
-
-    schema = pyarrow.parquet.ParquetFile(path).schema
-    leaves = [schema.column(i).path for i in range(len(schema.names))]
-    named = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]
-    lists = _column(path, group, (named or [column])[0])
-    return pyarrow.compute.list_value_length(lists).to_pylist()
+def _columns(file: File) -> frozenset[str]:
+    return frozenset(metadata(file).schema_arrow.names)
