@@ -51,8 +51,10 @@ def main() -> None:
     shard = Shard.parse(SHARD.value) if SHARD.value else None
     benchmarks = load_configured(CONFIG.value, LIMIT.value, shard)
     # 2. Load. JAX is imported only now: that takes seconds.
-    from llava_jax.evaluation.runner import default_output
+    from llava_jax.evaluation.runner import answer_settings, default_output
 
+    for config, _ in benchmarks:
+        answer_settings(config.max_new_tokens, sampling_of(config), config.min_yes)  # raises
     model = load_model(CONFIG.value)
     root = Path(OUTPUT.value or default_output(CHECKPOINT.value))
     # 3. Run.
@@ -90,6 +92,12 @@ def load_model(config: ConfigDict):
     )
 
 
+def sampling_of(config: ConfigDict) -> dict:
+    """The sampling parameters that differ from the defaults."""
+    default = base.get_config().sampling
+    return {name: value for name, value in config.sampling.items() if value != default[name]}
+
+
 def run(model, config: ConfigDict, benchmark: Benchmark, root: Path, shard: Shard | None) -> None:
     """Asks one benchmark and prints its scores."""
     from llava_jax.evaluation.runner import evaluate
@@ -104,6 +112,8 @@ def run(model, config: ConfigDict, benchmark: Benchmark, root: Path, shard: Shar
         overwrite=OVERWRITE.value,
         shard=shard,
         settings={"kv_cache": KV_CACHE.value, "template_given": TEMPLATE.value},
+        sampling=sampling_of(config),
+        min_yes=config.min_yes,
     )
     if shard:
         print(f"answers: {output / shard.folder}; run without --shard to collect all parts")

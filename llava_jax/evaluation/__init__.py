@@ -1,6 +1,6 @@
 """Benchmarks: the questions and the metric of each, and one runner for all.
 
-Only `runner`, which asks a model, and `lmms_adapter` need JAX.
+Only `runner`, which asks a model, `confidence` and `lmms_adapter` need JAX.
 """
 
 import importlib
@@ -106,7 +106,8 @@ def load_configured(
     for name in config.suite:
         member = _config(name)
         member.data_root = str(Path(config.data_root, Path(member.data_root).name))
-        member.update(batch_size=config.batch_size, dtype=config.dtype, mesh=config.mesh)
+        for key in ("batch_size", "dtype", "mesh", "sampling", "min_yes"):
+            member[key] = config[key]
         try:
             loaded.append((member, _load(member, limit, shard)))
         except MissingFile as error:

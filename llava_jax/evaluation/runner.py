@@ -5,6 +5,7 @@ The folder of a result holds `run.json` (the model, the questions and the settin
 the benchmark's server and `failures.html`. The shards of a run have folders of their own below it.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,12 +14,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
+from llava_jax.evaluation import confidence
 from llava_jax.evaluation.benchmark import Benchmark, Question, Score, Shard
 from llava_jax.evaluation.failures import write_failures
 from llava_jax.files import claim, json_line, locked, whole_file, write_json
+from llava_jax.inference.answer import Answer
 from llava_jax.inference.fingerprint import weights_fingerprint
+from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
-from llava_jax.inference.sampling import SamplingParams
+from llava_jax.inference.sampling import MAX_LOGPROBS, SamplingParams
 
 BATCHES_AT_A_TIME = 4  # these are sorted by shape together; a kill loses at most their answers
 
@@ -32,8 +36,10 @@ def evaluate(
     overwrite: bool = False,
     shard: Shard | None = None,
     settings: Mapping[str, str | None] | None = None,
+    sampling: Mapping[str, object] | None = None,
+    min_yes: float = 0.0,
 ) -> list[Score]:
-    """Answers every question of `benchmark` greedily, writes below `output`, returns the scores.
+    """Answers every question of `benchmark`, writes below `output`, returns the scores.
 
     An interrupted run continues and takes over the answers of its shards. With `shard` only that
     part is answered and nothing is scored. LlavaError if `output` holds answers of another model,
@@ -41,12 +47,16 @@ def evaluate(
 
     Args:
       settings: what else the answers depend on, None for a default.
+      sampling: parameters other than the defaults, which are greedy. Questions without a picture
+        are asked without contrast.
+      min_yes: the least confidence that an answer with yes needs, see confidence.py; with it, the
+        scores begin with a line for each of other limits. 0 is off.
     """
     if batch_size < 1:
         raise LlavaError(f"batch_size must be at least 1, not {batch_size}")
     if benchmark.by_boxes:
         benchmark = benchmark.reading(model.boxes)
-    params = SamplingParams(max_new_tokens)
+    asker = Asker(model, answer_settings(max_new_tokens, sampling, min_yes), batch_size, min_yes)
     run = {
         "benchmark": benchmark.name,
         "questions": benchmark.fingerprint,
@@ -54,6 +64,8 @@ def evaluate(
         "template": model.template.name,
         "dtype": model.dtype,
         "max_new_tokens": max_new_tokens,
+        "sampling": dict(sampling) if sampling else None,
+        "min_yes": min_yes or None,
     } | dict(settings or {})
     questions = shard.of(benchmark.questions) if shard else benchmark.questions
     output = Path(output) / shard.folder if shard else Path(output)
@@ -71,13 +83,26 @@ def evaluate(
         done = {}
         for folder in folders:
             done |= _finished(folder / "predictions.jsonl", ids, repair=folder == output)
-        done |= _answer(model, benchmark.name, questions, done, output, params, batch_size)
-        predictions = [done[question.id]["prediction"] for question in questions]
+        done |= asker.answer(benchmark.name, questions, done, output)
+        answers = [done[question.id] for question in questions]
         grade = None if shard else benchmark.grade
-        lines = (_line(*pair, grade) for pair in zip(questions, predictions, strict=True))
+        lines = (
+            _line(question, line["prediction"], line.get("yes"), grade)
+            for question, line in zip(questions, answers, strict=True)
+        )
         with whole_file(output / "predictions.jsonl") as file:
             file.writelines(map(json_line, lines))
-        return [] if shard else _conclude(benchmark, run, predictions, output)
+        return [] if shard else _conclude(benchmark, run, answers, output)
+
+
+def answer_settings(
+    max_new_tokens: int, sampling: Mapping[str, object] | None = None, min_yes: float = 0.0
+) -> SamplingParams:
+    """How questions are answered; LlavaError for a wrong value. Arguments as in `evaluate`."""
+    if not 0 <= min_yes <= 1:
+        raise LlavaError(f"min_yes must be from 0 to 1, not {min_yes}")
+    read = {"logprobs": MAX_LOGPROBS} if min_yes else {}
+    return SamplingParams.from_names({"max_tokens": max_new_tokens, **(sampling or {})}, read)
 
 
 def default_output(checkpoint: str) -> Path:
@@ -92,35 +117,56 @@ def default_output(checkpoint: str) -> Path:
     return (path.parent.parent if path.parent.name == "checkpoints" else path) / "eval"
 
 
-def _answer(model, name, questions, done, output, params, batch_size) -> dict[str, dict]:
-    """Asks the questions missing in `done`; appends each window of answers to predictions.jsonl."""
-    todo = [(i, q) for i, q in enumerate(questions) if q.id not in done]
-    window = BATCHES_AT_A_TIME * batch_size
-    new = {}
-    with (
-        open(output / "predictions.jsonl", "ab") as file,
-        tqdm(
-            total=len(questions), initial=len(questions) - len(todo), unit="question", desc=name
-        ) as bar,
-    ):
-        for start in range(0, len(todo), window):
-            part = todo[start : start + window]
-            requests = [
-                model.request(q.prompt, q.read_images(), params, where=f"question {i} ({q.id}): ")
-                for i, q in part
-            ]
-            texts = model.answer(requests, batch_size, bar.update)
-            lines = [_line(q, text) for (_, q), text in zip(part, texts, strict=True)]
-            file.writelines(map(json_line, lines))
-            file.flush()
-            new |= {line["id"]: line for line in lines}
-    return new
+@dataclasses.dataclass(frozen=True)
+class Asker:
+    """Asks a model questions; arguments as in `evaluate`."""
+
+    model: Llava
+    params: SamplingParams
+    batch_size: int
+    min_yes: float
+
+    def answer(self, name: str, questions, done: Mapping[str, dict], output: Path) -> dict:
+        """Asks those missing in `done`; appends each window of answers to predictions.jsonl."""
+        todo = [(i, q) for i, q in enumerate(questions) if q.id not in done]
+        window = BATCHES_AT_A_TIME * self.batch_size
+        new, asked = {}, len(questions) - len(todo)
+        with (
+            open(output / "predictions.jsonl", "ab") as file,
+            tqdm(total=len(questions), initial=asked, unit="question", desc=name) as bar,
+        ):
+            for start in range(0, len(todo), window):
+                part = todo[start : start + window]
+                requests = [self._request(*numbered) for numbered in part]
+                answers = self.model.answers(requests, self.batch_size, bar.update)
+                lines = [self._line(q, *of) for (_, q), of in zip(part, answers, strict=True)]
+                file.writelines(map(json_line, lines))
+                file.flush()
+                new |= {line["id"]: line for line in lines}
+        return new
+
+    def _request(self, number: int, question: Question) -> Request:
+        params = self.params if question.images else self.params.without_contrast()
+        where = f"question {number} ({question.id}): "
+        return self.model.request(question.prompt, question.read_images(), params, where=where)
+
+    def _line(self, question: Question, answer: Answer) -> dict:
+        if not self.min_yes:
+            return _line(question, answer.text)
+        yes = confidence.yes_confidence(answer, self.model.tokenizer)
+        return _line(question, confidence.limited(answer.text, yes, self.min_yes), yes)
 
 
-def _conclude(benchmark: Benchmark, run: dict, predictions: list[str], output: Path) -> list[Score]:
-    """Scores all answers and writes metrics.json, the submission and the page of failures."""
+def _conclude(benchmark: Benchmark, run: dict, answers: list[dict], output: Path) -> list[Score]:
+    """Scores all answers and writes metrics.json, the submission and the page of failures.
+
+    answers: a line of predictions.jsonl for each question.
+    """
     questions = benchmark.questions
+    predictions = [line["prediction"] for line in answers]
     scores = benchmark.score(questions, predictions) if benchmark.score else []
+    if scores and run["min_yes"]:
+        scores = [*confidence.curve(questions, [line.get("yes") for line in answers]), *scores]
     metrics = {**run, "scores": {s.kind: {"count": s.count, **s.values} for s in scores}}
     if errors := {s.kind: dict(s.errors) for s in scores if s.errors}:
         metrics["standard_errors"] = errors
@@ -134,7 +180,10 @@ def _conclude(benchmark: Benchmark, run: dict, predictions: list[str], output: P
 
 
 def _line(
-    question: Question, prediction: str, grade: Callable[[Question, str], float] | None = None
+    question: Question,
+    prediction: str,
+    yes: float | None = None,
+    grade: Callable[[Question, str], float] | None = None,
 ) -> dict:
     line = {
         "id": question.id,
@@ -145,6 +194,8 @@ def _line(
     }
     if question.group:
         line["group"] = question.group
+    if yes is not None:
+        line["yes"] = yes
     if grade:
         line["grade"] = grade(question, prediction)
     return line

@@ -5,6 +5,7 @@ S side of a tile, P features of a tile, T tokens of a prompt.
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -116,6 +117,25 @@ def common_prefixes(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(different.any(axis=1), different.argmax(axis=1), different.shape[1])
 
 
+@dataclass
+class _Plan:
+    """A wave while it is put together.
+
+    Attributes:
+      free: rows that may be given away.
+      placed: what is read into rows, by row.
+      needed: rows whose present contents are to be copied from.
+      pinned: slots of tiles that the wave needs.
+      tiles: those to be encoded, by slot.
+    """
+
+    free: set[int]
+    placed: dict[int, Job] = field(default_factory=dict)
+    needed: set[int] = field(default_factory=set)
+    pinned: set[int] = field(default_factory=set)
+    tiles: dict[int, np.ndarray] = field(default_factory=dict)
+
+
 class Admission:
     """Gives jobs their rows of the cache and their slots of the feature store.
 
@@ -154,33 +174,43 @@ class Admission:
     ) -> tuple[list[Job], dict[int, np.ndarray]]:
         """Gives a row of `free` to each of the first jobs, as many as can be read now.
 
-        A prompt may share its beginning with a row, or with a prompt earlier in the wave; it must
-        not be read before that one.
+        A job with a twin gets two, or none. A prompt may share its beginning with a row, or with a
+        prompt earlier in the wave; it must not be read before that one.
 
         Returns:
           The jobs, and the tiles that are to be encoded first, by slot.
         """
-        wave: dict[int, Job] = {}  # by row
-        pinned, tiles = set(), {}
-        needed = set()  # rows whose present contents are to be copied from
+        plan, wave = _Plan(set(free)), []
         for job in jobs:
-            job.contents = self._contents(job)
-            planned = {row: other.contents for row, other in wave.items()}
-            donor, shared = self._rows.donor(job.contents, planned)
-            rows = set(free) - set(wave) - needed
-            others = rows - {donor} if shared else rows
-            if not rows or not self._place_tiles(job, shared, pinned, tiles):
+            if not self._place(job, plan):
                 break
-            job.row = self._rows.oldest(others or rows)
+            wave.append(job)
+        return wave, plan.tiles
+
+    def _place(self, job: Job, plan: _Plan) -> bool:
+        """Gives rows and slots to a job and its twin; False if they have no room in this wave."""
+        for waiting, reading in zip(range(len(job.readings))[::-1], job.readings, strict=True):
+            reading.contents = self._contents(reading)
+            planned = {row: other.contents for row, other in plan.placed.items()}
+            donor, shared = self._rows.donor(reading.contents, planned)
+            rows = plan.free - set(plan.placed) - plan.needed
+            if len(rows) <= waiting or not self._place_tiles(reading, shared, plan):
+                if reading is job.twin:
+                    del plan.placed[job.row]
+                return False
+            # A donor keeps its contents, unless the last rows are needed: these, and the twin's.
+            others = rows - {donor} if shared else rows
+            reading.row = self._rows.oldest(others) if len(others) > waiting else donor
             # In its own row a prompt finds what it shares in place; otherwise it is copied there.
-            job.shared = job.read = shared
-            job.sources = np.full(job.length, job.row, np.int32)
+            reading.shared = reading.read = shared
+            reading.sources = np.full(reading.length, reading.row, np.int32)
             if shared:
-                needed.add(donor)
-                source = wave[donor].sources if donor in wave else np.full(shared, donor)
-                job.sources[:shared] = source[:shared]
-            wave[job.row] = job
-        return list(wave.values()), tiles
+                plan.needed.add(donor)
+                held = donor in plan.placed
+                source = plan.placed[donor].sources if held else np.full(shared, donor)
+                reading.sources[:shared] = source[:shared]
+            plan.placed[reading.row] = reading
+        return True
 
     def _contents(self, job: Job) -> np.ndarray:
         """int64[T], the prompt as `RowSlots` compares it."""
@@ -199,10 +229,8 @@ class Admission:
             yield picture, future, places[start:end]
             start = end
 
-    def _place_tiles(
-        self, job: Job, shared: int, pinned: set[int], tiles: dict[int, np.ndarray]
-    ) -> bool:
-        """Finds a slot for each tile of a job; the tiles to be encoded go into `tiles`, by slot.
+    def _place_tiles(self, job: Job, shared: int, plan: _Plan) -> bool:
+        """Finds a slot for each tile of a job; the tiles to be encoded go into the plan.
 
         Pictures among the first `shared` tokens, which other rows hold, need none. False if the
         jobs of the wave before it need all slots.
@@ -216,7 +244,7 @@ class Admission:
         for picture, future, places in self._pictures_of(job):
             if not len(places) or places[-1] < shared:
                 continue
-            slots = self._slots(future.result(), pinned, tiles)
+            slots = self._slots(future.result(), plan)
             if slots is None:
                 return False
             features = picture.layout.features
@@ -227,18 +255,16 @@ class Admission:
                 job.feature_weights[places] = picture.layout.weights
         return True
 
-    def _slots(
-        self, picture: Tiles, pinned: set[int], tiles: dict[int, np.ndarray]
-    ) -> np.ndarray | None:
+    def _slots(self, picture: Tiles, plan: _Plan) -> np.ndarray | None:
         """The slot of each tile of a picture; None if there are too few."""
         slots = []
         for digest, tile in picture.tiles:
             slot = self._tiles.find(digest)
             if slot is None:
-                slot = self._tiles.add(digest, pinned)
+                slot = self._tiles.add(digest, plan.pinned)
                 if slot is None:
                     return None
-                tiles[slot] = tile
-            pinned.add(slot)
+                plan.tiles[slot] = tile
+            plan.pinned.add(slot)
             slots.append(slot)
         return np.array(slots)

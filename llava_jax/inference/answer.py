@@ -1,10 +1,12 @@
 """An answer as it grows: tokens to text, stop texts, and pieces that can be shown at once."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llava_jax.errors import LlavaError
+from llava_jax.inference.sampling import Logprobs
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of SentencePiece that is one byte
@@ -17,12 +19,24 @@ class TokenLogprob:
     Attributes:
       token: its id.
       logprob: natural logarithm of the model's probability, before temperature and penalties.
-      top: id -> log probability, likeliest first, as many as were asked for.
+      top: id -> log probability, likeliest first, as many as were asked for and are possible.
     """
 
     token: int
     logprob: float
     top: dict[int, float]
+
+
+def token_logprobs(
+    logprobs: Logprobs, row: int, tokens: Sequence[int], count: int
+) -> list[TokenLogprob]:
+    """Those of `tokens`, which stand first in a row of log probabilities [R, T], on the host."""
+    entries = []
+    for i, token in enumerate(tokens):
+        top = zip(logprobs.top_ids[row, i].tolist(), logprobs.top[row, i].tolist(), strict=True)
+        possible = {id: value for id, value in list(top)[:count] if value > -math.inf}
+        entries.append(TokenLogprob(int(token), float(logprobs.chosen[row, i]), possible))
+    return entries
 
 
 class Detokenizer:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.inference.sampling import Logprobs, Sampling, sample, wanted_logprobs
+from llava_jax.inference.contrast import Contrast, choose
+from llava_jax.inference.sampling import Logprobs, Sampling
 from llava_jax.models.cache import Chunks, KVCache, empty_cache
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaModel
@@ -106,6 +107,7 @@ class Prompts:
       whole: int32[R, C], all tokens of the prompt, of which ids below 0 count as none.
       budget: int32[R], number of tokens wanted.
       sampling: the settings of each prompt.
+      contrast: which prompts are pairs, with chunks for rows; None if none are.
     """
 
     input_ids: jax.Array
@@ -117,6 +119,7 @@ class Prompts:
     whole: jax.Array
     budget: jax.Array
     sampling: Sampling
+    contrast: Contrast | None = None
 
 
 def encode(
@@ -150,8 +153,8 @@ def prefill(
     last = hidden[prompts.last]
     logits = model.apply({"params": params}, last, method=LlavaModel.attend)
     seen = _mark(jnp.zeros(logits.shape, bool), prompts.whole)
-    tokens = sample(logits, prompts.sampling, prompts.lengths, seen)
-    logprobs = wanted_logprobs(logits, tokens, prompts.sampling)
+    settings = prompts.sampling, prompts.lengths, seen, prompts.contrast
+    tokens, logprobs = choose(logits, *settings)
     put = lambda old, new: old.at[prompts.chunks.copies].set(new, mode="drop")
     state = DecodeState(
         cache,
@@ -172,6 +175,7 @@ def decode(
     running: jax.Array,
     fewest: jax.Array,
     window: int,
+    contrast: Contrast | None = None,
 ) -> tuple[jax.Array, Logprobs, DecodeState]:
     """Up to TOKENS_PER_CALL more tokens of every unfinished row.
 
@@ -179,6 +183,7 @@ def decode(
       running: bool[B], rows that should go on.
       fewest: int32, ends early when fewer rows than this are left, so that others can start.
       window: cache slots to look at; no running row may outgrow them in this call.
+      contrast: which rows are pairs; None if none are.
 
     Returns:
       Tokens int32[B, TOKENS_PER_CALL], NO_TOKEN after a row's end, their logprobs, and the state.
@@ -194,7 +199,7 @@ def decode(
     def one_token(carry):
         step, state, tokens, logprobs = carry
         active = state.budget > 0
-        state, new = _decode_one(model, params, state, window)
+        state, new = _decode_one(model, params, state, window, contrast)
         column = jnp.where(active, state.tokens, NO_TOKEN)
         logprobs = jax.tree.map(lambda all, one: all.at[:, step].set(one), logprobs, new)
         return step + 1, state, tokens.at[:, step].set(column), logprobs
@@ -204,7 +209,7 @@ def decode(
     return tokens, logprobs, state
 
 
-def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int):
+def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int, contrast):
     """Reads each row's latest token and chooses the next; the cache of a finished row is kept."""
     active, every = state.budget > 0, jnp.arange(len(state.tokens))
     # One token in each row: chunk r is row r. Rows that are not active keep what they hold.
@@ -218,8 +223,7 @@ def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int
     hidden, cache = model.apply({"params": params}, method=read)
     lengths = state.lengths + active
     logits = model.apply({"params": params}, hidden, method=LlavaModel.attend)
-    tokens = sample(logits, state.sampling, lengths, state.seen)
-    logprobs = wanted_logprobs(logits, tokens, state.sampling)
+    tokens, logprobs = choose(logits, state.sampling, lengths, state.seen, contrast)
     state = state.replace(
         cache=cache,
         lengths=lengths,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from llava_jax.inference.contrast import Contrast
 from llava_jax.inference.decoding import (
     DecodeState,
     Prompts,
@@ -35,16 +36,18 @@ def tile_bucket(waiting: int) -> int:
     return max(count for count in TILES if count == 1 or 4 * waiting >= 3 * count)
 
 
-def all_calls(batch_size: int, size: int, few: bool) -> list[tuple[str, int | PrefillShape]]:
+def all_calls(
+    batch_size: int, size: int, few: bool, contrast: bool = False
+) -> list[tuple[str, int | PrefillShape]]:
     """(function, its shape) of every call that requests can need; arguments as in `warm_up`.
 
-    The shape is a number of tiles for `encode`, a window for `decode`.
+    The shape is a number of tiles for `encode`, a window for `decode`. With `contrast` calls with
+    pairs have functions of their own.
     """
-    shapes = {
-        "encode": TILES,
-        "decode": windows_of(size, few),
-        "prefill": prefill_shapes(batch_size, size, few),
-    }
+    windows, prompts = windows_of(size, few), prefill_shapes(batch_size, size, few)
+    shapes = {"encode": TILES, "decode": windows, "prefill": prompts}
+    if contrast:
+        shapes |= {"decode pairs": windows, "prefill pairs": prompts}
     return [(function, shape) for function, some in shapes.items() for shape in some]
 
 
@@ -143,10 +146,11 @@ class Device:
         """What `prefill` runs for prompts of these shapes."""
         return self.lower("prefill", self.state, self.store, prompts)
 
-    def lower_decode(self, window: int) -> jax.stages.Lowered:
-        """What `decode` runs for a window."""
+    def lower_decode(self, window: int, pairs: bool = False) -> jax.stages.Lowered:
+        """What `decode` runs for a window, with pairs of rows or without."""
         running, fewest = np.zeros(self.rows, bool), np.int32(1)
-        return self.lower("decode", self.state, running, fewest, window=window)
+        contrast = {"contrast": Contrast.none(self.rows)} if pairs else {}
+        return self.lower("decode", self.state, running, fewest, window=window, **contrast)
 
     def encode(self, tiles: dict[int, np.ndarray]) -> None:
         """Fills slots of the feature store with the features of uint8[S, S, 3]."""
@@ -167,10 +171,13 @@ class Device:
         *outputs, self.state = self._prefill(self.params, self.state, self.store, prompts)
         return outputs
 
-    def decode(self, running: np.ndarray, fewest: int, window: int) -> tuple[jax.Array, Logprobs]:
+    def decode(
+        self, running: np.ndarray, fewest: int, window: int, contrast: Contrast | None = None
+    ) -> tuple[jax.Array, Logprobs]:
         """More tokens of the running rows and their log probabilities; see `decoding.decode`."""
+        pairs = {} if contrast is None else {"contrast": contrast}
         *outputs, self.state = self._decode(
-            self.params, self.state, running, np.int32(fewest), window=window
+            self.params, self.state, running, np.int32(fewest), window=window, **pairs
         )
         return outputs
 

@@ -1,6 +1,7 @@
 """The host side of generation: jobs into rows of a batch, tokens out chunk by chunk."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.inference.admission import Admission
-from llava_jax.inference.answer import Answer, TokenLogprob
+from llava_jax.inference.answer import Answer, token_logprobs
+from llava_jax.inference.contrast import Contrast
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, Prompts
 from llava_jax.inference.device import Device, all_calls
-from llava_jax.inference.jobs import Job, Queue, Source
+from llava_jax.inference.jobs import Job, Queue, Source, rows_of, that_fit
 from llava_jax.inference.prefill import (
     PrefillShape,
     batch_shape,
@@ -21,6 +23,7 @@ from llava_jax.inference.prefill import (
     count_bucket,
     length_bucket,
     pack_prompts,
+    pairs_of,
     take_parts,
     take_prompts,
     window_bucket,
@@ -81,7 +84,8 @@ class Engine:
     """Answers streams of requests; a row that ends is given to a waiting request at once.
 
     A prompt that begins like one in the cache copies it and computes only the rest. A picture is
-    encoded once for as long as its tiles stay in the feature store.
+    encoded once for as long as its tiles stay in the feature store. A request with contrast takes
+    two rows, also of a batch of one.
 
     Args:
       dtype: a key of `PRECISIONS`, or auto; the attribute is the dtype of the activations.
@@ -130,7 +134,7 @@ class Engine:
         self._admission = Admission(self.config, self.device.tile_slots)
 
     def run(self, jobs: Source | Iterable[Job], batch_size: int) -> Iterator[Answer]:
-        """Extends the answers of any number of jobs, at most `batch_size` at a time.
+        """Extends the answers of any number of jobs, in `batch_size` rows at a time.
 
         Jobs are taken from a source as rows become free. Yields an answer each time it grew, the
         last time with `done` set. If a picture cannot be read, the `error` of its answer is set;
@@ -152,12 +156,14 @@ class Engine:
             while not queue.ended or queue.jobs or running:
                 # One more than there are rows, to know whether others follow.
                 self._counts.requests += queue.fill(batch_size + 1)
-                going_on = sum(not job.answer.cancelled for job in running.values())
-                jobs = queue.ready(batch_size - going_on)
+                rows = max([batch_size, *(len(job.readings) for job in queue.jobs)])
+                going_on = [job for job in running.values() if not job.answer.cancelled]
+                jobs = queue.ready(rows - len(rows_of(going_on)))
                 yield from map(Grown, queue.remove_ended())
                 yield from self._remove_cancelled(running)
-                jobs = jobs[: batch_size - len(running)]  # one may be cancelled at any moment
-                yield from self._admit(jobs, queue, running, batch_size)
+                # One may be cancelled at any moment.
+                jobs = that_fit(jobs, rows - len(rows_of(running.values())))
+                yield from self._admit(jobs, queue, running, rows)
                 if running:
                     yield from self._advance(running, more=bool(queue.jobs))
                 elif queue.jobs or not queue.ended:
@@ -177,6 +183,7 @@ class Engine:
         size: int,
         report: Callable[[int, int], None] = lambda *_: None,
         few: bool = False,
+        contrast: bool = False,
     ) -> None:
         """Compiles everything for requests whose prompt and answer have at most `size` tokens.
 
@@ -186,16 +193,24 @@ class Engine:
         Args:
           report: called with the numbers of functions that are compiled and of all.
           few: a quarter of the shapes, with more padding: quick to start, slower to answer.
+          contrast: for requests with contrast too, in a batch of at least two rows.
         """
         self._few, self._least = few, size
         self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
         device = self.device
+
+        def prefill(shape: PrefillShape, pairs: bool = False) -> jax.stages.Lowered:
+            contrast = Contrast.none(shape.chunks) if pairs else None
+            return device.lower_prefill(self._pack([], shape).replace(contrast=contrast))
+
         programs = {
             "encode": device.lower_encode,
             "decode": device.lower_decode,
-            "prefill": lambda shape: device.lower_prefill(self._pack([], shape)),
+            "prefill": prefill,
+            "decode pairs": functools.partial(device.lower_decode, pairs=True),
+            "prefill pairs": functools.partial(prefill, pairs=True),
         }
-        calls = all_calls(batch_size, device.size, few)
+        calls = all_calls(batch_size, device.size, few, contrast)
         report(0, len(calls))
         # Compiling, or reading what was compiled before, needs no Python: the next ones are traced
         # meanwhile. One at a time, as a GPU's compiler measures kernels.
@@ -220,12 +235,12 @@ class Engine:
         to finish.
         """
         enough = batch_size
-        while queue.jobs and len(running) < enough:
+        while queue.jobs and len(taken := rows_of(running.values())) < enough:
             rows, size = batch_shape(batch_size, queue.jobs, self._least)
             if not self._reserve(rows, size, busy=bool(running)):
                 return
             jobs = [job for job in jobs if not job.answer.done]
-            wave, tiles = self._admission.wave(jobs, set(range(rows)) - set(running))
+            wave, tiles = self._admission.wave(jobs, set(range(rows)) - set(taken))
             if not wave:
                 return
             queue.remove(wave)
@@ -238,7 +253,7 @@ class Engine:
                     queue.put_back(wave)
                     break
             enough = batch_size - batch_size // 4
-            jobs = queue.ready(batch_size - len(running))
+            jobs = queue.ready(batch_size - len(rows_of(running.values())))
             yield from map(Grown, queue.remove_ended())
 
     def _reserve(self, rows: int, size: int, busy: bool) -> bool:
@@ -259,7 +274,9 @@ class Engine:
         jobs, shape = take_prompts(wave, self.device.size, more, self._few)
         tokens, logprobs = self.device.prefill(self._pack(jobs, shape))
         for job in jobs:
-            self._admission.filled(job)
+            for reading in job.readings:
+                self._admission.filled(reading)
+                reading.tiles = []
         yield Waiting(tokens.is_ready)
         outputs = jax.device_get((tokens, _shown(jobs, logprobs)))
         # On the host: on the device, each shape of it would be compiled.
@@ -267,7 +284,6 @@ class Engine:
         number = 0
         for job in jobs:
             running[job.row] = job
-            job.tiles = []
             self._counts.images += len(job.request.pictures)
             self._counts.prompt_tokens += job.length
             self._counts.shared_tokens += job.shared
@@ -294,16 +310,17 @@ class Engine:
         targets = np.roll(ids, -1, axis=1)
         logprobs = self.device.prompt_logprobs(ids, features, weights, targets)
         tokens = job.request.input_ids[1:]
-        job.answer.prompt_logprobs = _token_logprobs(jax.device_get(logprobs), 0, tokens, count)
+        job.answer.prompt_logprobs = token_logprobs(jax.device_get(logprobs), 0, tokens, count)
 
     def _advance(self, running: dict[int, Job], more: bool) -> Iterator[Grown | Waiting]:
         """One decode call; with `more` jobs waiting it ends when a quarter of the rows do."""
         longest = max(job.length + len(job.produced) for job in running.values())
         window = window_bucket(longest + TOKENS_PER_CALL, self.device.size, self._few)
-        mask = np.zeros(self.rows, bool)
-        mask[list(running)] = True
-        fewest = len(running) - len(running) // 4 if more else 1
-        tokens, logprobs = self.device.decode(mask, fewest, window)
+        mask, rows = np.zeros(self.rows, bool), rows_of(running.values())
+        mask[rows] = True
+        fewest = len(rows) - len(rows) // 4 if more else 1
+        contrast = pairs_of(running.values(), self.rows)
+        tokens, logprobs = self.device.decode(mask, fewest, window, contrast)
         yield Waiting(tokens.is_ready)
         tokens, logprobs = jax.device_get((tokens, _shown(running.values(), logprobs)))
         for row, job in list(running.items()):
@@ -316,7 +333,7 @@ class Engine:
         """Gives a job the tokens of row `i`; frees its row when the answer is done."""
         new = tokens[i][tokens[i] != NO_TOKEN].tolist()
         count = job.request.params.logprobs
-        of_new = () if count is None else _token_logprobs(logprobs, i, new, count)
+        of_new = () if count is None else token_logprobs(logprobs, i, new, count)
         job.produced += new
         self._counts.answer_tokens += len(new)
         job.answer.extend(new, of_new)
@@ -326,7 +343,8 @@ class Engine:
             self._free(job, running)
 
     def _free(self, job: Job, running: dict[int, Job]) -> None:
-        self._admission.freed(job)
+        for reading in job.readings:
+            self._admission.freed(reading)
         del running[job.row]
 
     def logits(
@@ -359,19 +377,6 @@ class Engine:
 def _shown(jobs: Iterable[Job], logprobs: Logprobs) -> Logprobs | None:
     """`logprobs`, or None (nothing to fetch) if no job asked for them."""
     return logprobs if any(job.request.params.logprobs is not None for job in jobs) else None
-
-
-def _token_logprobs(logprobs: Logprobs, row: int, tokens, count: int) -> list[TokenLogprob]:
-    """Those of `tokens`, which stand first in a row of log probabilities [R, T]."""
-    return [
-        TokenLogprob(
-            int(token),
-            float(logprobs.chosen[row, i]),
-            dict(zip(logprobs.top_ids[row, i, :count].tolist(),
-                     logprobs.top[row, i, :count].tolist(), strict=True)),
-        )
-        for i, token in enumerate(tokens)
-    ]  # fmt: skip
 
 
 def _fill_up(tiles: np.ndarray | None) -> np.ndarray | None:

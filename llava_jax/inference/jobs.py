@@ -70,6 +70,8 @@ class Job:
       read: tokens of the prompt that need not be read any more, the shared ones at first.
       sources: int32[T], the row that computes, or has computed, each token.
       produced: tokens so far.
+      twin: with contrast, the job of the prompt with worse pictures. It is read and decoded in a
+        row of its own at the same time, and has the answer's tokens; see distortion.py.
     """
 
     request: Request
@@ -85,6 +87,12 @@ class Job:
     read: int = 0
     sources: np.ndarray | None = None
     produced: list[int] = field(default_factory=list)
+    twin: "Job | None" = None
+
+    @property
+    def readings(self) -> tuple["Job", ...]:
+        """The job and its twin, if it has one: each takes a row of the cache."""
+        return (self,) if self.twin is None else (self, self.twin)
 
     @property
     def length(self) -> int:
@@ -97,9 +105,30 @@ class Job:
         return self.length - self.read
 
     @property
+    def loading(self) -> list[Future]:
+        """The tiles of each picture, the twin's too."""
+        return [future for reading in self.readings for future in reading.tiles]
+
+    @property
     def loaded(self) -> bool:
         """Whether all tiles are there, or a picture could not be read."""
-        return all(future.done() for future in self.tiles)
+        return all(future.done() for future in self.loading)
+
+
+def rows_of(jobs: Iterable[Job]) -> list[int]:
+    """The rows that jobs were given."""
+    return [reading.row for job in jobs for reading in job.readings]
+
+
+def that_fit(jobs: Iterable[Job], rows: int) -> list[Job]:
+    """The first of the jobs, as many as so many rows hold."""
+    fitting = []
+    for job in jobs:
+        rows -= len(job.readings)
+        if rows < 0:
+            break
+        fitting.append(job)
+    return fitting
 
 
 class Signal(enum.Enum):
@@ -218,7 +247,9 @@ class Queue:
                 self.ended = True
                 break
             job.answer.prompt_tokens = job.length
-            job.tiles = [self._pool.submit(read_tiles, p) for p in job.request.pictures]
+            for reading in job.readings:
+                pictures = reading.request.pictures
+                reading.tiles = [self._pool.submit(read_tiles, picture) for picture in pictures]
             self.jobs.append(job)
             taken += 1
         return taken
@@ -239,21 +270,22 @@ class Queue:
     def close(self) -> None:
         """Pictures of jobs that will not be answered need not be read."""
         for job in self.jobs:
-            for future in job.tiles:
+            for future in job.loading:
                 future.cancel()
 
-    def ready(self, count: int) -> list[Job]:
-        """The next jobs, at most `count`, whose pictures are there.
+    def ready(self, rows: int) -> list[Job]:
+        """The next jobs whose pictures are there, as many as so many rows hold.
 
         A live source's are those that are loaded by now. Other jobs keep their order: the first
         ones are waited for, so that what runs together does not depend on the speed of a disk.
         """
         if self.source.live:
-            return [job for job in self.jobs if job.loaded][:count]
-        for job in self.jobs[:count]:
-            for future in job.tiles:
+            return that_fit((job for job in self.jobs if job.loaded), rows)
+        jobs = that_fit(self.jobs, rows)
+        for job in jobs:
+            for future in job.loading:
                 future.exception()
-        return self.jobs[:count]
+        return jobs
 
     def remove(self, jobs: Sequence[Job]) -> None:
         """Takes jobs out; the pictures of those that are not answered need not be read."""
@@ -279,7 +311,7 @@ def read_tiles(picture: Picture) -> Tiles:
 
 def _error_of(job: Job) -> LlavaError | None:
     """Why a picture of a job cannot be read; other exceptions are bugs and are raised."""
-    for future in job.tiles:
+    for future in job.loading:
         error = future.exception()
         if isinstance(error, LlavaError):
             return error

@@ -17,17 +17,13 @@ from jax.sharding import Mesh
 from llava_jax.data.boxes import Boxes
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
+from llava_jax.inference.distortion import with_twin
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.jobs import Job, Picture, Request
 from llava_jax.inference.pictures import ImageSource, PictureReader, deal_sources
 from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
 from llava_jax.inference.processor_inputs import read_inputs
-from llava_jax.inference.prompts import (
-    History,
-    PromptReader,
-    conversation,
-    error_prefix,
-)
+from llava_jax.inference.prompts import History, PromptReader, conversation, error_prefix
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.llava import LlavaConfig
@@ -202,7 +198,7 @@ class Llava:
           prompts: questions; a single str gives a single result.
           images: for each prompt None, one image or video or a list of them, as in `stream_chat`.
             If a prompt has no `<image>`, its images stand before it.
-          batch_size: the most prompts that are computed at once.
+          batch_size: the most prompts that are computed at once; one with contrast counts twice.
           sampling: as in `SamplingParams`, by vLLM's or Hugging Face's names. `seed` is one number,
             or one for each prompt: an answer depends on its prompt and its seed alone.
 
@@ -295,7 +291,7 @@ class Llava:
         return [[job.answer for job in jobs] for jobs in groups]
 
     def _run(self, jobs: Sequence[Job], batch_size: int) -> Iterator[Answer]:
-        at_once = min(batch_size, len(jobs))
+        at_once = min(batch_size, sum(len(job.readings) for job in jobs))
         # A batch that is set up serves fewer requests too: another size would be compiled.
         if at_once < self.engine.rows <= batch_size:
             at_once = self.engine.rows
@@ -367,7 +363,8 @@ class Llava:
             draw = dataclasses.replace(params, n=1, seed=(params.seed + i) % 2**32)
             answer = Answer(self.tokenizer, stops, (*texts, *params.stop), params.min_tokens)
             one = dataclasses.replace(request, params=draw)
-            jobs.append(Job(one, answer, stops, min(params.max_tokens, room)))
+            job = Job(one, answer, stops, min(params.max_tokens, room))
+            jobs.append(with_twin(job, self.config))
         return jobs
 
     def logits(self, input_ids, pixel_values=None, attention_mask=None, **others) -> jax.Array:

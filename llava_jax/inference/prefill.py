@@ -5,11 +5,12 @@ Shapes come from a fixed set, so that compiled functions are used again.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from llava_jax.inference.contrast import Contrast
 from llava_jax.inference.decoding import NO_TOKEN, Prompts
 from llava_jax.inference.jobs import Job
 from llava_jax.inference.sampling import Sampling
@@ -33,8 +34,8 @@ def length_bucket(length: int, few: bool = False) -> int:
     return power * 3 // 4 if not few and length <= power * 3 // 4 else power
 
 
-def token_bucket(total: int, longest: int, more: bool, few: bool = False) -> int:
-    """How many tokens the next call reads, of `total` that wait in prompts of at most `longest`.
+def token_bucket(total: int, least: int, more: bool, few: bool = False) -> int:
+    """How many tokens the next call reads, of `total` that wait: at least `least`.
 
     If `more` prompts wait for a row, this is the next smaller size unless at least 7/8 are filled.
     """
@@ -42,7 +43,7 @@ def token_bucket(total: int, longest: int, more: bool, few: bool = False) -> int
     if more and 8 * total < 7 * bucket:
         # The one below: half, 2/3 or 3/4 of it.
         bucket = length_bucket(bucket // 2 if few else bucket * 5 // 8, few)
-    return max(length_bucket(longest, few), min(bucket, TOKENS_AT_A_TIME))
+    return max(length_bucket(least, few), min(bucket, TOKENS_AT_A_TIME))
 
 
 def chunk_bucket(longest: int) -> int:
@@ -113,9 +114,9 @@ class PrefillShape:
     def chunks(self) -> int:
         return chunk_count(self.tokens, self.chunk)
 
-    def pieces(self, job: Job) -> int:
-        """Chunks that a prompt takes."""
-        return -(-job.rest // self.chunk)
+    def pieces(self, *jobs: Job) -> int:
+        """Chunks that the prompts of jobs take, with those of their twins."""
+        return sum(-(-reading.rest // self.chunk) for job in jobs for reading in job.readings)
 
 
 def prefill_shapes(batch_size: int, size: int, few: bool = False) -> list[PrefillShape]:
@@ -141,46 +142,60 @@ def take_prompts(
 ) -> tuple[list[Job], PrefillShape]:
     """Takes the first jobs of a wave, as many as one call should read; the first is not too long.
 
+    A prompt and its twin are read in one call, in which their first token is chosen.
+
     Args:
       size: slots of a row of the cache.
       more: other jobs wait behind the wave, so what is left of it can wait for them.
       few: see `length_bucket`.
     """
-    whole = list(itertools.takewhile(lambda job: job.rest <= TOKENS_AT_A_TIME, wave))
+    whole = list(itertools.takewhile(lambda job: rest_of(job) <= TOKENS_AT_A_TIME, wave))
     shape = _shape_for(whole, size, more, few)
     count, pieces, tokens = 0, 0, shape.tokens
     for job in whole:
-        tokens, pieces = tokens - job.rest, pieces + shape.pieces(job)
+        tokens, pieces = tokens - rest_of(job), pieces + shape.pieces(job)
         if tokens < 0 or pieces > shape.chunks:
             break
         count += 1
     jobs = wave[:count]
     del wave[:count]
     smaller = _shape_for(jobs, size, False, few)  # those that did not fit may be the longest
-    if sum(map(smaller.pieces, jobs)) <= smaller.chunks:
+    if smaller.pieces(*jobs) <= smaller.chunks:
         shape = smaller
     return jobs, shape
 
 
+def rest_of(job: Job) -> int:
+    """Tokens that are still to be read of a prompt and of its twin."""
+    return sum(reading.rest for reading in job.readings)
+
+
 def _shape_for(jobs: Sequence[Job], size: int, more: bool, few: bool) -> PrefillShape:
-    longest = max(job.rest for job in jobs)
-    tokens = token_bucket(sum(job.rest for job in jobs), longest, more, few)
+    """The shape that the first job fits into, and more jobs if that fills it."""
+    waiting = [rest_of(job) for job in jobs]
+    chunk = chunk_bucket(max(reading.rest for job in jobs for reading in job.readings))
     window = window_bucket(max(job.length for job in jobs), size, few)
-    return PrefillShape(tokens, chunk_bucket(longest), window)
+    shape = PrefillShape(token_bucket(sum(waiting), max(waiting), more, few), chunk, window)
+    while shape.chunks < shape.pieces(jobs[0]):  # a pair has more ends that fill no chunk
+        shape = dataclasses.replace(shape, tokens=length_bucket(shape.tokens + 1, few))
+    return shape
 
 
 def take_parts(job: Job, size: int, few: bool = False) -> Iterator[tuple[Job, PrefillShape]]:
     """The parts of a prompt that is too long for one call, as jobs; what is left is not too long.
 
-    The tokens that are chosen after them mean nothing. Arguments as in `take_prompts`.
+    With a twin, both together are too long: the one with more left is read, but for its last token,
+    from which the first of the answer is chosen. The tokens that are chosen after the parts mean
+    nothing. Arguments as in `take_prompts`.
     """
-    while job.rest > TOKENS_AT_A_TIME:
-        end = job.read + TOKENS_AT_A_TIME
-        request = dataclasses.replace(job.request, input_ids=job.request.input_ids[:end])
-        part = dataclasses.replace(job, request=request, budget=0)
+    while rest_of(job) > TOKENS_AT_A_TIME:
+        longer = max(job.readings, key=lambda reading: reading.rest)
+        end = longer.read + min(TOKENS_AT_A_TIME, longer.rest - 1)
+        request = dataclasses.replace(longer.request, input_ids=longer.request.input_ids[:end])
+        part = dataclasses.replace(longer, request=request, budget=0, twin=None)
         chunk, window = chunk_bucket(TOKENS_AT_A_TIME), window_bucket(end, size, few)
         yield part, PrefillShape(TOKENS_AT_A_TIME, chunk, window)
-        job.read, job.sources[:end] = end, job.row  # what was shared is copied now
+        longer.read, longer.sources[:end] = end, longer.row  # what was shared is copied now
 
 
 def pack_prompts(jobs: Sequence[Job], shape: PrefillShape, rows: int, taps: int = 1) -> Prompts:
@@ -190,7 +205,9 @@ def pack_prompts(jobs: Sequence[Job], shape: PrefillShape, rows: int, taps: int 
     """
     prompts = _blank(shape, rows, taps)
     chunks, start, number = prompts.chunks, 0, 0
-    for job in jobs:
+    first_chunks = {}
+    for job in itertools.chain.from_iterable(job.readings for job in jobs):
+        first_chunks[job.row] = number
         part = np.s_[start : start + job.rest]
         new = slice(job.read, job.length)
         prompts.input_ids[part] = job.request.input_ids[new]
@@ -206,7 +223,26 @@ def pack_prompts(jobs: Sequence[Job], shape: PrefillShape, rows: int, taps: int 
             chunks.sources[number, : job.length] = job.sources[: job.length]
             number += 1
         start += job.rest
-    return prompts
+    return prompts.replace(contrast=pairs_of(jobs, shape.chunks, first_chunks))
+
+
+def pairs_of(
+    jobs: Iterable[Job], count: int, places: Mapping[int, int] | None = None
+) -> Contrast | None:
+    """The pairs of jobs with twins; None if there are none.
+
+    Args:
+      count: of the rows of logits.
+      places: by row of the cache, its row of logits; by default the same one.
+    """
+    pairs = [job for job in jobs if job.twin]
+    if not pairs:
+        return None
+    contrast = Contrast.none(count)
+    for job in pairs:
+        rows = [reading.row if places is None else places[reading.row] for reading in job.readings]
+        contrast.pair(*rows, job.request.params)
+    return contrast
 
 
 def _blank(shape: PrefillShape, rows: int, taps: int) -> Prompts:

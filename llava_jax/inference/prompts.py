@@ -10,6 +10,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.decoding import tile_slots
+from llava_jax.inference.distortion import DISTORTIONS
 from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.sampling import MAX_STOP_IDS, SamplingParams
 from llava_jax.models.llava import LlavaConfig
@@ -205,6 +206,7 @@ def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -
             f"the prompt has {len(request.pictures)} images or videos of {tiles} tiles in all: "
             f"give fewer images or frames, at most {most} tiles"
         )
+    _check_contrast(request, tiles, most)
     if len(stops) > MAX_STOP_IDS:
         raise LlavaError(
             f"{len(stops)} stop tokens, the model's own included: at most {MAX_STOP_IDS}"
@@ -213,4 +215,18 @@ def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -
         raise LlavaError(
             f"stop token {max(stops)} is not in the vocabulary: the model's ids go from 0 to "
             f"{vocabulary - 1}"
+        )
+
+
+def _check_contrast(request: Request, tiles: int, most: int) -> None:
+    kind = request.params.contrast
+    if kind and not request.pictures:
+        raise LlavaError(
+            f"contrast is {kind!r}, but the prompt has no picture to decode against: give one, or "
+            "leave contrast out"
+        )
+    if kind in DISTORTIONS and 2 * tiles > most:
+        raise LlavaError(
+            f"contrast is {kind!r}, and the prompt has {tiles} tiles of pictures, each of them "
+            f"read twice: give fewer, at most {most // 2}, or contrast 'absent'"
         )

@@ -18,6 +18,8 @@ from llava_jax.errors import LlavaError
 MAX_STOP_IDS = 32  # a fixed width, so that no request compiles anything
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 16_384  # of one request: a mistyped n must not fill the memory
+CONTRASTS = ("blur", "noise", "absent")
+CONTRAST_FIELDS = ("contrast", "contrast_alpha", "contrast_beta")
 GREEDY_BELOW = 1e-5  # temperatures under which logits divided by them leave float32
 # Hugging Face's names -> vLLM's, which are ours; `do_sample` is read in `from_names`.
 ALIASES = {
@@ -50,6 +52,10 @@ class SamplingParams:
       logprobs: give the log probability of each token of the answer, before temperature and
         penalties, and those of this many likeliest tokens; None gives none.
       prompt_logprobs: the same for each token of the prompt but the first.
+      contrast: decode against the same prompt with blurred or noised pictures, or with none: of
+        CONTRASTS; see contrast.py. `logprobs` are then those of the contrasted logits. None is off.
+      contrast_alpha: how much of the other prompt's logits is taken away.
+      contrast_beta: only tokens at least this likely, relative to the likeliest, may be chosen.
     """
 
     max_tokens: int = 256
@@ -66,6 +72,9 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    contrast: str | None = None
+    contrast_alpha: float = 1.0
+    contrast_beta: float = 0.1
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else _several("stop", self.stop)
@@ -93,9 +102,25 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        self._check_contrast()
         for name in ("max_tokens", "seed", "top_k", "min_tokens", "n"):
             # With NumPy's numbers, seed + 1 or -max_tokens may leave the range of their type.
             object.__setattr__(self, name, int(getattr(self, name)))
+
+    def _check_contrast(self) -> None:
+        if self.contrast not in (None, *CONTRASTS):
+            known = ", ".join(CONTRASTS)
+            raise LlavaError(f"contrast must be one of {known}, not {self.contrast!r:.80}")
+        _number("contrast_alpha", self.contrast_alpha, "from 0 to 100", lambda x: 0 <= x <= 100)
+        _number("contrast_beta", self.contrast_beta, "from 0 to 1", lambda x: 0 <= x <= 1)
+        for name in CONTRAST_FIELDS:
+            if self.contrast is None and getattr(self, name) != getattr(SamplingParams, name):
+                raise LlavaError(f"{name} is without effect: give contrast too, or leave it out")
+
+    def without_contrast(self) -> "SamplingParams":
+        """The same, for a prompt without pictures."""
+        off = {name: getattr(SamplingParams, name) for name in CONTRAST_FIELDS}
+        return dataclasses.replace(self, **off)
 
     @classmethod
     def from_names(cls, *names: Mapping, other_names: Collection[str] = ()) -> "SamplingParams":
@@ -229,6 +254,11 @@ def _penalize(logits, sampling: Sampling, positions, seen):
     """Makes seen tokens less likely, and ends impossible before their first position."""
     penalty = sampling.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return forbid_ends(logits, sampling, positions)
+
+
+def forbid_ends(logits: jax.Array, sampling: Sampling, positions: jax.Array) -> jax.Array:
+    """Logits [B, V] in which tokens that end an answer are impossible before `first_end`."""
     early = (positions < sampling.first_end)[:, None]
     vocabulary = logits.shape[1]
     # A negative index would count from the end; one past the end is dropped.

@@ -2,7 +2,7 @@
 
 Every field of a request is honoured, accepted because it cannot change the answer, or refused with
 a sentence that names it. Reference: https://platform.openai.com/docs/api-reference/chat; the
-sampling names beyond OpenAI's are vLLM's.
+sampling names beyond OpenAI's are vLLM's; `contrast` and its two numbers are our own.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.sampling import SamplingParams
+from llava_jax.inference.sampling import CONTRAST_FIELDS, SamplingParams
 from llava_jax.models.llava import LlavaConfig
 
 # Fields that cannot change an answer of this server.
@@ -41,7 +41,7 @@ WITHOUT_EFFECT = {
 # Sampling fields, by the same name in SamplingParams. null means the default.
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos",
-    "stop_token_ids", "prompt_logprobs", "n",
+    "stop_token_ids", "prompt_logprobs", "n", *CONTRAST_FIELDS,
 )  # fmt: skip
 READ_ELSEWHERE = frozenset(
     "model messages prompt max_tokens max_completion_tokens stop seed logprobs top_logprobs "
@@ -112,6 +112,7 @@ class Limits:
     stop_tokens: int = 16
     top_logprobs: int = 20
     prompt_logprobs: bool = False
+    contrast: bool = False
     max_tokens: int | None = None
 
 
@@ -213,8 +214,9 @@ def _sampling(
     stop_token_ids = given.get("stop_token_ids")
     if isinstance(stop_token_ids, list) and len(stop_token_ids) > limits.stop_tokens:
         raise _refused("stop_token_ids", f"stop_token_ids may hold at most {limits.stop_tokens}")
-    if "prompt_logprobs" in given and not limits.prompt_logprobs:
-        raise _refused("prompt_logprobs", "prompt_logprobs is turned off on this server")
+    for name in ("prompt_logprobs", "contrast"):
+        if name in given and not getattr(limits, name):
+            raise _refused(name, f"{name} is turned off on this server")
     if "prompt_logprobs" in given and body.get("stream"):
         raise _refused("prompt_logprobs", "prompt_logprobs are not streamed: leave out stream")
     max_tokens, name = limits.max_tokens, "max_tokens"
@@ -229,9 +231,19 @@ def _sampling(
         return SamplingParams(**given), max_tokens
     except LlavaError as error:
         message = str(error)
-        words = message.replace("each of ", "").split(maxsplit=1)
-        at_fault = words[0] if words[0] in (*SAMPLING, "stop") else None
-        raise _refused(at_fault, message if len(message) < 200 else f"{message[:197]}...") from None
+        short = message if len(message) < 200 else f"{message[:197]}..."
+        raise _refused(_field_at_fault(message), short) from None
+
+
+def _field_at_fault(message: str) -> str | None:
+    """The sampling field that a message begins with; None if it begins with another word."""
+    first, *_ = message.replace("each of ", "").split(maxsplit=1)
+    return first if first in (*SAMPLING, "stop") else None
+
+
+def refused_prompt(error: LlavaError, param: str) -> ApiError:
+    """Why a prompt cannot be answered: the fault of `param`, or of a field that does not fit it."""
+    return ApiError(400, str(error), _field_at_fault(str(error)) or param, "invalid_prompt")
 
 
 def _seed(seed) -> int:

@@ -25,6 +25,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.jobs import Job, Picture
 from llava_jax.inference.model import Llava
+from llava_jax.serving import api
 from llava_jax.serving.api import ApiError, Asked, Defaults, Limits, picture_card, read_settings
 from llava_jax.serving.boxes import boxes_in
 from llava_jax.serving.guards import Guards
@@ -311,12 +312,11 @@ class Server:
             if messages.continued:
                 request = self.model.text_request(messages.turns[0].text, params)
             else:
-                request = self.model.conversation_request(
-                    messages.turns, pictures, params, messages.system
-                )
+                conversation = messages.turns, pictures, params, messages.system
+                request = self.model.conversation_request(*conversation)
             jobs = self.model.jobs(request)
         except LlavaError as error:
-            raise ApiError(400, str(error), field_name, "invalid_prompt") from None
+            raise api.refused_prompt(error, field_name) from None
         room = self.context - len(request.input_ids)
         if room < 1:
             raise ApiError(
@@ -326,8 +326,8 @@ class Server:
                 field_name,
                 "context_length_exceeded",
             )
-        for job in jobs:
-            job.budget = min(job.budget, room)
+        for reading in [reading for job in jobs for reading in job.readings]:
+            reading.budget = min(reading.budget, room)
         return jobs
 
     async def _pieces(

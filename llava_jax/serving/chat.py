@@ -19,7 +19,7 @@ from llava_jax.data.video import Video, inspect_video
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.inference.pictures import fetch, source_name
-from llava_jax.inference.sampling import SamplingParams
+from llava_jax.inference.sampling import CONTRAST_FIELDS, CONTRASTS, SamplingParams
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, ROLES, Turn
@@ -165,11 +165,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top_p", type=float, default=1.0, metavar="P",
         help="draw only among the likeliest tokens that together are this probable")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the draw")
+    add("--contrast", choices=CONTRASTS,
+        help="decode against blurred, noised or absent pictures, to see fewer things that are not "
+        "there; default: off")  # fmt: skip
+    add("--contrast_alpha", type=float, default=1.0, metavar="A",
+        help="how much of the worse pictures' logits is taken away")  # fmt: skip
+    add("--contrast_beta", type=float, default=0.1, metavar="B",
+        help="only tokens at least this likely, relative to the likeliest")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Answers `--prompt`, or talks until /quit or the end of the input; returns the exit code."""
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_p", "seed", *CONTRAST_FIELDS)
     settings = {name: getattr(args, name) for name in names}
     SamplingParams.from_names(settings)  # reports a wrong value before the model is loaded
     conversation = Conversation(args.allow_urls)

@@ -89,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--prompt_logprobs", action="store_true", help="allow prompt_logprobs, which cost a pass"
     )
+    work.add_argument(
+        "--contrast", action="store_true",
+        help="allow contrast, which takes two rows; nearly twice as many programs are compiled",
+    )  # fmt: skip
 
 
 def main(args) -> int:
@@ -126,6 +130,11 @@ def check_arguments(args) -> None:
         raise LlavaError("--replicas and --tensor must be at least 1")
     if args.max_images < 0 or args.drain_seconds < 0:
         raise LlavaError("--max_images and --drain_seconds must be at least 0")
+    if args.contrast and args.batch_size <= args.replicas:
+        raise LlavaError(
+            f"--contrast takes two rows of a copy: give a --batch_size of at least "
+            f"{args.replicas + 1}, not {args.batch_size}"
+        )
     SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens or 1)  # raises
     if args.max_tokens is not None and args.max_tokens < 1:
         raise LlavaError(f"--max_tokens must be at least 1, not {args.max_tokens}")
@@ -152,6 +161,7 @@ def make_server(args):
                 images=args.max_images,
                 max_tokens=args.max_tokens,
                 prompt_logprobs=args.prompt_logprobs,
+                contrast=args.contrast,
             ),
             defaults=Defaults(temperature=args.temperature),
         ),
@@ -184,7 +194,8 @@ def load(args, server) -> None:
         if done % 10 == 0 or done == count:
             LOG.info("%s", server.progress)
 
-    model.engine.warm_up(args.batch_size, context, report, few=not args.all_shapes)
+    few = not args.all_shapes
+    model.engine.warm_up(args.batch_size, context, report, few, args.contrast)
     LOG.info("%s", describe_memory(model.engine, context))
     LOG.info("%s", describe_pictures(model.config, context))
     hosts = [name.lower() for name in args.url_hosts or ()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from llava_jax.inference.answer import Answer, TokenLogprob
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.jobs import Job, LiveJobs
+from llava_jax.inference.jobs import Job, LiveJobs, rows_of
 from llava_jax.inference.replicas import Replicas
 from llava_jax.serving.api import ApiError
 from llava_jax.serving.metrics import Metrics
@@ -176,10 +176,10 @@ class Worker(threading.Thread):
         """Brings the metrics up to date."""
         with self._lock:
             live = [ticket.jobs[index] for ticket, index in self._live.values()]
-        running = sum(bool(job.produced) for job in live)
-        self._metrics.running.set(running)
-        self._metrics.waiting.set(len(live) - running)
-        self._metrics.cache_use.set(min(1.0, running / self.batch_size))
+        running = [job for job in live if job.produced]
+        self._metrics.running.set(len(running))
+        self._metrics.waiting.set(len(live) - len(running))
+        self._metrics.cache_use.set(min(1.0, len(rows_of(running)) / self.batch_size))
         counts = self.engine.counts
         self._metrics.compilations.set(counts.compilations)
         counters = {

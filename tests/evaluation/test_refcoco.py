@@ -97,8 +97,8 @@ def test_a_model_is_scored_in_the_convention_that_it_writes(tmp_path, monkeypatc
     """The runner reads the boxes of a model as that model writes them."""
     benchmark = refcoco(tmp_path / "data")
     model = tiny_llava()
-    say = lambda model, name, questions, *_: {q.id: {"prediction": SAID} for q in questions}
-    monkeypatch.setattr(runner, "_answer", say)
+    say = lambda asker, name, questions, *_: {q.id: {"prediction": SAID} for q in questions}
+    monkeypatch.setattr(runner.Asker, "answer", say)
     for convention, accuracy in (("pixel", 100.0), ("llava", 0.0)):
         model.boxes = Boxes(convention, model.config.image)
         (line,) = runner.evaluate(model, benchmark, tmp_path / convention, 4, 1)

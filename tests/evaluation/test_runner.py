@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -109,7 +110,7 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_file(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(llava, data, whole)
     monkeypatch.setattr(runner, "BATCHES_AT_A_TIME", 2)
-    asked, answer = [], llava.answer
+    asked, answer = [], llava.answers
 
     def killed(requests, batch_size, progress):
         if len(asked) == 2:
@@ -117,14 +118,14 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_file(
         asked.append(len(requests))
         return answer(requests, batch_size, progress)
 
-    monkeypatch.setattr(llava, "answer", killed)
+    monkeypatch.setattr(llava, "answers", killed)
     with pytest.raises(KeyboardInterrupt):
         run(llava, data, cut)
     path = cut / "predictions.jsonl"
     assert len(predictions(cut)) == 4 and not (cut / "metrics.json").exists()
     # A kill may cut a line anywhere, also inside a character.
     path.write_bytes(path.read_bytes() + '{"id": "q-4", "prediction": "青'.encode()[:-1])
-    monkeypatch.setattr(llava, "answer", answer)
+    monkeypatch.setattr(llava, "answers", answer)
     run(llava, data, cut)
     for name in ("predictions.jsonl", "metrics.json", "run.json"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -157,13 +158,13 @@ def test_shards_together_are_the_whole_run(llava, data, tmp_path, monkeypatch):
     unfinished = parts / "shard-3-of-3" / "predictions.jsonl"
     unfinished.write_bytes(unfinished.read_bytes()[:-4])
     cut = unfinished.read_bytes()
-    asked, answer = [], llava.answer
+    asked, answer = [], llava.answers
 
     def counting(requests, *rest):
         asked.append(len(requests))
         return answer(requests, *rest)
 
-    monkeypatch.setattr(llava, "answer", counting)
+    monkeypatch.setattr(llava, "answers", counting)
     assert run(llava, data, parts) == scores
     assert sum(asked) == 4 + 1 and unfinished.read_bytes() == cut
     for name in ("predictions.jsonl", "metrics.json", "run.json"):
@@ -193,7 +194,7 @@ def test_a_limited_run_has_a_folder_name_of_its_own(llava, data, tmp_path):
 def test_a_finished_run_asks_nothing_again(llava, data, tmp_path, monkeypatch):
     run(llava, data, tmp_path / "out")
     before = (tmp_path / "out" / "metrics.json").read_bytes()
-    monkeypatch.setattr(llava, "answer", None)
+    monkeypatch.setattr(llava, "answers", None)
     run(llava, data, tmp_path / "out")
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
@@ -219,7 +220,8 @@ def test_answers_of_another_run_are_refused(llava, data, tmp_path, monkeypatch):
     other = tiny_llava(seed=1)
     with pytest.raises(LlavaError, match=r"another run \(different: weights\)"):
         run(other, data, out)
-    monkeypatch.setattr(llava, "answer", lambda requests, *_: ["red"] * len(requests))
+    red = types.SimpleNamespace(text="red")
+    monkeypatch.setattr(llava, "answers", lambda requests, *_: [[red]] * len(requests))
     run(llava, data, out, overwrite=True)
     assert {line["prediction"] for line in predictions(out)} == {"red"}
     records = json.loads(data.read_text())

@@ -92,7 +92,7 @@ def test_buckets_are_few_and_waste_little():
     whole, filled = ([token_bucket(n, 16, more) for n in totals] for more in (False, True))
     assert whole == [16, 48, 2048, 4096, TOKENS_AT_A_TIME]
     assert filled == [16, 32, 1536, 4096, TOKENS_AT_A_TIME]  # what does not fit can wait
-    assert token_bucket(9000, longest=8200, more=True) == 12288
+    assert token_bucket(9000, least=8200, more=True) == 12288
     for longest in (1, 16, 17, 64, 65, 600, 4000):
         chunk = chunk_bucket(longest)
         assert longest <= 4 * chunk and (chunk == 16 or chunk < longest)

@@ -95,6 +95,8 @@ def test_without_a_seed_answers_differ():
         ("prompt_logprobs", 1),
         ("stream_options", 3),
         ("ignore_eos", 1),
+        ("contrast", "blur"),
+        ("contrast_alpha", 2),
     ],
 )
 def test_a_value_that_cannot_be_honoured_is_refused_by_name(field, value):
@@ -140,7 +142,7 @@ def test_a_refusal_quotes_at_most_80_characters():
 @pytest.mark.parametrize("field", sorted({*SAMPLING, *READ_ELSEWHERE, *HARMLESS, *WITHOUT_EFFECT}))
 def test_no_value_of_any_field_is_a_fault_of_the_server(field):
     """Each is taken or refused, in a sentence that does not repeat it in full."""
-    limits = Limits(prompt_logprobs=True)
+    limits = Limits(prompt_logprobs=True, contrast=True)
     for value in (
         None, 0, -1, 2**31, 2**70, 10**4000, 1e308, float("inf"), 0.5, True, "", "x" * 10**5,
         "\ud800", [], [1], ["a"], [[]], [None], [2**70], ["a"] * 50, [{}], {}, {"a": 1},
