@@ -7,12 +7,13 @@ import importlib.util
 import numpy as np
 import pytest
 
-from bench import dpo_step, scaling, train_step
+from bench import contrast, dpo_step, scaling, train_step
 from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.presets import PRESETS
 from llava_jax.training import recipe
 from tests import tiny_run
+from tests.tiny_model import tiny_llava
 
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler"
@@ -106,3 +107,11 @@ def test_two_separate_models_take_the_same_steps_on_pairs(world, tmp_path, align
     assert losses["llava_jax"][2] < losses["llava_jax"][0]
     np.testing.assert_allclose(losses["llava_jax"], losses["separate"], rtol=1e-4)
     assert sides["llava_jax"].needed < sides["separate"].needed
+
+
+def test_contrast_is_timed_next_to_plain_requests():
+    model = tiny_llava()
+    sides = {kind: contrast.make_requests(model, 2, 3, kind) for kind in (None, "absent")}
+    least = contrast.least_seconds(model, sides, 1)
+    assert list(least) == [None, "absent"] and min(least.values()) > 0
+    assert model.engine.counts.answer_tokens == 2 * 2 * (2 * 3)  # of both, twice
