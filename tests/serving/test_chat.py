@@ -69,11 +69,14 @@ def run(*arguments, lines=None, monkeypatch=None):
 
 def test_prompt_prints_only_the_answer(model, pictures, tmp_path, capsys):
     arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0], "--image", pictures[1]]
-    code = run(*arguments, "--prompt", "Which?", "--max_new_tokens", "7", "--temperature", "0.5")
+    arguments += ["--prompt", "Which?", "--contrast", "blur", "--contrast_beta", "0.2"]
+    code = run(*arguments, "--max_new_tokens", "7", "--temperature", "0.5")
     assert code == 0 and capsys.readouterr().out == "answer 1\n"
     question, images, history, settings = model.calls[0]
     assert question == "<image>\n<image>\nWhich?" and images == shown(pictures) and history == []
-    assert settings == {"max_new_tokens": 7, "temperature": 0.5, "top_p": 1.0, "seed": 0}
+    contrast = {"contrast": "blur", "contrast_alpha": 1.0, "contrast_beta": 0.2}
+    sampling = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 1.0, "seed": 0}
+    assert settings == sampling | contrast
 
 
 def test_conversation_keeps_turns_and_pictures(model, pictures, tmp_path, capsys, monkeypatch):
