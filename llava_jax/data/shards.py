@@ -29,6 +29,14 @@ def is_pattern(path: str | os.PathLike) -> bool:
     return not os.path.exists(path) and bool(re.search(r"[*?\[{]", str(path)))
 
 
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether a path is a file or folder, or a pattern of which no file is missing."""
+    try:
+        return os.path.exists(path) or is_pattern(path) and bool(matching(str(path)))
+    except LlavaError:
+        return False
+
+
 def matching(pattern: str) -> list[Path]:
     """The files that a pattern stands for, each once; those of braces in their order.
 

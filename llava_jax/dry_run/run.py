@@ -2,13 +2,13 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import about
+from llava_jax.data.shards import is_there
 from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.compiling import compile_stage
 from llava_jax.dry_run.fit import fastest_fit
@@ -88,7 +88,7 @@ def missing_paths(config: ConfigDict) -> list[str]:
     """The paths of data and tokenizer that are not on this machine."""
     tokenizer = config.init.tokenizer or config.init.checkpoint or config.init.decoder
     paths = {"data.train": config.data.train, "the tokenizer's folder": tokenizer}
-    return [f"{key} ({path})" for key, path in paths.items() if not Path(path).exists()]
+    return [f"{key} ({path})" for key, path in paths.items() if not is_there(path)]
 
 
 def first_row(stage: Stage) -> tuple[TrainingData, str]:

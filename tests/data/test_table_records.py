@@ -12,6 +12,7 @@ from llava_jax.data import build
 from llava_jax.data.parquet_pages import Leaf
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import about, checked_record, ignored_keys_text, open_records
+from llava_jax.data.shards import is_there
 from llava_jax.data.stored import Stored
 from llava_jax.data.validate import validate
 from llava_jax.errors import LlavaError, RecordError
@@ -167,6 +168,8 @@ def test_files_that_are_missing_are_noticed(tmp_path, items):
     assert_same(batches(records), wanted(tmp_path, items))
     braces = open_records(f"{folder}/train-{{00000,00002}}-of-00003.parquet")
     assert len(braces) == 12
+    assert is_there(f"{folder}/train-{{00000,00002}}-of-00003.parquet") and is_there(folder)
+    assert not is_there(f"{folder}/train-{{00000..00002}}-of-00003.parquet")
     with pytest.raises(LlavaError, match="no data file at .*train-00001-of-00003"):
         open_records(f"{folder}/train-{{00000..00002}}-of-00003.parquet")
 

@@ -16,6 +16,16 @@ def test_a_sound_set(data_set, command, capsys):
     assert "24 records, 24 image files" in out and "no faults" in out
 
 
+def test_columns_are_named_on_the_command_line(tmp_path, command, capsys):
+    (tmp_path / "d.json").write_text('[{"query": "What?", "label": "A cat."}]')
+    named = "--columns", "question=query", "answer=label"
+    assert command(validate_data, tmp_path / "d.json", *named) == 0
+    assert "read as question and answer (1 records)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command(validate_data, tmp_path / "d.json", "--columns", "query")
+    assert "'query' is not NAME=KEY" in capsys.readouterr().err
+
+
 @pytest.fixture
 def faulty_set(data_set):
     path, root = data_set
@@ -99,6 +109,13 @@ def test_a_recipe_says_everything(recipe_file, world, capsys):
     out = capsys.readouterr().out
     assert "left out when training: more images than images_per_row=1" in out
     assert "at max_length=80" in out
+
+
+def test_a_recipe_names_columns(recipe_file, tmp_path, capsys):
+    (tmp_path / "d.json").write_text('[{"query": "What?", "label": "A cat."}]')
+    columns = "--config.data.columns={'question': 'query', 'answer': 'label'}"
+    cli.main(["validate", str(tmp_path / "d.json"), f"--config={recipe_file()}", columns])
+    assert "read as question and answer (1 records)" in capsys.readouterr().out
 
 
 def test_a_recipe_for_other_data(recipe_file, world, capsys):
