@@ -39,6 +39,7 @@ TURN_KEYS = (("from", "value"), ("role", "content"), ("user", "assistant"))
 # Where a part of a message has its picture or video; without any it is the record's next one.
 _PART_KEYS = {"image": ("image", "image_url", "url", "path", "base64"),
               "video": ("video", "video_url", "url", "path")}  # fmt: skip
+_NOTHING = (None, {"bytes": None, "path": None}, {"url": None})
 
 
 class Part(NamedTuple):
@@ -221,8 +222,8 @@ def listed(turns):
 
 
 def turn_keys(turn) -> tuple[str, str] | None:
-    keys = turn.keys() if isinstance(turn, dict) else ()
-    return next((pair for pair in TURN_KEYS if {*pair} <= keys), None)
+    keys = turn if isinstance(turn, dict) else ()
+    return next((pair for pair in TURN_KEYS if {*pair} <= {*keys}), None)
 
 
 def _pieces(content, key: str, where: str) -> list[str | Part]:
@@ -247,7 +248,7 @@ def _pieces(content, key: str, where: str) -> list[str | Part]:
 
 
 def _given(part: dict, kind: str, where: str) -> str | bytes | int | None:
-    key = next((key for key in _PART_KEYS[kind] if part.get(key) is not None), None)
+    key = next((key for key in _PART_KEYS[kind] if part.get(key) not in _NOTHING), None)
     if key is None:
         number = part.get("index")
         if number is not None and (not isinstance(number, int) or number < 0):

@@ -132,6 +132,8 @@ PARTS = [
      "tool call", "turn 1"),
     ({"messages": [{"role": "system", "content": [IMAGE]}]},
      "<image> in a system prompt", "turn 0"),
+    ({"messages": [["a", "b"]]}, "bad turn", "expected an object with 'role' and 'content'"),
+    ({"conversations": ["a", "b"]}, "bad turn", "expected an object with 'from' and 'value'"),
     ({"messages": [{"role": "user"}]}, "bad turn", "with 'role' and 'content'"),
     ({"messages": "Hi"}, "no conversations", "'messages' must be a list of turns, not 'Hi'"),
     ({"texts": [{"user": "a", "assistant": None}]}, "bad text", "'assistant' must be a string"),
@@ -151,7 +153,9 @@ def test_parts_show_pictures_by_number(tmp_path):
     for i in range(2):
         random_image(i).save(tmp_path / f"{i}.png")
     item = talk(
-        {**IMAGE, "index": 1, "text": None}, {**IMAGE, "index": 0}, images=["0.png", "1.png"]
+        {**IMAGE, "index": 1, "text": None, "image": {"bytes": None, "path": None}},
+        {**IMAGE, "index": 0},
+        images=["0.png", "1.png"],
     )
     record = checked_record(one(tmp_path, item), 0)
     assert record.image_names == ("1.png", "0.png")
