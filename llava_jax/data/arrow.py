@@ -9,7 +9,7 @@ from llava_jax.data.stored import File, Stored
 from llava_jax.errors import LlavaError
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)  # small: what is mapped is not in memory
 def table_of(file: File):
     """The table of a file; LlavaError if it is none."""
     import pyarrow

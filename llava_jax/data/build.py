@@ -23,7 +23,7 @@ from llava_jax.data.attachments import marked
 from llava_jax.data.parsing import Record
 from llava_jax.data.record_boxes import as_json
 from llava_jax.data.records import checked_record, ignored_keys_text, open_records
-from llava_jax.data.stored import Stored, loaded
+from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
 
@@ -145,11 +145,12 @@ def _example(record: Record) -> dict:
 
 
 def _read(image: str | bytes | Stored, record: Record) -> bytes:
-    image = loaded(image)
-    if isinstance(image, bytes):
-        return image
     try:
-        return Path(image).read_bytes()
+        if isinstance(image, Stored):
+            return image.read()
+        return image if isinstance(image, bytes) else Path(image).read_bytes()
+    except LlavaError as error:
+        raise LlavaError(f"{record.name}: {error}") from None
     except OSError as error:
         reason = error.strerror
         if isinstance(error, IsADirectoryError):

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from llava_jax.data.stored import Stored, loaded
-from llava_jax.errors import RecordError
+from llava_jax.data.stored import Stored
+from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import ImageSpec, View, views
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -85,8 +85,21 @@ def file_state(source: str | bytes | Stored) -> bytes:
     return state.encode(errors="surrogateescape")
 
 
+def encoded(source, name: str, kind: str = "image"):
+    """A source with its bytes in place of where they are stored; any other source as it is.
+
+    kind: image or video. Raises ImageError if the file around it is damaged or gone.
+    """
+    if not isinstance(source, Stored):
+        return source
+    try:
+        return source.read()
+    except LlavaError as error:
+        raise ImageError(f"unreadable {kind}", f"cannot read {kind} {name!r}: {error}") from None
+
+
 def _open(source: str | bytes | Stored, name: str, max_pixels: int) -> Image.Image:
-    source = loaded(source)
+    source = encoded(source, name)
     try:
         image = Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,7 +71,12 @@ class Pictures:
         ending = lambda name: next(leaf for leaf in leaves if leaf.endswith(f".{name}"))
         self._leaf = Leaf(source, ending("bytes") if "bytes" in fields else leaves[0])
         self._number = leaves_of(source).index(self._leaf.name)
-        shape = _Shape(file, ending("path") if "path" in fields else self._leaf.name, self.is_list)
+        if not self.is_list and "path" not in fields and _is_full(file, self._number):
+            every = np.ones(file.metadata.num_rows, np.int64)
+            shape = _Shape(every, every > 0, every > 0, None)
+        else:
+            leaf = ending("path") if "path" in fields else self._leaf.name
+            shape = _read_shape(file, leaf, self.is_list)
         self._names = shape.names
         self._counts, self._valid = shape.counts, shape.valid
         self._first = np.concatenate([[0], np.cumsum(self._counts)])  # picture of each row
@@ -96,7 +102,7 @@ class Pictures:
             if stored in (0, valid.sum()):
                 self._inside[here] = valid & bool(stored)
                 return
-        self._inside[here] = _Shape(file, self._leaf.name, self.is_list, [group]).leaf_valid
+        self._inside[here] = _read_shape(file, self._leaf.name, self.is_list, [group]).leaf_valid
 
     def __getitem__(self, row: int) -> list[Stored | str | None]:
         """The pictures of a row: where each is stored, or its path; None for a missing one."""
@@ -113,39 +119,56 @@ class Pictures:
         return found
 
 
-class _Shape:
+class _Shape(NamedTuple):
     """How many pictures each row has, from one leaf of their column.
 
     counts: int64 [rows]. valid: bool [pictures], which are there. leaf_valid: which have a value in
     the leaf. names: the values, of a leaf of text.
     """
 
-    def __init__(self, file, leaf: str, is_list: bool, groups: Iterable[int] | None = None):
-        import pyarrow
-        import pyarrow.compute
+    counts: np.ndarray
+    valid: np.ndarray
+    leaf_valid: np.ndarray
+    names: Any
 
-        counts, valid, leaf_valid, names = [], [], [], []
-        groups = range(file.num_row_groups) if groups is None else groups
-        for batch in file.iter_batches(_BATCH, groups, [leaf]):
-            values = batch.column(0)
-            if is_list:
-                lengths = pyarrow.compute.list_value_length(values).fill_null(0)
-                counts.append(lengths.to_numpy(zero_copy_only=False))
-                values = pyarrow.compute.list_flatten(values)
-            else:
-                here = values.is_valid().to_numpy(zero_copy_only=False)
-                counts.append(here.astype(np.int64))
-                values = values.filter(pyarrow.array(here))
-            valid.append(values.is_valid().to_numpy(zero_copy_only=False))
-            if _is_struct(values.type):
-                values = pyarrow.compute.struct_field(values, 0)
-            leaf_valid.append(values.is_valid().to_numpy(zero_copy_only=False))
-            if not _is_binary(values.type):
-                names.append(values)
-        self.counts = np.concatenate([np.zeros(0, np.int64), *counts])
-        self.valid = np.concatenate([np.zeros(0, bool), *valid])
-        self.leaf_valid = np.concatenate([np.zeros(0, bool), *leaf_valid])
-        self.names = pyarrow.chunked_array(names).combine_chunks() if names else None
+
+def _is_full(file, number: int) -> bool:
+    """Whether the statistics of a leaf say that no value is missing."""
+    chunks = [file.metadata.row_group(g).column(number) for g in range(file.num_row_groups)]
+    return all(
+        chunk.is_stats_set and chunk.statistics.has_null_count and not chunk.statistics.null_count
+        for chunk in chunks
+    )
+
+
+def _read_shape(file, leaf: str, is_list: bool, groups: Iterable[int] | None = None) -> _Shape:
+    import pyarrow
+    import pyarrow.compute
+
+    counts, valid, leaf_valid, names = [], [], [], []
+    groups = range(file.num_row_groups) if groups is None else groups
+    for batch in file.iter_batches(_BATCH, groups, [leaf]):
+        values = batch.column(0)
+        if is_list:
+            lengths = pyarrow.compute.list_value_length(values).fill_null(0)
+            counts.append(lengths.to_numpy(zero_copy_only=False))
+            values = pyarrow.compute.list_flatten(values)
+        else:
+            here = values.is_valid().to_numpy(zero_copy_only=False)
+            counts.append(here.astype(np.int64))
+            values = values.filter(pyarrow.array(here))
+        valid.append(values.is_valid().to_numpy(zero_copy_only=False))
+        if _is_struct(values.type):
+            values = pyarrow.compute.struct_field(values, 0)
+        leaf_valid.append(values.is_valid().to_numpy(zero_copy_only=False))
+        if not _is_binary(values.type):
+            names.append(values)
+    return _Shape(
+        np.concatenate([np.zeros(0, np.int64), *counts]),
+        np.concatenate([np.zeros(0, bool), *valid]),
+        np.concatenate([np.zeros(0, bool), *leaf_valid]),
+        pyarrow.chunked_array(names).combine_chunks() if names else None,
+    )
 
 
 def holds_pictures(kind) -> bool:

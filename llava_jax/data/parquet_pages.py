@@ -139,7 +139,7 @@ def leaves_of(file: File) -> list[str]:
     return [schema.column(number).path for number in range(len(schema.names))]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1 << 16)
 def _column(leaf: Leaf, group: int) -> _Column:
     """The headers of all pages of a leaf in a row group."""
     file, number = metadata(leaf.file), leaves_of(leaf.file).index(leaf.name)

@@ -134,11 +134,15 @@ def _word(stem: str) -> str | None:
 
 
 def _check_whole(folder: Path, files: list[Path]) -> None:
-    numbered = [(match[3], file) for file in files if (match := _OF.fullmatch(file.stem))]
-    counts = {int(count) for count, _ in numbered}
-    if numbered and (len(counts) > 1 or len(numbered) != next(iter(counts))):
+    numbered = [(match, file) for file in files if (match := _OF.fullmatch(file.stem))]
+    counts = sorted({int(match[3]) for match, _ in numbered})
+    numbers = sorted(int(match[2]) for match, _ in numbered)
+    wanted = [[*range(first, first + count)] for count in counts for first in (0, 1)]
+    if numbered and (len(counts) > 1 or numbers not in wanted):
+        missing = f"{len(numbers)}, not {' or '.join(map(str, counts))}"
+        if [len(numbers)] == counts:
+            missing = f"the numbers {brief(numbers)}"
         raise LlavaError(
-            f"{folder}: of the files {numbered[0][1].name} and its like there are "
-            f"{len(numbered)}, not {' or '.join(map(str, sorted(counts)))}: get the rest, or name "
-            "the files with a pattern"
+            f"{folder}: of the files {numbered[0][1].name} and its like there are {missing}: get "
+            "the rest, or name the files with a pattern"
         )

@@ -18,12 +18,13 @@ from llava_jax.data.media import (
     ImageError,
     check_shape,
     check_views,
+    encoded,
     file_state,
     inspect_image,
     load_image,
     preprocess,
 )
-from llava_jax.data.stored import Stored, loaded
+from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
 from llava_jax.models.images import ImageSpec, Source, frame_views, needed_video
 
@@ -58,7 +59,7 @@ def look_at(
             size = inspect_image(media, name, max_pixels)
         check_shape(size, spec, name, max_pixels, several)
         return Seen(size)
-    media = dataclasses.replace(media, source=loaded(media.source))
+    media = dataclasses.replace(media, source=encoded(media.source, name, "video"))
     of_model = needed_video(spec)
     with _readable(media, name):
         footage = video.inspect_video(media, name, max_pixels)
@@ -74,7 +75,7 @@ def tiles(
     if not isinstance(media, Video):
         image = load_image(media, name, max_pixels)
         return Seen(image.size), preprocess(image, spec, name, max_pixels, several)
-    media = dataclasses.replace(media, source=loaded(media.source))
+    media = dataclasses.replace(media, source=encoded(media.source, name, "video"))
     with _readable(media, name):
         footage, numbers, pixels = video.video_tiles(media, spec, name, max_pixels)
     return _seen(footage, numbers, spec, name), pixels

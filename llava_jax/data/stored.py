@@ -97,8 +97,3 @@ class Stored(ABC):
         Raises:
           LlavaError: the file around it cannot be read, or is damaged there.
         """
-
-
-def loaded(source):
-    """A source with its bytes in place of where they are stored; any other source as it is."""
-    return source.read() if isinstance(source, Stored) else source

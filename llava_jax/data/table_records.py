@@ -37,6 +37,8 @@ class _File:
         is_arrow = path.suffix == ".arrow"
         schema = arrow.table_of(file).schema if is_arrow else metadata(file).schema_arrow
         self.names = schema.names
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise LlavaError(f"{path} has two columns {twice[0]!r}: write it anew with one")
         for field in schema:
             name = ours.get(field.name, field.name)
             if name in UNSUPPORTED_KEYS:

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
-from llava_jax.data import build
+from llava_jax.data import build, parquet
 from llava_jax.data.parquet_pages import Leaf
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import about, checked_record, ignored_keys_text, open_records
@@ -164,6 +165,11 @@ def test_files_that_are_missing_are_noticed(tmp_path, items):
     folder = folder_of(tmp_path, items, files)
     with pytest.raises(LlavaError, match="train-00000-of-00003.* there are 2, not 3"):
         open_records(folder)
+    twice = folder / "train-00000-of-00003-0123456789abcdef.parquet"
+    shutil.copy(folder / "train-00000-of-00003.parquet", twice)
+    with pytest.raises(LlavaError, match=r"there are the numbers '?\[0, 0, 2\]'?: get the rest"):
+        open_records(folder)
+    twice.unlink()
     records = open_records(folder / "train-*.parquet")
     assert_same(batches(records), wanted(tmp_path, items))
     braces = open_records(f"{folder}/train-{{00000,00002}}-of-00003.parquet")
@@ -204,6 +210,13 @@ def test_a_broken_file_is_named(tmp_path, items):
         open_records(path)
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["question", "answer", "answer"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(LlavaError, match="d.parquet has two columns 'answer'"):
+        open_records(tmp_path / "d.parquet")
+
+
 def test_damage_of_a_page_is_a_fault_of_its_records(tmp_path, items):
     rows = with_pictures(tmp_path, items)
     path = same.write_parquet(tmp_path / "d.parquet", rows, compression="none")
@@ -214,8 +227,43 @@ def test_damage_of_a_page_is_a_fault_of_its_records(tmp_path, items):
     report = validate(records, FORMAT, byte_tokenizer(), progress=False)
     text = report.text()
     assert "record 1 (id 'r1')" in text and "d.parquet, row group 0: the column images" in text
+    assert {*report.faults} == {"unreadable image"}
+    options = {"batch_size": 1, "epochs": 1, "progress": False}
     with pytest.raises(LlavaError, match="d.parquet, row group 0.* is damaged at entry"):
-        TrainingData(records, byte_tokenizer(), FORMAT, batch_size=1, epochs=1, progress=False)
+        TrainingData(records, byte_tokenizer(), FORMAT, **options)
+    options |= {"bad_image": "skip", "bad_image_ceiling": 5}
+    data = TrainingData(records, byte_tokenizer(), FORMAT, **options)
+    assert 1 in data.refused["bad image"] and {*range(5, 12)} <= {*data.usable}
+
+
+def test_a_picture_lost_during_a_run_is_reported_with_its_record(tmp_path, items, monkeypatch):
+    path = same.write_parquet(tmp_path / "d.parquet", with_pictures(tmp_path, items))
+    options = {"batch_size": 1, "epochs": 1, "progress": False, "workers": 0}
+    data = TrainingData(open_records(path), byte_tokenizer(), FORMAT, **options)
+
+    def lost(*args):
+        raise LlavaError("d.parquet was changed")
+
+    monkeypatch.setattr(Leaf, "read", lost)
+    with pytest.raises(
+        LlavaError, match=r"record \d+ \(id 'r\d+'\): cannot read image 'a/.*changed"
+    ):
+        [*data.batch_iterator()]
+    with pytest.raises(LlavaError, match=r"record 0 \(id 'r0'\): d.parquet was changed"):
+        build.build_data_set(path, None, tmp_path / "sets", "mine", progress=False)
+
+
+def test_plain_bytes_are_counted_by_the_statistics(tmp_path, items, monkeypatch):
+    png = (tmp_path / "a/1.png").read_bytes()
+    rows = [{"image": png + bytes([i]), "question": "What?", "answer": "x"} for i in range(7)]
+    path = same.write_parquet(tmp_path / "d.parquet", rows, group=3)
+    monkeypatch.setattr(parquet, "_read_shape", lambda *args: pytest.fail("pictures are read"))
+    records = open_records(path)
+    assert [records[i].images[0].read() for i in range(7)] == [row["image"] for row in rows]
+    monkeypatch.undo()
+    rows[4]["image"] = None
+    path = same.write_parquet(tmp_path / "e.parquet", rows, group=3)
+    assert [len(open_records(path)[i].images) for i in range(7)] == [1, 1, 1, 1, 0, 1, 1]
 
 
 def test_columns_that_hold_no_conversation_are_listed(tmp_path):
