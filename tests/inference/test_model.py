@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.data import sources
 from llava_jax.errors import LlavaError
-from llava_jax.inference import pictures
 from llava_jax.inference.device import tile_bucket
 from llava_jax.inference.model import Llava
 from llava_jax.inference.prefill import (
@@ -281,8 +281,8 @@ def test_importing_llava_needs_neither_torch_nor_tensorflow():
 def test_a_file_asked_about_again_is_decoded_once_and_again_when_it_changed(
     llava, tmp_path, monkeypatch
 ):
-    decoded, load = [], pictures.load_image
-    monkeypatch.setattr(pictures, "load_image", lambda *a: decoded.append(a) or load(*a))
+    decoded, load = [], sources.load_image
+    monkeypatch.setattr(sources, "load_image", lambda *a: decoded.append(a) or load(*a))
     path = tmp_path / "picture.png"
     random_image(3).save(path)
     settings = {"batch_size": 4, "max_tokens": TOKENS}
