@@ -1,0 +1,53 @@
+"""train.py on Parquet files and tars: the runs are those on the JSON file, killed or not."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.data import same_records as same
+from tests.test_train import read_lines
+from tests.tiny_run import align, run_script, start_script
+
+CHANGES = {"steps": 20, "save_every": 2, "validate_every": 3}
+
+
+def converted(world, kind: str, folder) -> str:
+    """The records of stage 1 in a file of another kind, which holds their pictures."""
+    items, images = json.loads((world / "data/align.json").read_text()), world / "data/images"
+    items = [item for item in items if (images / item["image"]).exists()]
+    if kind == "parquet":
+        rows = [item | {"image": same.as_structs(images, item | {"image": [item["image"]]})[0]}
+                for item in items]  # fmt: skip
+        return str(same.write_parquet(folder / "align.parquet", rows))
+    samples = []
+    for item in items:
+        text = json.dumps({"conversations": item["conversations"]}).encode()
+        picture = (images / item["image"]).read_bytes()
+        samples.append((item["id"], {"png": picture, "json": text}))
+    return str(same.write_tar(folder / "align.tar", samples))
+
+
+def logged(workdir) -> list[dict]:
+    timings = ("_per_second", "seconds")
+    lines = read_lines(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.endswith(timings)} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_killed_run_ends_as_the_run_on_json_does(world, tmp_path, kind):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = run_script(world, align(world, whole, CHANGES))
+    assert code == 0, err
+    values = align(world, killed, CHANGES | {"data.train": converted(world, kind, tmp_path)})
+    process = start_script(world, values)
+    while process.poll() is None and not (killed / "checkpoints/2").exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    code, _, err = run_script(world, values)
+    assert code == 0 and "resuming from step" in err, err
+    assert logged(killed) == logged(whole)
+    assert ("tar-" in str([*(killed / "cache").iterdir()])) == (kind == "tar")
