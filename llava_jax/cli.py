@@ -13,6 +13,7 @@ from llava_jax.errors import LlavaError, file_fault
 COMMANDS = {
     "generate": ("llava_jax.serving.generate", "answer a file of requests"),
     "chat": ("llava_jax.serving.chat", "ask a model about pictures"),
+    "explain": ("llava_jax.serving.explain", "show where on a picture a model looked"),
     "serve": ("llava_jax.serving.serve", "serve a model over HTTP, with a chat page"),
     "build": ("llava_jax.data.build", "make a TFDS ArrayRecord data set of LLaVA records"),
     "import": ("llava_jax.data.importers", "make records of published annotations of boxes"),

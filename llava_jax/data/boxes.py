@@ -201,14 +201,8 @@ def shown(box: Sequence[float]) -> str:
 def _square(spec: ImageSpec, size: Size, several: bool) -> Box:
     """The square that a picture is shown on, in pixels of the picture."""
     view = box_view(spec, size, several)
-    lows, highs = [], []
-    for axis in range(2):
-        scale = view.padded[axis] / view.resized[axis]
-        low = -int((view.padded[axis] - size[axis]) / 2)
-        low -= int((view.cut[axis] - view.resized[axis]) / 2) * scale
-        lows.append(low)
-        highs.append(low + view.cut[axis] * scale)
-    return (*lows, *highs)
+    (left, across), (top, down) = view.on_picture(size)
+    return left, top, left + view.cut[0] * across, top + view.cut[1] * down
 
 
 def _has_area(box: Box) -> bool:

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     slots = cache_bucket(context_length(args.max_model_len, config))
     share = -(-args.batch_size // args.replicas)  # of a copy
     rows = count_bucket(share)
-    calls = all_calls(share, slots, not args.all_shapes, args.contrast)
+    few = not args.all_shapes
+    calls = all_calls(share, slots, few, args.contrast, args.explain)
     figures = {
         "topology": where.name,
         "tensor": args.tensor,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llava_jax.inference.jobs import Job, Tiles
+from llava_jax.inference.jobs import Job, Tiles, picture_places
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.taps import TEXT
 
@@ -212,6 +212,12 @@ class Admission:
             plan.placed[reading.row] = reading
         return True
 
+    def place_alone(self, job: Job) -> dict[int, np.ndarray]:
+        """Finds slots for the tiles of a job that takes no row -> those to be encoded, by slot."""
+        plan = _Plan(set())
+        self._place_tiles(job, 0, plan)  # a single request has room: it was checked
+        return plan.tiles
+
     def _contents(self, job: Job) -> np.ndarray:
         """int64[T], the prompt as `RowSlots` compares it."""
         contents = job.request.input_ids.astype(np.int64)
@@ -222,12 +228,8 @@ class Admission:
 
     def _pictures_of(self, job: Job):
         """(picture, the future of its tiles, int[n] the places of its tokens) of a prompt."""
-        ids, start = (self._config.image_token_id, self._config.video_token_id), 0
-        places = np.flatnonzero(np.isin(job.request.input_ids, [i for i in ids if i is not None]))
-        for picture, future in zip(job.request.pictures, job.tiles, strict=True):
-            end = start + len(picture.layout)
-            yield picture, future, places[start:end]
-            start = end
+        places = picture_places(job.request, self._config)
+        return zip(job.request.pictures, job.tiles, places, strict=True)
 
     def _place_tiles(self, job: Job, shared: int, plan: _Plan) -> bool:
         """Finds a slot for each tile of a job; the tiles to be encoded go into the plan.

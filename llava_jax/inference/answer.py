@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from llava_jax.errors import LlavaError
 from llava_jax.inference.sampling import Logprobs
 
@@ -37,6 +39,20 @@ def token_logprobs(
         possible = {id: value for id, value in list(top)[:count] if value > -math.inf}
         entries.append(TokenLogprob(int(token), float(logprobs.chosen[row, i]), possible))
     return entries
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How each of A given tokens came about, after a prompt of T tokens, theirs included.
+
+    Attributes:
+      logprobs: float32[A], the log probability of each after the tokens in front of it.
+      attention: float32[A, T], how the token in front of each, from which it is predicted, attends
+        to the prompt: the mean over all heads of all layers, of sum 1 over T.
+    """
+
+    logprobs: np.ndarray
+    attention: np.ndarray
 
 
 class Detokenizer:
@@ -110,6 +126,7 @@ class Answer:
       logprobs: of `tokens`, if they were asked for.
       prompt_logprobs: of the prompt's tokens but the first, if they were asked for.
       prompt_tokens: length of the prompt.
+      trace: of an answer that was given.
       done: no token will follow.
       finish_reason: once done, `stop`; `length` if the tokens ran out; `cancelled`; or `error`.
       error: why there is no answer.
@@ -127,6 +144,7 @@ class Answer:
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
         self.prompt_tokens = 0
+        self.trace: Trace | None = None
         self.done = False
         self.finish_reason: str | None = None
         self.error: LlavaError | None = None

@@ -20,9 +20,9 @@ from llava_jax.inference.decoding import (
     shard_state,
     tile_slots,
 )
-from llava_jax.inference.prefill import PrefillShape, prefill_shapes, windows_of
+from llava_jax.inference.prefill import PrefillShape, length_bucket, prefill_shapes, windows_of
 from llava_jax.inference.sampling import Logprobs
-from llava_jax.inference.scoring import all_logits, prompt_logprobs
+from llava_jax.inference.scoring import all_logits, prompt_logprobs, trace
 from llava_jax.models.decoder import are_stacked
 from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.models.precision import compute_precision
@@ -37,17 +37,19 @@ def tile_bucket(waiting: int) -> int:
 
 
 def all_calls(
-    batch_size: int, size: int, few: bool, contrast: bool = False
+    batch_size: int, size: int, few: bool, contrast: bool = False, traces: bool = False
 ) -> list[tuple[str, int | PrefillShape]]:
     """(function, its shape) of every call that requests can need; arguments as in `warm_up`.
 
-    The shape is a number of tiles for `encode`, a window for `decode`. With `contrast` calls with
-    pairs have functions of their own.
+    The shape is a number of tiles for `encode`, a window for `decode`, a length for `trace`. With
+    `contrast` calls with pairs have functions of their own.
     """
     windows, prompts = windows_of(size, few), prefill_shapes(batch_size, size, few)
     shapes = {"encode": TILES, "decode": windows, "prefill": prompts}
     if contrast:
         shapes |= {"decode pairs": windows, "prefill pairs": prompts}
+    if traces:
+        shapes["trace"] = sorted({length_bucket(n, few) for n in range(1, size + 1)})
     return [(function, shape) for function, some in shapes.items() for shape in some]
 
 
@@ -91,6 +93,7 @@ class Device:
         self._prefill = self._compile(prefill, donate_argnums=1)
         self._decode = self._compile(decode, donate_argnums=1, static_argnames="window")
         self._prompt_logprobs = self._compile(prompt_logprobs)
+        self._trace = self._compile(trace)
         self._all_logits = self._compile(all_logits)
         self.forget()
 
@@ -152,6 +155,16 @@ class Device:
         contrast = {"contrast": Contrast.none(self.rows)} if pairs else {}
         return self.lower("decode", self.state, running, fewest, window=window, **contrast)
 
+    def lower_trace(self, length: int) -> jax.stages.Lowered:
+        """What `trace` runs for prompts of a padded length."""
+        if self.store is None:
+            self.store = self._empty_store()
+        taps = self.config.image.taps
+        ids = np.zeros((1, length), np.int32)
+        mixed = np.zeros((1, length, taps), np.int32)
+        features = (ids, None) if taps == 1 else (mixed, mixed.astype(np.float32))
+        return self.lower("trace", self.store, ids, *features, np.int32(0))
+
     def encode(self, tiles: dict[int, np.ndarray]) -> None:
         """Fills slots of the feature store with the features of uint8[S, S, 3]."""
         store = self._empty_store() if self.store is None else self.store
@@ -185,6 +198,10 @@ class Device:
         """Log probabilities of a prompt's tokens; arguments as in `scoring.prompt_logprobs`."""
         return self._prompt_logprobs(self.params, self.store, *inputs)
 
+    def trace(self, *inputs) -> tuple[jax.Array, jax.Array]:
+        """Log probabilities and attention of an answer's tokens; see `scoring.trace`."""
+        return self._trace(self.params, self.store, *inputs)
+
     def logits(self, *inputs) -> jax.Array:
         """Float32 logits [B, T, V] of whole sequences; arguments as in `scoring.all_logits`."""
         return self._all_logits(self.params, *inputs)
@@ -200,6 +217,5 @@ class Device:
         return jax.ShapeDtypeStruct(self._store_shape, self._model.dtype, sharding=place)
 
     def lower(self, function: str, *shapes, **options) -> jax.stages.Lowered:
-        """`encode`, `prefill` or `decode` for the shapes of its arguments after the parameters."""
-        functions = {"encode": self._encode, "prefill": self._prefill, "decode": self._decode}
-        return functions[function].lower(self.params, *shapes, **options)
+        """A function, by its name here, for the shapes of its arguments after the parameters."""
+        return getattr(self, f"_{function}").lower(self.params, *shapes, **options)

@@ -23,6 +23,7 @@ from llava_jax.inference.prefill import (
     count_bucket,
     length_bucket,
     pack_prompts,
+    pack_whole,
     pairs_of,
     take_parts,
     take_prompts,
@@ -30,6 +31,7 @@ from llava_jax.inference.prefill import (
 )
 from llava_jax.inference.sampling import Logprobs
 from llava_jax.inference.scoring import POSITIONS_AT_A_TIME
+from llava_jax.inference.tracing import Tracing
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.taps import TEXT
 
@@ -184,6 +186,7 @@ class Engine:
         report: Callable[[int, int], None] = lambda *_: None,
         few: bool = False,
         contrast: bool = False,
+        traces: bool = False,
     ) -> None:
         """Compiles everything for requests whose prompt and answer have at most `size` tokens.
 
@@ -194,6 +197,7 @@ class Engine:
           report: called with the numbers of functions that are compiled and of all.
           few: a quarter of the shapes, with more padding: quick to start, slower to answer.
           contrast: for requests with contrast too, in a batch of at least two rows.
+          traces: for requests whose answer is traced, too.
         """
         self._few, self._least = few, size
         self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
@@ -209,8 +213,9 @@ class Engine:
             "prefill": prefill,
             "decode pairs": functools.partial(device.lower_decode, pairs=True),
             "prefill pairs": functools.partial(prefill, pairs=True),
+            "trace": device.lower_trace,
         }
-        calls = all_calls(batch_size, device.size, few, contrast)
+        calls = all_calls(batch_size, device.size, few, contrast, traces)
         report(0, len(calls))
         # Compiling, or reading what was compiled before, needs no Python: the next ones are traced
         # meanwhile. One at a time, as a GPU's compiler measures kernels.
@@ -236,10 +241,12 @@ class Engine:
         """
         enough = batch_size
         while queue.jobs and len(taken := rows_of(running.values())) < enough:
+            jobs = [job for job in jobs if not job.answer.done]
+            if not (jobs := (yield from self._trace(jobs, queue, 1 if running else batch_size))):
+                return
             rows, size = batch_shape(batch_size, queue.jobs, self._least)
             if not self._reserve(rows, size, busy=bool(running)):
                 return
-            jobs = [job for job in jobs if not job.answer.done]
             wave, tiles = self._admission.wave(jobs, set(range(rows)) - set(taken))
             if not wave:
                 return
@@ -292,6 +299,17 @@ class Engine:
             number += shape.pieces(job)
             yield Grown(job.answer)
 
+    def _trace(self, jobs: list[Job], queue: Queue, most: int) -> Iterator[Grown | Waiting]:
+        """Traces answers that are given, which take no row -> the jobs that have none."""
+        traced = [job for job in jobs if job.request.traced][:most]
+        queue.remove(traced)
+        for job in traced:
+            tracing = Tracing(job, self.device, self._admission, self._counts, self._few)
+            yield Waiting(tracing.is_ready)
+            tracing.finish()
+            yield Grown(job.answer)
+        return [job for job in jobs if not job.request.traced]
+
     def _pack(self, jobs: Sequence[Job], shape: PrefillShape) -> Prompts:
         return pack_prompts(jobs, shape, self.rows, self.config.image.taps)
 
@@ -301,14 +319,8 @@ class Engine:
         if count is None:
             return
         pieces = -(-length_bucket(job.length) // POSITIONS_AT_A_TIME)
-        padding = (0, pieces * POSITIONS_AT_A_TIME - job.length)
-        ids = np.pad(job.request.input_ids, padding)[None]
-        of_features = (padding, (0, 0)) if self.config.image.taps > 1 else padding
-        features = np.pad(job.feature_ids, of_features, constant_values=TEXT)[None]
-        weights = job.feature_weights
-        weights = None if weights is None else np.pad(weights, of_features)[None]
-        targets = np.roll(ids, -1, axis=1)
-        logprobs = self.device.prompt_logprobs(ids, features, weights, targets)
+        ids, *features = pack_whole(job, pieces * POSITIONS_AT_A_TIME, self.config.image.taps)
+        logprobs = self.device.prompt_logprobs(ids, *features, np.roll(ids, -1, axis=1))
         tokens = job.request.input_ids[1:]
         job.answer.prompt_logprobs = token_logprobs(jax.device_get(logprobs), 0, tokens, count)
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.images import Layout
+from llava_jax.models.llava import LlavaConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Picture:
       key: equal for two pictures that are the same.
       is_video: it is a video.
       time: the sentences about its times that the question follows, if the model reads any.
+      original: gives the upright picture in RGB that the tiles are cut from; None of a video.
     """
 
     layout: Layout
@@ -39,6 +42,7 @@ class Picture:
     key: object = None
     is_video: bool = False
     time: str = ""
+    original: Callable[[], Image.Image] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,21 @@ class Request:
     Attributes:
       input_ids: int32[T], with the placeholder ids of the pictures.
       pictures: in the order of their placeholders.
+      traced: so many of the last tokens are the answer: it is traced, and nothing is generated.
     """
 
     input_ids: np.ndarray
     pictures: tuple[Picture, ...]
     params: SamplingParams
+    traced: int = 0
+
+
+def picture_places(request: Request, config: LlavaConfig) -> list[np.ndarray]:
+    """int[n] for each picture of a request: where its tokens are among the prompt's."""
+    ids = [i for i in (config.image_token_id, config.video_token_id) if i is not None]
+    places = np.flatnonzero(np.isin(request.input_ids, ids))
+    lengths = [len(picture.layout) for picture in request.pictures]
+    return np.split(places, np.cumsum(lengths))[:-1]
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.distortion import with_twin
 from llava_jax.inference.engine import Engine
+from llava_jax.inference.explain import Explanation, explain
 from llava_jax.inference.jobs import Job, Picture, Request
 from llava_jax.inference.pictures import ImageSource, PictureReader, deal_sources
 from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
@@ -27,12 +28,10 @@ from llava_jax.inference.prompts import History, PromptReader, conversation, err
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.precision import PRECISIONS, compute_precision
+from llava_jax.models.precision import check_dtype, compute_precision
 from llava_jax.text.conversation import Turn
 from llava_jax.text.templates import get_template
 from llava_jax.text.tokenizer import load_tokenizer
-
-DTYPES = ("auto", *PRECISIONS)
 
 
 class Llava:
@@ -265,6 +264,10 @@ class Llava:
             requests.append(self.request(prompt, sources[i], of_prompt, where=f"prompt {i}: "))
         return requests
 
+    def explain(self, questions, images, answers=None, **options) -> Explanation | list:
+        """Where it looked on a picture; arguments and result as in `explain.explain`."""
+        return explain(self, questions, images, answers, **options)
+
     def answer(
         self,
         requests: Sequence[Request],
@@ -335,6 +338,10 @@ class Llava:
         """A text that is to be continued as it is, without a template."""
         return self._prompts.text_request(text, params, self._stops(params))
 
+    def traced(self, request: Request, answer: str) -> Request:
+        """A request with its answer, which is traced: nothing is generated."""
+        return self._prompts.traced(request, answer)
+
     def picture(
         self, source: ImageSource, name: str = "image", where: str = "", several: bool = False
     ) -> Picture:
@@ -389,9 +396,3 @@ class Llava:
         names = self.tokenizer.convert_ids_to_tokens(self._stop_ids())
         texts = [repr(text) for text in self.template.stop if text not in names]
         return ", ".join([*names, *texts])
-
-
-def check_dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise LlavaError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    return dtype

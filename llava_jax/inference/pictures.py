@@ -83,7 +83,8 @@ class PictureReader:
         known = seen if by_size else None
         load = functools.partial(self._load, source, name, where, several, known, object())
         key = (_identity(source), several)
-        return Picture(layout, load, key, is_video=is_video, time=seen.time)
+        original = None if is_video else functools.partial(self._original, source, name, where)
+        return Picture(layout, load, key, is_video, seen.time, original)
 
     def _look_at(self, source: Media, name: str, several: bool) -> Seen:
         """The head of a file that has not changed is read once for several requests."""
@@ -119,9 +120,16 @@ class PictureReader:
 
     def _tiles(self, source: Media, name: str, several: bool) -> tuple[Seen, np.ndarray]:
         if isinstance(source, Image.Image):
-            with self._pillow:
-                source = load_image(source, name)
+            source = self._image(source, name)
         return sources.tiles(source, self._config.image, name, several=several)
+
+    def _original(self, source: ImageSource, name: str, where: str) -> Image.Image:
+        with error_prefix(where):
+            return self._image(fetch(source, self._allow_urls), name)
+
+    def _image(self, source: str | bytes | Image.Image, name: str) -> Image.Image:
+        with self._pillow if isinstance(source, Image.Image) else contextlib.nullcontext():
+            return load_image(source, name)
 
 
 class _Recent:

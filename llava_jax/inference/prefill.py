@@ -245,6 +245,26 @@ def pairs_of(
     return contrast
 
 
+def pack_whole(
+    job: Job, length: int, taps: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """A prompt as a row of its own, padded on the right: ids, feature ids and feature weights.
+
+    taps: as in `pack_prompts`.
+
+    Returns:
+      int32[1, length], and as in `Prompts` the others, with a first axis of 1.
+    """
+    padding = (0, length - job.length)
+    of_features = (padding, (0, 0)) if taps > 1 else padding
+    weights = job.feature_weights
+    return (
+        np.pad(job.request.input_ids, padding)[None],
+        np.pad(job.feature_ids, of_features, constant_values=TEXT)[None],
+        None if weights is None else np.pad(weights, of_features)[None],
+    )
+
+
 def _blank(shape: PrefillShape, rows: int, taps: int) -> Prompts:
     each = lambda value: np.full(shape.tokens, value, np.int32)
     prompt = lambda value: np.full(shape.chunks, value, np.int32)

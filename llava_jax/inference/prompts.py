@@ -15,6 +15,7 @@ from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.sampling import MAX_STOP_IDS, SamplingParams
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.text.conversation import (
+    BREAK,
     IMAGE_TOKEN,
     MARKS,
     VIDEO_TOKEN,
@@ -82,6 +83,26 @@ class PromptReader:
         request = Request(ids, pictures, params)
         check_request(request, self._config, stops)
         return request
+
+    def traced(self, request: Request, answer: str) -> Request:
+        """A request with its answer, which is traced; nothing is generated.
+
+        The answer is read as in training, without the token that ends it.
+        """
+        marks = (*self._tokenize.special, IMAGE_TOKEN)
+        space = " " if self._template.gpt[0].endswith(" ") else ""  # the prompt ends before it
+        row = self._tokenize([Segment(BREAK + space + spelled_out(answer.strip(), marks))])
+        ids = row.input_ids[row.offsets[:, 0] >= 0]  # without a BOS
+        if not answer.strip() or not len(ids):
+            raise LlavaError("the answer is empty: there is nothing to explain")
+        length, limit = len(request.input_ids) + len(ids), self._config.decoder
+        if length > limit.max_position_embeddings:
+            raise LlavaError(
+                f"the prompt and its answer have {length} tokens: the model reads at most "
+                f"{limit.max_position_embeddings}"
+            )
+        input_ids = np.concatenate([request.input_ids, ids])
+        return Request(input_ids, request.pictures, SamplingParams(max_tokens=1), traced=len(ids))
 
     def ids(
         self,

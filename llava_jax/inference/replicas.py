@@ -54,11 +54,12 @@ class Replicas:
         report: Callable[[int, int], None] = lambda *_: None,
         few: bool = False,
         contrast: bool = False,
+        traces: bool = False,
     ) -> None:
         count = len(self.engines)
         for i, engine in enumerate(self.engines):
             of_all = lambda done, calls, i=i: report(i * calls + done, count * calls)
-            engine.warm_up(self._share(batch_size), size, of_all, few, contrast)
+            engine.warm_up(self._share(batch_size), size, of_all, few, contrast, traces)
 
     def _share(self, batch_size: int) -> int:
         return -(-batch_size // len(self.engines))

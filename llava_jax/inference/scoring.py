@@ -1,6 +1,7 @@
-"""Whole sequences in one pass: their logits, and the log probabilities of prompts.
+"""Whole sequences in one pass: logits, log probabilities of prompts, and what answers attend to.
 
-B rows, T length of a row, F slots of the feature store, P features of a tile, V vocabulary.
+B rows, T length of a row, F slots of the feature store, P features of a tile, D model size, V
+vocabulary.
 """
 
 import jax
@@ -10,6 +11,7 @@ from llava_jax.inference.sampling import Logprobs, logprobs_of
 from llava_jax.models.llava import LlavaModel
 
 POSITIONS_AT_A_TIME = 16  # the logits of a whole prompt would not fit
+TRACED = 64  # tokens of an answer that a pass traces
 
 
 def prompt_logprobs(
@@ -29,9 +31,7 @@ def prompt_logprobs(
 
     def read(model: LlavaModel):
         positions = jnp.arange(input_ids.shape[1])[None]
-        features = store.reshape(1, -1, store.shape[-1])  # [1, F * P, D]
-        weights = feature_weights
-        embeddings = model.embed(input_ids, features, feature_ids, feature_weights=weights)
+        embeddings = _embed(model, store, input_ids, feature_ids, feature_weights)
         return model.decoder(embeddings, positions, jnp.ones_like(positions))
 
     hidden = model.apply({"params": params}, method=read)
@@ -44,6 +44,44 @@ def prompt_logprobs(
 
     logprobs = jax.lax.map(some, (hidden.reshape(pieces), targets.reshape(pieces[:2])))
     return jax.tree.map(lambda x: x.reshape(*targets.shape, *x.shape[2:]), logprobs)
+
+
+def trace(
+    model: LlavaModel,
+    params: dict,
+    store: jax.Array,
+    input_ids: jax.Array,
+    feature_ids: jax.Array,
+    feature_weights: jax.Array | None,
+    first: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Log probabilities of TRACED tokens from `first` on, and where each was looked for.
+
+    Arguments as in `prompt_logprobs`; the tokens may reach into the padding, and mean nothing
+    there.
+
+    Returns:
+      float32[TRACED], the log probability of each token after those in front of it, and
+      float32[TRACED, T], how the token in front of it, from which it is predicted, attends to each
+      token; see `Decoder.attended`.
+    """
+    last = input_ids.shape[1] - 1
+    rows = jnp.clip(first - 1 + jnp.arange(TRACED), 0, last - 1)
+
+    def read(model: LlavaModel):
+        embeddings = _embed(model, store, input_ids, feature_ids, feature_weights)
+        return model.decoder.attended(embeddings, rows)
+
+    hidden, shares = model.apply({"params": params}, method=read)
+    logits = model.apply({"params": params}, hidden[0, rows], method=LlavaModel.attend)
+    chosen = jnp.maximum(input_ids[0, rows + 1], 0)
+    return logprobs_of(logits, chosen).chosen, shares[0]
+
+
+def _embed(model: LlavaModel, store, input_ids, feature_ids, feature_weights) -> jax.Array:
+    """[1, T, D] of a prompt int32[1, T] whose features are in the store."""
+    features = store.reshape(1, -1, store.shape[-1])  # [1, F * P, D]
+    return model.embed(input_ids, features, feature_ids, feature_weights=feature_weights)
 
 
 def all_logits(

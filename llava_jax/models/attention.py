@@ -173,6 +173,25 @@ def attention(
     return out.reshape(query.shape)
 
 
+def attention_shares(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    """The share of each key in what `attention` gives to each query, the mean over its heads.
+
+    Args:
+      query, key, mask: as in `attention`.
+
+    Returns:
+      float32[B, T, S], of sum 1 over S.
+    """
+    batch, length, heads, size = query.shape
+    operands = product_dtype(query.dtype)
+    q = query.reshape(batch, length, key.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, key.shape[2], -1, size).astype(operands)  # [B, K, N / K * T, H]
+    scores = _product(q, key.swapaxes(1, 2).astype(operands), 3) * size**-0.5
+    scores = scores.reshape(batch, heads, length, -1)
+    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)
+
+
 def cached_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax.models.attention import attention, attention_mask, cached_attention
+from llava_jax.models.attention import attention, attention_mask, attention_shares, cached_attention
 from llava_jax.models.cache import Chunks, KVCache, write_cache
 from llava_jax.models.flash_attention import PackedCausal
 from llava_jax.models.linear import Linear
@@ -143,7 +143,7 @@ class Attention(nn.Module):
     implementation: str = "xla"
 
     @nn.compact
-    def __call__(self, x, rope, mask, layer, cache: KVCache | None, chunks: Chunks | None):
+    def __call__(self, x, rope, mask, layer, cache: KVCache | None, chunks: Chunks | None, rows):
         c = self.config
         into_heads = lambda heads, axis, name: Linear(
             (heads, c.head_dim), ("embed", axis), self.dtype, c.qkv_bias, name=name
@@ -154,6 +154,7 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.dtype, "head_dim", name="k_norm")(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        shares = None if rows is None else attention_shares(q[:, rows], k, mask[:, :, rows])
         if cache is None:
             out = attention(q, k, v, mask, self.implementation)
         else:
@@ -164,7 +165,7 @@ class Attention(nn.Module):
         out = Linear(
             c.hidden_size, ("heads", "embed"), self.dtype, c.o_bias, inputs=2, name="o_proj"
         )(out)
-        return out, cache
+        return out, cache, shares
 
 
 @jax.custom_vjp
@@ -207,17 +208,17 @@ class DecoderBlock(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, carry, layer, rope, mask, chunks):
+    def __call__(self, carry, layer, rope, mask, chunks, rows):
         x, cache = carry
         norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.dtype, name=name)
         implementation = self.attention if cache is None else "xla"
-        out, cache = Attention(self.config, self.dtype, implementation, name="self_attn")(
-            norm("input_layernorm")(x), rope, mask, layer, cache, chunks
+        out, cache, shares = Attention(self.config, self.dtype, implementation, name="self_attn")(
+            norm("input_layernorm")(x), rope, mask, layer, cache, chunks, rows
         )
         x = x + out
         x = x + MLP(self.config, self.dtype, name="mlp")(norm("post_attention_layernorm")(x))
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        return (x, cache), None
+        return (x, cache), shares
 
 
 class SeparateLayers(nn.Module):
@@ -230,9 +231,9 @@ class SeparateLayers(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry, layer_ids, rope, mask, chunks):
+    def __call__(self, carry, layer_ids, rope, mask, chunks, rows):
         x, caches = carry
-        caches = list(caches or [None] * self.config.num_layers)
+        caches, shares = list(caches or [None] * self.config.num_layers), []
         block = DecoderBlock(self.config, self.dtype, parent=None)
 
         @jax.jit  # traced and lowered for one layer, not for each
@@ -241,8 +242,9 @@ class SeparateLayers(nn.Module):
 
         for i, cache in enumerate(caches):
             params = self.variables["params"][str(i)]
-            (x, caches[i]), _ = layer(params, (x, cache), rope, mask, chunks)
-        return (x, tuple(caches)), None
+            (x, caches[i]), of_layer = layer(params, (x, cache), rope, mask, chunks, rows)
+            shares.append(of_layer)
+        return (x, tuple(caches)), None if rows is None else jnp.stack(shares)
 
 
 class Decoder(nn.Module):
@@ -286,7 +288,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.dtype, self.attention)
@@ -323,6 +325,23 @@ class Decoder(nn.Module):
             )
         return self._run(embeddings, position_ids, mask)[0]
 
+    def attended(self, embeddings: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Reads sequences, and how some of their tokens attend to the others.
+
+        Args:
+          embeddings: [B, T, D], of one segment each.
+          rows: int32[A], positions of those tokens.
+
+        Returns:
+          Hidden states [B, T, D], after the final norm, and float32[B, A, T], of sum 1 over T: the
+          mean over all heads of all layers of a token's attention to each token.
+        """
+        positions = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
+        window = self.config.sliding_window
+        mask = attention_mask(positions, positions, positions * 0, positions * 0, window)
+        hidden, _, shares = self._run(embeddings, positions, mask, rows=rows)
+        return hidden, jnp.mean(shares, axis=0)
+
     def read(
         self, embeddings: jax.Array, cache: KVCache | tuple[KVCache, ...], chunks: Chunks
     ) -> tuple[jax.Array, KVCache | tuple[KVCache, ...]]:
@@ -332,17 +351,18 @@ class Decoder(nn.Module):
           Their hidden states [Q, D], after the final norm, and the cache that holds them too.
         """
         mask = chunks.mask(self.config.sliding_window)
-        hidden, cache = self._run(embeddings[:, None], chunks.slots[:, None], mask, cache, chunks)
+        slots = chunks.slots[:, None]
+        hidden, cache, _ = self._run(embeddings[:, None], slots, mask, cache, chunks)
         return hidden[:, 0], cache
 
-    def _run(self, x, position_ids, mask, cache=None, chunks=None):
+    def _run(self, x, position_ids, mask, cache=None, chunks=None, rows=None):
         """All layers and the final norm."""
         angles = position_ids[..., None] * inverse_frequencies(self.config)  # [B, T, H // 2]
         rope = jnp.cos(angles), jnp.sin(angles)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         layer_ids = jnp.arange(self.config.num_layers)
-        (x, cache), _ = self.layers((x, cache), layer_ids, rope, mask, chunks)
-        return self.norm(x), cache
+        (x, cache), shares = self.layers((x, cache), layer_ids, rope, mask, chunks, rows)
+        return self.norm(x), cache, shares
 
     def attend(self, hidden_states: jax.Array) -> jax.Array:
         """[..., D] -> float32 logits [..., V]."""

@@ -106,6 +106,20 @@ class View:
     resized: Size
     cut: Size
 
+    def on_picture(self, size: Size) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(start, scale) across and down: pixel x of the cut is start + scale * x of a picture.
+
+        size: of the picture. What is outside it is padding.
+        """
+        axes = []
+        for padded, resized, cut, side in zip(
+            self.padded, self.resized, self.cut, size, strict=True
+        ):
+            scale = padded / resized
+            # Rounded towards zero, as the pixels are put in place.
+            axes.append((-int((padded - side) / 2) - int((cut - resized) / 2) * scale, scale))
+        return tuple(axes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:

@@ -5,12 +5,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from llava_jax.errors import LlavaError
+
 # name -> dtype of activations, `jax.default_matmul_precision` that goes with it
 PRECISIONS = {
     "float32": ("float32", "highest"),  # also where matrix units would round to fewer bits
     "mixed": ("float32", "bfloat16"),  # float32 arrays, operands of products rounded to bfloat16
     "bfloat16": ("bfloat16", None),
 }
+DTYPES = ("auto", *PRECISIONS)
+
+
+def check_dtype(name: str) -> str:
+    """The name; LlavaError if it is none of DTYPES."""
+    if name not in DTYPES:
+        raise LlavaError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return name
 
 
 def compute_precision(name: str, platform: str | None = None) -> tuple[jnp.dtype, str | None]:

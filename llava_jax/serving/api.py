@@ -177,7 +177,7 @@ def read_settings(
     known = {*HARMLESS, *WITHOUT_EFFECT, *SAMPLING, *READ_ELSEWHERE}
     params, max_tokens = _sampling(body, limits, defaults, chat)
     return Asked(
-        model=_model(body.get("model"), names),
+        model=read_model(body.get("model"), names),
         params=params,
         max_tokens=max_tokens,
         stream=_switch(body, "stream"),
@@ -187,7 +187,8 @@ def read_settings(
     )
 
 
-def _model(name, names: Sequence[str]) -> str:
+def read_model(name, names: Sequence[str]) -> str:
+    """The served name that a request asks for; by default the first."""
     if name in (None, ""):
         return names[0]
     if name not in names:

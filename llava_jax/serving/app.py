@@ -8,6 +8,7 @@ tokens, engine.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import re
 import secrets
@@ -27,7 +28,8 @@ from llava_jax.inference.jobs import Job, Picture
 from llava_jax.inference.model import Llava
 from llava_jax.serving import api
 from llava_jax.serving.api import ApiError, Asked, Defaults, Limits, picture_card, read_settings
-from llava_jax.serving.boxes import boxes_in
+from llava_jax.serving.boxes import boxes
+from llava_jax.serving.explanations import explain
 from llava_jax.serving.guards import Guards
 from llava_jax.serving.messages import Messages, read_messages, read_prompt
 from llava_jax.serving.metrics import TYPE, Metrics
@@ -51,6 +53,7 @@ class Options:
     keys: Sequence[str] = ()
     hosts: Sequence[str] = ()
     strict: bool = False
+    explanations: bool = False
     body_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
@@ -76,7 +79,7 @@ class Server:
         self.worker: Worker | None = None
         self.draining, self.progress = False, "loading the model"
         self.context, self.admitted, self.started = 0, 0, int(time.time())
-        self._guards = Guards(
+        self.guards = Guards(
             options.hosts, options.keys, options.limits.body_bytes, options.body_seconds
         )
         self._logged: set[str] = set()
@@ -91,7 +94,8 @@ class Server:
                 Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
-                Route("/v1/boxes", self.boxes, methods=["POST"]),
+                Route("/v1/boxes", functools.partial(boxes, self), methods=["POST"]),
+                Route("/v1/explain", functools.partial(explain, self), methods=["POST"]),
             ],
             exception_handlers={
                 ApiError: self._on_api_error,
@@ -155,7 +159,7 @@ class Server:
             await send(message)
 
         try:
-            self._guards.check(request)
+            self.guards.check(request)
         except ApiError as error:
             return await self._error(error)(scope, receive, send_named)
         try:
@@ -200,17 +204,18 @@ class Server:
             "owned_by": "llava_jax",
             "max_model_len": self.context,
             "default_temperature": self.options.defaults.temperature,
+            "explanations": self.options.explanations,
             **picture_card(self.model.config),
         }
 
     async def models(self, request: Request) -> Response:
         """The served names; 503 until they can be asked."""
-        self._check_open()
+        self.check_open()
         return JSONResponse({"object": "list", "data": list(map(self._card, self.options.names))})
 
     async def one_model(self, request: Request) -> Response:
         """One of the served names."""
-        self._check_open()
+        self.check_open()
         name = request.path_params["name"]
         if name not in self.options.names:
             raise ApiError(404, "no such model is served here", "model", "model_not_found")
@@ -223,14 +228,6 @@ class Server:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions: a text that is continued, without a template."""
         return await self._answer(request, chat=False)
-
-    async def boxes(self, request: Request) -> Response:
-        """POST /v1/boxes: where the boxes of a text are on a picture."""
-        self._check_open()
-        with contextlib.ExitStack() as held:
-            body = await self._guards.read_json(request, held)
-        found = await asyncio.to_thread(boxes_in, body, self.model.boxes, self.options.limits)
-        return JSONResponse(found)
 
     def _read(self, body: dict, chat: bool) -> tuple[Asked, Messages]:
         """What a body asks for."""
@@ -258,11 +255,11 @@ class Server:
         the answer is complete or the client leaves, whichever comes first.
         """
         began = time.monotonic()
-        self._check_room(1)  # before a body is read for nothing
+        self.check_room(1)  # before a body is read for nothing
         with contextlib.ExitStack() as held:
             arriving = held.enter_context(contextlib.ExitStack())
-            asked, messages = self._read(await self._guards.read_json(request, arriving), chat)
-            held.enter_context(self._room(asked.params.n))
+            asked, messages = self._read(await self.guards.read_json(request, arriving), chat)
+            held.enter_context(self.room(asked.params.n))
             async with while_connected(request.receive):
                 pictures = await self.pictures.read(messages.images, messages.names)
                 messages = dataclasses.replace(messages, images=())  # they may be megabytes
@@ -283,22 +280,24 @@ class Server:
             events = self._events(first, pieces, ticket, reply, asked.include_usage)
             return EventStream(events, held.pop_all())
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """ApiError unless requests are taken."""
         if not self._open:
             state = "shutting down" if self.draining else "not ready"
             raise ApiError(503, f"the server is {state}", code="unavailable", retry_after=5)
 
-    def _check_room(self, answers: int) -> None:
-        self._check_open()
+    def check_room(self, answers: int) -> None:
+        """ApiError unless so many answers have room in the queue now."""
+        self.check_open()
         if self.admitted + answers > self.options.queue:
             raise ApiError(503, "the queue is full", code="overloaded", retry_after=1)
 
     @contextlib.contextmanager
-    def _room(self, answers: int):
+    def room(self, answers: int):
         """A place in the queue; ApiError if it is full."""
         if answers > self.options.queue:
             raise ApiError(400, f"n may be at most {self.options.queue}", "n", "invalid_value")
-        self._check_room(answers)
+        self.check_room(answers)
         self.admitted += answers
         try:
             yield

@@ -1,10 +1,29 @@
-"""Boxes in an answer, for a client that draws them."""
+"""POST /v1/boxes: boxes in an answer, for a client that draws them."""
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from llava_jax.data.boxes import Boxes
 from llava_jax.serving.api import ApiError, Limits
 from llava_jax.serving.messages import check_length
 
+if TYPE_CHECKING:  # app.py imports this module
+    from llava_jax.serving.app import Server
+
 LONGEST_SIDE = 1 << 20
+
+
+async def boxes(server: "Server", request: Request) -> Response:
+    """Where the boxes of a text are on a picture."""
+    server.check_open()
+    with contextlib.ExitStack() as held:
+        body = await server.guards.read_json(request, held)
+    found = await asyncio.to_thread(boxes_in, body, server.model.boxes, server.options.limits)
+    return JSONResponse(found)
 
 
 def boxes_in(body: dict, boxes: Boxes, limits: Limits) -> dict:

@@ -27,6 +27,7 @@ from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, ROLES, Turn
 HELP = """/image FILE shows a picture with the next question
 /video FILE shows a video, or a folder of frames, with the next question
 /boxes FILE writes the last picture there, with the last answer's boxes drawn
+/explain FILE writes the last picture there, with where the model looked for the last answer
 /save FILE writes the conversation there
 /reset starts over
 /quit ends"""
@@ -112,6 +113,17 @@ class Conversation:
             drawn.save(path)
         except (OSError, ValueError) as error:  # the latter: an unknown suffix
             raise LlavaError(f"cannot write {path!r}: {error}") from None
+
+    def save_explanation(self, path: str, model: Llava, system: str | None) -> None:
+        """Writes the last picture of a question, with where the model looked for the last answer.
+
+        See `llava_jax.inference.explain`.
+        """
+        if not self.history:
+            raise LlavaError("nothing was asked yet: there is no answer to explain")
+        (question, answer), shown = self.history[-1], self.images[: len(self.images) - self.waiting]
+        history = self.history[:-1]
+        model.explain(question, shown, answer, history=history, system=system).save(path)
 
     def ask(self, model: Llava, question: str, **settings):
         """Yields the pieces of the answer and remembers it."""
@@ -235,6 +247,8 @@ def _one_line(model: Llava, conversation: Conversation, line: str, settings: dic
         conversation.add(Video(path), path)
     elif command == "/boxes":
         conversation.save_boxes(path, model.boxes)
+    elif command == "/explain":
+        conversation.save_explanation(path, model, settings.get("system"))
     elif command == "/save":
         conversation.save(path)
     elif command.startswith("/"):

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from llava_jax import imports
 from llava_jax.errors import LlavaError
-from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.model import Llava
+from llava_jax.models.precision import DTYPES
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.load import add_picture_arguments, picture_options

@@ -82,6 +82,21 @@ def read_messages(messages, limits: Limits) -> Messages:
     return Messages(prompt or None, tuple(turns), tuple(images), tuple(names))
 
 
+def read_answered(messages, limits: Limits) -> tuple[Messages, str]:
+    """Messages whose last one is an assistant's: what it answers, and its text.
+
+    Raises:
+      ApiError: as `read_messages`.
+    """
+    answer = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(answer, Mapping) or answer.get("role") != ASSISTANT:
+        raise _refused("messages", "the last message must be an assistant's: it is explained")
+    _check_parts(messages, limits)
+    where = f"messages[{len(messages) - 1}].content"
+    text = _content(answer.get("content"), where, ASSISTANT, [], [])
+    return read_messages(messages[:-1], limits), text
+
+
 def read_prompt(prompt, limits: Limits) -> Messages:
     """The `prompt` of a text completion: one text."""
     if isinstance(prompt, list) and len(prompt) == 1:

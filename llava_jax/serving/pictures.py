@@ -73,8 +73,10 @@ class PictureReader:
         self._decoding = ThreadPoolExecutor(threads, "decode")
         self._downloads = ThreadPoolExecutor(4 * threads, "download")  # mostly waiting
 
-    async def read(self, addresses: Sequence[str], names: Sequence[str]) -> list[Picture]:
-        """The pictures of one request, in order.
+    async def read(
+        self, addresses: Sequence[str], names: Sequence[str], originals: bool = False
+    ) -> list[Picture]:
+        """The pictures of one request, in order; with `originals` they are kept as they came too.
 
         Raises:
           ApiError: naming the part of the request whose picture cannot be used.
@@ -83,7 +85,8 @@ class PictureReader:
         jobs = [self._read_one(*pair, several) for pair in zip(addresses, names, strict=True)]
         tasks = [asyncio.ensure_future(job) for job in jobs]
         try:
-            return list(await asyncio.gather(*tasks))
+            found = await asyncio.gather(*tasks)
+            return [p if originals else dataclasses.replace(p, original=None) for p in found]
         finally:
             for task in tasks:
                 task.cancel()

@@ -87,6 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="refuse requests with fields that are not known"
     )
     work.add_argument(
+        "--explain", action="store_true",
+        help="allow /v1/explain, and its button in the page: where the model looked, for 50 passes",
+    )  # fmt: skip
+    work.add_argument(
         "--prompt_logprobs", action="store_true", help="allow prompt_logprobs, which cost a pass"
     )
     work.add_argument(
@@ -157,6 +161,7 @@ def make_server(args):
             keys=keys,
             hosts=[name.lower() for name in args.allowed_hosts],
             strict=args.strict,
+            explanations=args.explain,
             limits=Limits(
                 images=args.max_images,
                 max_tokens=args.max_tokens,
@@ -195,7 +200,7 @@ def load(args, server) -> None:
             LOG.info("%s", server.progress)
 
     few = not args.all_shapes
-    model.engine.warm_up(args.batch_size, context, report, few, args.contrast)
+    model.engine.warm_up(args.batch_size, context, report, few, args.contrast, args.explain)
     LOG.info("%s", describe_memory(model.engine, context))
     LOG.info("%s", describe_pictures(model.config, context))
     hosts = [name.lower() for name in args.url_hosts or ()]

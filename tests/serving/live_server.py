@@ -62,7 +62,7 @@ class LiveServer:
 
 def warm_model(rows: int = 4, config: LlavaConfig = CONFIG):
     model = tiny_llava(config)
-    model.engine.warm_up(rows, CONTEXT, few=True)
+    model.engine.warm_up(rows, CONTEXT, few=True, traces=True)
     return model
 
 

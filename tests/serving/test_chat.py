@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +31,11 @@ class Recorder:
 
     def describe_stops(self):
         return "</s>"
+
+    def explain(self, question, images, answer, **options):
+        pictures = [image.tobytes() for image in images]
+        self.explained = (question, pictures, answer, options)
+        return SimpleNamespace(save=lambda path: Path(path).write_text(answer))
 
     def stream_chat(self, question, images, history, **settings):
         pictures = [image.tobytes() for image in images]
@@ -77,6 +84,17 @@ def test_prompt_prints_only_the_answer(model, pictures, tmp_path, capsys):
     contrast = {"contrast": "blur", "contrast_alpha": 1.0, "contrast_beta": 0.2}
     sampling = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 1.0, "seed": 0}
     assert settings == sampling | contrast
+
+
+def test_the_last_answer_is_explained(model, pictures, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "where.png"
+    lines = [f"/explain {out}", "One?", "Two?", f"/image {pictures[1]}", f"/explain {out}"]
+    arguments = ["--checkpoint", str(tmp_path), "--image", pictures[0], "--system", "Be brief."]
+    assert run(*arguments, lines=lines, monkeypatch=monkeypatch) == 0
+    history = [("<image>\nOne?", "answer 1")]
+    options = {"history": history, "system": "Be brief."}
+    assert model.explained == ("Two?", shown(pictures[:1]), "answer 2", options)
+    assert out.read_text() == "answer 2" and "nothing was asked yet" in capsys.readouterr().err
 
 
 def test_conversation_keeps_turns_and_pictures(model, pictures, tmp_path, capsys, monkeypatch):

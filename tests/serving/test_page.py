@@ -33,7 +33,7 @@ DROP = """(data) => {
 
 @pytest.fixture(scope="module")
 def live(model):
-    live = LiveServer(model)
+    live = LiveServer(model, explanations=True)
     yield live
     live.close()
 
@@ -178,6 +178,30 @@ def test_boxes_are_drawn_on_the_picture(page, live):
     side = {"pad": 60, "square": 40}[live.model.config.image.mode]
     left, top = (side - 60) / 2, (side - 40) / 2
     assert drawn == [0.25 * side - left, 0.5 * side - top, 0.5 * side, 0.25 * side]
+
+
+def test_where_the_model_looked_is_drawn_over_the_picture(page, live):
+    limit(page, 4)
+    ask(page, "without a picture?")
+    assert page.get_by_role("button", name="Where did it look?").count() == 0
+    add_picture(page)
+    ask(page, "what?")
+    page.get_by_role("button", name="Where did it look?").click()
+    page.wait_for_selector(".look canvas")
+    size = lambda: page.evaluate(
+        "(({ width, height }) => [width, height])(document.querySelector('.look canvas'))"
+    )
+    assert size() == [8, 8] and "Blanking there costs" in page.locator(".look").inner_text()
+    shown = "document.querySelector('.look canvas').toDataURL()"
+    blanking = page.evaluate(shown)
+    page.get_by_label("Token 1").click()
+    assert page.evaluate(shown) != blanking
+    page.get_by_role("button", name="Attention").click()
+    assert size() == [32, 21] and "of the attention" in page.locator(".look").inner_text()
+    image, canvas = (page.locator(f".look {name}").bounding_box() for name in ("img", "canvas"))
+    assert image == canvas
+    page.get_by_role("button", name="whole answer").click()
+    assert page.get_by_role("button", name="Attention").get_attribute("aria-pressed") == "true"
 
 
 def test_what_an_answer_holds_is_shown_as_text(page):

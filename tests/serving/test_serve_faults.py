@@ -100,7 +100,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing(live, model):
             pool.submit(one, chance.random(), i % 2 == 0, 1 + i % 3, i % 20 == 0)
     live.wait_idle(60)
     until(lambda: tasks(live) <= before)
-    assert live.server._guards._held == 0
+    assert live.server.guards._held == 0
     assert model.engine.counts.compilations == compiled
     assert json.loads(post(live, body_of(3)).read())["usage"]["completion_tokens"] == 3
 
@@ -132,7 +132,7 @@ def test_half_a_request_is_closed(live, served):
 
 
 def test_a_body_that_does_not_arrive_is_refused(live, monkeypatch):
-    monkeypatch.setattr(live.server._guards, "_seconds", 0.2)
+    monkeypatch.setattr(live.server.guards, "_seconds", 0.2)
     with connect(live) as connection:
         connection.sendall(raw_request(body_of(3))[:-5])
         answer = b""
@@ -153,7 +153,7 @@ def test_what_is_no_http_gets_an_error_of_the_nested_form(live, data):
 
 
 def test_all_bodies_together_are_bounded(live, monkeypatch):
-    monkeypatch.setattr(live.server._guards, "_held", 16 * live.server.options.limits.body_bytes)
+    monkeypatch.setattr(live.server.guards, "_held", 16 * live.server.options.limits.body_bytes)
     response = post(live, body_of(3))
     assert (response.status, response.headers["Retry-After"]) == (503, "1")
     monkeypatch.undo()

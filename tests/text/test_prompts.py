@@ -1,5 +1,6 @@
 """Token ids of prompts: those of the original LLaVA, and those of a Hugging Face processor."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,12 +10,15 @@ from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 
 from llava_jax.errors import LlavaError
+from llava_jax.inference.prompts import PromptReader
+from llava_jax.inference.sampling import SamplingParams
 from llava_jax.text.conversation import Turn
 from llava_jax.text.processor_prompt import ProcessorPrompt
 from llava_jax.text.templates import get_template, render
 from llava_jax.text.tokenization import SegmentTokenizer
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.weights.write.huggingface import prepare_tokenizer
+from tests.tiny_model import CONFIG
 
 # --- the original ---------------------------------------------------------------------------------
 
@@ -65,6 +69,23 @@ def test_ids_of_the_original(kind, turns, tokenizers):
         segments, [1] * sum(turn.text.count("<image>") for turn in turns)
     )
     assert ours.input_ids.tolist() == original_ids(original_prompt(turns), tokenizers[kind])
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama5", "llama3", "gpt2"])
+@pytest.mark.parametrize("template", ["v0", "v1", "llama_2", "mistral_instruct", "chatml", "phi_3"])
+def test_an_answer_that_is_given_is_read_as_in_training(template, kind, tokenizers):
+    decoder = dataclasses.replace(CONFIG.decoder, vocab_size=10_000)
+    config = dataclasses.replace(CONFIG, decoder=decoder)
+    reader = PromptReader(config, tokenizers[kind], get_template(template), None)
+    turns = [Turn("human", "What color is the shape?"), Turn("gpt", "a red circle, yes")]
+    request = reader.request(turns[:1], (), None, SamplingParams(), ())
+    found = reader.traced(request, " a red circle, yes\n")
+    row = SegmentTokenizer(tokenizers[kind])(render(get_template(template), turns))
+    assert found.input_ids.tolist() == row.input_ids[: len(found.input_ids)].tolist()
+    assert found.input_ids.tolist()[: -found.traced] == request.input_ids.tolist()
+    end = row.offsets[len(found.input_ids), 0]
+    text = "".join(segment.text for segment in render(get_template(template), turns))
+    assert text[:end].endswith("a red circle, yes")
 
 
 def test_a_sentencepiece_model_merges_by_its_scores(sentencepiece_folder, tmp_path):

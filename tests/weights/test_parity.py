@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from llava_jax.models.decoder import Decoder  # noqa: E402
+from llava_jax.models.decoder import Decoder, separate_layers  # noqa: E402
 from llava_jax.models.images import features_in_turn  # noqa: E402
 from llava_jax.models.llava import LlavaModel, normalize_images  # noqa: E402
 from llava_jax.models.vit import ViT  # noqa: E402
@@ -73,6 +73,27 @@ def test_decoder_logits(name, tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(decoder_logits(config, params, ids), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("name", ["llama, tied, grouped queries", "mistral window", "qwen3"])
+def test_how_some_tokens_attend(name, stacked, tmp_path):
+    """The mean over heads and layers of what transformers gives for all tokens."""
+    model = DECODERS[name]()
+    model.save_pretrained(tmp_path)
+    config, params = load_decoder(tmp_path)
+    params = params if stacked else separate_layers(params)
+    ids = np.random.default_rng(0).integers(0, TEXT["vocab_size"], (2, 20))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids), output_attentions=True, output_hidden_states=True)
+    expected = torch.stack(theirs.attentions).mean((0, 2)).numpy()  # [B, T, T]
+    rows = np.array([0, 7, 18, 19])
+    read = lambda decoder: decoder.attended(decoder.embed(ids), rows)
+    apply = jax.jit(Decoder(config, stacked=stacked).apply, static_argnames="method")
+    hidden, shares = apply({"params": params}, method=read)
+    np.testing.assert_allclose(shares, expected[:, rows], atol=TOLERANCE)
+    np.testing.assert_allclose(hidden, theirs.hidden_states[-1].numpy(), atol=TOLERANCE)
 
 
 def test_decoder_tensors_are_equal(llama_folder):
