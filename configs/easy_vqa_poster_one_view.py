@@ -13,5 +13,5 @@ def get_config():
     config.data.validation = ""
     config.data.image_root = f"{ROOT}/poster/images"
     config.data.max_length = 112
-    config.steps = 120
+    config.steps = 90
     return config
