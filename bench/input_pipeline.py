@@ -5,9 +5,10 @@
 Reads the recipe's data as training does, with each number of workers for `--seconds`, after a
 moment to warm up; 0 workers means threads of this process. `--pictures=640x480`, the size of COCO's
 pictures, makes JPEGs of that size and reads them in place of the recipe's data, from each of
-`--sources`: files of their own, one Parquet file as `datasets` writes it, a tar. With several
-sources the rounds take turns, `--rounds` of each, and the median counts: a machine's other work
-then falls on all of them.
+`--sources`: files of their own, one Parquet file as `datasets` writes it, a tar. The pages of this
+Parquet file stay in memory, unlike those of a large set in random order. With several sources the
+rounds take turns, `--rounds` of each, and the median counts: a machine's other work then falls on
+all of them.
 """
 
 import collections

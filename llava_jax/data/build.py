@@ -22,7 +22,12 @@ from llava_jax.data.array_records import ArrayRecords
 from llava_jax.data.attachments import marked
 from llava_jax.data.parsing import Record
 from llava_jax.data.record_boxes import as_json
-from llava_jax.data.records import checked_record, ignored_keys_text, open_records
+from llava_jax.data.records import (
+    add_columns_argument,
+    checked_record,
+    ignored_keys_text,
+    open_records,
+)
 from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError
@@ -32,10 +37,11 @@ VERSION = "1.0.0"
 
 def add_arguments(parser) -> None:
     """The arguments of `llava-jax build`."""
-    parser.add_argument("data", help="LLaVA JSON or JSONL file")
+    parser.add_argument("data", help="file, pattern, mixture or folder of a data set")
     parser.add_argument(
         "--image_root", help="folder that image paths start from (default: the folder of the file)"
     )
+    add_columns_argument(parser)
     parser.add_argument("--out", required=True, help="folder to hold the data set")
     parser.add_argument("--name", required=True, help="name of the data set: a-z, 0-9, _")
     parser.add_argument("--split", default="train", help="name of its split (default: train)")
@@ -48,20 +54,21 @@ def add_arguments(parser) -> None:
 def main(args) -> int:
     """Runs `llava-jax build`; returns the exit code."""
     path = build_data_set(
-        args.data, args.image_root, args.out, args.name, args.split, args.overwrite
-    )
+        args.data, args.image_root, args.out, args.name, args.split, args.overwrite,
+        columns=dict(args.columns),
+    )  # fmt: skip
     print(f"data set: {path}")
     return 0
 
 
 def build_data_set(
     data, image_root, out, name: str, split: str = "train", overwrite: bool = False,
-    progress: bool = True,
+    progress: bool = True, columns: dict[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """Writes `data` as out/name/1.0.0 and returns that folder.
 
     All records are checked and hashed first; what they hold and nothing reads is printed. An
-    existing data set with the same hash and split is left as it is.
+    existing data set with the same hash and split is left as it is. columns: as in `open_records`.
 
     Raises:
       LlavaError: a record is faulty, or another data set is there and `overwrite` is not set.
@@ -69,9 +76,9 @@ def build_data_set(
     for option, value in (("--name", name), ("--split", split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
             raise LlavaError(f"{option} {value!r} must be made of a-z, 0-9 and _")
-    records = open_records(data, image_root)
+    records = open_records(data, image_root, columns=columns)
     if isinstance(records, ArrayRecords):
-        raise LlavaError(f"{data} is a data set already: build takes a JSON or JSONL file")
+        raise LlavaError(f"{data} is a data set already: give it to training as it is")
     if ignored := ignored_keys_text(records):
         print(f"{records.path}: {ignored}")
     metadata = _check_and_hash(records, progress)

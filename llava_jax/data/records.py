@@ -1,5 +1,6 @@
 """The records of a data set, whatever kind of file it is stored in."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -26,6 +27,21 @@ def checked_record(records, index: int) -> Record:
     except RecordError as error:
         raise RecordError(error.kind, f"{records.path}: {error}") from None
     return record
+
+
+def add_columns_argument(parser: argparse.ArgumentParser) -> None:
+    """`--columns`, the pairs of `columns` of `open_records` on a command line."""
+    parser.add_argument(
+        "--columns", metavar="NAME=KEY", nargs="+", type=_column, default=[],
+        help="names of keys of the data: question=query answer=label",
+    )  # fmt: skip
+
+
+def _column(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=KEY")
+    return ours, theirs
 
 
 def about(records) -> list[str]:

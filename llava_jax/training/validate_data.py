@@ -3,12 +3,11 @@
 The exit code is 1 if training would stop at a fault. What it would leave out or cut is only noted.
 """
 
-import argparse
 import os
 from typing import NamedTuple
 
 from llava_jax.data.media import MAX_PIXELS
-from llava_jax.data.records import about, open_records
+from llava_jax.data.records import about, add_columns_argument, open_records
 from llava_jax.data.rows import RowFormat
 from llava_jax.data.validate import validate
 from llava_jax.errors import LlavaError
@@ -36,13 +35,6 @@ class DataSet(NamedTuple):
     training: dict
 
 
-def _column(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=KEY")
-    return ours, theirs
-
-
 def add_data_arguments(parser) -> None:
     """The arguments that say which data set is meant and how training reads it."""
     parser.add_argument(
@@ -55,10 +47,7 @@ def add_data_arguments(parser) -> None:
     )  # fmt: skip
     parser.add_argument("--image_root", help="folder that image paths start from")
     parser.add_argument("--split", help="split of a data set (default: train)")
-    parser.add_argument(
-        "--columns", metavar="NAME=KEY", nargs="+", type=_column, default=[],
-        help="names of keys of the data: question=query answer=label",
-    )  # fmt: skip
+    add_columns_argument(parser)
     without = parser.add_argument_group("without a recipe")
     without.add_argument(
         "--template", choices=sorted(TEMPLATES), metavar="NAME",

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from llava_jax import cli
 from llava_jax.data import build, parquet
 from llava_jax.data.parquet_pages import Leaf
 from llava_jax.data.pipeline import TrainingData
@@ -294,6 +295,15 @@ def test_a_data_set_can_be_built_of_it(tmp_path, items):
     path = same.write_parquet(tmp_path / "d.parquet", with_pictures(tmp_path, items))
     built = build.build_data_set(path, None, tmp_path / "sets", "mine", progress=False)
     assert_same(batches(open_records(built)), wanted(tmp_path, items))
+
+
+def test_a_data_set_is_built_with_columns(tmp_path):
+    path = same.write_parquet(tmp_path / "d.parquet", [{"query": "What?", "label": "A cat."}])
+    command = ["build", str(path), "--out", str(tmp_path / "sets"), "--name", "mine"]
+    assert cli.main(command) == 1
+    assert cli.main([*command, "--columns", "question=query", "answer=label"]) == 0
+    record = checked_record(open_records(tmp_path / "sets/mine"), 0)
+    assert [turn.text for turn in record.turns] == ["What?", "A cat."]
 
 
 def test_workers_read_it_too(tmp_path, items):
