@@ -30,7 +30,7 @@ from llava_jax.training.preemption import sigterm_noted
 from llava_jax.training.stage import Stage
 from llava_jax.training.step import REFERENCE, TrainState
 from llava_jax.weights.read.fields import read_json
-from llava_jax.weights.run_directory import latest_step, write_run_model
+from llava_jax.weights.run_directory import check_sources, latest_step, write_run_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The stage to train.", lock_config=True)
 DRY_RUN = flags.DEFINE_string(
@@ -82,6 +82,8 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
         if resumed and int(resumed.step) == data.steps:
             return finish(workdir, data.steps, data.steps)
         model = stage.run_model(sources)
+        if resumed:
+            check_sources(workdir, model)
         if hosts.is_first():
             write_run_model(workdir, model)
             copy_tokenizer(tokenizer_dir, workdir / "tokenizer")

@@ -361,6 +361,17 @@ def test_a_base_that_changed_is_refused(aligned_copy, tmp_path):
         load_run(checkpoint_of(aligned_copy))
 
 
+def test_a_run_is_not_continued_on_another_base(world, run, aligned_copy):
+    shutil.rmtree(aligned_copy / "checkpoints/4")
+    path = aligned_copy / "model.json"
+    values = json.loads(path.read_text())
+    values["sources"]["decoder"]["checksum"] = "0" * 64  # as if its folder held others since
+    path.write_text(json.dumps(values))
+    with pytest.raises(LlavaError, match="weights in .*parts/decoder are not those that .*align"):
+        run(align(world, aligned_copy))
+    assert json.loads(path.read_text()) == values
+
+
 def rewrite_params(step_folder: Path, change) -> None:
     """Changes the trained tree of a checkpoint, keyed by "a/b/c"."""
     with ocp.StandardCheckpointer() as checkpointer:

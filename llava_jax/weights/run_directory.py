@@ -98,6 +98,17 @@ def write_run_model(workdir: Path, model: RunModel) -> None:
     )
 
 
+def check_sources(workdir: Path, model: RunModel) -> None:
+    """Raises LlavaError unless a model is frozen where the run was, on the same weights."""
+    trained_on = read_json(workdir / "model.json").get("sources", {})
+    for component, source in model.sources.items():
+        if source.checksum != trained_on.get(component, {}).get("checksum"):
+            raise LlavaError(
+                f"the weights in {source.path} are not those that {workdir} was trained on so far: "
+                f"put its {component} back, or choose another config.workdir"
+            )
+
+
 def read_run_model(workdir: Path) -> RunModel:
     path = workdir / "model.json"
     try:
