@@ -110,6 +110,7 @@ REFUSED = {
     "init.checkpoint": ("", "config.loss is dpo and config.init.checkpoint is empty: name the"),
     "data.turns": ("independent", "config.data.turns is 'independent', which means nothing with"),
     "data.labels": ("original", "config.data.labels is 'original', which means nothing with"),
+    "model.template": ("plain", "config.model.template is 'plain', which writes captions alone"),
     "parity": (True, "config.parity is True, which means nothing with config.loss=dpo"),
     "dpo.beta": (0.0, "config.dpo.beta is 0.0: it must be greater than 0"),
     "loss": ("ppo", "config.loss is 'ppo': choose one of answers, dpo"),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from llava_jax.errors import LlavaError
 from llava_jax.models.decoder import output_embedding
 from llava_jax.models.llava import LlavaModel
+from llava_jax.text.templates import get_template
 from llava_jax.text.tokenization import IGNORE_INDEX
 from llava_jax.training.losses import answer_log_probs
 from llava_jax.training.optimizer import merge_params
@@ -31,6 +32,12 @@ def check_preferences(config: ConfigDict) -> None:
         raise LlavaError(
             "config.loss is dpo and config.init.checkpoint is empty: name the trained model to "
             "start from, which is also what the new one is compared with"
+        )
+    if get_template(config.model.template).image_only_question:
+        # The last token before an answer, of which each has its own, would be a picture's.
+        raise LlavaError(
+            f"config.model.template is {config.model.template!r}, which writes captions alone: "
+            "config.loss=dpo needs the template of the model that it starts from"
         )
     idle = {
         "data.turns": (config.data.turns, "conversation"),
