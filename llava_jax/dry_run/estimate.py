@@ -49,14 +49,15 @@ PAIRS = Contents(fill=0.85, text=290, supervised=0.75, pictured=1.0)
 # InfographicVQA, a small one. Rows of several such pictures are fuller (tests/data/test_plan.py).
 SIZES = ((640, 427), (427, 640), (500, 375), (325, 500))
 SIZES += ((850, 600), (1700, 2200), (800, 2500), (448, 336))
-TILED = dataclasses.replace(CONVERSATIONS, fill=0.95, sizes=SIZES)
 
 
 def contents_of(config: LlavaConfig, captions: bool, pairs: bool = False) -> Contents:
     """What rows are assumed to hold."""
-    if captions or pairs:
-        return PAIRS if pairs else CAPTIONS
-    return TILED if config.image.by_size else CONVERSATIONS
+    if captions:
+        return CAPTIONS
+    contents = PAIRS if pairs else CONVERSATIONS
+    by_size = config.image.by_size
+    return dataclasses.replace(contents, fill=0.95, sizes=SIZES) if by_size else contents
 
 
 def assumed_counts(

@@ -170,6 +170,8 @@ def test_rows_of_pairs_are_assumed_to_hold_pictures_alone():
     counts = assumed_counts(config, contents, 32, 2048, 3)
     assert contents.pictured == 1.0 and counts["images"] <= 32 * 3
     assert counts["tokens"] == pytest.approx(counts["images"] * (576 + contents.text))
+    tiled = contents_of(preset("llava16_7b"), captions=False, pairs=True)
+    assert len(tiled.sizes) > 1 and tiled.text == contents.text
 
 
 def test_a_trained_encoder_is_computed_again_too():
