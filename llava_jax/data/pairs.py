@@ -19,6 +19,7 @@ from llava_jax.data.forms import (
     renamed,
     sound_text,
     talk_form,
+    talk_key,
     turn_keys,
 )
 from llava_jax.errors import RecordError, brief
@@ -27,11 +28,13 @@ from llava_jax.text.conversation import ROLE_NAMES
 PAIR_KEYS = ("pair", "prompt", "chosen", "rejected")
 
 
-def unpaired(item: dict, where: str) -> tuple[dict, str | None]:
+def unpaired(item: dict, columns: dict[str, str], where: str) -> tuple[dict, str | None]:
     """A pair as a record with the chosen answer, and the rejected one; another record as it is.
 
     Args:
       item: a decoded record with our names of keys.
+      columns: the names that the recipe gives, which say what to read where that is not plain. Of a
+        pair nothing else is left, so that `read_talk` needs them no more.
 
     Raises:
       RecordError: it is a pair of another form than those of this module.
@@ -40,35 +43,50 @@ def unpaired(item: dict, where: str) -> tuple[dict, str | None]:
     if item.get("rejected") is None:
         return item, None
     chosen, rejected = (_answer(item.get(key), key, where) for key in ("chosen", "rejected"))
-    if not rejected.strip():
-        raise RecordError("bad pair", f"{where}: 'rejected' is empty; leave the record out")
-    rest = {key: value for key, value in item.items() if key not in PAIR_KEYS}
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer is not None and not answer.strip():
+            raise RecordError("bad pair", f"{where}: {key!r} is empty; leave the record out")
+    talk = _question(item, columns, where) if chosen else talk_key(item, columns, where)
+    rest = {key: value for key, value in item.items() if key not in (*PAIR_KEYS, *LISTS)}
     if chosen is None:
-        return rest, rejected
-    talk = next((key for key in (*LISTS, "prompt") if _is_list(item.get(key))), None)
-    if talk is None:
-        asked = next((item[key] for key in (QUESTION, "prompt") if item.get(key)), None)
-        if asked is None:
-            raise RecordError(
-                "bad pair",
-                f"{where} has 'chosen' and 'rejected' but no question; its keys: "
-                f"{brief(', '.join(map(str, item)))}",
-            )
-        return rest | {QUESTION: asked, ANSWER: chosen}, rejected
+        return rest | ({talk: item[talk]} if talk in LISTS else {}), rejected
     turns = listed(item[talk])
-    who, said = turn_keys(turns[0]) or TURN_KEYS[0]
-    if isinstance(turns[-1], dict) and ROLE_NAMES.get(turns[-1].get(who)) == "gpt":
+    if not _is_list(turns):
+        return rest | {QUESTION: item[talk], ANSWER: chosen}, rejected
+    who, said = keys = turn_keys(turns[0]) or TURN_KEYS[0]
+    last = turns[-1].get(who) if isinstance(turns[-1], dict) else None
+    if keys == TURN_KEYS[2] or isinstance(last, str) and ROLE_NAMES.get(last) == "gpt":
         raise RecordError(
             "bad pair", f"{where} ends with an answer and has 'chosen', another: keep one of them"
         )
-    rest = {key: value for key, value in rest.items() if key not in LISTS}
     return rest | {"messages": [*turns, {who: "gpt", said: chosen}]}, rejected
+
+
+def _question(item: dict, columns: dict[str, str], where: str) -> str:
+    """The key of what the chosen answer replies to."""
+    named = columns.keys() & {"conversations", QUESTION, "prompt"}
+    keys = [key for key in (*LISTS, QUESTION, "prompt") if not named or key in named]
+    given = [key for key in keys if item.get(key)]
+    if not given:
+        raise RecordError(
+            "bad pair",
+            f"{where} has 'chosen' and 'rejected' but no question; its keys: "
+            f"{brief(', '.join(map(str, item)))}",
+        )
+    if len(given) > 1:
+        ours = "conversations" if given[-1] in LISTS else given[-1]
+        raise RecordError(
+            "two conversations",
+            f"{where} has {' and '.join(map(repr, given))}: name the one to read, as in "
+            f'config.data.columns="{{{ours!r}: {given[-1]!r}}}"',
+        )
+    return given[0]
 
 
 def form_of(item, columns: dict[str, str]) -> str | None:
     """`talk_form` of a record, which may be a pair."""
     try:
-        plain, rejected = unpaired(renamed(item, columns), "")
+        plain, rejected = unpaired(renamed(item, columns), columns, "")
     except (RecordError, AttributeError, TypeError):  # reported when the record is read
         return None
     if rejected is None:
@@ -77,8 +95,7 @@ def form_of(item, columns: dict[str, str]) -> str | None:
 
 
 def _is_list(turns) -> bool:
-    turns = listed(turns)
-    return isinstance(turns, list) and bool(turns)
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict)
 
 
 def _unfolded(item: dict) -> dict:

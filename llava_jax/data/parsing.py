@@ -86,8 +86,9 @@ def count_ignored_keys(items, columns: dict[str, str]) -> dict[str, int]:
     counts = Counter()
     for item in items:
         try:
-            item, _ = unpaired(renamed(item, columns), "")
-            counts.update(ignored_keys(item, read_talk(item, columns, "")))
+            item, rejected = unpaired(renamed(item, columns), columns, "")
+            talk = read_talk(item, {} if rejected else columns, "")
+            counts.update(ignored_keys(item, talk))
         except (RecordError, AttributeError, TypeError):  # reported when the record is read
             pass
     return dict(counts.most_common())
@@ -115,7 +116,7 @@ def parse_record(
                 f"{where} has {key!r} {brief(item[key])}: only images and videos are supported; "
                 "leave the record out",
             )
-    item, rejected = unpaired(item, where)
+    item, rejected = unpaired(item, columns or {}, where)
     if rejected is not None and has_boxes(item):
         raise RecordError(
             "bad pair", f"{where} has boxes and 'rejected': write the boxes of a pair as text"

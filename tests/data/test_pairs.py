@@ -70,7 +70,11 @@ def test_without_rejected_the_other_keys_are_ignored_as_before():
         ({"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, "be a string, not"),
         ({"chosen": [{"from": "gpt", "value": "a"}] * 2}, "'chosen' must be a string, not"),
         ({"chosen": None, "prompt": None, "conversations": ASKED}, "ends with a human turn; add"),
-        ({"conversations": FORMS["last answer"]["conversations"]}, "has 'chosen', another: keep"),
+        ({"prompt": FORMS["last answer"]["conversations"]}, "has 'chosen', another: keep"),
+        ({"prompt": [{"user": "What?", "assistant": "Red."}]}, "has 'chosen', another: keep"),
+        ({"prompt": [{"from": ["human"], "value": "What?"}]}, "turn 0: unknown role"),
+        ({"conversations": ASKED}, "has 'conversations' and 'prompt': name the one to read, as in"),
+        ({"chosen": " "}, "'chosen' is empty; leave the record out"),
         (
             {"box_format": "xyxy_pixel", "boxes": [[0, 0, 1, 1]]},
             "write the boxes of a pair as text",
@@ -80,6 +84,18 @@ def test_without_rejected_the_other_keys_are_ignored_as_before():
 def test_a_faulty_pair_is_refused(changes, message):
     with pytest.raises(RecordError, match=message):
         check_record(parse_record({"image": "a.png", **FORMS["prompt"], **changes}, 0, None))
+
+
+def test_what_the_recipe_names_is_the_question_of_a_pair():
+    item = {"image": "a.png", "dialog": ASKED, "question": "Another?", "messages": ASKED, **ANSWERS}
+    read = lambda item, columns: parse_record(item, 0, None, columns)
+    assert read(item, {"conversations": "dialog"}).turns[0].text == "<image>\nWhat?"
+    assert read(item, {"question": "question"}).turns[0].text == "<image>\nAnother?"
+    item = FORMS["last answer"] | {"image": "a.png", "messages": ASKED}
+    columns = {"conversations": "conversations"}
+    assert read(item, columns).turns[1].text == "It is red."
+    item = FORMS["prompt"] | {"prompt": "[1, 2]"}  # no list of turns
+    assert read(item, {}).turns[0].text == "[1, 2]"
 
 
 @pytest.mark.parametrize("template", ["v1", "v0", "chatml", "llama_2", "plain", "mistral_instruct"])
