@@ -80,8 +80,10 @@ def choose(
     """
     if contrast is not None:
         # Before the limit of beta: if it left only ends, and no end is allowed yet, nothing would
-        # be left to choose.
-        logits = contrasted(forbid_ends(logits, sampling, positions), contrast)
+        # be left to choose. Of other rows the log probabilities are those of the plain logits.
+        paired = contrast.twins != jnp.arange(len(logits))
+        allowed = forbid_ends(logits, sampling, positions)
+        logits = jnp.where(paired[:, None], contrasted(allowed, contrast), logits)
     tokens = sample(logits, sampling, positions, seen)
     logprobs = wanted_logprobs(logits, tokens, sampling)
     return (tokens if contrast is None else tokens[contrast.leaders]), logprobs

@@ -52,6 +52,12 @@ DISTORTIONS: dict[str, Callable[[np.ndarray, ImageSpec], np.ndarray]] = {
 }
 
 
+def text_ids(ids: np.ndarray, config: LlavaConfig) -> np.ndarray:
+    """A prompt's tokens int32[T] without those of pictures and videos."""
+    placeholders = [i for i in (config.image_token_id, config.video_token_id) if i is not None]
+    return ids[~np.isin(ids, placeholders)]
+
+
 def with_twin(job: Job, config: LlavaConfig) -> Job:
     """The job, with the twin that it is decoded against if its request asks for contrast.
 
@@ -63,8 +69,7 @@ def with_twin(job: Job, config: LlavaConfig) -> Job:
         return job
     ids, pictures = request.input_ids, ()
     if kind == "absent":
-        placeholders = [i for i in (config.image_token_id, config.video_token_id) if i is not None]
-        ids = ids[~np.isin(ids, placeholders)]
+        ids = text_ids(ids, config)
     else:
         pictures = tuple(_distorted(picture, kind, config.image) for picture in request.pictures)
     # Its own token is never taken, so it needs no settings.

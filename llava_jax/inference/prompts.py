@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.decoding import tile_slots
-from llava_jax.inference.distortion import DISTORTIONS
+from llava_jax.inference.distortion import DISTORTIONS, text_ids
 from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.sampling import MAX_STOP_IDS, SamplingParams
 from llava_jax.models.llava import LlavaConfig
@@ -227,7 +227,7 @@ def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -
             f"the prompt has {len(request.pictures)} images or videos of {tiles} tiles in all: "
             f"give fewer images or frames, at most {most} tiles"
         )
-    _check_contrast(request, tiles, most)
+    _check_contrast(request, config, tiles, most)
     if len(stops) > MAX_STOP_IDS:
         raise LlavaError(
             f"{len(stops)} stop tokens, the model's own included: at most {MAX_STOP_IDS}"
@@ -239,7 +239,7 @@ def check_request(request: Request, config: LlavaConfig, stops: Sequence[int]) -
         )
 
 
-def _check_contrast(request: Request, tiles: int, most: int) -> None:
+def _check_contrast(request: Request, config: LlavaConfig, tiles: int, most: int) -> None:
     kind = request.params.contrast
     if kind and not request.pictures:
         raise LlavaError(
@@ -250,4 +250,9 @@ def _check_contrast(request: Request, tiles: int, most: int) -> None:
         raise LlavaError(
             f"contrast is {kind!r}, and the prompt has {tiles} tiles of pictures, each of them "
             f"read twice: give fewer, at most {most // 2}, or contrast 'absent'"
+        )
+    if kind == "absent" and not len(text_ids(request.input_ids, config)):
+        raise LlavaError(
+            "contrast is 'absent', but the prompt has pictures alone: give it a text, or contrast "
+            "'blur' or 'noise'"
         )

@@ -10,6 +10,7 @@ from llava_jax.inference import prefill
 from llava_jax.inference.distortion import DISTORTIONS, kept_signal
 from llava_jax.inference.jobs import LiveJobs, Picture, Request
 from llava_jax.inference.model import Llava
+from llava_jax.inference.prompts import check_request
 from llava_jax.inference.sampling import CONTRASTS, Sampling, SamplingParams, sample
 from llava_jax.parallel.mesh import make_mesh
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
@@ -117,7 +118,7 @@ def test_without_weight_and_limit_a_contrast_changes_nothing(llava):
             assert ask(llava, [request(llava, "a?", picture, **settings, **off)]) == plain
 
 
-def test_nothing_compiles_after_warm_up_and_plain_requests_run_the_plain_programs(llava):
+def test_nothing_compiles_after_warm_up(llava):
     before = llava.engine.counts.compilations
     for seed, batch_size in ((2, 4), (3, 3), (4, 4)):
         llava.engine.forget()
@@ -248,6 +249,20 @@ def test_logprobs_are_those_of_the_contrasted_logits(llava):
         assert value == pytest.approx(expected[token], abs=1e-4)
 
 
+def test_log_probabilities_of_a_plain_request_do_not_depend_on_others_contrast(llava):
+    """Ends that are not allowed yet have their share, as in a batch without contrast."""
+    settings = {"logprobs": 20, "min_tokens": TOKENS, "stop_token_ids": list(range(40, 60))}
+    asked = [request(llava, "ab?", random_image(1), **settings)]
+    asked.append(request(llava, "b?", random_image(2), contrast="blur"))
+    found = []
+    for together in (asked[:1], asked):
+        jobs = [llava.jobs(one)[0] for one in together]
+        list(llava.engine.run(jobs, 4))
+        found.append([entry.logprob for entry in jobs[0].answer.logprobs])
+    assert len(found[0]) == TOKENS
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
 def test_copies_and_a_mesh_give_the_same_tokens(llava):
     expected = ask(llava, mixed(llava, seed=8, count=5))
     mesh = make_mesh(data=2, fsdp=2, tensor=1, devices=jax.devices()[:4])
@@ -290,6 +305,15 @@ def test_wrong_contrasts_are_refused(llava, images, settings, message):
     pictures = images and [random_image(i) for i in range(images)]
     with pytest.raises(LlavaError, match=message):
         llava.generate("a?", pictures, **settings)
+
+
+def test_a_prompt_of_pictures_alone_has_nothing_without_them(llava):
+    (picture,) = request(llava, "a?", random_image(0)).pictures
+    ids = np.full(len(picture.layout), CONFIG.image_token_id, np.int32)
+    check_request(Request(ids, (picture,), SamplingParams(contrast="blur")), CONFIG, ())
+    alone = Request(ids, (picture,), SamplingParams(contrast="absent"))
+    with pytest.raises(LlavaError, match="the prompt has pictures alone: give it a text"):
+        check_request(alone, CONFIG, ())
 
 
 def test_an_unreadable_picture_fails_its_request_alone(llava):
