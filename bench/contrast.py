@@ -15,8 +15,9 @@ from PIL import Image
 
 from llava_jax import command
 from llava_jax.inference.jobs import Request
-from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import CONTRASTS, SamplingParams
+from llava_jax.models.precision import DTYPES
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run of train.py or a LLaVA folder.")
 DTYPE = flags.DEFINE_enum("dtype", "auto", DTYPES, "Of computation.")

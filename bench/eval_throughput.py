@@ -14,8 +14,9 @@ from absl import flags
 from bench.huggingface import HuggingFace, compare
 from llava_jax import command
 from llava_jax.evaluation import easy_vqa
-from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.precision import DTYPES
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A LLaVA folder in Hugging Face's layout.")
 DATA = flags.DEFINE_string("data", None, "test.json of easy-VQA, written by the quickstart.")

@@ -17,9 +17,10 @@ from PIL import Image
 from bench.huggingface import HuggingFace
 from llava_jax import command
 from llava_jax.inference.jobs import Request
-from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.model import Llava
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.precision import DTYPES
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A LLaVA folder in Hugging Face's layout.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of our side.")

@@ -31,8 +31,9 @@ from absl import flags
 from PIL import Image
 
 from llava_jax import command
-from llava_jax.inference.model import DTYPES, Llava
+from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.precision import DTYPES
 from llava_jax.serving.command_line import keep_compilations
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Of the model, as `llava-jax serve` takes it.")

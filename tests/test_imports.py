@@ -1,6 +1,8 @@
 """Imports between packages point one way: a package sees only those named before it."""
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +61,18 @@ def test_a_package_imports_none_that_comes_after_it(name):
     allowed = {*ORDER[: ORDER.index(name) + 1]}
     wrong = {str(file): imported(file) - allowed for file in files if file.exists()}
     assert not {file: names for file, names in wrong.items() if names}
+
+
+def test_benches_import_names_that_exist():
+    """Without running them: their flags have the same names."""
+    for file in sorted((PACKAGE.parent / "bench").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llava_jax."):
+                module = importlib.import_module(node.module)
+                missing = [
+                    name.name
+                    for name in node.names
+                    if not hasattr(module, name.name)
+                    and not importlib.util.find_spec(f"{node.module}.{name.name}")
+                ]
+                assert not missing, (file, node.module)

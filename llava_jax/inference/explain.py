@@ -113,9 +113,11 @@ class Explanation:
             heat = axes.imshow(values, cmap="inferno", alpha=0.6, extent=extent)
             figure.colorbar(heat, ax=axes, shrink=0.8)
             axes.set(title=title, xticks=[], yticks=[])
-        figure.suptitle(f"{self.answer[:80]!r}, probability {np.exp(self.logprobs.sum()):.3g}")
+        title = f"{self.answer[:80]!r}, probability {np.exp(self.logprobs.sum()):.3g}"
+        figure.suptitle(title, parse_math=False)  # prices are no formulas
         try:
-            figure.savefig(path, dpi=100)
+            # Without a format, a path that has none would get a suffix.
+            figure.savefig(path, dpi=100, format=Path(path).suffix[1:] or "png")
         except (OSError, ValueError) as error:  # the latter: an unknown suffix
             raise LlavaError(f"cannot write {str(path)!r}: {error}") from None
 
@@ -253,12 +255,13 @@ def explain(
     ]
     if answers is None:
         answers = model.answer(requests, batch_size)
-    if isinstance(answers, str) or len(answers) != len(questions):
+    texts = not isinstance(answers, str) and all(isinstance(answer, str) for answer in answers)
+    if not texts or len(answers) != len(questions):
         raise LlavaError(f"answers must be a list of {len(questions)} texts, one a question")
     pairs = zip(requests, answers, strict=True)
     inquiries = [Inquiry(model, request, answer, windows) for request, answer in pairs]
-    asked = [request for inquiry in inquiries for request in inquiry.requests]
-    traced = iter(model.answers(asked, batch_size))
-    return [
-        inquiry.explanation([next(traced)[0] for _ in inquiry.requests]) for inquiry in inquiries
-    ]
+    explanations = []
+    for inquiry in inquiries:  # one after the other, as their traces are large
+        traced = model.answers(inquiry.requests, batch_size)
+        explanations.append(inquiry.explanation([answer for (answer,) in traced]))
+    return explanations

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.explain import WINDOWS, Explanation, Inquiry
+from llava_jax.inference.answer import Answer
+from llava_jax.inference.explain import MOST_WINDOWS, WINDOWS, Explanation, Inquiry
 from llava_jax.inference.jobs import Job, Picture
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.api import ApiError, read_model
@@ -61,12 +63,14 @@ async def explain(server: "Server", request: Request) -> Response:
                 if piece.error:
                     raise piece.error
                 left -= piece.reason is not None
-            found = await asyncio.to_thread(inquiry.explanation, [job.answer for job in jobs])
-            return JSONResponse({"object": "explanation", "model": model, **_maps(found)})
+            answers = [job.answer for job in jobs]
+            return await asyncio.to_thread(_response, model, inquiry, answers)
 
 
 def _windows(value, queue: int) -> int:
-    value, most = WINDOWS if value is None else value, int((queue - 1) ** 0.5)
+    """The windows along a side, by default as many as the queue has room for, at most WINDOWS."""
+    most = min(MOST_WINDOWS, math.isqrt(queue - 1))
+    value = min(WINDOWS, most) if value is None else value
     if type(value) is not int or not 1 <= value <= most:
         message = f"windows must be a whole number from 1 to {most}, for which the queue has room"
         raise ApiError(400, message, "windows", "invalid_value")
@@ -89,6 +93,12 @@ def _inquire(
         message = f"the prompt and its answer have {length} tokens, the context {server.context}"
         raise ApiError(400, message, "messages", "context_length_exceeded")
     return inquiry, [model.jobs(request)[0] for request in inquiry.requests]
+
+
+def _response(model: str, inquiry: Inquiry, answers: list[Answer]) -> Response:
+    """The maps of all tokens as JSON, which may be megabytes; runs on a thread."""
+    maps = _maps(inquiry.explanation(answers))
+    return JSONResponse({"object": "explanation", "model": model, **maps})
 
 
 def _maps(found: Explanation) -> dict:

@@ -130,6 +130,8 @@ def check_arguments(args) -> None:
     """LlavaError if a number among the arguments makes no sense, whatever the model."""
     if args.batch_size < 1 or args.max_queue < 1:
         raise LlavaError("--batch_size and --max_queue must be at least 1")
+    if args.explain and args.max_queue < 2:
+        raise LlavaError("--explain takes two places in the queue: give a --max_queue of 2 or more")
     if args.replicas < 1 or args.tensor < 1:
         raise LlavaError("--replicas and --tensor must be at least 1")
     if args.max_images < 0 or args.drain_seconds < 0:

@@ -206,6 +206,9 @@ def test_both_maps_are_written_over_the_picture(tmp_path):
     explanation(np.random.default_rng(0).normal(size=(3, 7, 7))).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.size[0] == 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 100
+    priced = dataclasses.replace(explanation(np.ones((1, 2, 2))), answer=r"from $5\frac{ to $10")
+    priced.save(tmp_path / "without_suffix")  # no formula, and written where it was asked for
+    assert Image.open(tmp_path / "without_suffix").format == "PNG"
     with pytest.raises(LlavaError, match="cannot write .*a.nothing"):
         explanation(np.zeros((1, 1, 1))).save(tmp_path / "a.nothing")
 
@@ -220,6 +223,7 @@ def test_both_maps_are_written_over_the_picture(tmp_path):
         (("a?", [random_image(0)], "x"), {"windows": 2.0}, "windows must be .* not 2.0"),
         ((["a?"], [random_image(0)], ["x", "y"]), {}, "answers must be a list of 1 texts"),
         ((["a?"], [random_image(0)], "x"), {}, "answers must be a list of 1 texts"),
+        (("a?", [random_image(0)], 5), {}, "answers must be a list of 1 texts"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(plain, arguments, options, message):

@@ -11,8 +11,10 @@ from PIL import Image
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
-from llava_jax.serving import command_line, explain
+from llava_jax.serving import command_line, explain, explanations, serve
+from llava_jax.serving.api import ApiError
 from tests.serving.live_server import LiveServer, data_url, question
+from tests.serving.test_serve_command import arguments
 from tests.tiny_model import random_image
 
 QUEUE = 20  # has room for windows of 4 x 4
@@ -106,6 +108,16 @@ def test_it_is_off_unless_it_is_turned_on(model):
         assert not live.server._card("tiny")["explanations"]
     finally:
         live.close()
+
+
+def test_windows_fit_into_the_queue():
+    assert explanations._windows(None, 128) == 7 and explanations._windows(None, QUEUE) == 4
+    for value, queue in ((5, QUEUE), (33, 5000)):  # the second: more than any explanation has
+        with pytest.raises(ApiError) as caught:
+            explanations._windows(value, queue)
+        assert caught.value.param == "windows"
+    with pytest.raises(LlavaError, match="--explain takes two places"):
+        serve.make_server(arguments("--explain", "--max_queue", "1"))
 
 
 def test_a_client_that_leaves_holds_nothing(live):
