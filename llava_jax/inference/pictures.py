@@ -26,6 +26,7 @@ from llava_jax.data.video import Video, is_video_path
 from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Picture
 from llava_jax.inference.prompts import error_prefix
+from llava_jax.models.images import needed_video
 from llava_jax.models.llava import LlavaConfig
 
 ImageSource = str | os.PathLike | bytes | Image.Image | Video
@@ -74,6 +75,9 @@ class PictureReader:
         name, by_size = source_name(source, name), self._config.image.by_size
         is_video = isinstance(source, Video)
         several = several and not is_video  # a video is shown alike with others
+        if is_video:
+            with error_prefix(where):
+                needed_video(self._config.image)  # before any file is looked for
         if isinstance(source, str) and is_address(source) and not by_size:
             seen = Seen((1, 1))  # any: it is downloaded when it is needed
         else:
