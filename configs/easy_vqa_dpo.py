@@ -22,7 +22,7 @@ def get_config():
     config.data.max_length = 224
     config.data.images_per_row = 4  # a pair takes about 55 tokens, 16 of them its picture
     config.batch_size = 4
-    config.steps = 60
-    config.validate_every = 30
-    config.save_every = 30
+    config.steps = 30
+    config.validate_every = 15
+    config.save_every = 15
     return config
