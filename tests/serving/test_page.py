@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import time
 
 import pytest
 
@@ -122,7 +123,15 @@ def test_regenerate_edit_and_branches(page):
     sync_api.expect(page.locator(".turn.user .body")).to_have_text("one")
 
 
-def test_stop_frees_the_row(page, live):
+def test_stop_frees_the_row(page, live, monkeypatch):
+    device = live.model.engine.device
+    decode, before = device.decode, live.model.engine.counts.answer_tokens
+
+    def slow_decode(*args):
+        time.sleep(1)  # the tiny model would answer before the key is pressed
+        return decode(*args)
+
+    monkeypatch.setattr(device, "decode", slow_decode)
     limit(page, 100)
     page.evaluate(
         """() => { const plain = window.fetch; window.fetch = (url, options) => {
@@ -135,6 +144,7 @@ def test_stop_frees_the_row(page, live):
     page.wait_for_selector("#send:enabled")
     live.wait_idle()
     assert "stopped" in page.locator(".turn.assistant .facts").inner_text()
+    assert live.model.engine.counts.answer_tokens - before < 60  # of 67 that have room
 
 
 def test_history_survives_a_reload_and_goes_through_a_file(page, tmp_path):
