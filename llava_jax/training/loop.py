@@ -1,5 +1,6 @@
 """The loop over steps: feed, log one step late, validate, save, and stop at a loss gone wrong."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -12,7 +13,9 @@ from tqdm import tqdm
 
 from llava_jax.data.pipeline import Batch
 from llava_jax.errors import LlavaError
+from llava_jax.parallel import hosts
 from llava_jax.training.checkpoint import Checkpoints
+from llava_jax.training.feed import Feed, Shortage
 from llava_jax.training.flops import mfu, step_flops
 from llava_jax.training.metrics import MetricsLog, NoLog
 from llava_jax.training.stage import Stage
@@ -58,17 +61,18 @@ class Loop:
             disable=jax.process_index() != 0,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        with bar:  # closed before an error is printed
-            return self._steps(state, batches, range(start + 1, steps + 1), bar)
+        self._shortage = Shortage(self.stage.config.data.workers)
+        # Both are closed before an error is printed.
+        with contextlib.closing(Feed(batches)) as feed, bar:
+            return self._steps(state, feed, range(start + 1, steps + 1), bar)
 
-    def _steps(self, state: TrainState, batches: Iterator[Batch], numbers: range, bar: tqdm):
+    def _steps(self, state: TrainState, feed: Feed, numbers: range, bar: tqdm):
         config = self.stage.config
         self._finished_at, pending, steps = time.perf_counter(), None, numbers.stop - 1
         for step in numbers:
-            waited = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - waited
+            batch, waited = feed.next()
             state, metrics = self.train_step(state, self.stage.put(batch.arrays))
+            feed.computing(metrics)
             if pending:
                 self._finish(*pending, steps, bar)
             pending = (step, metrics, batch, waited)
@@ -96,6 +100,7 @@ class Loop:
         now = time.perf_counter()
         seconds, self._finished_at = now - self._finished_at, now
         self._check_finite(step, metrics, batch)
+        self._shortage.add(seconds, waited)
         bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, {metrics['tokens'] / seconds:,.0f} tokens/s",
             refresh=False,
@@ -105,6 +110,8 @@ class Loop:
             tqdm.write(f"step {step}: left out for bad images: {', '.join(batch.skipped)}")
         if step % self.stage.config.log_every == 0 or step in (1, steps):
             self.log.scalars(step, self._scalars(step, metrics, seconds, waited))
+            if sentence := self._shortage.sentence():
+                hosts.report(f"step {step}: {sentence}")
 
     def _scalars(self, step: int, metrics: dict, seconds: float, waited: float) -> dict:
         stage = self.stage
