@@ -57,8 +57,8 @@ class Findings:
     def record(self, record: Record) -> None:
         """A record of the right form, whose images exist."""
 
-    def tokens(self, index: int, length: int, reason: str | None) -> None:
-        """The length of a record before it is cut; the reason if it is too long to be of use."""
+    def tokens(self, index: int, length: int, tiles: int, reason: str | None) -> None:
+        """The tokens of a record before it is cut, its tiles, and the reason if it is too long."""
 
 
 class ImagePolicy(NamedTuple):
@@ -237,7 +237,7 @@ def _tokenize(
                 if row is None:
                     reason = f"{reason} at max_length={row_format.max_length}"
                     cache.refused.setdefault(reason, []).append(index)
-            findings.tokens(index, full, reason)
+            findings.tokens(index, full, int(cache.tiles[index]), reason)
             cache.lengths[index], cache.full[index] = length, full
 
 

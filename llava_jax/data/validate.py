@@ -5,27 +5,25 @@ out, cut it, ignore a key.
 """
 
 import collections
+import functools
 import os
 import re
-import threading
+from array import array
 from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
-
-import numpy as np
-from tqdm import tqdm
 
 from llava_jax.data import sources
+from llava_jax.data.duplicates import Group, group_lines, groups
+from llava_jax.data.fingerprints import Collector, Decoder, Fingerprints, decode_all
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
-from llava_jax.data.media import MAX_PIXELS, ImageError, load_image
+from llava_jax.data.media import MAX_PIXELS
 from llava_jax.data.parsing import Record
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.rows import RowFormat
-from llava_jax.data.video import Video
+from llava_jax.data.statistics import Distribution, Texts, bars
 from llava_jax.errors import LlavaError, RecordError, brief
 from llava_jax.models.images import ImageSpec
 
 _SHOWN = 3  # culprits printed of each kind
-_BAR_WIDTH = 40
 
 
 class Report(Findings):
@@ -33,29 +31,35 @@ class Report(Findings):
 
     Attributes:
       faults, notes: kind -> messages, one for each culprit.
-      lengths: tokens of each record that could be tokenized, before it is cut.
+      lengths, tiles: tokens of each record that could be tokenized, before it is cut, and tiles.
       faulty: numbers of the records with faults.
+      texts: what the conversations are like.
       images_total: image files, and images within a data set, that were decoded.
+      fingerprints: of the pictures among them.
     """
 
-    def __init__(self, records, row_format: RowFormat, special_tokens=()):
+    def __init__(self, records, row_format: RowFormat, tokenizer=None):
         self.records_total, self.images_total = len(records), 0
+        self.fingerprints: Fingerprints = Collector().finish()
+        self.texts = Texts(tokenizer)
         self.faults: dict[str, list[str]] = collections.defaultdict(list)
         self.notes: dict[str, list[str]] = collections.defaultdict(list)
-        self.lengths: list[int] = []
+        self.lengths, self.tiles = array("q"), array("q")
         self.faulty: set[int] = set()
-        self._records, self._max_length = records, row_format.max_length
+        self.records, self._format = records, row_format
         self._first_of_id: dict[str, int] = {}
-        tokens = [re.escape(token) for token in special_tokens if token.strip()]
+        special = tokenizer.all_special_tokens if tokenizer is not None else ()
+        tokens = [re.escape(token) for token in special if token.strip()]
         self._special = re.compile("|".join(tokens) or r"(?!)")
 
     def fault(self, index: int | None, error: LlavaError) -> None:
         kind = error.kind if isinstance(error, RecordError) else "of the data as a whole"
         if index is not None:
             self.faulty.add(index)
-        self.faults[kind].append(str(error).removeprefix(f"{self._records.path}: "))
+        self.faults[kind].append(str(error).removeprefix(f"{self.records.path}: "))
 
     def record(self, record: Record) -> None:
+        self.texts.add(record)
         note = lambda kind, text: self.notes[kind].append(text)
         first = self._first_of_id.setdefault(record.id, record.index)
         if first != record.index:
@@ -75,20 +79,21 @@ class Report(Findings):
             if match := self._special.search(text):
                 note("special token in the text", f"{record.name}, {place}: {match.group()!r}")
 
-    def tokens(self, index: int, length: int, reason: str | None) -> None:
+    def tokens(self, index: int, length: int, tiles: int, reason: str | None) -> None:
         self.lengths.append(length)
-        if length > self._max_length:
-            kind = f"cut when training at max_length={self._max_length}"
+        self.tiles.append(tiles)
+        if length > self._format.max_length:
+            kind = f"cut when training at max_length={self._format.max_length}"
             if reason:
                 kind = f"left out when training: {reason}"
-            self.notes[kind].append(f"{self._records[index].name} has {length:,} tokens")
+            self.notes[kind].append(f"{self.records[index].name} has {length:,} tokens")
 
     def left_out(self, refused: dict[str, list[int]]) -> None:
         """Notes the records that training leaves out for another reason than their length."""
         for reason, indices in refused.items():
             kind = f"left out when training: {reason}"
             if kind not in self.notes:
-                self.notes[kind] += [self._records[index].name for index in indices]
+                self.notes[kind] += [self.records[index].name for index in indices]
 
     def text(self) -> str:
         """The report as printed."""
@@ -102,29 +107,27 @@ class Report(Findings):
                 if len(messages) > _SHOWN:
                     lines.append(f"{'':12}… and {len(messages) - _SHOWN:,} more")
         if self.lengths:
-            lines += ["", *histogram(self.lengths, self._max_length)]
+            lengths = self.distributions()[0]
+            lines += ["", lengths.summary(), *bars(lengths.bins())]
+        lines += ["", *(one.summary() for one in self.distributions()[bool(self.lengths) :])]
+        lines += self.texts.lines(self.records)
+        if len(self.fingerprints):
+            lines += ["", *group_lines(self.groups, self.fingerprints, self.records)]
         return "\n".join(lines)
 
+    def distributions(self) -> list[Distribution]:
+        """Of all that is counted, first the tokens of a record."""
+        found = []
+        if self.lengths:
+            found.append(Distribution("tokens a record", self.lengths, self._format.max_length))
+            if self._format.image.by_size:
+                found.append(Distribution("tiles a record", self.tiles, self._format.tiles))
+        return found + self.texts.distributions()
 
-def histogram(lengths, max_length: int) -> list[str]:
-    """Text bars of token counts; the last line counts what is longer than `max_length`."""
-    lengths = np.asarray(lengths)
-    lines = [
-        f"tokens a record: min {lengths.min():,}, median {int(np.median(lengths)):,}, "
-        f"99% {int(np.quantile(lengths, 0.99)):,}, max {lengths.max():,}, sum {lengths.sum():,}"
-    ]
-    top = min(int(lengths.max()), max_length)
-    edges = np.unique(np.linspace(0, top + 1, 13).astype(int))
-    counts = np.histogram(lengths, bins=edges)[0].tolist()
-    # The last bin of np.histogram includes its right edge, which is above max_length here.
-    counts[-1] = int(((lengths >= edges[-2]) & (lengths < edges[-1])).sum())
-    labels = [f"{a}-{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    if over := int((lengths > max_length).sum()):
-        counts, labels = [*counts, over], [*labels, f">{max_length}"]
-    scale = _BAR_WIDTH / max(counts)
-    for label, count in zip(labels, counts, strict=True):
-        lines.append(f"{label:>13} {'█' * max(round(count * scale), count > 0)} {count:,}")
-    return lines
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """Pictures that are the same; the data are complete when it is asked for."""
+        return groups(self.fingerprints)
 
 
 def validate(
@@ -145,8 +148,7 @@ def validate(
       accept: raises LlavaError for sound data that cannot be trained on.
       training: further arguments of `TrainingData`; by default batches of one row.
     """
-    special = tokenizer.all_special_tokens if tokenizer is not None else ()
-    report, refused = Report(records, row_format, special), {}
+    report, refused = Report(records, row_format, tokenizer), {}
     common = {"threads": threads or os.cpu_count(), "progress": progress, "findings": report}
     ceiling = training.get("bad_image_ceiling", 0)
     policy = ImagePolicy(max_pixels, training.get("bad_image") == "skip", ceiling)
@@ -162,28 +164,25 @@ def validate(
         if not report.faults:
             report.fault(None, error)
     report.left_out(refused)
-    decode = _Decoder(records, row_format.image, max_pixels)
-    _decode_images(report, decode, refused, policy, common["threads"], progress)
+    _decode_images(report, row_format.image, refused, policy, common["threads"], progress)
     return report
 
 
 def _decode_images(
-    report: Report, decode: "_Decoder", refused, policy: ImagePolicy, threads, progress
-):
+    report: Report, spec: ImageSpec, refused, policy: ImagePolicy, threads: int, progress: bool
+) -> None:
     """Decodes the images of the records that training uses: it meets damage in their middle."""
+    look = lambda video, name: sources.tiles(video, spec, name, policy.max_pixels)
+    decoder = Decoder(report.records, policy.max_pixels, look)
     unused = {*report.faulty, *(index for indices in refused.values() for index in indices)}
     used = [index for index in range(report.records_total) if index not in unused]
     damaged = []
-    # Threads suffice: Pillow lets go of the interpreter while it decodes.
-    with ThreadPool(threads) as pool:
-        errors = pool.imap(decode, used, chunksize=8)
-        bar = tqdm(errors, "decoding images", len(used), unit=" records", disable=not progress)
-        for index, error in zip(used, bar, strict=True):
-            if error is not None and policy.skip:
-                damaged.append(index)
-            elif error is not None:
-                report.fault(index, error)
-    report.images_total = decode.total
+    for index, error in decode_all(decoder, used, threads, "decoding images", progress):
+        if error is not None and policy.skip:
+            damaged.append(index)
+        elif error is not None:
+            report.fault(index, error)
+    report.images_total, report.fingerprints = decoder.total, decoder.collector.finish()
     report.left_out({"damaged image": damaged} if damaged else {})
     left_out = len(damaged) + len(refused.get("bad image", ()))
     if damaged and left_out > policy.ceiling:
@@ -193,45 +192,3 @@ def _decode_images(
                 f"{left_out} records have bad images, more than bad_image_ceiling={policy.ceiling}"
             ),
         )
-
-
-class _Decoder:
-    """Number of a record -> the error of its first image that cannot be decoded, or None."""
-
-    def __init__(self, records, spec: ImageSpec, max_pixels: int):
-        self._records, self._spec, self._max_pixels = records, spec, max_pixels
-        self._known: dict[str, ImageError | None] = {}  # each file is decoded once
-        self._lock = threading.Lock()
-        self._in_records = 0  # images that are no files
-
-    def __call__(self, index: int) -> RecordError | None:
-        record = self._records[index]
-        for source, name in zip(record.images, record.image_names, strict=True):
-            path = source.source if isinstance(source, Video) else source
-            if isinstance(path, str) and path in self._known:
-                error = self._known[path]
-            else:
-                error = self._decode(source, path, name)
-            if error is not None:
-                return RecordError(error.kind, f"{record.name}: {error}")
-        return None
-
-    @property
-    def total(self) -> int:
-        return len(self._known) + self._in_records
-
-    def _decode(self, source: sources.Media, path: str | bytes, name: str) -> ImageError | None:
-        error = None
-        try:
-            if isinstance(source, Video):
-                sources.tiles(source, self._spec, name, self._max_pixels)
-            else:
-                load_image(source, name, self._max_pixels)
-        except ImageError as found:
-            error = found
-        with self._lock:
-            if isinstance(path, str):
-                self._known[path] = error
-            else:
-                self._in_records += 1
-        return error

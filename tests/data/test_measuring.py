@@ -60,7 +60,7 @@ class Collected(Findings):
     def record(self, record):
         self.records.append(record.index)
 
-    def tokens(self, index, length, reason):
+    def tokens(self, index, length, tiles, reason):
         self.lengths[index] = length, reason
 
 

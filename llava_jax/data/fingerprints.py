@@ -1,0 +1,230 @@
+"""A small stand-in for every picture of a data set, by which copies of it are recognised.
+
+N pictures, S = 16 the side of a thumbnail.
+"""
+
+import hashlib
+import tempfile
+import threading
+from array import array
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from llava_jax.data.media import MAX_PIXELS, ImageError, encoded, load_image
+from llava_jax.data.video import Video
+from llava_jax.errors import LlavaError, RecordError
+
+SIDE = 16
+PIXELS = SIDE * SIDE * 3  # values of a thumbnail
+_GREY = 32  # side of the picture that the perceptual hash is of
+# The eight lowest frequencies of a cosine transform, [8, _GREY].
+_COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(_GREY) + 1) / (2 * _GREY))
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What is kept of the pictures of a data set, in the order in which records use them first.
+
+    A file that several records name is one picture; a picture inside a data set is one each time.
+
+    Attributes:
+      hashes: uint64 [N, 3], of the encoded bytes, of the pixels, and the perceptual one.
+      records: int64 [uses], the numbers of the records that use a picture, ascending.
+      rows: int64 [uses], which picture.
+    """
+
+    hashes: np.ndarray
+    records: np.ndarray
+    rows: np.ndarray
+    _thumbnails: np.ndarray  # of those that were added
+    _order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def thumbnails(self, rows: np.ndarray) -> np.ndarray:
+        """int16 [len(rows), PIXELS]."""
+        return self._thumbnails[self._order[rows]].astype(np.int16)
+
+    def users(self, rows: np.ndarray) -> list[int]:
+        """The numbers of the records that use some of these pictures."""
+        return np.unique(self.records[np.isin(self.rows, rows)]).tolist()
+
+
+class Collector:
+    """Takes pictures from several threads.
+
+    In memory are 24 bytes a picture and 16 a use of it; the thumbnails, 768 bytes each, are in a
+    temporary file.
+    """
+
+    def __init__(self):
+        self._hashes, self._uses = array("Q"), array("q")
+        self._file, self._lock = tempfile.TemporaryFile(), threading.Lock()
+
+    def add(self, data: bytes, image: Image.Image) -> int:
+        """The number of a picture, given its encoded bytes and its upright RGB pixels."""
+        pixels = digest(image.tobytes(), b"%d x %d" % image.size)
+        grey = image.convert("L").resize((_GREY, _GREY), Image.Resampling.HAMMING)
+        thumbnail = image.resize((SIDE, SIDE), Image.Resampling.HAMMING).tobytes()
+        with self._lock:
+            self._hashes.extend((digest(data), pixels, perceptual_hash(np.asarray(grey))))
+            self._file.write(thumbnail)
+            return len(self._hashes) // 3 - 1
+
+    def use(self, record: int, number: int) -> None:
+        """Notes that a record uses a picture; records come in their order."""
+        self._uses.extend((record, number))
+
+    def finish(self) -> Fingerprints:
+        """Those pictures that a record uses."""
+        hashes = np.array(self._hashes, np.uint64).reshape(-1, 3)
+        records, numbers = np.array(self._uses, np.int64).reshape(-1, 2).T
+        used, first, of_use = np.unique(numbers, return_index=True, return_inverse=True)
+        by_use = np.argsort(first)
+        place = np.empty_like(by_use)
+        place[by_use] = np.arange(len(by_use))
+        order, thumbnails = used[by_use], np.zeros((0, PIXELS), np.uint8)
+        self._file.flush()
+        if len(hashes):
+            thumbnails = np.memmap(self._file, np.uint8, "r", shape=(len(hashes), PIXELS))
+        return Fingerprints(hashes[order], records, place[of_use], thumbnails, order)
+
+
+def digest(data: bytes, key: bytes = b"") -> int:
+    """64 bits of a hash."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+
+
+def perceptual_hash(grey: np.ndarray) -> int:
+    """pHash: which of the lowest 63 frequencies of a grey picture [H, H] are above their median.
+
+    Little changes of all pixels, by compression or another size, change few of the bits.
+    """
+    frequencies = (_COSINES @ grey.astype(np.float64) @ _COSINES.T).ravel()[1:]
+    bits = frequencies > np.median(frequencies)
+    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
+
+
+class Decoded(NamedTuple):
+    """What came of the pictures of one record.
+
+    error: of the first that cannot be decoded. numbers: in the collector, of those that can.
+    """
+
+    error: RecordError | None
+    numbers: tuple[int, ...]
+
+
+class Decoder:
+    """Number of a record -> Decoded. A file is decoded once.
+
+    Args:
+      look: checks a video, given it and its name; None leaves videos out.
+    """
+
+    def __init__(self, records, max_pixels: int, look=None):
+        self.collector = Collector()
+        self._records, self._max_pixels, self._look = records, max_pixels, look
+        self._known: dict[str, tuple[ImageError | None, int | None]] = {}
+        self._lock = threading.Lock()
+        self._in_records = 0  # pictures that are no files
+
+    def __call__(self, index: int) -> Decoded:
+        try:
+            record = self._records[index]
+        except RecordError as error:
+            return Decoded(error, ())
+        found, numbers = None, []
+        for source, name in zip(record.images, record.image_names, strict=True):
+            path = source.source if isinstance(source, Video) else source
+            if isinstance(path, str) and path in self._known:
+                error, number = self._known[path]
+            else:
+                error, number = self._decode(source, path, name)
+            if number is not None:
+                numbers.append(number)
+            if error is not None and found is None:
+                found = RecordError(error.kind, f"{record.name}: {error}")
+        return Decoded(found, tuple(numbers))
+
+    @property
+    def total(self) -> int:
+        """Pictures and videos that were decoded."""
+        return len(self._known) + self._in_records
+
+    def _decode(self, source, path, name: str) -> tuple[ImageError | None, int | None]:
+        error = number = None
+        try:
+            if not isinstance(source, Video):
+                data = _bytes(source, name)
+                image = load_image(data or source, name, self._max_pixels)
+                number = self.collector.add(data or image.tobytes(), image)
+            elif self._look is not None:
+                self._look(source, name)
+        except ImageError as found:
+            error = found
+        with self._lock:
+            if isinstance(path, str):
+                # Two threads may have decoded it: the first one's number is used.
+                return self._known.setdefault(path, (error, number))
+            self._in_records += 1
+        return error, number
+
+
+def _bytes(source, name: str) -> bytes | None:
+    """The encoded bytes of a picture; None where `load_image` knows better what is wrong."""
+    if not isinstance(source, str):
+        return encoded(source, name)
+    try:
+        return Path(source).read_bytes()
+    except (OSError, ValueError):
+        return None
+
+
+def decode_all(decoder: Decoder, indices, threads: int, title: str, progress: bool):
+    """Yields (index, error or None) of these records and collects their fingerprints."""
+    # Threads suffice: Pillow lets go of the interpreter while it decodes.
+    with ThreadPool(threads) as pool:
+        found = pool.imap(decoder, indices, chunksize=8)
+        bar = tqdm(found, title, len(indices), unit=" records", disable=not progress)
+        for index, (error, numbers) in zip(indices, bar, strict=True):
+            for number in numbers:
+                decoder.collector.use(index, number)
+            yield index, error
+
+
+class PictureSet(NamedTuple):
+    """The pictures of a data set or a benchmark.
+
+    records: a sequence whose items have `images`, `image_names` and `name`; `path` names it.
+    unreadable: messages about pictures or records that could not be read.
+    """
+
+    records: object
+    fingerprints: Fingerprints
+    unreadable: list[str]
+
+
+def picture_set(
+    records, max_pixels: int = MAX_PIXELS, threads: int = 4, progress: bool = True
+) -> PictureSet:
+    """Fingerprints all pictures of `records`, which are not checked otherwise; no videos.
+
+    Raises:
+      LlavaError: none of them can be read.
+    """
+    decoder = Decoder(records, max_pixels)
+    found = decode_all(decoder, range(len(records)), threads, "reading pictures", progress)
+    unreadable = [str(error) for _, error in found if error is not None]
+    fingerprints = decoder.collector.finish()
+    if not len(fingerprints):
+        reason = f"; the first that cannot be read: {unreadable[0]}" if unreadable else ""
+        raise LlavaError(f"{records.path} has no picture to compare with{reason}")
+    return PictureSet(records, fingerprints, unreadable)
