@@ -23,11 +23,21 @@ def hidden(module: str) -> Iterator[None]:
             del sys.modules[module]
 
 
+_alone = False
+
+
 def tokenizers_alone() -> None:
-    """Imports transformers without PyTorch, for a program that needs only its tokenizers.
+    """Has `transformers` import it without PyTorch, for a program that needs only its tokenizers.
 
     For programs only, never for a library: models of transformers do not work in such a process.
     """
+    global _alone
+    _alone = True
+
+
+def transformers():
+    """The package of this name, which takes seconds to import."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
-    with hidden("torch"):
-        import transformers  # noqa: F401
+    with hidden("torch") if _alone else contextlib.nullcontext():
+        import transformers
+    return transformers

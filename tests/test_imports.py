@@ -48,6 +48,8 @@ def test_train_py_imports_nothing_that_the_check_of_data_does_not_need():
 def test_transformers_without_pytorch():
     script = (
         "import sys\nfrom llava_jax import imports\nimports.tokenizers_alone()\n"
+        "assert 'transformers' not in sys.modules\n"
+        "transformers = imports.transformers()\n"
         "from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
         "print('torch' in sys.modules)"
     )

@@ -115,7 +115,7 @@ class ProcessorPrompt:
 
     def _ids(self, text: str, add_special_tokens: bool) -> np.ndarray:
         text, *pieces = text.split(BREAK)
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        ids = self._core.encode(text, add_special_tokens=add_special_tokens).ids
         rest = [continued(self._core, piece)[0] for piece in pieces]
         return np.concatenate([np.array(ids, np.int32), *rest])
 

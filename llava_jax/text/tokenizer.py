@@ -24,8 +24,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
+from llava_jax import imports
 from llava_jax.errors import LlavaError
 from llava_jax.text.tokenization import fast_core
+from llava_jax.text.tokenizer_file import read_settings, read_tokenizer_file
 
 # Classes that put BOS first unless tokenizer_config.json says otherwise.
 _BOS_CLASSES = ("Llama", "CodeLlama", "Gemma", "Cohere")
@@ -34,19 +36,6 @@ _SENTENCEPIECE_CLASSES = ("Llama", "CodeLlama")
 _CLASS_OF_MODEL = dict.fromkeys(
     ("llama", "mistral", "mixtral", "llava", "llava_llama", "llava_mistral"), "Llama"
 ) | {"gemma": "Gemma", "gemma2": "Gemma", "gemma3_text": "Gemma", "cohere": "Cohere"}
-
-
-@contextlib.contextmanager
-def _only_errors():
-    """Keeps transformers from warning of the config.json of an original LLaVA."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def load_tokenizer(
@@ -60,26 +49,16 @@ def load_tokenizer(
     Raises:
       LlavaError: the folder holds no tokenizer, or one with ids past the table.
     """
-    # No advice to install PyTorch: only the tokenizers are wanted.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PretrainedConfig
-
-    if not Path(path).is_dir():
+    folder = Path(path)
+    if not folder.is_dir():
         raise LlavaError(f"no tokenizer folder at {path}")
-    load = functools.partial(AutoTokenizer.from_pretrained, str(path), local_files_only=True)
-    try:
-        with _only_errors():
-            try:
-                tokenizer = load()
-            except AttributeError:  # a config.json of the original LLaVA with scaled positions
-                tokenizer = load(config=PretrainedConfig())
-    except Exception as error:  # transformers raises many kinds here
-        first_line = str(error).strip().split("\n")[0]
-        raise LlavaError(f"cannot load a tokenizer from {path}: {first_line}") from None
-    fast_core(tokenizer)
-    changes = _restore(tokenizer, Path(path))
-    if changes:
-        _report(f"{path}: tokenized like transformers 4, not 5: {', '.join(changes)}")
+    load = functools.partial(_load_with_transformers, folder)
+    settings = read_settings(folder / "tokenizer_config.json")
+    tokenizer = read_tokenizer_file(folder, settings, load)
+    if tokenizer is None:
+        tokenizer = load()
+    else:
+        _restore_file(tokenizer.backend_tokenizer, settings)
     tokenizer.add_tokens(list(added_tokens), special_tokens=True)
     if vocab_size is not None:
         past = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
@@ -91,6 +70,40 @@ def load_tokenizer(
     return tokenizer
 
 
+def _load_with_transformers(folder: Path):
+    """The same without more tokens, as transformers and `_restore` make it."""
+    transformers = imports.transformers()
+    name = str(folder)
+    load = functools.partial(
+        transformers.AutoTokenizer.from_pretrained, name, local_files_only=True
+    )
+    try:
+        with _only_errors(transformers.utils.logging):
+            try:
+                tokenizer = load()
+            except AttributeError:  # a config.json of the original LLaVA with scaled positions
+                tokenizer = load(config=transformers.PretrainedConfig())
+    except Exception as error:  # transformers raises many kinds here
+        first_line = str(error).strip().split("\n")[0]
+        raise LlavaError(f"cannot load a tokenizer from {folder}: {first_line}") from None
+    fast_core(tokenizer)
+    changes = _restore(tokenizer, folder)
+    if changes:
+        _report(f"{folder}: tokenized like transformers 4, not 5: {', '.join(changes)}")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _only_errors(logging):
+    """Keeps transformers from warning of the config.json of an original LLaVA."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 @functools.cache
 def _report(message: str) -> None:
     """Prints a message once."""
@@ -100,7 +113,7 @@ def _report(message: str) -> None:
 def _restore(tokenizer, folder: Path) -> list[str]:
     """Gives the tokenizer the behaviour of transformers 4; returns what that changed, in words."""
     settings, kind = _settings(folder)
-    written_by_5 = "backend" in settings
+    written_by_5 = _written_by_5(settings)
     # The class of version 4 converts tokenizer.model again if the prefix space is set.
     converts = kind in _SENTENCEPIECE_CLASSES and settings.get("add_prefix_space") is not None
     model = folder / "tokenizer.model"
@@ -108,8 +121,7 @@ def _restore(tokenizer, folder: Path) -> list[str]:
     before = _state(core)
     if (folder / "tokenizer.json").exists() and not (converts and model.exists()):
         _take_file(core, Tokenizer.from_file(str(folder / "tokenizer.json")))
-        if isinstance(core.pre_tokenizer, pre_tokenizers.ByteLevel) and not written_by_5:
-            core.pre_tokenizer.add_prefix_space = bool(settings.get("add_prefix_space"))
+        _restore_file(core, settings)
     else:
         _merge_by_score(core, model)
         if kind in _SENTENCEPIECE_CLASSES and not written_by_5 and model.exists():
@@ -127,10 +139,20 @@ def _restore(tokenizer, folder: Path) -> list[str]:
     return changes
 
 
+def _restore_file(core: Tokenizer, settings: dict) -> None:
+    """What transformers 4 changes of a tokenizer.json by tokenizer_config.json."""
+    if isinstance(core.pre_tokenizer, pre_tokenizers.ByteLevel) and not _written_by_5(settings):
+        core.pre_tokenizer.add_prefix_space = bool(settings.get("add_prefix_space"))
+
+
+def _written_by_5(settings: dict) -> bool:
+    return "backend" in settings
+
+
 def _settings(folder: Path) -> tuple[dict, str]:
     """tokenizer_config.json, and the class it names without its ending, such as "Llama"."""
-    read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-    settings, config = read("tokenizer_config.json"), read("config.json")
+    names = ("tokenizer_config.json", "config.json")
+    settings, config = (read_settings(folder / name) for name in names)
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     if not name:
         return settings, _CLASS_OF_MODEL.get(config.get("model_type"), "")

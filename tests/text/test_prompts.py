@@ -143,7 +143,7 @@ def test_ids_of_a_processor(kind, template, tokenizers, tmp_path):
     tokenizer, image_id = with_image(tokenizers[kind], tmp_path)
     processor = transformers.LlavaProcessor(
         image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
-        tokenizer=tokenizer,
+        tokenizer=getattr(tokenizer, "whole", tokenizer),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
