@@ -90,7 +90,7 @@ def groups(fingerprints: Fingerprints) -> list[Group]:
 
 
 def leaks(ours: Fingerprints, theirs: Fingerprints) -> list[Leak]:
-    """The pictures of theirs that are in ours, in their order."""
+    """The pictures of another data set that are in ours, in its order."""
     count = len(ours)
     looks = _Looks(ours, theirs)
     mine = np.zeros(looks.count, bool)
