@@ -16,6 +16,12 @@ def get_config():
     config.data.validation = f"{ROOT}/boxes/val.json"
     config.data.image_root = ROOT
     config.data.images_per_row = 3
-    config.steps = 320  # of 378 that all records take
+    config.data.turns = "independent"  # one shape's box does not help to find another's
+    config.trainable = {"projector": 5e-4, "decoder": 3e-4}
+    config.optimizer.b2 = 0.95
+    config.batch_size = 4
+    config.steps = 480
+    config.validate_every = 160
+    config.save_every = 160
     config.seed = 1  # other old conversations together in a row than in stage 2
     return config

@@ -13,8 +13,9 @@ def get_config():
     config.data.train = f"{ROOT}/several/train.json"
     config.data.validation = ""
     config.data.image_root = f"{ROOT}/several/images"
-    config.data.max_length = 208  # four pictures with their numbers take 85 tokens, a question 18
+    config.data.max_length = 256  # four pictures with their numbers take 85 tokens, a question 18
     config.data.images_per_row = 4
+    config.data.turns = "independent"  # as they are asked in the test: no answer helps another
     config.batch_size = 4  # twice the steps at three times the rate learn more from as many tokens
     config.steps = 220
     return config

@@ -117,13 +117,13 @@ def _what(example: Example, number: int) -> tuple[str, str]:
 
 
 def _talks(rng: random.Random, examples: Sequence[Example], split: str) -> list[dict]:
-    """A conversation about each picture: one question about each shape, and no answer before it."""
+    """Questions about each picture: where its shape is and what is there, three about a mosaic."""
     records = []
     for i, example in enumerate(examples):
-        numbers = list(range(len(example.shapes)))
-        rng.shuffle(numbers)
-        pairs = [rng.choice((_where, _where, _what))(example, number) for number in numbers]
-        records.append(_record(f"{split}-{i}", example, pairs, numbers))
+        asked = [(ask, number) for number in range(len(example.shapes)) for ask in (_where, _what)]
+        asked = rng.sample(asked, min(3, len(asked)))
+        pairs = [ask(example, number) for ask, number in asked]
+        records.append(_record(f"{split}-{i}", example, pairs, [number for _, number in asked]))
     return records
 
 

@@ -57,7 +57,7 @@ class Example(NamedTuple):
 
     Attributes:
       media: names of its files below `images/`, with the pictures; a video has those of its frames.
-      questions: (question, answer) pairs.
+      questions: (question, answer) pairs. Training asks all, in any order; a test asks the first.
       video: the folder of the frames below `images/`; "" if the media are pictures.
     """
 
@@ -132,7 +132,10 @@ def _poster(rng: random.Random, shapes: list[Shape], name: str) -> Example:
 
 
 def _several(rng: random.Random, shapes: list[Shape], name: str) -> Example:
-    """Two to four pictures of different colours, and which of them a question is about."""
+    """Two to four pictures of different colours, and which of them a question is about.
+
+    Training asks for the colour of each by its number as well, from which it learns the numbers.
+    """
     pictures = []
     colors = rng.sample(COLORS, rng.randrange(2, 5))
     for color in colors:
@@ -146,6 +149,7 @@ def _several(rng: random.Random, shapes: list[Shape], name: str) -> Example:
         if kinds[one.shape] == 1:
             questions.append((f"in which picture is a {one.shape}?", str(i)))
     rng.shuffle(questions)
+    questions += [(f"what color is the shape in picture {i}?", one.color) for i, one in pairs]
     return Example(media, questions)
 
 
@@ -153,7 +157,8 @@ def _video(rng: random.Random, shapes: list[Shape], name: str) -> Example:
     """A shape that moves, or two that appear one after the other.
 
     The middle frame alone answers neither: where a moving shape is then does not depend on its
-    direction, and of two shapes both can be seen.
+    direction, and of two shapes both can be seen. Training also asks what the first and the last
+    frame show, from which it learns to look into one frame.
     """
     first = rng.choice(shapes)
     background = first.picture.getpixel((0, 0))
@@ -167,7 +172,15 @@ def _video(rng: random.Random, shapes: list[Shape], name: str) -> Example:
         for i, frame in enumerate(frames):
             moved = STRIDE * (i - FRAMES // 2)
             frame.paste(sprite, tuple(m + moved * s for m, s in zip(middle, step, strict=True)))
+        other = rng.choice([d for d in DIRECTIONS if d != word])
         questions = [("in which direction does the shape move?", word)]
+        questions += [
+            (f"does the shape move {word}?", "yes"),
+            (f"does the shape move {other}?", "no"),
+        ]
+        questions += [
+            pair for end in ("first", "last") for pair in _sides(frames[-(end == "last")], end)
+        ]
     else:
         second = rng.choice([s for s in shapes if s.color != first.color])
         later = _sprite(second.picture)
@@ -180,11 +193,29 @@ def _video(rng: random.Random, shapes: list[Shape], name: str) -> Example:
                 frame.paste(later, places[1])
         pair = [(first, "yes"), (second, "no")]
         rng.shuffle(pair)
-        (one, answer), (other, _) = pair
-        asked = f"does the {one.color} shape come before the {other.color} shape?"
-        questions = [(asked, answer)]
+        questions = [
+            (f"does the {one.color} shape come before the {other.color} shape?", answer)
+            for (one, answer), (other, _) in (pair, pair[::-1])
+        ]
+        for end, shape in (("first", first), ("last", second)):
+            questions.append((f"what color is the shape in the {end} frame?", shape.color))
+            questions.append((f"what shape is in the {end} frame?", shape.shape))
     media = [(f"{name}/{i}.png", frame) for i, frame in enumerate(frames)]
     return Example(media, questions, video=name)
+
+
+def _sides(frame: Image.Image, end: str) -> list[tuple[str, str]]:
+    """On which sides of the frame a shape is, unless it is too near the middle to tell."""
+    left, top, right, bottom = box_of(frame)
+    questions = []
+    for middle, sides in (
+        ((left + right) / 2, "left or right"),
+        ((top + bottom) / 2, "up or down"),
+    ):
+        if abs(middle - SIDE / 2) > SIDE / 12:
+            side = sides.split(" or ")[middle > SIDE / 2]
+            questions.append((f"is the shape {sides} in the {end} frame?", side))
+    return questions
 
 
 def box_of(picture: Image.Image, level: int = 0) -> tuple[int, int, int, int]:
@@ -210,9 +241,13 @@ def _training(name: str, examples: list[Example]) -> dict[str, list[dict]]:
     if name == "video":  # no other ablation trains on records of its own
         splits["train_ablation"] = [_middle(example) for example in examples]
     return {
-        split: [_record(e, e.questions, f"train-{i}") for i, e in enumerate(some)]
+        split: [_record(e, _shuffled(e.questions, i), f"train-{i}") for i, e in enumerate(some)]
         for split, some in splits.items()
     }
+
+
+def _shuffled(questions: list, seed: int) -> list:
+    return random.Random(seed).sample(questions, len(questions))
 
 
 def _tests(name: str, examples: list[Example]) -> dict[str, list[dict]]:

@@ -18,7 +18,7 @@ from llava_jax.text.conversation import IMAGE_TOKEN, Turn, images_in
 
 TURNS = ("conversation", "independent")
 PAIR = "pair"  # of a record with two answers to a prompt
-_LEADING_IMAGES = re.compile(rf"^(?:{IMAGE_TOKEN}\s*)*")
+_LEADING_IMAGES = re.compile(rf"^(?:{IMAGE_TOKEN}\s*|[^\n:]*: *{IMAGE_TOKEN} *\n\s*)*")
 _CHAT_OF = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
@@ -340,9 +340,10 @@ def render_turns(
     """The texts of one record: a single one, or with `mode` "independent" one for each question.
 
     If a record holds many questions about one picture, each answer can be learnt from the picture
-    alone: every question sees the pictures and itself, not the questions and answers before it. The
-    part that all of them begin with is stored once in the row (`tokenization.token_row`). So it is
-    with PAIR, for the two answers to a prompt.
+    alone: every question sees the pictures and itself, not the questions and answers before it. A
+    line of a label and a picture, "picture 1: <image>", belongs to the pictures. The part that all
+    texts begin with is stored once in the row (`tokenization.token_row`). So it is with PAIR, for
+    the two answers to a prompt.
 
     Args:
       system: replaces the template's system prompt.

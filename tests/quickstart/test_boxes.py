@@ -69,10 +69,16 @@ def test_a_question_about_a_mosaic_has_one_answer(root):
         if "boxes" in item:
             wheres = [text for text in asked[item["id"]] if text.startswith("where")]
             assert len(set(wheres)) == len(wheres)
+            whats = [
+                tuple(box)
+                for box, text in zip(item["boxes"], asked[item["id"]], strict=True)
+                if text.startswith("what")
+            ]
+            assert len(set(whats)) == len(whats)
             corners = {(box[0] // 64, box[1] // 64) for box in item["boxes"]}
-            assert len(corners) == len(item["boxes"])
+            assert len(corners) == len(set(map(tuple, item["boxes"])))
     assert ["what?"] in asked.values()  # an old conversation
-    assert sum(len(texts) > 1 for texts in asked.values()) == 30
+    assert [len(texts) for texts in asked.values()].count(3) == 30
 
 
 def test_pictures_of_the_splits_never_meet(root):

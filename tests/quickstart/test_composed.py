@@ -102,13 +102,24 @@ def test_a_shape_in_the_middle_says_nothing_of_its_direction():
     middles = {word: [] for word in composed.DIRECTIONS}
     for i in range(800):
         example = composed._video(rng, shapes, str(i))
-        ((question, answer),) = example.questions
+        (_, answer), *_ = example.questions
         if answer in middles:
             pixels = np.asarray(example.media[composed.FRAMES // 2][1]).astype(int)
             ys, xs = np.where(np.abs(pixels - pixels[0, 0]).sum(-1) > 90)
             middles[answer].append((xs.mean(), ys.mean()))
     means = np.array([np.mean(places, axis=0) for places in middles.values()])
     assert np.ptp(means, axis=0).max() < 3
+
+
+def test_a_side_of_the_frame_is_the_one_with_the_shape():
+    frame = Image.new("RGB", (64, 64), (240, 240, 240))
+    frame.paste((200, 0, 0), (4, 20, 24, 40))  # to the left, at half the height
+    assert composed._sides(frame, "last") == [
+        ("is the shape left or right in the last frame?", "left")
+    ]
+    frame.paste((240, 240, 240), (0, 0, 64, 64))
+    frame.paste((200, 0, 0), (40, 44, 60, 64))
+    assert [answer for _, answer in composed._sides(frame, "first")] == ["right", "down"]
 
 
 def test_the_records_can_be_read_for_training(folder):

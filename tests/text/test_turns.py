@@ -58,6 +58,14 @@ def test_the_shared_part_holds_the_images_and_nothing_learnt(segment_tokenizer):
     assert (row.labels[shared] == IGNORE_INDEX).all()
 
 
+def test_pictures_with_labels_are_shared_too():
+    shown = "picture 1: <image>\npicture 2: <image>\n"
+    turns = [Turn("human", shown + "which is red?"), *TURNS[1:]]
+    first, second, *_ = render_turns(get_template("v1"), turns, "independent")
+    assert shown + "which is red?" in "".join(segment.text for segment in first)
+    assert shown + TURNS[2].text in "".join(segment.text for segment in second)
+
+
 def test_questions_that_are_the_same_keep_their_last_words(segment_tokenizer):
     turns = [TURNS[0], Turn("gpt", "yes"), Turn("human", EXCHANGES[0][0]), Turn("gpt", "no")]
     row = token_row(segment_tokenizer, render_turns(get_template("v1"), turns, "independent"), [3])
