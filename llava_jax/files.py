@@ -19,7 +19,7 @@ from llava_jax.errors import LlavaError
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 
 
-def lock(file: BinaryIO | int, path: Path, busy: str) -> None:
+def lock(file: BinaryIO | int, path: Path, busy: str | None) -> None:
     """Locks an open file or folder until it is closed, at the latest by the end of the process.
 
     A file system without locks, such as Lustre mounted without flock, is reported; the program goes
@@ -28,13 +28,13 @@ def lock(file: BinaryIO | int, path: Path, busy: str) -> None:
     Args:
       file: a file object or a descriptor.
       path: its name, for messages.
-      busy: the error message if another process holds the lock.
+      busy: the error message if another process holds the lock; None: wait for it.
 
     Raises:
       LlavaError: another process holds it.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
     except BlockingIOError:
         raise LlavaError(busy) from None
     except OSError as error:
@@ -48,14 +48,14 @@ def lock(file: BinaryIO | int, path: Path, busy: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str) -> Iterator[int]:
+def locked(path: Path, busy: str | None) -> Iterator[int]:
     """Holds the lock on a folder, or on a file, which is made if it is not there.
 
     Yields:
       The open descriptor.
 
     Raises:
-      LlavaError: another process holds the lock; `busy` is the message.
+      LlavaError: another process holds the lock; `busy` is the message. With None it waits.
     """
     kind = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, kind, 0o666)

@@ -30,13 +30,15 @@ class ArrayRecords(Records):
         split: str = "train",
         columns: dict[str, str] | None = None,
         image_root: None = None,
+        folder: Path | None = None,
     ):
+        """folder: what to read, where `path` is a URL."""
         # Only this class needs TFDS, and importing it takes half a second.
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.decode import DeserializeMethod
 
-        super().__init__(path, image_root, columns, split=split)
-        builder = tfds.builder_from_directory(_data_set_directory(Path(path)))
+        super().__init__(path, image_root, columns, split=split, folder=folder)
+        builder = tfds.builder_from_directory(_data_set_directory(Path(folder or path)))
         if split not in builder.info.splits:
             known = ", ".join(sorted(builder.info.splits)) or "none"
             raise LlavaError(f"{path} has no split {split!r}; it has: {known}")

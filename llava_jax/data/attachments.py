@@ -7,6 +7,7 @@ import stat
 from collections.abc import Sequence
 
 from llava_jax.data.addresses import decode_data_address
+from llava_jax.data.buckets import StoredObject, Url, is_url
 from llava_jax.data.forms import Part
 from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
@@ -159,7 +160,9 @@ def video(source: str | bytes | Stored, image_root: str | None, where: str) -> t
     return Video(_join_root(image_root, source, where, "video")), source
 
 
-def _join_root(image_root: str | None, name: str, where: str, kind: str = "image") -> str:
+def _join_root(
+    image_root: str | None, name: str, where: str, kind: str = "image"
+) -> str | StoredObject:
     parts = name.replace("\\", "/").split("/")
     article = "an" if kind == "image" else "a"
     if not name:
@@ -173,6 +176,8 @@ def _join_root(image_root: str | None, name: str, where: str, kind: str = "image
             f"{where}: {kind} path {brief(name)} must be relative to the image root and stay "
             "inside it",
         )
+    if image_root is not None and is_url(image_root):
+        return StoredObject(str(Url(image_root) / name))
     return os.path.join(image_root or "", name)
 
 

@@ -46,6 +46,11 @@ class Records(ABC):
         """A hash of all that the data hold, in hex; moving or copying them does not change it."""
 
     @property
+    def image_roots(self) -> set[str]:
+        """Every folder that paths start from."""
+        return {self.image_root} - {None}
+
+    @property
     def within(self) -> str | None:
         """The state of the files that may hold pictures; None where each has a file of its own."""
         return None

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from llava_jax.data.buckets import StoredObject
 from llava_jax.data.media import MAX_PIXELS, ImageError, encoded, load_image
 from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
@@ -132,7 +133,7 @@ class Decoder:
     def __init__(self, records, max_pixels: int, look=None):
         self.collector = Collector()
         self._records, self._max_pixels, self._look = records, max_pixels, look
-        self._known: dict[str, tuple[ImageError | None, int | None]] = {}
+        self._known: dict[str | StoredObject, tuple[ImageError | None, int | None]] = {}
         self._lock = threading.Lock()
         self._in_records = 0  # pictures that are no files
 
@@ -144,7 +145,7 @@ class Decoder:
         found, numbers = None, []
         for source, name in zip(record.images, record.image_names, strict=True):
             path = source.source if isinstance(source, Video) else source
-            if isinstance(path, str) and path in self._known:
+            if isinstance(path, str | StoredObject) and path in self._known:
                 error, number = self._known[path]
             else:
                 error, number = self._decode(source, path, name)
@@ -171,7 +172,7 @@ class Decoder:
         except ImageError as found:
             error = found
         with self._lock:
-            if isinstance(path, str):
+            if isinstance(path, str | StoredObject):
                 # Two threads may have decoded it: the first one's number is used.
                 return self._known.setdefault(path, (error, number))
             self._in_records += 1

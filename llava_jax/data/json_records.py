@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
+from llava_jax.data.buckets import place
 from llava_jax.data.collection import Records
 from llava_jax.data.parsing import SYSTEM_KEYS
 from llava_jax.data.record_boxes import has_boxes
@@ -21,9 +22,13 @@ class JsonRecords(Records):
         path: str | os.PathLike,
         image_root: str | os.PathLike | None = None,
         columns: dict[str, str] | None = None,
+        file: Path | None = None,
     ):
-        super().__init__(path, Path(path).parent if image_root is None else image_root, columns)
-        self._items = _load_json(Path(path))
+        """file: what to read, where `path` is a URL."""
+        root = place(path).parent if image_root is None else image_root
+        super().__init__(path, root, columns, file=file)
+        self._file = Path(path) if file is None else file
+        self._items = _load_json(self._file, self.path)
         if self.columns:
             self.check_named(
                 {key for item in self._items if isinstance(item, dict) for key in item}
@@ -42,7 +47,7 @@ class JsonRecords(Records):
 
     def content(self) -> str:
         """SHA-256 of the file, in hex; marked if the file means more than it once did."""
-        with open(self.path, "rb") as file:
+        with open(self._file, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         # What was measured, or trained on, without those images and system prompts is not reused.
         return f"{digest}-2" if any(map(_reads_more, self._items)) else digest
@@ -56,14 +61,15 @@ def _reads_more(item) -> bool:
     return any(item.get(key) for key in (*keys, *VIDEO_KEYS)) or has_boxes(item)
 
 
-def _load_json(path: Path) -> list:
+def _load_json(file: Path, path: str) -> list:
+    """path: the name of the file in messages."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise LlavaError(f"cannot read the data file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LlavaError(f"{path} is not UTF-8 text: bad byte at offset {error.start}") from None
-    items = _parse_lines(text, path) if path.suffix == ".jsonl" else _parse_json(text, path)
+    items = _parse_lines(text, path) if file.suffix == ".jsonl" else _parse_json(text, path)
     if not isinstance(items, list):
         found = brief(items)
         if isinstance(items, dict):
@@ -72,7 +78,7 @@ def _load_json(path: Path) -> list:
     return items
 
 
-def _parse_json(text: str, path: Path):
+def _parse_json(text: str, path: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -82,7 +88,7 @@ def _parse_json(text: str, path: Path):
         ) from None
 
 
-def _parse_lines(text: str, path: Path) -> list:
+def _parse_lines(text: str, path: str) -> list:
     items = []
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):

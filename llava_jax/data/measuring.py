@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llava_jax.data import sources
 from llava_jax.data.attachments import NO_FILE
+from llava_jax.data.buckets import Unreachable, is_url
 from llava_jax.data.media import ImageError
 from llava_jax.data.parsing import Record, check_record
 from llava_jax.data.rows import RowFormat, is_several, nominal, render_record
@@ -27,6 +28,7 @@ from llava_jax.text.templates import Segment
 from llava_jax.text.tokenization import SegmentTokenizer, token_row
 
 _CHUNK = 1024  # records tokenized at a time
+_REMOTE_THREADS = 32  # they wait for a bucket most of the time
 _CACHE_VERSION = 4  # raise it when the meaning of a cached value changes
 _NOT_READ = (*NO_FILE, "image outside the root", "video outside the root")  # kinds of fault
 
@@ -163,6 +165,8 @@ def _look_at_all(
     """
     looks, faults, state = [], {}, hashlib.sha256()
     look_at = functools.partial(_look, records, row_format, policy, inspect)
+    if any(map(is_url, records.image_roots)):
+        threads = max(threads, _REMOTE_THREADS)
     with ThreadPool(threads) as pool:
         found = pool.imap(look_at, range(len(records)), chunksize=16)
         title = "checking images" if inspect else "checking records"
@@ -198,6 +202,8 @@ def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -
             seen[i] = sources.look_at(
                 source, row_format.image, name, policy.max_pixels, is_several(record)
             )
+        except Unreachable:
+            raise
         except ImageError as error:
             errors.append(RecordError(error.kind, f"{record.name}: {error}"))
         except LlavaError as error:  # the model takes no videos, or they cannot be read here

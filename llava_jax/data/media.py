@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from llava_jax.data.buckets import Unreachable
 from llava_jax.data.stored import Stored
 from llava_jax.errors import LlavaError, RecordError
 from llava_jax.models.images import ImageSpec, View, views
@@ -94,6 +95,8 @@ def encoded(source, name: str, kind: str = "image"):
         return source
     try:
         return source.read()
+    except Unreachable:  # no fault of the image
+        raise
     except LlavaError as error:
         raise ImageError(f"unreadable {kind}", f"cannot read {kind} {name!r}: {error}") from None
 

@@ -32,7 +32,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from llava_jax.data.buckets import Url, below, place
 from llava_jax.data.collection import Records
+from llava_jax.data.copies import local
 from llava_jax.data.parsing import Record
 from llava_jax.data.records import holds_images, open_records
 from llava_jax.errors import LlavaError, RecordError, brief
@@ -61,7 +63,7 @@ class Part:
 
 
 class MixedRecords:
-    """The records that a mixture draws; pickled by path, so workers read it again.
+    """The records that a mixture draws.
 
     Args:
       image_root: folder that image paths start from; by default that of the YAML file.
@@ -79,26 +81,31 @@ class MixedRecords:
         cache_dir: str | os.PathLike | None = None,
     ):
         self.path, self.seed, self.columns = str(path), seed, dict(columns or {})
-        self.cache_dir = cache_dir
-        self.image_root = str(image_root if image_root is not None else Path(path).parent)
+        path = place(path)
+        self.image_root = str(image_root if image_root is not None else path.parent)
         self.ignored_options = set()
         self._parts = []
-        entries = _read_list(Path(path), self.ignored_options)
+        entries = _read_list(path, self.ignored_options)
         for number, entry in enumerate(entries):
             entry = {"columns": self.columns} | entry
             root = self.image_root
             if "image_root" in entry:
-                root = str(Path(path).parent / entry["image_root"])
-            self._parts.append(_draw(Path(path), entry, number, root, seed, cache_dir))
+                root = str(below(path.parent, entry["image_root"]))
+            self._parts.append(_draw(path, entry, number, root, seed, cache_dir))
         if "weight" in entries[0]:
             weights = [entry["weight"] for entry in entries]
-            self._parts = _weighted(Path(path), self._parts, weights, seed)
+            self._parts = _weighted(path, self._parts, weights, seed)
         self._ends = np.cumsum([len(part.chosen) for part in self._parts]).tolist()
 
     @property
     def holds_boxes(self) -> bool:
         """Whether a record of one of the files may have boxes."""
         return any(part.records.holds_boxes for part in self._parts)
+
+    @property
+    def image_roots(self) -> set[str]:
+        """Every folder that paths start from."""
+        return set().union(*(part.records.image_roots for part in self._parts))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -125,13 +132,6 @@ class MixedRecords:
     def forms(self) -> list[str]:
         """A line about each form of conversation in each data set."""
         return [f"{part.name}: {form}" for part in self._parts for form in part.records.forms()]
-
-    def __getstate__(self):
-        state = {"path": self.path, "image_root": self.image_root, "seed": self.seed}
-        return state | {"columns": self.columns, "cache_dir": self.cache_dir}
-
-    def __setstate__(self, state):
-        self.__init__(**state)
 
     def fingerprint(self) -> str:
         """SHA-256 over the files' fingerprints and what was drawn of each, in hex."""
@@ -160,10 +160,10 @@ class MixedRecords:
         return lines
 
 
-def _read_list(path: Path, ignored: set[str]) -> list[dict]:
+def _read_list(path: Path | Url, ignored: set[str]) -> list[dict]:
     """The entries of the file; keys that nothing reads are added to `ignored`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(local([path])[0].read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -198,7 +198,9 @@ def _read_list(path: Path, ignored: set[str]) -> list[dict]:
     return entries
 
 
-def _check_keys(path: Path, where: str, values: dict, known: tuple[str, ...], ignored: set[str]):
+def _check_keys(
+    path: Path | Url, where: str, values: dict, known: tuple[str, ...], ignored: set[str]
+):
     """Unknown keys are noted; one that looks like a slip of the pen is an error."""
     for key in map(str, values):
         if key not in known:
@@ -207,11 +209,11 @@ def _check_keys(path: Path, where: str, values: dict, known: tuple[str, ...], ig
             ignored.add(key)
 
 
-def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int, cache_dir) -> Part:
+def _draw(path: Path | Url, entry: dict, number: int, image_root: str, seed, cache_dir) -> Part:
     """The records that entry `number` of the list chooses."""
     name, strategy = _name(entry), str(entry.get("sampling_strategy") or "all")
     where = f"{path}, entry {number}"
-    file = path.parent / name
+    file = below(path.parent, name)
     if file.suffix in (".yaml", ".yml"):
         raise LlavaError(f"{where}: {name} is a list itself: name its data sets here")
     root = None if holds_images(file) else image_root
@@ -241,7 +243,7 @@ def _draw(path: Path, entry: dict, number: int, image_root: str, seed: int, cach
     return Part(name, strategy, records, chosen)
 
 
-def _weighted(path: Path, parts: list[Part], weights: list[float], seed: int) -> list[Part]:
+def _weighted(path: Path | Url, parts: list[Part], weights: list[float], seed: int) -> list[Part]:
     """As many records in all, each part's share that of its weight.
 
     Of 10 and 10 records with the weights 3 and 1 these are 15 and 5: every record of the first once

@@ -23,6 +23,7 @@ from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.forms import Talk, read_talk, renamed, sound_text, with_marks
 from llava_jax.data.pairs import unpaired
 from llava_jax.data.record_boxes import BOX_KEYS, RecordBox, has_boxes, parse_boxes
+from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
 from llava_jax.errors import RecordError, brief, closest
 from llava_jax.text.conversation import IMAGE_TOKEN, ROLES, VIDEO_TOKEN, Turn
@@ -202,10 +203,11 @@ def check_record(record: Record, image_root: str | None = None) -> None:
         )
     for source, name in zip(record.images, record.image_names, strict=True):
         path = source.source if isinstance(source, Video) else source
+        kind = "image" if path is source else "video"
         if isinstance(path, str):
-            attachments.check_file(
-                path, name, image_root, where, "image" if path is source else "video"
-            )
+            attachments.check_file(path, name, image_root, where, kind)
+        elif isinstance(path, Stored):
+            path.check(kind, where)
 
 
 def _check_rejected(record: Record, where: str) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from llava_jax.data import shards
 from llava_jax.data.array_records import ArrayRecords
+from llava_jax.data.buckets import LISTINGS, Url, may_be_folder, place
+from llava_jax.data.copies import local, local_set
 from llava_jax.data.json_records import JsonRecords
 from llava_jax.data.parsing import Record, check_record
 from llava_jax.data.table_records import TableRecords
@@ -62,7 +64,8 @@ def ignored_keys_text(records) -> str:
 
 def holds_images(path: str | os.PathLike) -> bool:
     """Whether a path is the folder of a TFDS data set, which takes no image root."""
-    return Path(path).is_dir() and not any(shards.files_below(Path(path)).values())
+    path = place(path)
+    return path.is_dir() and not any(shards.files_below(path).values())
 
 
 def open_records(
@@ -77,8 +80,10 @@ def open_records(
 
     path: a LLaVA JSON or JSONL file; a Parquet file or a tar, a pattern of several, such as
     `data/train-*.parquet` or `{000..012}.tar`, or a folder of them; the YAML file of a mixture; the
-    folder of a TFDS ArrayRecord data set (its version folder or a parent of it).
-    image_root: the folder that image paths start from (default: the folder of the file).
+    folder of a TFDS ArrayRecord data set (its version folder or a parent of it). Of a URL, see
+    `data.buckets`, the files are copied to this machine first.
+    image_root: the folder that image paths start from (default: the folder of the file); of a URL
+    each picture is read when it is needed.
     split: of a folder; default "train".
     seed: of what a mixture draws.
     columns: our names of keys -> those of the data; see `forms.check_columns`.
@@ -86,35 +91,38 @@ def open_records(
     Gives a picklable sequence with random access, whose items are parsed but not checked
     (`check_record`). Raises LlavaError, naming the file and the place.
     """
-    path = Path(path)
-    if image_root is not None and not Path(image_root).is_dir():
+    path = place(path)
+    LISTINGS.forget()
+    if image_root is not None and not may_be_folder(place(image_root)):
         raise LlavaError(f"the image root {image_root} is not a folder")
     if path.is_dir():
         if files := shards.in_folder(path, split or "train"):
             return _of_files(path, files, path, image_root, columns, cache_dir)
         if image_root is not None:
             raise LlavaError(f"{path} is a data set that holds its images: leave image_root out")
-        return _not_empty(ArrayRecords(path, split or "train", columns))
-    if split is not None and (path.exists() or shards.is_pattern(path)):
+        return _not_empty(ArrayRecords(path, split or "train", columns, folder=local_set(path)))
+    is_pattern = shards.is_pattern(path)
+    is_there = is_pattern or path.exists()
+    if split is not None and is_there:
         raise LlavaError(f"{path} names files and has no splits: leave split out")
-    if shards.is_pattern(path):
+    if is_pattern:
         files = shards.matching(str(path))
         return _of_files(path, files, files[0].parent, image_root, columns, cache_dir)
-    if not path.exists():
+    if not is_there:
         raise LlavaError(f"no data file or data set at {path}")
     if path.suffix in (".yaml", ".yml"):
         from llava_jax.data.mixture import MixedRecords  # late: it is made of the records above
 
         return MixedRecords(path, image_root, seed, columns, cache_dir)
     if path.suffix in (".json", ".jsonl"):
-        return _not_empty(JsonRecords(path, image_root, columns))
+        return _not_empty(JsonRecords(path, image_root, columns, *local([path])))
     if path.suffix in shards.SUFFIXES:
         return _of_files(path, [path], path.parent, image_root, columns, cache_dir)
     raise LlavaError(f"{path}: {_FILES}")
 
 
-def _of_files(path: Path, files: list[Path], folder: Path, image_root, columns, cache_dir):
-    root = folder if image_root is None else image_root
+def _of_files(path, files: list[Path | Url], folder, image_root, columns, cache_dir):
+    root, files = folder if image_root is None else image_root, local(files)
     if files[0].suffix == ".tar":
         return TarRecords(path, root, columns, files, cache_dir)
     return _not_empty(TableRecords(path, root, columns, files))

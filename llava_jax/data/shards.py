@@ -14,8 +14,10 @@ import os
 import re
 from pathlib import Path
 
+from llava_jax.data.buckets import Url, place
 from llava_jax.errors import LlavaError, brief
 
+_DEPTH = 3
 SUFFIXES = (".parquet", ".tar", ".arrow")
 _OF = re.compile(r"(?:(.+)-)?(\d+)-of-(\d+)(?:-[0-9a-f]{16})?")
 _WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
@@ -26,27 +28,26 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 def is_pattern(path: str | os.PathLike) -> bool:
     """Whether a path that is no file stands for several, with `{000..012}`, `{a,b}`, `*` or `?`."""
-    return not os.path.exists(path) and bool(re.search(r"[*?\[{]", str(path)))
+    return bool(re.search(r"[*?\[{]", str(path))) and not place(path).exists()
 
 
 def is_there(path: str | os.PathLike) -> bool:
     """Whether a path is a file or folder, or a pattern of which no file is missing."""
     try:
-        return os.path.exists(path) or is_pattern(path) and bool(matching(str(path)))
+        return place(path).exists() or is_pattern(path) and bool(matching(str(path)))
     except LlavaError:
         return False
 
 
-def matching(pattern: str) -> list[Path]:
+def matching(pattern: str) -> list[Path | Url]:
     """The files that a pattern stands for, each once; those of braces in their order.
 
     Raises:
       LlavaError: there is none for a pattern, or for what its braces stand for.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path | Url, None] = {}
     for name in _expanded(pattern):
-        files = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
-        files = [Path(file) for file in files if os.path.isfile(file)]
+        files = _files_at(name)
         if not files:
             raise LlavaError(f"no data file at {name}, of the pattern {pattern}")
         found |= dict.fromkeys(files)
@@ -56,6 +57,16 @@ def matching(pattern: str) -> list[Path]:
             "Arrow files and tars may be several"
         )
     return list(found)
+
+
+def _files_at(name: str) -> list[Path | Url]:
+    """The file of a name, or the files that fit it, in order."""
+    path = place(name)
+    if path.is_file():
+        return [path]
+    if isinstance(path, Url):
+        return Url(*path.parts[:2]).matching(path.parts[2:])
+    return [Path(file) for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -76,7 +87,7 @@ def _expanded(pattern: str) -> list[str]:
     ]
 
 
-def in_folder(folder: Path, split: str) -> list[Path]:
+def in_folder(folder: Path | Url, split: str) -> list[Path | Url]:
     """The Parquet files or tars of a split below a folder, in order of name; [] if it has neither.
 
     Raises:
@@ -101,19 +112,23 @@ def in_folder(folder: Path, split: str) -> list[Path]:
     return found
 
 
-def files_below(folder: Path) -> dict[str, list[Path]]:
+def files_below(folder: Path | Url) -> dict[str, list[Path | Url]]:
     """Suffix -> files of that kind in and below a folder, in order of name."""
-    return {suffix: sorted(_below(folder, suffix)) for suffix in SUFFIXES}
+    every = folder.files(_DEPTH) if isinstance(folder, Url) else None
+    return {suffix: sorted(_below(folder, suffix, every)) for suffix in SUFFIXES}
 
 
-def _below(folder: Path, suffix: str) -> list[Path]:
+def _below(folder: Path | Url, suffix: str, every: list[Url] | None) -> list[Path | Url]:
     """Files up to three folders down; what starts with a dot is half-written or a cache."""
-    patterns = ["/".join(["[!.]*"] * depth) + f"/[!.]*{suffix}" for depth in range(4)]
-    found = (file for pattern in patterns for file in folder.glob(pattern.lstrip("/")))
+    patterns = ["/".join(["[!.]*"] * depth) + f"/[!.]*{suffix}" for depth in range(_DEPTH + 1)]
+    if every is None:
+        found = (file for pattern in patterns for file in folder.glob(pattern.lstrip("/")))
+    else:
+        found = (file for file in every if file.suffix == suffix)
     return [file for file in found if not file.name.startswith("cache-")]  # those of `datasets`
 
 
-def _place(folder: Path, file: Path) -> tuple[str, str]:
+def _place(folder: Path | Url, file: Path | Url) -> tuple[str, str]:
     """(the part of the path that names the data set, the split) of a file."""
     *parents, _ = file.relative_to(folder).parts
     match = _OF.fullmatch(file.stem)
@@ -133,7 +148,7 @@ def _word(stem: str) -> str | None:
     return next((_WORDS[word] for word in words if word in _WORDS), None)
 
 
-def _check_whole(folder: Path, files: list[Path]) -> None:
+def _check_whole(folder: Path | Url, files: list[Path | Url]) -> None:
     numbered = [(match, file) for file in files if (match := _OF.fullmatch(file.stem))]
     counts = sorted({int(match[3]) for match, _ in numbered})
     numbers = sorted(int(match[2]) for match, _ in numbered)

@@ -88,11 +88,13 @@ def _seen(footage: video.Footage, numbers: np.ndarray, spec: ImageSpec, name: st
 
 
 def state(media: Media, name: str) -> bytes:
-    """Changes when the path, size or time of modification of a file, or of a frame's file, does.
+    """Changes when a file or a frame's file does: its path, size or time, its tag in a bucket.
 
     Empty for what is in memory. ImageError if there is no file.
     """
     path = media.source if isinstance(media, Video) else media
+    if isinstance(path, Stored):
+        return path.state()
     if not isinstance(path, str):
         return b""
     try:

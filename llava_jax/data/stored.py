@@ -1,4 +1,4 @@
-"""Pictures and videos inside a larger file, which are read when they are needed."""
+"""Pictures and videos inside a larger file or in a bucket, which are read when they are needed."""
 
 import functools
 import os
@@ -83,7 +83,10 @@ class Recent:
 
 
 class Stored(ABC):
-    """The encoded bytes of a file within a file; picklable, and small until it is read."""
+    """The encoded bytes of a file that is not one of this machine's own; small until it is read.
+
+    Picklable.
+    """
 
     @property
     @abstractmethod
@@ -97,3 +100,11 @@ class Stored(ABC):
         Raises:
           LlavaError: the file around it cannot be read, or is damaged there.
         """
+
+    def check(self, kind: str, where: str) -> None:
+        """RecordError unless it is there, of what may be missing; kind: image or video."""
+        del kind, where
+
+    def state(self) -> bytes:
+        """Changes with its content; empty for what changes only with the file around it."""
+        return b""
