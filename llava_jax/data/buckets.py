@@ -6,6 +6,9 @@ copied first, see `data.copies`.
 """
 
 import fnmatch
+import functools
+import logging
+import os
 import random
 import re
 import threading
@@ -135,13 +138,12 @@ def ask(url, question: Callable):
       FileNotFoundError: there is no such object.
       Unreachable: it needs a package, or credentials, or the last try failed as well.
     """
-    import fsspec
-
     scheme = str(url).partition("://")[0]
     for wait in (*_WAITS, None):
         try:
-            # A process asks once for each listing; what an earlier one found may have changed.
-            files = fsspec.filesystem(scheme, use_listings_cache=False)
+            # The hub's may not be shared by threads. Another would log in once in each of them.
+            thread = threading.get_ident() if scheme == "hf" else None
+            files = _file_system(scheme, os.getpid(), thread)
             return question(files, files._strip_protocol(str(url)))
         except ImportError as error:
             raise Unreachable(
@@ -151,7 +153,7 @@ def ask(url, question: Callable):
         except FileNotFoundError:
             raise
         except Exception as error:  # each store has its own kinds
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")[:300]
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[:300]
             if _is_refusal(error):
                 raise Unreachable(
                     f"{url} may not be read ({reason}): {_LOGIN[scheme]}; the account needs the "
@@ -165,6 +167,19 @@ def ask(url, question: Callable):
         time.sleep(wait * random.uniform(0.5, 1))
 
 
+@functools.lru_cache(maxsize=64)
+def _file_system(scheme: str, process: int, thread: int | None):
+    import fsspec
+
+    del process, thread  # it must not be used in a process that was forked off
+    # Zonal buckets are an experiment of gcsfs, and it asks for credentials, which a public bucket
+    # does not need, before every request.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises
+    # What was found a while ago may have changed.
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
 def _is_refusal(error: Exception) -> bool:
     """Whether a store refuses, rather than fails."""
     response = getattr(error, "response", None)  # of botocore it is a dict
@@ -174,6 +189,7 @@ def _is_refusal(error: Exception) -> bool:
         isinstance(error, PermissionError)
         or bool({401, 403, "401", "403"} & {code for code in codes if isinstance(code, int | str)})
         or "Credential" in type(error).__name__
+        or str(error).startswith("Forbidden")  # gcsfs, of a 403
     )
 
 
