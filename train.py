@@ -71,6 +71,7 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
         # 2. Build: the state, fresh or resumed, and the frozen parameters, on the devices.
         # Late: these import for seconds, which no mistake found above should cost.
         from llava_jax.training.checkpoint import Checkpoints
+        from llava_jax.training.features import train_from_features
         from llava_jax.training.loop import Loop
         from llava_jax.training.metrics import open_log
         from llava_jax.training.validation import Validation
@@ -90,6 +91,11 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
         state, frozen = stage.starting_state(sources, optimizer, resumed)
         if resumed:
             hosts.report(f"resuming from step {int(state.step)}")
+        if stage.from_features:
+            with stage.scope():
+                train_from_features(stage, frozen, [data, held_out] if held_out else [data])
+        of_steps = stage.of_steps(frozen)
+        frozen = frozen if held_out else of_steps  # held-out samples are answered by all of it
 
         # 3. Run.
         batches = data.batch_iterator(int(state.step), *stage.part)
@@ -97,13 +103,13 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
             report_start(stage, state, frozen, data)
             first = next(batches)
             began, arrays = time.perf_counter(), stage.put(first.arrays)
-            train_step = stage.compile_step(optimizer, state, frozen, arrays)
+            train_step = stage.compile_step(optimizer, state, of_steps, arrays)
             seconds = time.perf_counter() - began
             hosts.report(f"compiled in {seconds:.0f} s; {stage.microbatches} microbatches a step")
             log = open_log(stage.config, int(state.step))
             loop = Loop(
                 stage=stage,
-                train_step=lambda state, batch: train_step(state, frozen, batch),
+                train_step=lambda state, batch: train_step(state, of_steps, batch),
                 schedule=schedule,
                 validate=held_out and Validation(stage, held_out, tokenizer, frozen, log),
                 stop=stop,

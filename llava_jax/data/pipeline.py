@@ -5,6 +5,7 @@ lengths, so the rows of a batch are known from its step alone. Resuming needs no
 the same bytes, and works on any number of processes; each builds only its own rows.
 """
 
+import dataclasses
 import functools
 import gc
 import multiprocessing
@@ -16,6 +17,7 @@ from collections.abc import Generator, Iterator
 import numpy as np
 
 from llava_jax.data.augment import UNCHANGED, Augmentation
+from llava_jax.data.features import FeatureStore
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS
 from llava_jax.data.plan import RowStream
@@ -129,6 +131,20 @@ class TrainingData:
     def fingerprint(self) -> str:
         """Of the content of the data."""
         return self.records.fingerprint()
+
+    def used(self) -> np.ndarray:
+        """Numbers of the records that the steps use, in the order of their first use."""
+        rows = min(self.steps * self.batch_size, self.rows_per_epoch)
+        return self.usable[np.concatenate([self._rows[row] for row in range(rows)])]
+
+    def take_from(self, store: FeatureStore, row_format: RowFormat) -> None:
+        """Batches then have what the encoder sees of pictures, which all must be in the store.
+
+        row_format: that of the data, with the shape of what the store has.
+        """
+        self._row_builder = dataclasses.replace(
+            self._row_builder, row_format=row_format, look=store.look
+        )
 
     def _refused_text(self) -> str:
         parts = []

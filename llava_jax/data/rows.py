@@ -4,7 +4,7 @@ B rows, T tokens in a row, K tiles in a row, S side of a tile, P features of a t
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from llava_jax.models.images import (
     Source,
     layouts,
 )
-from llava_jax.models.taps import inverse
+from llava_jax.models.taps import feature_places, inverse
 from llava_jax.text.conversation import with_times
 from llava_jax.text.templates import PAIR, TURNS, Segment, Template, get_template, render_turns
 from llava_jax.text.tokenization import (
@@ -55,6 +55,8 @@ class RowFormat:
       image_token_id: what stands in `input_ids` for a feature.
       use_im_start_end: each picture stands between <im_start> and <im_end>.
       box_convention: how the boxes of records are written (`data.boxes`).
+      seen: shape and dtype of what the encoder sees of a tile, where rows have that in place of the
+        tile's pixels; see `data.features`.
     """
 
     template: Template
@@ -68,6 +70,7 @@ class RowFormat:
     image_token_id: int = IMAGE_TOKEN_ID
     use_im_start_end: bool = False
     box_convention: str = "llava"
+    seen: tuple[tuple[int, ...], np.dtype] | None = None
 
     def __post_init__(self):
         if self.turns not in (*TURNS, PAIR):
@@ -132,7 +135,8 @@ class RowFormat:
         conversations count from 1. turn_ids: as in TokenRow, if turns are independent or a pair.
         feature_ids, feature_places: which feature of the row's tiles stands at each position, and
         its inverse (`models.images`). Where tokens mix several features both have an axis of taps,
-        and feature_weights come with them. tiles: pixels; unused ones are zero.
+        and feature_weights come with them. tiles: pixels, or seen: what the encoder sees of them;
+        unused ones are zero.
         """
         tokens, side = (self.length,), self.image.size
         names = ["input_ids", "labels", "position_ids", "segment_ids", "feature_ids"]
@@ -145,7 +149,13 @@ class RowFormat:
         spec = {name: (shape, np.dtype(np.int32)) for name, shape in shapes.items()}
         if taps:
             spec["feature_weights"] = (tokens + taps, np.dtype(np.float32))
-        return spec | {"tiles": ((self.tiles, side, side, 3), np.dtype(np.uint8))}
+        shape, dtype = self.seen or ((side, side, 3), np.dtype(np.uint8))
+        return spec | {self.shown: ((self.tiles, *shape), dtype)}
+
+    @property
+    def shown(self) -> str:
+        """The array of a row that holds its pictures: tiles or seen."""
+        return "seen" if self.seen else "tiles"
 
 
 def batch_spec(row_format: RowFormat, rows: int) -> dict:
@@ -172,7 +182,8 @@ def pack(
         feature_places 1 2 -1 -1
 
     Args:
-      pictures: layout and tiles, uint8 [N, S, S, 3], of all pictures in the order of their tokens.
+      pictures: layout and tiles, uint8 [N, S, S, 3], or what the encoder sees of these, of all
+        pictures in the order of their tokens.
 
     Raises:
       ValueError: something does not fit.
@@ -197,12 +208,12 @@ def pack(
             row["position_ids"][here] = turn_positions(conversation.turn_ids)
             row["turn_ids"][here] = conversation.turn_ids
         for first, end in conversation.image_spans:
-            layout, pixels = next(waiting)
+            layout, shown = next(waiting)
             places = slice(start + first, start + end)
             row["feature_ids"][places] = layout.placed(tile, f.tokens_per_tile)
             if layout.weights is not None:
                 row["feature_weights"][places] = layout.weights
-            row["tiles"][tile : tile + layout.tiles] = pixels
+            row[f.shown][tile : tile + layout.tiles] = shown
             tile += layout.tiles
         start += len(conversation)
     count = len(row["feature_places"])
@@ -211,24 +222,6 @@ def pack(
     else:
         row["feature_places"] = feature_places(row["feature_ids"], count)
     return row
-
-
-def feature_places(feature_ids: np.ndarray, features: int) -> np.ndarray:
-    """The inverse of feature ids: where each feature stands, TEXT for one that stands nowhere.
-
-    The gradient of a gather by `feature_ids` is a gather by these places.
-
-    >>> feature_places(np.array([-1, 0, 1, 3, -1]), 4)
-    array([ 1,  2, -1,  3], dtype=int32)
-
-    Args:
-      feature_ids: int32[T], no feature twice.
-      features: how many there are.
-    """
-    places = np.full(features, TEXT, np.int32)
-    used = np.flatnonzero(feature_ids >= 0)
-    places[feature_ids[used]] = used
-    return places
 
 
 class Batch(NamedTuple):
@@ -295,6 +288,7 @@ class RowBuilder:
       room: int [U, 2], tokens, before cutting, and tiles that each record was measured to take.
       augment: what happens to the pictures first. A change for which a record would need more room
         than it was measured to take is not made.
+      look: as `sources.tiles`, or of a store of what the encoder sees.
     """
 
     records: Sequence[Record]
@@ -305,6 +299,7 @@ class RowBuilder:
     skip_bad_images: bool
     room: np.ndarray
     augment: Augmentation = UNCHANGED
+    look: Callable = sources.tiles
 
     def __call__(
         self, members: np.ndarray, row: int = 0
@@ -375,7 +370,7 @@ class RowBuilder:
         """Layout and tiles of each of a record's pictures and videos, and what is known of it."""
         spec, several = self.row_format.image, is_several(record)
         found = [
-            sources.tiles(source, spec, name, self.max_pixels, several)
+            self.look(source, spec, name, self.max_pixels, several)
             for source, name in zip(record.images, record.image_names, strict=True)
         ]
         seen, tiles = [seen for seen, _ in found], [tiles for _, tiles in found]

@@ -5,6 +5,7 @@ S side of a tile, N tiles.
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -85,6 +86,30 @@ def _seen(footage: video.Footage, numbers: np.ndarray, spec: ImageSpec, name: st
     timed = spec.video.time_instruction
     time = video.time_instruction(footage, numbers, name) if timed else ""
     return Seen((*footage.size, len(numbers)), time)
+
+
+def digest(media: Media, name: str) -> bytes:
+    """SHA-256 of the content of a picture, or of a video and how it is sampled.
+
+    ImageError if it cannot be read.
+    """
+    with _readable(media, name):
+        if isinstance(media, str):
+            with open(media, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        if isinstance(media, Image.Image):
+            return hashlib.sha256(f"{media.mode} {media.size} ".encode() + media.tobytes()).digest()
+        if not isinstance(media, Video):
+            return hashlib.sha256(encoded(media, name)).digest()
+        names, parts = [], media.source
+        if isinstance(parts, str) and os.path.isdir(parts):
+            names = sorted(file.name for file in os.scandir(parts) if file.is_file())
+            parts = tuple(os.path.join(parts, file) for file in names)
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        whole = hashlib.sha256(repr((media.frames, media.fps, media.rate, names)).encode())
+        for part in parts:
+            whole.update(digest(part, name))
+        return whole.digest()
 
 
 def state(media: Media, name: str) -> bytes:

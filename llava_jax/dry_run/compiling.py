@@ -44,7 +44,8 @@ def compile_stage(stage: Stage) -> Compiled:
     began = time.perf_counter()
     with stage.scope():
         try:
-            program = stage.compile_step(optimizer, stage.state, stage.frozen, stage.batch_spec())
+            frozen = stage.of_steps(stage.frozen)
+            program = stage.compile_step(optimizer, stage.state, frozen, stage.batch_spec())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -91,6 +91,7 @@ def executed_flops(
     images: int,
     remat: str,
     reference: bool = False,
+    encodes: bool = True,
 ) -> float:
     """FLOPs that the devices execute, with padding, empty image slots and recomputation.
 
@@ -106,7 +107,8 @@ def executed_flops(
     once += attention_flops(config, everything["attention_pairs"])
     if "vision" in trainable:
         once += rows * images * image_flops(config)[0]
-    return step_flops(config, trainable, everything, reference) + RECOMPUTED[remat] * once
+    step = step_flops(config, trainable, everything, reference, encodes)
+    return step + RECOMPUTED[remat] * once
 
 
 def memory_traffic(config: LlavaConfig, plan: dict) -> float:

@@ -49,6 +49,7 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
       fill: share of real tokens in the rows, if the data could be measured.
     """
     config, state, model = stage.config, stage.state, stage.model.config
+    frozen = stage.of_steps(stage.frozen)
     rows, length = config.batch_size, stage.row_format.length
     is_captions = get_template(config.model.template).image_only_question
     contents = contents_of(model, is_captions, stage.compares)
@@ -59,7 +60,7 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
         "mesh": dict(stage.mesh.shape),
         "parameters": {
             "trainable": parameter_count(state.params),
-            "frozen": parameter_count(stage.frozen),
+            "frozen": parameter_count(frozen),
         },
         "rows": rows,
         "microbatches": stage.microbatches,
@@ -69,7 +70,7 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
         "compile_seconds": compiled.seconds,
         "bytes": {
             "trainable_weights": bytes_on_a_device(state.params),
-            "frozen_weights": bytes_on_a_device(stage.frozen),
+            "frozen_weights": bytes_on_a_device(frozen),
             "optimizer": bytes_on_a_device(state.opt_state),
             "batch": bytes_on_a_device(stage.batch_spec()),
             **(compiled.memory or {}),
@@ -81,7 +82,9 @@ def report(stage: Stage, where: Topology, compiled: Compiled, fill: float | None
         and (where.chip is None or compiled.needed <= where.usable),
         "assumed": dataclasses.asdict(contents),
         "tokens": counts["tokens"],
-        "model_flops": step_flops(model, stage.trainable, counts, stage.compares),
+        "model_flops": step_flops(
+            model, stage.trainable, counts, stage.compares, not stage.from_features
+        ),
     }
     if compiled.memory is None:
         return figures
@@ -120,8 +123,8 @@ def least_fsdp_bytes(stage: Stage) -> float:
     shards = stage.mesh.shape["fsdp"]
     tensor, share = stage.mesh.shape["tensor"], (shards - 1) / shards
     width = jnp.dtype(stage.model.dtype).itemsize
-    trained = parameter_count(stage.state.params)
-    frozen = {name: parameter_count(tree) for name, tree in stage.frozen.items()}
+    trained, held = parameter_count(stage.state.params), stage.of_steps(stage.frozen)
+    frozen = {name: parameter_count(tree) for name, tree in held.items()}
     # The gradient flows back through a frozen decoder, not through a frozen encoder or a reference.
     passes = {name: 1 if name in ("vision", REFERENCE) else 2 for name in frozen}
     least = trained * (2 * width + 4) + sum(frozen[n] * passes[n] * width for n in frozen)
@@ -146,7 +149,14 @@ def estimate_of(
     config, model, trainable = stage.config, stage.model.config, stage.trainable
     rows, length, remat = config.batch_size, stage.row_format.length, config.model.remat_policy
     executed = executed_flops(
-        model, trainable, rows, length, stage.row_format.tiles, remat, stage.compares
+        model,
+        trainable,
+        rows,
+        length,
+        stage.row_format.tiles,
+        remat,
+        stage.compares,
+        not stage.from_features,
     )
     decoder = {**stage.frozen, **stage.state.params}["decoder"]
     plan = {

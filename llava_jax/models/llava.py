@@ -213,14 +213,13 @@ class LlavaModel(nn.Module):
           input_ids, feature_ids, feature_places, feature_weights: as in `embed`.
           tiles: [B, K, S, S, 3], or None for text alone.
           position_ids, segment_ids, turn_ids: int[B, T], as in `Decoder`.
-          seen: what `see` gives of the tiles [B * K, S, S, 3], if it is there already.
+          seen: what `see` gives of the tiles, [B, K, ...], if it is there already; the tiles
+            themselves are not looked at then.
         """
-        features = None
-        if tiles is not None and tiles.shape[1]:
-            if seen is None:
-                features = self.encode_images(tiles.reshape(-1, *tiles.shape[2:]))
-            else:
-                features = self.projector(seen)
+        features, shown = None, tiles if seen is None else seen
+        if shown is not None and shown.shape[1]:
+            encode = self.encode_images if seen is None else self.projector
+            features = encode(shown.reshape(-1, *shown.shape[2:]))
             features = features.reshape(len(input_ids), -1, features.shape[-1])  # [B, K * P, D]
         embeddings = self.embed(input_ids, features, feature_ids, feature_places, feature_weights)
         return self.decoder(embeddings, position_ids, segment_ids, turn_ids)

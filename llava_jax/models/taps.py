@@ -109,3 +109,21 @@ def inverse(features: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray
     places = np.full((count, TAPS), TEXT, np.int32)
     places[feature, place] = used
     return places
+
+
+def feature_places(feature_ids: np.ndarray, features: int) -> np.ndarray:
+    """The inverse of feature ids: where each feature stands, TEXT for one that stands nowhere.
+
+    The gradient of a gather by `feature_ids` is a gather by these places.
+
+    >>> feature_places(np.array([-1, 0, 1, 3, -1]), 4)
+    array([ 1,  2, -1,  3], dtype=int32)
+
+    Args:
+      feature_ids: int32[T], no feature twice.
+      features: how many there are.
+    """
+    places = np.full(features, TEXT, np.int32)
+    used = np.flatnonzero(feature_ids >= 0)
+    places[feature_ids[used]] = used
+    return places

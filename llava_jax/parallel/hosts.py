@@ -96,6 +96,13 @@ def all_true(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
+def total(value: int) -> int:
+    """The sum of a number over all processes; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.sum(multihost_utils.process_allgather(np.array(value))))
+
+
 def first_alone(action: Callable[[], object]):
     """Runs `action` on process 0, which gets its result; the others wait and get None.
 

@@ -75,7 +75,11 @@ def decoder_passes(trainable: set[str], reference: bool = False) -> int:
 
 
 def step_flops(
-    config: LlavaConfig, trainable: set[str], counts: dict[str, float], reference: bool = False
+    config: LlavaConfig,
+    trainable: set[str],
+    counts: dict[str, float],
+    reference: bool = False,
+    encodes: bool = True,
 ) -> float:
     """FLOPs of one step: forward, needed gradients of activations, gradients of trained weights.
 
@@ -84,6 +88,7 @@ def step_flops(
       counts: `tokens` real tokens, `attention_pairs` (query, key) pairs seen, `images` real
         images, `supervised_tokens`.
       reference: whether the model is compared with the one that the stage starts from.
+      encodes: whether the encoder is part of the step.
     """
     d = config.decoder
     passes = decoder_passes(trainable, reference)
@@ -91,6 +96,7 @@ def step_flops(
     head = 2.0 * counts["supervised_tokens"] * d.hidden_size * d.vocab_size
     scores = attention_flops(config, counts["attention_pairs"])
     vision, projector = image_flops(config)
+    vision *= encodes
     return (
         passes * (decoder + head)
         + (3 + reference) * scores

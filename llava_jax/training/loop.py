@@ -132,7 +132,13 @@ class Loop:
             "step_seconds": seconds,
             "data_wait_seconds": waited,
         }
-        flops = step_flops(stage.model.config, stage.trainable, metrics, stage.compares)
+        flops = step_flops(
+            stage.model.config,
+            stage.trainable,
+            metrics,
+            stage.compares,
+            not stage.from_features,
+        )
         share = mfu(flops, seconds, list(stage.mesh.devices.flat))
         return scalars if share is None else scalars | {"mfu": share}
 

@@ -101,11 +101,11 @@ class PreferenceLoss:
         return jnp.max(batch["segment_ids"], axis=1)
 
     def __call__(self, params, frozen, batch, weights):
-        reference, seen = reference_params(frozen), None
-        tiles = batch["tiles"]
-        if self.one_tower and tiles.shape[1]:
-            tiles = tiles.reshape(-1, *tiles.shape[2:])
-            seen = self.model.apply({"params": reference}, tiles, method=LlavaModel.see)
+        reference, seen, tiles = reference_params(frozen), batch.get("seen"), batch.get("tiles")
+        if seen is None and self.one_tower and tiles.shape[1]:
+            flat = tiles.reshape(-1, *tiles.shape[2:])
+            seen = self.model.apply({"params": reference}, flat, method=LlavaModel.see)
+            seen = seen.reshape(*tiles.shape[:2], *seen.shape[1:])
         log_probs = self.log_probs(params, batch, seen)  # [B, A / 2, 2]
         losses, rewards = dpo_loss(log_probs, self.log_probs(reference, batch, seen), self.beta)
         is_pair = jnp.arange(losses.shape[1]) < self.units(batch)[:, None]
@@ -123,7 +123,7 @@ class PreferenceLoss:
           seen: see `LlavaModel`.
         """
         inputs, more = model_inputs(batch)
-        hidden_states = self.model.apply({"params": params}, *inputs, **more, seen=seen)
+        hidden_states = self.model.apply({"params": params}, *inputs, **more | {"seen": seen})
         turns = batch["turn_ids"]
         targets = jnp.where(turns > 0, batch_targets(batch), IGNORE_INDEX)
         answers = 2 * (batch["segment_ids"] - 1) + turns - 1

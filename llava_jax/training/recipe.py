@@ -35,7 +35,7 @@ from llava_jax.weights.run_directory import COMPONENTS, Source, checkpoint_of, w
 MODEL_OVERRIDES = ("projector", "feature_layer", "image_size", "image_mode")
 # What may differ when a run is resumed: it changes speed, logs or place, never the result.
 FREE_KEYS = ("workdir", "accumulation", "mesh", "log_every", "save_every", "keep", "wandb_project")
-FREE_KEYS += ("model.remat_policy", "model.attention", "data.workers", "loss_chunk")
+FREE_KEYS += ("model.remat_policy", "model.attention", "data.workers", "features", "loss_chunk")
 RANGES = {  # message -> (condition on a value that is set, keys)
     "it must be at least 1": (
         lambda x: x >= 1,
@@ -47,7 +47,7 @@ RANGES = {  # message -> (condition on a value that is set, keys)
         "seed samples data.images_per_row data.workers data.bad_image_ceiling optimizer.clip_norm "
         "optimizer.weight_decay",
     ),
-    "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps dpo.beta"),
+    "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps dpo.beta features.gigabytes"),
     "it is a share, from 0 to 1": (lambda x: 0 <= x <= 1, "data.flip"),
     "it is a share, from 0 to less than 1": (
         lambda x: 0 <= x < 1,

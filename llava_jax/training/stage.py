@@ -12,6 +12,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -80,7 +81,10 @@ class Stage:
         parts = microbatches(mesh, config.batch_size, config.accumulation)
         model, refused = recipe.training_model(config, model_config, mesh)
         rows = recipe.row_format(config, model_config)
-        return cls(config, mesh, model, lora, parts, rows, refused)
+        stage = cls(config, mesh, model, lora, parts, rows, refused)
+        if stage.from_features:
+            stage._check_features()
+        return stage
 
     @functools.cached_property
     def _abstract(self) -> tuple[TrainState, dict]:
@@ -137,6 +141,43 @@ class Stage:
         """The components that are other at the end: those trained themselves, or adapted."""
         paths = flatten_dict(self.state.params)
         return {path[1] if path[0] == "lora" else path[0] for path in paths}
+
+    @property
+    def from_features(self) -> bool:
+        """Whether steps take what the encoder sees of pictures from a store; see `features`."""
+        return bool(self.config.features.folder)
+
+    @functools.cached_property
+    def seen(self) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of what the encoder sees of a tile, [P, D]."""
+        side = self.model.config.image.size
+        tile = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+        see = lambda params, tile: self.model.apply(params, tile, method=LlavaModel.see)
+        seen = jax.eval_shape(see, {"params": {"vision": self.frozen["vision"]}}, tile)
+        return seen.shape[1:], seen.dtype
+
+    @property
+    def batch_format(self) -> RowFormat:
+        """`row_format`, with what the encoder sees in place of pixels if that is stored."""
+        return dataclasses.replace(self.row_format, seen=self.seen if self.from_features else None)
+
+    def _check_features(self) -> None:
+        if "vision" in self.learns:
+            raise LlavaError(
+                "config.features.folder keeps what a frozen encoder sees, but config.trainable "
+                f"({', '.join(self.groups)}) changes the vision: leave one of them out"
+            )
+        for key in ("flip", "crop"):
+            if self.config.data[key]:
+                raise LlavaError(
+                    f"config.data.{key} changes pictures anew in every step, but "
+                    "config.features.folder keeps what the encoder sees of each once: leave one of "
+                    "them out"
+                )
+
+    def of_steps(self, frozen: dict) -> dict:
+        """The frozen parameters without the encoder, if steps do without it."""
+        return {k: v for k, v in frozen.items() if k != "vision" or not self.from_features}
 
     @property
     def platform(self) -> str:
@@ -215,7 +256,7 @@ class Stage:
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a step's batch."""
-        spec = batch_spec(self.row_format, self.config.batch_size)
+        spec = batch_spec(self.batch_format, self.config.batch_size)
         place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(self.mesh))
         return {name: place(array.shape, array.dtype) for name, array in spec.items()}
 

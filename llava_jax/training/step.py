@@ -54,8 +54,8 @@ def supervised_tokens(batch: dict) -> jax.Array:
 
 def model_inputs(batch: dict) -> tuple[list[jax.Array], dict]:
     """The arguments of a `LlavaModel` that a batch holds, in their order and by name."""
-    more = {name: batch.get(name) for name in ("turn_ids", "feature_weights")}
-    return [batch[name] for name in MODEL_INPUTS], more
+    more = {name: batch.get(name) for name in ("turn_ids", "feature_weights", "seen")}
+    return [batch.get(name) for name in MODEL_INPUTS], more
 
 
 class Loss(Protocol):
