@@ -94,8 +94,8 @@ def get_config() -> ConfigDict:
     config.data.bad_image_ceiling = 0  # with skip: how many are too many
     config.data.workers = 0  # processes that decode images; 0: threads
 
-    # What a frozen encoder sees of each picture is computed once and kept here, and steps are without
-    # the encoder; empty: off. See llava_jax/data/features.py.
+    # What a frozen encoder sees of each picture is computed once and kept here; steps are then
+    # without the encoder. Empty: off. See llava_jax/data/features.py.
     config.features = ConfigDict()
     config.features.folder = ""  # may be that of several runs, which share what they have stored
     config.features.gigabytes = 100.0  # that the folder may take

@@ -1,8 +1,7 @@
 """What a frozen encoder sees of pictures and videos, computed once and kept on disk.
 
-FOLDER/1f0c.../about.json       the encoder, how pictures become tiles, the number format
-FOLDER/1f0c.../8a31....features what it sees of tiles [N, P, D], one after the other
-FOLDER/1f0c.../8a31....json     whose they are; written after them
+FOLDER/1f0c.../8a31....features   what an encoder sees of tiles, [N, P, D]
+FOLDER/1f0c.../8a31....json       which encoder, and of which pictures; written after them
 
 A picture is known by its content, so a changed one is another. Files appear whole and are never
 changed: a kill damages none, and several processes and programs may write to one folder at once.
@@ -17,7 +16,6 @@ import math
 import time
 import uuid
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +29,6 @@ from llava_jax.files import whole_file, write_json
 from llava_jax.models.images import ImageSpec
 
 FILE_BYTES = 1 << 28  # what a kill may cost, and what is read of one open file
-_ABOUT = "about.json"
 _ABANDONED = 24 * 3600.0  # seconds since a half-written file was touched
 
 
@@ -64,14 +61,13 @@ class FeatureStore:
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.tile_bytes = math.prod(shape) * self.dtype.itemsize
-        self._about, self._files = about, []
+        self.about, self._files = about, []
         self._known: set[str] = set()  # names of the files that were looked at
         self._kept: dict[str, Kept] = {}
 
     def create(self) -> None:
         """Makes the folder; removes what a killed program left half-written there long ago."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / _ABOUT, self._about)
         for path in self.folder.glob("*.partial"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _ABANDONED:
@@ -81,7 +77,7 @@ class FeatureStore:
         """Finds the files that have come since; returns the paths of damaged ones, left out."""
         damaged = []
         for path in sorted(self.folder.glob("*.json")):
-            if path.name == _ABOUT or path.name in self._known:
+            if path.name in self._known:
                 continue
             self._known.add(path.name)
             try:
@@ -91,7 +87,8 @@ class FeatureStore:
                 for key, first, tiles, check, source, times in index["pictures"]:
                     seen = Seen(tuple(source), times)
                     kept[key] = Kept(number, first, tiles, check, index["together"], seen)
-                if file.size != sum(one.tiles for one in kept.values()) * self.tile_bytes:
+                rows = sum(tiles for _, _, tiles, *_ in index["pictures"])
+                if file.size != rows * self.tile_bytes:
                     raise ValueError("not as long as its index says")
             except (OSError, ValueError, KeyError, TypeError, LlavaError):
                 damaged.append(str(path.with_suffix(".features")))
@@ -133,7 +130,8 @@ class FeatureStore:
             raise LlavaError(f"cannot read {file.path}: {error}") from None
         if zlib.crc32(rows) != kept.check:
             raise LlavaError(
-                f"{file.path} is damaged: delete it and start again, which encodes its pictures anew"
+                f"{file.path} is damaged: delete it and start again, and its pictures are encoded "
+                "anew"
             )
         return kept.seen, np.frombuffer(rows, self.dtype).reshape(kept.tiles, *self.shape)
 
@@ -165,7 +163,8 @@ class FeatureWriter:
 
     def _finish(self) -> None:
         self._stack.close()
-        index = {"together": self._together, "pictures": self._pictures}
+        index = {"about": self._store.about, "together": self._together}
+        index["pictures"] = self._pictures
         write_json(self._path.with_suffix(".json"), index)
         self._pictures, self._tiles = [], 0
 

@@ -161,7 +161,7 @@ def _check_room(stage: Stage, store: FeatureStore, missing: list[Picture]) -> No
     options, tiles = stage.config.features, sum(picture.tiles for picture in missing)
     needed, taken = tiles * store.tile_bytes, store.taken()
     free = shutil.disk_usage(store.folder).free
-    gigabytes = lambda size: f"{size / 1e9:,.3g} GB"
+    gigabytes = lambda size: f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
     what = (
         f"what the encoder sees of {len(missing):,} pictures ({tiles:,} tiles) takes "
         f"{gigabytes(needed)}"

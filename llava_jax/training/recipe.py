@@ -45,9 +45,9 @@ RANGES = {  # message -> (condition on a value that is set, keys)
     "it must not be negative": (
         lambda x: x >= 0,
         "seed samples data.images_per_row data.workers data.bad_image_ceiling optimizer.clip_norm "
-        "optimizer.weight_decay",
+        "optimizer.weight_decay features.gigabytes",
     ),
-    "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps dpo.beta features.gigabytes"),
+    "it must be greater than 0": (lambda x: x > 0, "lora.alpha optimizer.eps dpo.beta"),
     "it is a share, from 0 to 1": (lambda x: 0 <= x <= 1, "data.flip"),
     "it is a share, from 0 to less than 1": (
         lambda x: 0 <= x < 1,
