@@ -13,6 +13,7 @@ import pytest
 from llava_jax.weights.load import load_run
 from llava_jax.weights.run_directory import checkpoint_of
 from tests.test_preferences_run import KINDS, pairs, values_of  # noqa: F401
+from tests.test_reliability import assert_same_runs
 from tests.test_train import assert_same_trees
 from tests.test_two_processes import STAGE, finish, start_two
 from tests.tiny_run import ROOT, align, instruct
@@ -58,11 +59,14 @@ def test_stage_2_with_held_out_data_is_the_same(world, run, aligned, tmp_path):
 
 
 @pytest.mark.slow
-def test_preferences_are_the_same(world, run, aligned, pairs, tmp_path):  # noqa: F811
+def test_preferences_are_the_same_to_rounding(world, run, aligned, pairs, tmp_path):  # noqa: F811
+    """XLA sums the gradients of two passes in another order where the encoder is not with them."""
     run(values_of(world, tmp_path / "encoded", aligned, pairs, KINDS["whole"]))
     stored = {"features.folder": str(tmp_path / "features")}
     run(values_of(world, tmp_path / "stored", aligned, pairs, KINDS["whole"] | stored))
-    assert_same_bits(tmp_path / "stored", tmp_path / "encoded")
+    assert_same_runs(tmp_path / "stored", tmp_path / "encoded")
+    first = [figures(tmp_path / name)[0] for name in ("stored", "encoded")]
+    assert first[0] == first[1]
 
 
 DIES = """
@@ -98,7 +102,7 @@ def test_killed_while_it_stores_goes_on(world, run, aligned, tmp_path, capsys):
     found = lambda suffix: list((tmp_path / "features").glob(f"*/*{suffix}"))
     assert (len(found(".features")), len(found(".partial"))) == (5, 1)
     run(values)
-    assert "encoder sees of 11 pictures" in capsys.readouterr().err  # of 16 in 4 steps
+    assert "encoder sees of 19 pictures" in capsys.readouterr().err  # 24 less 5
     assert_same_bits(tmp_path / "run", aligned)
 
 
