@@ -154,16 +154,17 @@ def read_talk(item: dict, columns: dict[str, str], where: str) -> Talk:
             "no conversations",
             f"{where}: {key!r} must be a list of turns, not {brief(item[key])}",
         )
-    pair, system, said, ignored = None, None, [], set()
+    pair, system, said, parts, ignored = None, None, [], [], set()
     for position, message in enumerate(messages):
         here = f"{where}, turn {position}"
         pair = pair or turn_keys(message)
-        if pair is None or not isinstance(message, dict) or not {*pair} <= message.keys():
+        if pair is None or not isinstance(message, dict) or not message.keys() >= {*pair}:
             wanted = " and ".join(map(repr, pair or TURN_KEYS[key == "messages"]))
             raise RecordError(
                 "bad turn", f"{here}: expected an object with {wanted}, found {brief(message)}"
             )
-        ignored |= {name for name in message.keys() - {*pair} if message[name] is not None}
+        if len(message) > 2:
+            ignored |= {name for name in message.keys() - {*pair} if message[name] is not None}
         if pair == TURN_KEYS[2]:
             ignored.discard("source")  # of The Cauldron: a name of the data
             said += [("human", [sound_text(message["user"], "user", here)])]
@@ -172,8 +173,9 @@ def read_talk(item: dict, columns: dict[str, str], where: str) -> Talk:
         if message.get("tool_calls") or message.get("function_call"):
             raise RecordError("tool call", f"{here} calls a tool, which no template has words for")
         who, pieces = message[pair[0]], _pieces(message[pair[1]], pair[1], here)
+        pictures = [piece for piece in pieces if isinstance(piece, Part)]
         if isinstance(who, str) and who in SYSTEM_ROLES and position == 0:
-            if any(isinstance(piece, Part) for piece in pieces):
+            if pictures:
                 raise RecordError(
                     "<image> in a system prompt", f"{here}: the system prompt may hold no picture"
                 )
@@ -183,10 +185,10 @@ def read_talk(item: dict, columns: dict[str, str], where: str) -> Talk:
         if role is None:
             raise RecordError("unknown role", f"{here}: {_role_fault(who)}")
         said.append((role, pieces))
-    parts = tuple(piece for _, pieces in said for piece in pieces if isinstance(piece, Part))
+        parts += pictures
     turns = tuple(Turn(role, _joined(pieces, bool(parts))) for role, pieces in said)
     ignored = tuple(f"{key}.{name}" for name in sorted(map(str, ignored)))
-    return Talk(system, turns, parts or None, pair != TURN_KEYS[2], (key,), ignored)
+    return Talk(system, turns, tuple(parts) or None, pair != TURN_KEYS[2], (key,), ignored)
 
 
 def with_marks(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
@@ -272,7 +274,9 @@ def _joined(pieces: list[str | Part], is_text: bool) -> str:
 
     is_text: what looks like a mark in the texts is none.
     """
-    text = lambda piece: spelled_out(piece, (IMAGE_TOKEN,)) if is_text else piece
+    if not is_text:
+        return "".join(pieces)
+    text = lambda piece: spelled_out(piece, (IMAGE_TOKEN,))
     return "".join(
         f"{IMAGE_TOKEN}\n" if isinstance(piece, Part) else text(piece) for piece in pieces
     )

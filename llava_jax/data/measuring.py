@@ -228,16 +228,18 @@ def _tokenize(
     cache.tiles = np.array([sum(tiles for tiles, _ in look.layouts) for look in looks], np.int64)
     bar = tqdm(looks, "measuring", unit=" records", disable=not progress)
     for chunk in _chunks(_rendered(records, row_format, tokenizer, bar, findings)):
-        lengths = ()
+        lengths, rows = (), {}  # rows: at least of those that are cut
         if tokenizer and row_format.turns == "conversation":
             texts, images = [entry[1][0] for entry in chunk], [entry[2] for entry in chunk]
-            lengths = tokenizer.lengths(texts, images)  # much faster than rows
+            lengths, rows = tokenizer.measure(texts, images, row_format.max_length)
         elif tokenizer:
-            lengths = [len(token_row(tokenizer, *texts)) for _, *texts in chunk]
-        for (index, *texts), length in zip(chunk, lengths, strict=tokenizer is not None):
+            rows = {i: token_row(tokenizer, *texts) for i, (_, *texts) in enumerate(chunk)}
+            lengths = [len(row) for row in rows.values()]
+        measured = zip(chunk, lengths, strict=tokenizer is not None)
+        for number, ((index, *_), length) in enumerate(measured):
             full, reason = int(length), None
             if full > row_format.max_length:
-                row, reason = row_format.cut(token_row(tokenizer, *texts))
+                row, reason = row_format.cut(rows[number])
                 length = 0 if row is None else len(row)
                 cache.cut += row is not None
                 if row is None:

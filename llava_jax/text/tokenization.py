@@ -6,13 +6,14 @@ happens after each image too. Labels come from character offsets: a token is sup
 overlaps a supervised segment, so nothing is ever searched in the text.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, models
 
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import IMAGE_TOKEN_ID
@@ -55,10 +56,16 @@ def fast_core(tokenizer) -> Tokenizer:
             f"({type(tokenizer).__name__}) gives no character offsets; "
             "labels need a fast tokenizer (a tokenizer.json)"
         )
-    state = json.loads(core.to_str())
-    state["truncation"] = state["padding"] = None
+    copied = Tokenizer.from_str(core.to_str())
+    copied.no_truncation()
+    copied.no_padding()
+    # Changed as text, which is short without the vocabulary.
+    ends = Tokenizer(models.BPE())
+    ends.post_processor = core.post_processor
+    state = json.loads(ends.to_str())
     _keep_spaces(state["post_processor"])
-    return Tokenizer.from_str(json.dumps(state))
+    copied.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+    return copied
 
 
 def _keep_spaces(processor) -> None:
@@ -145,24 +152,32 @@ class SegmentTokenizer:
         encodings = self._core.encode_batch([text for _, text, _ in chunks])
         return self._row(chunks, encodings, spans, image_lengths)
 
-    def lengths(
+    def measure(
         self,
         conversations: Sequence[Sequence[Segment]],
         image_lengths: Sequence[Sequence[int]],
-    ) -> np.ndarray:
-        """The number of tokens of each conversation, int64 [N]; much faster than the rows."""
-        chunks = [self._chunks(segments)[0] for segments in conversations]
-        texts = [text for row in chunks for _, text, _ in row]
-        encodings = iter(self._core.encode_batch_fast(texts))
+        limit: int | None = None,
+    ) -> tuple[np.ndarray, dict[int, TokenRow]]:
+        """The number of tokens of each conversation, much faster than from its row.
+
+        Returns:
+          int64 [N] lengths, and number -> row of the conversations longer than `limit`.
+        """
+        cut = [self._chunks(segments) for segments in conversations]
+        texts = [text for chunks, _ in cut for _, text, _ in chunks]
+        encodings = iter(self._core.encode_batch(texts))
         added = self._core.num_special_tokens_to_add(False)
         leading = self._leading_specials()
-        result = np.zeros(len(chunks), np.int64)
-        for i, (row, images) in enumerate(zip(chunks, image_lengths, strict=True)):
-            result[i] = leading + sum(images)
-            for _, text, before in row:
-                plain = len(next(encodings)) - added
-                result[i] += len(continued(self._core, text)[0]) if before == BREAK else plain
-        return result
+        lengths, rows = np.zeros(len(cut), np.int64), {}
+        for i, ((chunks, spans), images) in enumerate(zip(cut, image_lengths, strict=True)):
+            found = list(itertools.islice(encodings, len(chunks)))
+            lengths[i] = leading + sum(images)
+            for (_, text, before), encoding in zip(chunks, found, strict=True):
+                plain = len(encoding) - added
+                lengths[i] += len(continued(self._core, text)[0]) if before == BREAK else plain
+            if limit is not None and lengths[i] > limit:
+                rows[i] = self._row(chunks, found, spans, images)
+        return lengths, rows
 
     def _leading_specials(self) -> int:
         mask = np.array(self._core.encode("a").special_tokens_mask)

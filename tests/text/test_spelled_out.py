@@ -31,7 +31,7 @@ def test_a_spelled_out_text_has_no_special_token_and_reads_the_same(tokenizers, 
         assert not ids & set(row.input_ids[leading:].tolist())
         assert tokenizers[kind].decode(row.input_ids[leading:]).strip() == text
         segments = [Segment(spelled_out(text, (*tokenizer.special, IMAGE_TOKEN)))]
-        assert tokenizer.lengths([segments], [[]]) == [len(row)]
+        assert tokenizer.measure([segments], [[]])[0] == [len(row)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.text.conversation import Turn
+from llava_jax.text.conversation import BREAK, Turn
 from llava_jax.text.templates import TEMPLATES, Segment, render
 from llava_jax.text.tokenization import SegmentTokenizer, truncate
 
@@ -68,7 +68,7 @@ def test_ids_and_labels(tokenizers, kind, name):
         ids, labels = expected_row(reference, segments, 3)
         assert row.input_ids.tolist() == ids
         assert row.labels.tolist() == labels
-        assert tokenizer.lengths([segments, segments], [[3], [3]]).tolist() == [len(ids)] * 2
+        assert tokenizer.measure([segments, segments], [[3], [3]])[0].tolist() == [len(ids)] * 2
         ((start, end),) = row.image_spans
         assert (row.input_ids[start:end] == IMAGE).all() and end - start == 3
         assert (row.input_ids == IMAGE).sum() == 3
@@ -158,7 +158,7 @@ def test_start_and_end_tokens(tokenizers):
     assert row.input_ids[first - 1] == start and row.input_ids[last] == end
     assert (row.labels != -100).sum() == 1 and row.labels[-1] == row.input_ids[-1]
     assert wrapped.text(segments) == "q <im_start><image><im_end>\nwa"
-    assert wrapped.lengths([segments], [[2]]).tolist() == [len(row)]
+    assert wrapped.measure([segments], [[2]])[0].tolist() == [len(row)]
 
 
 def test_truncation(tokenizers):
@@ -227,3 +227,17 @@ def test_original_labels_are_those_of_llava_next(tokenizers):
         TEMPLATES["v1"].with_original_labels()
     with pytest.raises(LlavaError, match="im_start.*', which is to be learnt, is no token"):
         SegmentTokenizer(tokenizers["llama2"])(render(template, turns), [1])
+
+
+def test_rows_of_what_is_too_long_are_those_of_each_alone(tokenizers):
+    tokenizer = SegmentTokenizer(tokenizers["llama2"])
+    short = [Segment("<image>\nq"), Segment("a", True)]
+    long = [Segment("q <image>\n"), Segment("blue " * 9, True), Segment(BREAK + "x")]
+    lengths, rows = tokenizer.measure([short, long, short], [[2], [3], [2]], limit=12)
+    few, many = len(tokenizer(short, [2])), len(tokenizer(long, [3]))
+    assert lengths.tolist() == [few, many, few] and few <= 12 < many
+    assert list(rows) == [1]
+    alone = tokenizer(long, [3])
+    for name in ("input_ids", "labels", "offsets"):
+        assert (getattr(rows[1], name) == getattr(alone, name)).all()
+    assert rows[1].image_spans == alone.image_spans
