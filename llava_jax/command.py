@@ -71,18 +71,22 @@ def _recipes(base: ModuleType | None) -> str:
     return f"{folder}/NAME.py, with NAME one of {known}; or a file of your own"
 
 
-def read_config(file: str, changes: Collection[str] = ()) -> ConfigDict:
-    """A recipe for commands other than train.py, checked as train.py checks it.
+def read_config(
+    file: str, changes: Collection[str] = (), base_name: str = "configs.base"
+) -> ConfigDict:
+    """A config for commands other than train.py and eval.py, checked as these check it.
 
     Args:
       changes: flags of the form --config.key=value.
+      base_name: the module of its base, by default of recipes.
     """
     project = Path(__file__).parent.parent
     sys.path += [str(path) for path in (Path.cwd(), project) if str(path) not in sys.path]
     try:
-        base = importlib.import_module("configs.base")
+        base = importlib.import_module(base_name)
     except ImportError:
-        raise LlavaError(f"no configs/base.py in {Path.cwd()}: change to the project") from None
+        path = f"{base_name.replace('.', '/')}.py"
+        raise LlavaError(f"no {path} in {Path.cwd()}: change to the project") from None
     arguments, values = ["llava-jax", f"--config={file}", *changes], flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=arguments)
     parse_flags(arguments, base, values)

@@ -140,9 +140,9 @@ def group_lines(found: list[Group], fingerprints: Fingerprints, records) -> list
 
 def leak_lines(found: list[Leak], ours: PictureSet, theirs: PictureSet) -> list[str]:
     """The pictures of `theirs` that are in `ours` as text: counts of each kind, and the first."""
-    count = len(theirs.fingerprints)
-    head = f"{theirs.records.path}: {len(found):,} of {count:,} pictures are in {ours.records.path}"
-    lines = [head]
+    many = f"{len(found):,}" if found else "none"
+    of_all = f"of {len(theirs.fingerprints):,} pictures"
+    lines = [f"{theirs.records.path}: {many} {of_all} are in {ours.records.path}"]
     for kind in KINDS:
         of_kind = [leak for leak in found if leak.kind == kind]
         if of_kind:

@@ -37,11 +37,13 @@ class Fingerprints:
     Attributes:
       hashes: uint64 [N, 3], of the encoded bytes, of the pixels, and the perceptual one.
       records: int64 [uses], the numbers of the records that use a picture, ascending.
+      places: int64 [uses], the number of the picture in its record.
       rows: int64 [uses], which picture.
     """
 
     hashes: np.ndarray
     records: np.ndarray
+    places: np.ndarray
     rows: np.ndarray
     _thumbnails: np.ndarray  # of those that were added
     _order: np.ndarray
@@ -57,11 +59,16 @@ class Fingerprints:
         """The numbers of the records that use some of these pictures."""
         return np.unique(self.records[np.isin(self.rows, rows)]).tolist()
 
+    def first_use(self, row: int) -> tuple[int, int]:
+        """(record, place in it) of a picture."""
+        use = int(np.argmax(self.rows == row))
+        return int(self.records[use]), int(self.places[use])
+
 
 class Collector:
     """Takes pictures from several threads.
 
-    In memory are 24 bytes a picture and 16 a use of it; the thumbnails, 768 bytes each, are in a
+    In memory are 24 bytes a picture and 24 a use of it; the thumbnails, 768 bytes each, are in a
     temporary file.
     """
 
@@ -79,23 +86,23 @@ class Collector:
             self._file.write(thumbnail)
             return len(self._hashes) // 3 - 1
 
-    def use(self, record: int, number: int) -> None:
+    def use(self, record: int, place: int, number: int) -> None:
         """Notes that a record uses a picture; records come in their order."""
-        self._uses.extend((record, number))
+        self._uses.extend((record, place, number))
 
     def finish(self) -> Fingerprints:
         """Those pictures that a record uses."""
         hashes = np.array(self._hashes, np.uint64).reshape(-1, 3)
-        records, numbers = np.array(self._uses, np.int64).reshape(-1, 2).T
+        records, places, numbers = np.array(self._uses, np.int64).reshape(-1, 3).T
         used, first, of_use = np.unique(numbers, return_index=True, return_inverse=True)
         by_use = np.argsort(first)
-        place = np.empty_like(by_use)
-        place[by_use] = np.arange(len(by_use))
+        row = np.empty_like(by_use)
+        row[by_use] = np.arange(len(by_use))
         order, thumbnails = used[by_use], np.zeros((0, PIXELS), np.uint8)
         self._file.flush()
         if len(hashes):
             thumbnails = np.memmap(self._file, np.uint8, "r", shape=(len(hashes), PIXELS))
-        return Fingerprints(hashes[order], records, place[of_use], thumbnails, order)
+        return Fingerprints(hashes[order], records, places, row[of_use], thumbnails, order)
 
 
 def digest(data: bytes, key: bytes = b"") -> int:
@@ -116,11 +123,12 @@ def perceptual_hash(grey: np.ndarray) -> int:
 class Decoded(NamedTuple):
     """What came of the pictures of one record.
 
-    error: of the first that cannot be decoded. numbers: in the collector, of those that can.
+    error: of the first that cannot be decoded. pictures: (place in the record, number in the
+    collector) of those that can.
     """
 
     error: RecordError | None
-    numbers: tuple[int, ...]
+    pictures: tuple[tuple[int, int], ...]
 
 
 class Decoder:
@@ -142,18 +150,19 @@ class Decoder:
             record = self._records[index]
         except RecordError as error:
             return Decoded(error, ())
-        found, numbers = None, []
-        for source, name in zip(record.images, record.image_names, strict=True):
+        found, pictures = None, []
+        sources = zip(record.images, record.image_names, strict=True)
+        for place, (source, name) in enumerate(sources):
             path = source.source if isinstance(source, Video) else source
             if isinstance(path, str | StoredObject) and path in self._known:
                 error, number = self._known[path]
             else:
                 error, number = self._decode(source, path, name)
             if number is not None:
-                numbers.append(number)
+                pictures.append((place, number))
             if error is not None and found is None:
                 found = RecordError(error.kind, f"{record.name}: {error}")
-        return Decoded(found, tuple(numbers))
+        return Decoded(found, tuple(pictures))
 
     @property
     def total(self) -> int:
@@ -195,9 +204,9 @@ def decode_all(decoder: Decoder, indices, threads: int, title: str, progress: bo
     with ThreadPool(threads) as pool:
         found = pool.imap(decoder, indices, chunksize=8)
         bar = tqdm(found, title, len(indices), unit=" records", disable=not progress)
-        for index, (error, numbers) in zip(indices, bar, strict=True):
-            for number in numbers:
-                decoder.collector.use(index, number)
+        for index, (error, pictures) in zip(indices, bar, strict=True):
+            for place, number in pictures:
+                decoder.collector.use(index, place, number)
             yield index, error
 
 

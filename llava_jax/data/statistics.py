@@ -45,7 +45,8 @@ class Distribution(NamedTuple):
         values = np.asarray(self.values)
         limit = int(values.max()) if self.limit is None else self.limit
         top = min(int(values.max()), limit)
-        edges = np.unique(np.linspace(0, top + 1, _BINS + 1).astype(int))
+        low = min(int(values.min()), top)
+        edges = np.unique(np.linspace(low, top + 1, _BINS + 1).astype(int))
         counts = np.histogram(values, bins=edges)[0].tolist()
         # The last bin of np.histogram includes its right edge, which may be above the limit.
         counts[-1] = int(((values >= edges[-2]) & (values < edges[-1])).sum())

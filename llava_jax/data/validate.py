@@ -13,7 +13,13 @@ from collections.abc import Callable
 
 from llava_jax.data import sources
 from llava_jax.data.duplicates import Group, group_lines, groups
-from llava_jax.data.fingerprints import Collector, Decoder, Fingerprints, decode_all
+from llava_jax.data.fingerprints import (
+    Collector,
+    Decoder,
+    Fingerprints,
+    PictureSet,
+    decode_all,
+)
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS
 from llava_jax.data.parsing import Record
@@ -123,6 +129,11 @@ class Report(Findings):
             if self._format.image.by_size:
                 found.append(Distribution("tiles a record", self.tiles, self._format.tiles))
         return found + self.texts.distributions()
+
+    @property
+    def pictures(self) -> PictureSet:
+        """What other data sets are compared with."""
+        return PictureSet(self.records, self.fingerprints, [])
 
     @functools.cached_property
     def groups(self) -> list[Group]:

@@ -4,34 +4,17 @@ The page is one file that loads nothing else. Questions and answers are escaped:
 text, whatever they contain.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from llava_jax.data.media import ImageError, load_image
 from llava_jax.data.video import Video, frames
+from llava_jax.data.web_page import embedded, write_page
 from llava_jax.evaluation.benchmark import Benchmark, Question
-from llava_jax.files import whole_file
 
 MAX_FAILURES = 200
-SIDE = 320  # longer side of a picture in pixels
 FRAMES = 3  # shown of a video
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-body {{ font: 15px sans-serif; margin: 2em; }}
-article {{ display: flex; gap: 1.5em; border-top: 1px solid #ccc; padding: 1em 0; }}
-dl {{ margin: 0; }} dt {{ color: #777; }} dd {{ margin: 0 0 .6em; white-space: pre-wrap; }}
-</style></head><body><h1>{title}</h1><p>{count}</p>
-{articles}</body></html>
-"""
 
 
 def write_failures(path: Path, benchmark: Benchmark, predictions: Sequence[str]) -> None:
@@ -44,11 +27,7 @@ def write_failures(path: Path, benchmark: Benchmark, predictions: Sequence[str])
     if len(shown) < len(wrong):
         count += f"; the {len(shown)} worst are shown"
     articles = "\n".join(_article(benchmark, *pairs[i], grades[i]) for i in shown)
-    title = escape(f"{benchmark.name}: failures")
-    page = _PAGE.format(title=title, count=count, articles=articles)
-    # A file name that is not UTF-8 contains lone surrogates, which cannot be encoded.
-    with whole_file(path) as file:
-        file.write(page.encode("utf-8", "backslashreplace"))
+    write_page(path, f"{benchmark.name}: failures", f"<p>{count}</p>\n{articles}")
 
 
 def _article(benchmark: Benchmark, question: Question, text: str, grade: float) -> str:
@@ -84,12 +63,4 @@ def _pictures(
         return [f"<div>{escape(str(error))}</div>"]
     if benchmark.draw:
         images = [benchmark.draw(image, question, text) for image in images]
-    return [_embedded(image) for image in images]
-
-
-def _embedded(image: Image.Image) -> str:
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" width="{image.width}" src="data:image/jpeg;base64,{data}">'
+    return [embedded(image) for image in images]

@@ -25,7 +25,7 @@ def add_arguments(parser) -> None:
 
 def main(args) -> int:
     """Runs `llava-jax show`; returns the exit code."""
-    records, row_format, tokenizer, _ = data_sets(args)[0]
+    records, row_format, tokenizer, *_ = data_sets(args)[0]
     if tokenizer is None:
         raise LlavaError("give --tokenizer DIR, or a recipe with --config=configs/NAME.py")
     shown = show(records, args.index, row_format, tokenizer)

@@ -1,13 +1,19 @@
 """`llava-jax validate`: every check of training over a whole data set, before any training.
 
-The exit code is 1 if training would stop at a fault. What it would leave out or cut is only noted.
+The exit code is 1 if training would stop at a fault, or a picture of `--against` is in the training
+data. What training would leave out or cut is only noted, and so are pictures that the recipe's
+training and held-out data share.
 """
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
+from llava_jax.data.duplicates import leak_lines, leaks
+from llava_jax.data.fingerprints import picture_set
 from llava_jax.data.media import MAX_PIXELS
-from llava_jax.data.records import about, add_columns_argument, open_records
+from llava_jax.data.records import about, add_columns_argument, holds_images, open_records
+from llava_jax.data.report_page import Shared, write_report_page
 from llava_jax.data.rows import RowFormat
 from llava_jax.data.validate import validate
 from llava_jax.errors import LlavaError
@@ -27,12 +33,16 @@ DEFAULTS = {
 
 
 class DataSet(NamedTuple):
-    """Records and how training reads them. training: see `validate`."""
+    """Records and how training reads them.
+
+    training: see `validate`. image_root: where the paths of other data sets may start from, too.
+    """
 
     records: object
     row_format: RowFormat
     tokenizer: object
     training: dict
+    image_root: str | None
 
 
 def add_data_arguments(parser) -> None:
@@ -84,7 +94,7 @@ def data_sets(args) -> list[DataSet]:
         tokenizer = values["tokenizer"] and load_tokenizer(values["tokenizer"])
         columns = dict(args.columns)
         records = open_records(args.data, args.image_root, args.split, columns=columns)
-        return [DataSet(records, row_format, tokenizer, {})]
+        return [DataSet(records, row_format, tokenizer, {}, args.image_root)]
     if given:
         raise LlavaError(f"the recipe decides {given[0]}: leave out --{given[0]}")
     return _data_sets_of_recipe(args)
@@ -114,7 +124,8 @@ def _data_sets_of_recipe(args) -> list[DataSet]:
         training = stage.data_arguments(held_out) | {"workers": 0, "cache_dir": None}
         if not held_out:
             training["accept"] = lambda data: stage.check_reach(data, print)
-        sets.append(DataSet(stage.records(held_out), stage.row_format, tokenizer, training))
+        records, root = stage.records(held_out), config.data.image_root or None
+        sets.append(DataSet(records, stage.row_format, tokenizer, training, root))
     return sets
 
 
@@ -129,12 +140,30 @@ def add_arguments(parser) -> None:
         "--workers", type=int, default=os.cpu_count(), metavar="N",
         help="decoding threads (default: one for each CPU core)",
     )  # fmt: skip
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="SOURCE",
+        help="data sets, or benchmarks as configs/eval/NAME.py, whose pictures must not be in the "
+        "training data",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report", metavar="FILE", help="also write a web page, with pictures, there"
+    )
 
 
 def main(args) -> int:
-    """Runs `llava-jax validate` and prints its report; returns 1 if there is any fault."""
+    """Runs `llava-jax validate` and prints its report.
+
+    args.against: paths of data sets, and sequences of records with `path`.
+
+    Returns 1 if there is any fault, or a leak from what `--against` names.
+    """
+    page = args.report and Path(args.report)
+    if page and not page.absolute().parent.is_dir():
+        raise LlavaError(f"no folder {page.parent} to write {page.name} into")
+    sets = data_sets(args)
+    against = [_opened(source, sets[0].image_root) for source in args.against]
     reports = []
-    for data_set in data_sets(args):
+    for data_set in sets:
         if reports:
             print()
         report = validate(
@@ -144,4 +173,20 @@ def main(args) -> int:
         print(f"{data_set.records.path}: {report.text()}")
         for line in about(data_set.records):
             print(f"  {line}")
-    return 1 if any(report.faults for report in reports) else 0
+    ours, others = reports[0].pictures, [report.pictures for report in reports[1:]]
+    others += [picture_set(records, args.max_pixels, args.workers) for records in against]
+    shared = [Shared(ours, other, leaks(ours.fingerprints, other.fingerprints)) for other in others]
+    for one in shared:
+        print("", *leak_lines(one.leaks, one.ours, one.theirs), sep="\n")
+    if page:
+        write_report_page(page, reports, shared)
+        print(f"\nreport: {page}")
+    leaked = any(one.leaks for one in shared[len(reports) - 1 :])
+    return 1 if leaked or any(report.faults for report in reports) else 0
+
+
+def _opened(source, image_root: str | None):
+    """The records of a path of `--against`; anything else as it is."""
+    if not isinstance(source, str):
+        return source
+    return open_records(source, None if holds_images(source) else image_root)

@@ -45,7 +45,7 @@ def fingerprints(files):
     collector = Collector()
     for number, data in enumerate(files):
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        collector.use(number, collector.add(data, image))
+        collector.use(number, 0, collector.add(data, image))
     return collector.finish()
 
 
@@ -126,12 +126,13 @@ def test_no_pair_of_hashes_is_missed():
 def test_a_picture_that_several_records_use_is_one():
     collector = Collector()
     numbers = [collector.add(encoded(photo(seed)), photo(seed)) for seed in (5, 6, 7)]
-    for record, number in ((2, 2), (4, 0), (4, 0), (9, 2)):  # the second is not used
-        collector.use(record, numbers[number])
+    for record, place, number in ((2, 0, 2), (4, 0, 0), (4, 2, 0), (9, 0, 2)):  # not the second
+        collector.use(record, place, numbers[number])
     found = collector.finish()
     assert len(found) == 2 and groups(found) == []
     assert found.rows.tolist() == [0, 1, 1, 0]  # in the order of use, whoever came first
     assert found.users(np.array([0])) == [2, 9] and found.users(np.array([1])) == [4]
+    assert found.first_use(0) == (2, 0) and found.first_use(1) == (4, 0)
     (leak,) = leaks(found, fingerprints([encoded(photo(5))]))
     assert leak.ours.tolist() == [1]
 

@@ -15,8 +15,9 @@ def test_a_distribution_counts_every_value():
     assert sum(count for _, count in bins) == 7 and over == (">100", 2)
     assert "max 300, sum 670" in lengths.summary()
     assert bars(lengths.bins())[-1].endswith(" 2") and len(bars(lengths.bins())) == 13
-    assert Distribution("few", [1, 1, 3]).bins() == [("0", 0), ("1", 2), ("2", 0), ("3", 1)]
-    assert Distribution("one", [4], 100).bins()[-1] == ("4", 1)
+    assert Distribution("few", [1, 1, 3]).bins() == [("1", 2), ("2", 0), ("3", 1)]
+    assert Distribution("one", [4], 100).bins() == [("4", 1)]
+    assert Distribution("long", [200, 300], 100).bins() == [("100", 0), (">100", 2)]
 
 
 @pytest.mark.parametrize("letter, name", [

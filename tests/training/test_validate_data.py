@@ -1,6 +1,7 @@
 """The command `llava-jax validate` without and with a recipe."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,8 @@ from llava_jax import cli
 from llava_jax.errors import LlavaError
 from llava_jax.training import validate_data
 from tests import tiny_run
+from tests.data.conftest import record
+from tests.data.test_duplicates import photo
 
 
 def test_a_sound_set(data_set, command, capsys):
@@ -185,3 +188,78 @@ def test_show_takes_a_recipe(recipe_file, capsys):
     cut = ["--config.data.max_length=60"]
     assert cli.main(["show", f"--config={recipe_file()}", "--index", "2", *cut]) == 0
     assert "in training: left out: " in capsys.readouterr().out
+
+
+@pytest.fixture
+def leaky(data_set, tmp_path):
+    """leaky(change of a picture): a held-out set whose second picture is record 1's, changed."""
+
+    def leaky(change):
+        folder = tmp_path / "held_out"
+        folder.mkdir()
+        photo(77).save(folder / "other.png")
+        photo(1).save(data_set[1] / "a/1.png")
+        change(photo(1)).save(folder / "same.png")
+        items = [record(f"t{i}", "<image>\nWhat?", "yes", name) for i, name in
+                 enumerate(("other.png", "same.png"))]  # fmt: skip
+        (folder / "test.json").write_text(json.dumps(items))
+        return folder
+
+    return leaky
+
+
+@pytest.mark.parametrize("change, kind", [
+    (lambda picture: picture, "same "),
+    (lambda picture: picture.resize((90, 70)), "near-duplicate"),
+])  # fmt: skip
+def test_pictures_of_a_held_out_set_are_found(data_set, leaky, command, capsys, change, kind):
+    held_out = leaky(change) / "test.json"
+    mixture = held_out.with_suffix(".yaml")
+    mixture.write_text("datasets:\n  - json_path: test.json\n    image_root: .\n")
+    arguments = [data_set[0], "--image_root", data_set[1]]
+    assert command(validate_data, *arguments, "--against", mixture) == 1
+    out = capsys.readouterr().out
+    assert f"{mixture}: 1 of 2 pictures are in {data_set[0]}" in out and kind in out
+    assert "record 1 (id 't1'" in out and "there = record 1 (id 'r1') here" in out
+    (held_out.parent / "same.png").write_bytes(b"no picture")
+    assert command(validate_data, *arguments, "--against", mixture) == 0
+    out = capsys.readouterr().out
+    assert "none of 1 pictures" in out and "1  records there could not be read" in out
+
+
+def test_pictures_of_a_benchmark_are_found(data_set, leaky, tmp_path, capsys):
+    folder = leaky(lambda picture: picture)
+    (folder / "images").mkdir()
+    for name in ("same.png", "other.png"):
+        (folder / name).rename(folder / "images" / name)
+    items = json.loads((folder / "test.json").read_text())
+    (folder / "test.json").write_text(json.dumps([item | {"kind": "all"} for item in items]))
+    config = tmp_path / "benchmark.py"
+    config.write_text(
+        "from configs.eval import easy_vqa\n\n\ndef get_config():\n"
+        f"    config = easy_vqa.get_config()\n    config.data_root = {str(folder)!r}\n"
+        "    config.options.split = 'test'\n    return config\n"
+    )
+    page = tmp_path / "report.html"
+    arguments = ["validate", str(data_set[0]), "--image_root", str(data_set[1])]
+    arguments += ["--report", str(page), "--against"]
+    assert cli.main([*arguments, str(config)]) == 1
+    out = capsys.readouterr().out
+    assert "easy_vqa/test: 1 of 2 pictures" in out and "question 't1' there = record 1" in out
+    assert f"report: {page}" in out and "same.png" in page.read_text()
+    (folder / "images/same.png").unlink()
+    assert cli.main([*arguments, str(config)]) == 1  # before any record is read
+    assert "no image file" in capsys.readouterr().err
+
+
+def test_held_out_data_of_the_recipe_are_compared_but_no_fault(recipe_file, capsys):
+    assert cli.main(["validate", f"--config={recipe_file()}"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"held_out.json: (\d) of \1 pictures are in .*align.json\n +\1  same bytes", out
+    )
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(data_set, command, tmp_path):
+    with pytest.raises(LlavaError, match="no folder .*missing to write r.html into"):
+        command(validate_data, data_set[0], "--report", tmp_path / "missing/r.html")
