@@ -66,17 +66,14 @@ def _closest(word: str, words: list[str]) -> str:
     return f": did you mean {close[0]}?" if close else ""
 
 
-def _with_benchmarks(sources: list[str]) -> list:
-    """Data sets by path, and in place of a config of eval.py the pictures of its benchmarks."""
+def _pictures(source: str) -> list:
+    """The path of a data set, or the pictures of the benchmarks of a config of eval.py."""
+    if not source.endswith(".py"):
+        return [source]
     from llava_jax.command import read_config
     from llava_jax.evaluation.pictures import benchmark_pictures
 
-    found = []
-    for source in sources:
-        is_config = source.endswith(".py")
-        config = read_config(source, base_name="configs.eval.base") if is_config else None
-        found += benchmark_pictures(config) if is_config else [source]
-    return found
+    return benchmark_pictures(read_config(source, base_name="configs.eval.base"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
             args.config = read_config(args.config, changes)
         if getattr(args, "against", None):
-            args.against = _with_benchmarks(args.against)
+            args.against = [one for source in args.against for one in _pictures(source)]
         if getattr(args, "dry_run", None):
             from llava_jax.dry_run import answering
 

@@ -44,6 +44,7 @@ def check_llava_jax(arguments: list[str], monkeypatch) -> None:
     module = importlib.import_module(cli.COMMANDS[arguments[0]][0])
     monkeypatch.setattr(module, "main", lambda args: 0)
     monkeypatch.setattr(answering, "run", lambda args: 0)
+    monkeypatch.setattr(cli, "_pictures", lambda source: [source])  # of benchmarks not at hand
     real = "--config=configs/base.py"
     arguments = [real if a.startswith(f"--config={INVENTED[0]}") else a for a in arguments]
     assert cli.main(arguments) == 0
