@@ -32,7 +32,8 @@ _COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(_GREY) + 1) / (
 class Fingerprints:
     """What is kept of the pictures of a data set, in the order in which records use them first.
 
-    A file that several records name is one picture; a picture inside a data set is one each time.
+    A file that several records name is one picture. One inside a data set is one for each record
+    of that set, however often a mixture repeats the record.
 
     Attributes:
       hashes: uint64 [N, 3], of the encoded bytes, of the pixels, and the perceptual one.
@@ -132,7 +133,7 @@ class Decoded(NamedTuple):
 
 
 class Decoder:
-    """Number of a record -> Decoded. A file is decoded once.
+    """Number of a record -> Decoded. A picture is decoded once.
 
     Args:
       look: checks a video, given it and its name; None leaves videos out.
@@ -154,10 +155,13 @@ class Decoder:
         sources = zip(record.images, record.image_names, strict=True)
         for place, (source, name) in enumerate(sources):
             path = source.source if isinstance(source, Video) else source
-            if isinstance(path, str | StoredObject) and path in self._known:
-                error, number = self._known[path]
+            # A mixture may hold a record several times, with the pictures inside it.
+            inside = f"{record.origin}, picture {place}" if record.origin else None
+            key = path if isinstance(path, str | StoredObject) else inside
+            if key is not None and key in self._known:
+                error, number = self._known[key]
             else:
-                error, number = self._decode(source, path, name)
+                error, number = self._decode(source, key, name)
             if number is not None:
                 pictures.append((place, number))
             if error is not None and found is None:
@@ -169,7 +173,7 @@ class Decoder:
         """Pictures and videos that were decoded."""
         return len(self._known) + self._in_records
 
-    def _decode(self, source, path, name: str) -> tuple[ImageError | None, int | None]:
+    def _decode(self, source, key, name: str) -> tuple[ImageError | None, int | None]:
         error = number = None
         try:
             if not isinstance(source, Video):
@@ -181,9 +185,9 @@ class Decoder:
         except ImageError as found:
             error = found
         with self._lock:
-            if isinstance(path, str | StoredObject):
+            if key is not None:
                 # Two threads may have decoded it: the first one's number is used.
-                return self._known.setdefault(path, (error, number))
+                return self._known.setdefault(key, (error, number))
             self._in_records += 1
         return error, number
 
@@ -213,7 +217,8 @@ def decode_all(decoder: Decoder, indices, threads: int, title: str, progress: bo
 class PictureSet(NamedTuple):
     """The pictures of a data set or a benchmark.
 
-    records: a sequence whose items have `images`, `image_names` and `name`; `path` names it.
+    records: a sequence whose items have `images`, `image_names`, `name` and `origin`; `path` names
+    it.
     unreadable: messages about pictures or records that could not be read.
     """
 

@@ -15,6 +15,7 @@ class QuestionPictures(NamedTuple):
     name: str
     images: tuple[str | bytes | Video, ...]
     image_names: tuple[str, ...]
+    origin: str = ""  # as of a record
 
 
 class BenchmarkPictures:

@@ -1,13 +1,17 @@
 """Copies of pictures, within a data set and in two; what is no copy."""
 
+import base64
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from llava_jax.data.duplicates import BITS, groups, leaks, near_hashes
-from llava_jax.data.fingerprints import Collector
+from llava_jax.data.fingerprints import Collector, picture_set
+from llava_jax.data.records import open_records
+from tests.data.conftest import record
 
 
 def photo(seed, size=(200, 150)):
@@ -126,8 +130,8 @@ def test_no_pair_of_hashes_is_missed():
 def test_a_picture_that_several_records_use_is_one():
     collector = Collector()
     numbers = [collector.add(encoded(photo(seed)), photo(seed)) for seed in (5, 6, 7)]
-    for record, place, number in ((2, 0, 2), (4, 0, 0), (4, 2, 0), (9, 0, 2)):  # not the second
-        collector.use(record, place, numbers[number])
+    for user, place, number in ((2, 0, 2), (4, 0, 0), (4, 2, 0), (9, 0, 2)):  # not the second
+        collector.use(user, place, numbers[number])
     found = collector.finish()
     assert len(found) == 2 and groups(found) == []
     assert found.rows.tolist() == [0, 1, 1, 0]  # in the order of use, whoever came first
@@ -140,3 +144,15 @@ def test_a_picture_that_several_records_use_is_one():
 def test_nothing():
     empty = Collector().finish()
     assert groups(empty) == [] and leaks(empty, empty) == []
+
+
+def test_a_record_that_a_mixture_repeats_is_no_copy(tmp_path):
+    picture = base64.b64encode(encoded(photo(5))).decode()
+    items = [record("a", "<image>What?", "b", f"data:image/png;base64,{picture}")]
+    (tmp_path / "inside.json").write_text(json.dumps(items))
+    (tmp_path / "mix.yaml").write_text("datasets:\n  - path: inside.json\n    repeat: 3\n")
+    found = picture_set(open_records(tmp_path / "mix.yaml"), threads=1, progress=False)
+    assert len(found.fingerprints) == 1 and found.fingerprints.users(np.array([0])) == [0, 1, 2]
+    (tmp_path / "twice.json").write_text(json.dumps(items * 2))
+    found = picture_set(open_records(tmp_path / "twice.json"), threads=1, progress=False)
+    assert [group.kind for group in groups(found.fingerprints)] == ["same bytes"]
