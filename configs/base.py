@@ -63,7 +63,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     # A .json, .jsonl, .parquet or .tar file, a pattern of the last two, a .yaml mixture of data
-    # sets, or a folder: of Parquet files or tars, or one made by `llava-jax build`.
+    # sets, or a folder: of Parquet files or tars, or one made by `llava-jax build`. These, and
+    # image_root, may be URLs that begin with gs://, s3:// or hf://.
     config.data.train = ""
     config.data.validation = ""  # the same, held out; empty: none
     config.data.train_split = placeholder(str)  # of a folder; None: train

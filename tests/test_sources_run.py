@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.data import same_records as same
+from tests.data.bucket_server import BucketServer
 from tests.test_train import read_lines
 from tests.tiny_run import align, run_script, start_script
 
@@ -51,3 +52,33 @@ def test_a_killed_run_ends_as_the_run_on_json_does(world, tmp_path, kind):
     assert code == 0 and "resuming from step" in err, err
     assert logged(killed) == logged(whole)
     assert ("tar-" in str([*(killed / "cache").iterdir()])) == (kind == "tar")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["json", "tar"])
+def test_a_killed_run_on_a_bucket_ends_as_the_run_on_local_files_does(
+    world, tmp_path, monkeypatch, kind
+):
+    pytest.importorskip("gcsfs")
+    whole, killed, local = tmp_path / "whole", tmp_path / "killed", tmp_path / "local"
+    code, _, err = run_script(world, align(world, whole, CHANGES))
+    assert code == 0, err
+    with BucketServer() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
+        monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
+        monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
+        server.upload(world / "data")
+        places = {"data.train": "gs://bkt/align.json", "data.image_root": "gs://bkt/images"}
+        if kind == "tar":
+            converted(world, kind, local)
+            server.upload(local)
+            places = {"data.train": "gs://bkt/align.tar"}
+        values = align(world, killed, CHANGES | places)
+        process = start_script(world, values)
+        while process.poll() is None and not (killed / "checkpoints/2").exists():
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        code, _, err = run_script(world, values)
+    assert code == 0 and "resuming from step" in err, err
+    assert "copying" not in err and logged(killed) == logged(whole)

@@ -62,6 +62,11 @@ def check_config(config: ConfigDict) -> None:
     for key, value in needed.items():
         if not value:
             raise LlavaError(f"config.{key} is empty: set it in the config or with --config.{key}=")
+    if "://" in config.workdir:
+        raise LlavaError(
+            f"config.workdir is {config.workdir}: a run lives in a folder of a file system, not in "
+            "a bucket; name a local or mounted folder, and copy it to the bucket afterwards"
+        )
     if not config.trainable:
         raise LlavaError("config.trainable is empty: name what trains, such as projector")
     if (config.epochs is None) == (config.steps is None):

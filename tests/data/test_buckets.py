@@ -1,11 +1,15 @@
 """Data in a bucket: the records and pictures of local files, copies, and what a store may do."""
 
+import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,8 @@ from tests.data.test_forms import assert_same, batches
 from tests.data.test_tiles import FORMAT
 from tests.tiny_model import byte_tokenizer
 
+fsspec = pytest.importorskip("fsspec")
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # as `buckets` has it
 gcsfs = pytest.importorskip("gcsfs")
 
 
@@ -36,7 +42,8 @@ def bucket(tmp_path, monkeypatch):
     with BucketServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
         monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")  # for other processes
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
         monkeypatch.setattr(buckets, "_WAITS", (0, 0))
         monkeypatch.setattr("gcsfs.retry.min", lambda *_: 0, raising=False)
         _forget()
@@ -312,3 +319,52 @@ def test_urls_are_paths_with_two_slashes():
     assert buckets.below(url.parent, "/a") == Path("/a")
     assert buckets.below(Path("/d"), "a") == Path("/d/a")
     assert not holds_images(Path("nothing"))
+
+
+def test_s3(local, monkeypatch, tmp_path):
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+        "LLAVA_JAX_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    buckets._file_system.cache_clear()
+    try:
+        store = fsspec.filesystem("s3")
+        store.mkdir("bkt")
+        store.put(str(local), "bkt/d", recursive=True)
+        for name, root in (SOURCES[kind] for kind in ("json", "parquet pattern", "mixture")):
+            ours = open_records(f"s3://bkt/d/{name}", root and f"s3://bkt/d/{root}")
+            theirs = open_records(local / name, root and local / root)
+            assert_same(batches(ours), batches(theirs))
+        url = "s3://bkt/d/images/a/1.png"
+        assert buckets.LISTINGS.find(url) == buckets.find(url) and buckets.find(url).tag
+        for missing in ("s3://bkt/none.json", "s3://nobody/none.json"):
+            with pytest.raises(LlavaError, match=f"no data file or data set at {missing}"):
+                open_records(missing)
+    finally:
+        server.stop()
+        buckets._file_system.cache_clear()
+
+
+def test_a_web_server(local, monkeypatch, tmp_path):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(buckets, "_WAITS", (0, 0))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=local)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name, root in (SOURCES[kind] for kind in ("json", "tars")):
+            ours = open_records(f"{url}/{name}", root and f"{url}/{root}")
+            theirs = open_records(local / name, root and local / root)
+            assert_same(batches(ours), batches(theirs))
+        for name in ("none.json", "{0..1}.tar", "tars/*.tar"):
+            with pytest.raises(LlavaError, match=re.escape(url)):
+                open_records(f"{url}/{name}")
+        server.shutdown()

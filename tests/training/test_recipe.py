@@ -38,6 +38,7 @@ def config(parts=None, **changes):
     [
         ({"workdir": ""}, "config.workdir is empty: set it in the config or with"),
         ({"data__train": ""}, "config.data.train is empty"),
+        ({"workdir": "gs://b/run"}, "config.workdir is gs://b/run: a run lives in a folder"),
         ({"trainable": {}}, "config.trainable is empty"),
         ({"epochs": 1}, "set exactly one of config.epochs and config.steps"),
         ({"steps": None}, "set exactly one of config.epochs and config.steps"),
