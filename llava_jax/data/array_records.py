@@ -8,8 +8,8 @@ from pathlib import Path
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.collection import Records, ends_of_files
 from llava_jax.data.forms import ANSWER, LISTS, QUESTION
-from llava_jax.data.pairs import PAIR_KEYS, form_of
-from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS, Record, parse_record
+from llava_jax.data.pairs import PAIR_KEYS
+from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS, Record
 from llava_jax.data.record_boxes import BOX_KEYS
 from llava_jax.errors import LlavaError, RecordError
 
@@ -71,7 +71,7 @@ class ArrayRecords(Records):
         if not 0 <= index < len(self):
             raise IndexError(index)
         item, names = self._example(int(index))
-        record = parse_record(item, int(index), None, self.columns)
+        record = self._parsed(item, int(index))
         return dataclasses.replace(
             record,
             image_names=names if len(names) == len(record.images) else record.image_names,
@@ -103,11 +103,15 @@ class ArrayRecords(Records):
 
     def ignored_keys(self) -> dict[str, int]:
         """feature that nothing reads -> number of records."""
-        return dict.fromkeys(self._ignored, len(self))
+        counts = dict.fromkeys(self._ignored, len(self))
+        if not self.pairs:  # of our own sets not every record need be a pair
+            pairs = int(self._metadata.get("rejected", len(self)))
+            counts |= {key: pairs for key in PAIR_KEYS if key in self._features}
+        return counts
 
     def forms(self) -> list[str]:
         """That of the first record that has one: all have the same features."""
-        form = next(filter(None, (form_of(item, self.columns) for item in self.items())), None)
+        form = next(filter(None, map(self._form_of, self.items())), None)
         return [f"{form} ({len(self):,} records)"] if form else []
 
 

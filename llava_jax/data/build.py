@@ -76,7 +76,7 @@ def build_data_set(
     for option, value in (("--name", name), ("--split", split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
             raise LlavaError(f"{option} {value!r} must be made of a-z, 0-9 and _")
-    records = open_records(data, image_root, columns=columns)
+    records = open_records(data, image_root, columns=columns, pairs=True)
     if isinstance(records, ArrayRecords):
         raise LlavaError(f"{data} is a data set already: give it to training as it is")
     if ignored := ignored_keys_text(records):

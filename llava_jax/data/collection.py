@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 
-from llava_jax.data.forms import check_columns
-from llava_jax.data.pairs import form_of
+from llava_jax.data.forms import check_columns, talk_form
+from llava_jax.data.pairs import pair_form
 from llava_jax.data.parsing import Record, count_ignored_keys, parse_record
 from llava_jax.data.record_boxes import has_boxes
 from llava_jax.errors import LlavaError, RecordError
@@ -24,7 +24,10 @@ class Records(ABC):
       path: of the file or folder.
       image_root: the folder that paths of images and videos start from.
       columns: our names of keys -> those of the data; see `forms.check_columns`.
+      pairs: see `parse_record`.
     """
+
+    pairs = False
 
     def __init__(self, path, image_root, columns=None, **more):
         self.path, self.columns = str(path), check_columns(dict(columns or {}))
@@ -60,22 +63,27 @@ class Records(ABC):
             raise IndexError(index)
         origin = self.origin(int(index))
         try:
-            record = parse_record(self.item(int(index)), int(index), self.image_root, self.columns)
+            record = self._parsed(self.item(int(index)), int(index))
         except RecordError as error:
             if not origin:
                 raise
             raise RecordError(error.kind, f"{origin}: {error}") from None
         return dataclasses.replace(record, origin=origin) if origin else record
 
+    def _parsed(self, item: dict, index: int) -> Record:
+        return parse_record(item, index, self.image_root, self.columns, self.pairs)
+
     def origin(self, index: int) -> str:
         """Where a record is stored, where its number does not say it."""
         return ""
 
     def __getstate__(self):
-        return self._arguments
+        return self._arguments, self.pairs
 
     def __setstate__(self, state):
-        self.__init__(**state)
+        arguments, pairs = state
+        self.__init__(**arguments)
+        self.pairs = pairs
 
     def items(self) -> Iterator:
         """All records as they are stored; None for one that cannot be read, as reading it says."""
@@ -99,13 +107,16 @@ class Records(ABC):
 
     def ignored_keys(self) -> dict[str, int]:
         """key that nothing reads -> number of records with it."""
-        return count_ignored_keys(self.items(), self.columns)
+        return count_ignored_keys(self.items(), self.columns, self.pairs)
 
     def forms(self) -> list[str]:
         """A line about each form of conversation that was recognised."""
-        counts = Counter(form_of(item, self.columns) for item in self.items())
+        counts = Counter(map(self._form_of, self.items()))
         counts.pop(None, None)
         return [f"{form} ({count:,} records)" for form, count in counts.most_common()]
+
+    def _form_of(self, item) -> str | None:
+        return (pair_form if self.pairs else talk_form)(item, self.columns)
 
     def check_named(self, keys) -> None:
         """LlavaError if `columns` names a key that is not among those of the data."""

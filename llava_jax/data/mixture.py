@@ -98,6 +98,16 @@ class MixedRecords:
         self._ends = np.cumsum([len(part.chosen) for part in self._parts]).tolist()
 
     @property
+    def pairs(self) -> bool:
+        """As in `Records`, of all files."""
+        return self._parts[0].records.pairs
+
+    @pairs.setter
+    def pairs(self, value: bool) -> None:
+        for part in self._parts:
+            part.records.pairs = value
+
+    @property
     def holds_boxes(self) -> bool:
         """Whether a record of one of the files may have boxes."""
         return any(part.records.holds_boxes for part in self._parts)

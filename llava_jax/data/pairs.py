@@ -6,6 +6,8 @@ In place of `question` there may be `prompt`, a text or a list of turns, or one 
 `data.forms` with a question last; or a conversation whose last answer is the chosen one, without
 `chosen`. Answers are texts, or lists with one turn. `pair` may hold all of this as JSON text:
 RLHF-V's column `text`, with `config.data.columns={'pair': 'text'}`.
+
+Where no pairs are wanted, these keys mean nothing: a conversation with `rejected` is a conversation.
 """
 
 import json
@@ -28,8 +30,17 @@ from llava_jax.text.conversation import ROLE_NAMES
 PAIR_KEYS = ("pair", "prompt", "chosen", "rejected")
 
 
-def unpaired(item: dict, columns: dict[str, str], where: str) -> tuple[dict, str | None]:
-    """A pair as a record with the chosen answer, and the rejected one; another record as it is.
+def is_pair(item: dict) -> bool:
+    """Whether a record with our names of keys has a rejected answer."""
+    return _unfolded(item).get("rejected") is not None
+
+
+def unpaired(
+    item: dict, columns: dict[str, str], where: str
+) -> tuple[dict, str | None, tuple[str, ...]]:
+    """A pair as a record with the chosen answer, the rejected one, and keys that neither is of.
+
+    Another record as it is, None and ().
 
     Args:
       item: a decoded record with our names of keys.
@@ -41,25 +52,34 @@ def unpaired(item: dict, columns: dict[str, str], where: str) -> tuple[dict, str
     """
     item = _unfolded(item)
     if item.get("rejected") is None:
-        return item, None
+        return item, None, ()
     chosen, rejected = (_answer(item.get(key), key, where) for key in ("chosen", "rejected"))
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer is not None and not answer.strip():
             raise RecordError("bad pair", f"{where}: {key!r} is empty; leave the record out")
     talk = _question(item, columns, where) if chosen else talk_key(item, columns, where)
-    rest = {key: value for key, value in item.items() if key not in (*PAIR_KEYS, *LISTS)}
     if chosen is None:
-        return rest | ({talk: item[talk]} if talk in LISTS else {}), rejected
-    turns = listed(item[talk])
+        plain = {talk: item[talk]} if talk in LISTS else {}
+    else:
+        plain = _answered(item[talk], chosen, where)
+    replaced = {*PAIR_KEYS, *LISTS, *plain}
+    unread = replaced - {"chosen", "rejected", talk}
+    rest = {key: value for key, value in item.items() if key not in replaced}
+    return rest | plain, rejected, tuple(key for key in item if key in unread and item[key])
+
+
+def _answered(question, chosen: str, where: str) -> dict:
+    """The keys of a record for what a pair asks, a text or turns, and its chosen answer."""
+    turns = listed(question)
     if not _is_list(turns):
-        return rest | {QUESTION: item[talk], ANSWER: chosen}, rejected
+        return {QUESTION: question, ANSWER: chosen}
     who, said = keys = turn_keys(turns[0]) or TURN_KEYS[0]
     last = turns[-1].get(who) if isinstance(turns[-1], dict) else None
     if keys == TURN_KEYS[2] or isinstance(last, str) and ROLE_NAMES.get(last) == "gpt":
         raise RecordError(
             "bad pair", f"{where} ends with an answer and has 'chosen', another: keep one of them"
         )
-    return rest | {"messages": [*turns, {who: "gpt", said: chosen}]}, rejected
+    return {"messages": [*turns, {who: "gpt", said: chosen}]}
 
 
 def _question(item: dict, columns: dict[str, str], where: str) -> str:
@@ -83,10 +103,10 @@ def _question(item: dict, columns: dict[str, str], where: str) -> str:
     return given[0]
 
 
-def form_of(item, columns: dict[str, str]) -> str | None:
+def pair_form(item, columns: dict[str, str]) -> str | None:
     """`talk_form` of a record, which may be a pair."""
     try:
-        plain, rejected = unpaired(renamed(item, columns), columns, "")
+        plain, rejected, _ = unpaired(renamed(item, columns), columns, "")
     except (RecordError, AttributeError, TypeError):  # reported when the record is read
         return None
     if rejected is None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from llava_jax.data import attachments
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.forms import Talk, read_talk, renamed, sound_text, with_marks
-from llava_jax.data.pairs import unpaired
+from llava_jax.data.pairs import is_pair, unpaired
 from llava_jax.data.record_boxes import BOX_KEYS, RecordBox, has_boxes, parse_boxes
 from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
@@ -35,6 +35,7 @@ PLAIN_KEYS = tuple(
     "id uid image_id image_ids question_id model source data_source source_dataset dataset "
     "dataset_name split type task task_type category metadata meta width height license".split()
 )
+_PAIRS = "; pairs of answers are read only with config.loss=dpo"
 _READ_KEYS = frozenset((*PLAIN_KEYS, *SYSTEM_KEYS, *UNSUPPORTED_KEYS, *IMAGE_KEYS, *VIDEO_KEYS))
 
 
@@ -82,25 +83,35 @@ def ignored_keys(item: dict, talk: Talk) -> list[str]:
     return keys + [*talk.ignored]
 
 
-def count_ignored_keys(items, columns: dict[str, str]) -> dict[str, int]:
-    """key -> number of records in which it is ignored; most frequent first."""
+def count_ignored_keys(items, columns: dict[str, str], pairs: bool) -> dict[str, int]:
+    """key -> number of records in which it is ignored; most frequent first.
+
+    pairs: see `parse_record`.
+    """
     counts = Counter()
     for item in items:
         try:
-            item, rejected = unpaired(renamed(item, columns), columns, "")
+            item, unread, rejected = renamed(item, columns), (), None
+            if pairs:
+                item, rejected, unread = unpaired(item, columns, "")
             talk = read_talk(item, {} if rejected else columns, "")
-            counts.update(ignored_keys(item, talk))
+            counts.update((*unread, *ignored_keys(item, talk)))
         except (RecordError, AttributeError, TypeError):  # reported when the record is read
             pass
     return dict(counts.most_common())
 
 
 def parse_record(
-    item, index: int, image_root: str | None, columns: dict[str, str] | None = None
+    item,
+    index: int,
+    image_root: str | None,
+    columns: dict[str, str] | None = None,
+    pairs: bool = False,
 ) -> Record:
     """One decoded JSON object -> Record, its image paths joined to `image_root`.
 
     columns: our names of keys -> those of the object; see `forms.check_columns`.
+    pairs: a record with a rejected answer is a pair; otherwise the keys of pairs mean nothing.
 
     Raises RecordError unless the object has a form of this module or of `data.forms`.
     """
@@ -117,12 +128,19 @@ def parse_record(
                 f"{where} has {key!r} {brief(item[key])}: only images and videos are supported; "
                 "leave the record out",
             )
-    item, rejected = unpaired(item, columns or {}, where)
+    rejected, unread = None, ()
+    if pairs:
+        item, rejected, unread = unpaired(item, columns or {}, where)
     if rejected is not None and has_boxes(item):
         raise RecordError(
             "bad pair", f"{where} has boxes and 'rejected': write the boxes of a pair as text"
         )
-    talk = read_talk(item, {} if rejected else columns or {}, where)
+    try:
+        talk = read_talk(item, {} if rejected else columns or {}, where)
+    except RecordError as error:
+        if pairs or not is_pair(item):
+            raise
+        raise RecordError(error.kind, f"{error}{_PAIRS}") from None
     turns = talk.turns
     given = {kind: attachments.sources(item, kind, where) for kind in ("image", "video")}
     if talk.parts is not None:
@@ -144,7 +162,7 @@ def parse_record(
         tuple(source for source, _ in found),
         tuple(name for _, name in found),
         _parse_system(item, talk.system, where),
-        tuple(ignored_keys(item, talk)),
+        (*unread, *ignored_keys(item, talk)),
         parse_boxes(item, turns, len(found), where),
         rejected=rejected,
     )
@@ -191,7 +209,10 @@ def check_record(record: Record, image_root: str | None = None) -> None:
     if not record.turns:
         raise RecordError("no conversations", f"{where} has no conversations")
     if len(record.turns) % 2:
-        raise RecordError("last turn unanswered", f"{where} ends with a human turn; add its answer")
+        hint = _PAIRS if {"rejected", "pair"} & {*record.ignored_keys} else ""
+        raise RecordError(
+            "last turn unanswered", f"{where} ends with a human turn; add its answer{hint}"
+        )
     if record.rejected is not None:
         _check_rejected(record, where)
     places = sum(turn.images for turn in record.turns)

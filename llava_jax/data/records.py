@@ -75,6 +75,7 @@ def open_records(
     seed: int = 0,
     columns: dict[str, str] | None = None,
     cache_dir: str | os.PathLike | None = None,
+    pairs: bool = False,
 ):
     """The records of a data set.
 
@@ -88,10 +89,16 @@ def open_records(
     seed: of what a mixture draws.
     columns: our names of keys -> those of the data; see `forms.check_columns`.
     cache_dir: where it is kept what tars hold; None keeps nothing.
+    pairs: records with a rejected answer are pairs; see `data.pairs`.
     Gives a picklable sequence with random access, whose items are parsed but not checked
     (`check_record`). Raises LlavaError, naming the file and the place.
     """
-    path = place(path)
+    records = _opened(place(path), image_root, split, seed, columns, cache_dir)
+    records.pairs = pairs
+    return records
+
+
+def _opened(path: Path | Url, image_root, split, seed, columns, cache_dir):
     LISTINGS.forget()
     if image_root is not None and not may_be_folder(place(image_root)):
         raise LlavaError(f"the image root {image_root} is not a folder")

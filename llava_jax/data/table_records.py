@@ -16,7 +16,7 @@ from llava_jax.data import arrow
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.collection import Records, ends_of_files, state_of_files
 from llava_jax.data.forms import ANSWER, LISTS, QUESTION
-from llava_jax.data.pairs import PAIR_KEYS, form_of
+from llava_jax.data.pairs import PAIR_KEYS
 from llava_jax.data.parquet import holds_pictures, pictures_of, reading
 from llava_jax.data.parquet_pages import metadata
 from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS
@@ -123,8 +123,7 @@ class TableRecords(Records):
 
     def forms(self) -> list[str]:
         """That of the first record that has one: all have the same columns."""
-        found = (form_of(item, self.columns) for item in self.items())
-        form = next(filter(None, found), None)
+        form = next(filter(None, map(self._form_of, self.items())), None)
         kind = self._files[0].path.suffix[1:].capitalize()
         count = f"{len(self._files)} {kind} file{'s' * (len(self._files) > 1)}"
         return [f"{form} ({len(self):,} records in {count})"] if form else []

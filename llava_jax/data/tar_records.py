@@ -125,7 +125,7 @@ class TarRecords(Records):
 
     def _has_no_talk(self, item: dict, where: str) -> bool:
         """Whether neither a record nor the recipe says what is asked and answered."""
-        if {*forms.TALK, *PAIR_KEYS} & {*self.columns} or {*PAIR_KEYS} & {*item}:
+        if {*forms.TALK, *PAIR_KEYS} & {*self.columns} or self.pairs and {*PAIR_KEYS} & {*item}:
             return False
         return forms.talk_key(item, {}, where) is None
 

@@ -327,8 +327,8 @@ class Stage:
         if held_out:
             path, split = data.validation, data.validation_split
         root = None if holds_images(path) else data.image_root or None
-        columns = data.columns.to_dict()
-        return open_records(path, root, split, self.config.seed, columns, cache_dir)
+        options = {"columns": data.columns.to_dict(), "pairs": self.config.loss == "dpo"}
+        return open_records(path, root, split, self.config.seed, cache_dir=cache_dir, **options)
 
     def data_arguments(self, held_out: bool = False) -> dict:
         """Arguments of `TrainingData`; held-out data come in batches of a microbatch's size."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -47,14 +48,14 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_of_a_pair_is_the_same_record(form):
-    record = parse_record({"id": "7", "image": "a.png", "note": 1, **FORMS[form]}, 0, None)
+    record = parse_record({"id": "7", "image": "a.png", "note": 1, **FORMS[form]}, 0, None, pairs=True)
     assert record.turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "It is red."))
     assert record.rejected == "It is a dog." and record.ignored_keys == ("note",)
 
 
 def test_without_rejected_the_other_keys_are_ignored_as_before():
     item = FORMS["last answer"] | {"chosen": "x", "prompt": "y", "rejected": None, "pair": "left"}
-    record = parse_record(item, 0, None)
+    record = parse_record(item, 0, None, pairs=True)
     assert record.rejected is None and record.ignored_keys == ("chosen", "prompt", "pair")
 
 
@@ -83,12 +84,13 @@ def test_without_rejected_the_other_keys_are_ignored_as_before():
 )
 def test_a_faulty_pair_is_refused(changes, message):
     with pytest.raises(RecordError, match=message):
-        check_record(parse_record({"image": "a.png", **FORMS["prompt"], **changes}, 0, None))
+        item = {"image": "a.png", **FORMS["prompt"], **changes}
+        check_record(parse_record(item, 0, None, pairs=True))
 
 
 def test_what_the_recipe_names_is_the_question_of_a_pair():
     item = {"image": "a.png", "dialog": ASKED, "question": "Another?", "messages": ASKED, **ANSWERS}
-    read = lambda item, columns: parse_record(item, 0, None, columns)
+    read = lambda item, columns: parse_record(item, 0, None, columns, pairs=True)
     assert read(item, {"conversations": "dialog"}).turns[0].text == "<image>\nWhat?"
     assert read(item, {"question": "question"}).turns[0].text == "<image>\nAnother?"
     item = FORMS["last answer"] | {"image": "a.png", "messages": ASKED}
@@ -96,6 +98,49 @@ def test_what_the_recipe_names_is_the_question_of_a_pair():
     assert read(item, columns).turns[1].text == "It is red."
     item = FORMS["prompt"] | {"prompt": "[1, 2]"}  # no list of turns
     assert read(item, {}).turns[0].text == "[1, 2]"
+
+
+@pytest.mark.parametrize("columns", [{}, {"question": "question"}, {"prompt": "prompt"}])
+def test_an_answer_or_a_question_that_a_pair_leaves_unread_is_listed(columns, tmp_path):
+    item = {"id": "7", "question": "What?", "answer": "Red.", **ANSWERS, "note": 1}
+    unread = ["answer", "note"]
+    if columns:
+        item |= {"prompt": "What else?", "messages": ASKED}
+        other = {"question": "prompt", "prompt": "question"}[next(iter(columns))]
+        unread = sorted([*unread, other, "messages"])
+    record = parse_record(item, 0, None, columns, pairs=True)
+    assert sorted(record.ignored_keys) == unread and record.turns[1].text == "It is red."
+    (tmp_path / "pairs.json").write_text(json.dumps([item, item]))
+    records = open_records(tmp_path / "pairs.json", columns=columns, pairs=True)
+    assert records.ignored_keys() == dict.fromkeys(record.ignored_keys, 2)
+
+
+def test_a_conversation_with_a_rejected_answer_is_a_conversation_where_no_pairs_are_read(folder):
+    item = FORMS["last answer"] | {"image": "0.png", "chosen": "It is blue."}
+    with pytest.raises(RecordError, match="has 'chosen', another"):
+        parse_record(item, 0, None, pairs=True)
+    record = parse_record(item, 0, None)
+    assert record.rejected is None and record.turns[-1].text == ANSWERS["chosen"]
+    assert sorted(record.ignored_keys) == ["chosen", "rejected"]
+    (folder / "talks.json").write_text(json.dumps([FORMS["last answer"] | {"image": "0.png"}] * 2))
+    path = build_data_set(folder / "talks.json", None, folder / "out", "talks", progress=False)
+    (folder / "list.yaml").write_text("datasets: [{json_path: talks.json}]")
+    for source in (path, folder / "talks.json", folder / "list.yaml"):
+        for pairs in (False, True):
+            records = pickle.loads(pickle.dumps(open_records(source, pairs=pairs)))
+            assert (records[1].rejected is not None) == pairs
+            assert records.ignored_keys() == ({} if pairs else {"rejected": 2})
+            assert ("pairs of answers" in records.forms()[0]) == pairs
+    f = RowFormat.of(CONFIG, "chatml", 200, 4)
+    records = open_records(folder / "talks.json")
+    data = TrainingData(records, byte_tokenizer(), f, batch_size=1, epochs=1, progress=False)
+    assert data.records_used == 2 and "ignored keys: rejected (2 records)" in data.describe()
+
+
+@pytest.mark.parametrize("form", sorted(FORMS.keys() - {"last answer"}))
+def test_a_pair_alone_says_which_loss_reads_it(form):
+    with pytest.raises(RecordError, match="; pairs of answers are read only with config.loss=dpo"):
+        check_record(parse_record({"id": "7", "image": "a.png", **FORMS[form]}, 0, None))
 
 
 @pytest.mark.parametrize("template", ["v1", "v0", "chatml", "llama_2", "plain", "mistral_instruct"])
@@ -150,7 +195,7 @@ def row_format(max_length: int = 200) -> RowFormat:
 
 
 def test_a_pair_that_is_too_long_is_left_out_and_not_cut(folder):
-    records, f = open_records(folder / "pairs.json"), row_format()
+    records, f = open_records(folder / "pairs.json", pairs=True), row_format()
     options = {"batch_size": 1, "epochs": 1, "progress": False}
     data = TrainingData(records, byte_tokenizer(), f, **options)
     assert data.refused == {"a pair is too long at max_length=200": [2]} and not data.records_cut
@@ -162,7 +207,7 @@ def test_a_pair_that_is_too_long_is_left_out_and_not_cut(folder):
 
 
 def test_a_pair_is_shown_and_validated(folder):
-    records, f = open_records(folder / "pairs.json"), row_format()
+    records, f = open_records(folder / "pairs.json", pairs=True), row_format()
     text = as_text(show(records, 0, f, byte_tokenizer()), colour=False)
     assert "«red<|im_end|>»" in text and "«green<|im_end|>»" in text
     assert "a pair: the chosen answer, then the rejected one; each sees the prompt alone" in text
@@ -173,16 +218,16 @@ def test_a_pair_is_shown_and_validated(folder):
     items[0]["rejected"] = "x<|endoftext|>"
     (folder / "pairs.json").write_text(json.dumps(items))
     report = validate(
-        open_records(folder / "pairs.json"), f, byte_tokenizer(), progress=False, threads=1
+        open_records(folder / "pairs.json", pairs=True), f, byte_tokenizer(), progress=False, threads=1
     )
     (note,) = report.notes["special token in the text"]
     assert note.endswith("rejected: '<|endoftext|>'")
 
 
 def test_a_data_set_keeps_pairs(folder):
-    source = open_records(folder / "pairs.json")
+    source = open_records(folder / "pairs.json", pairs=True)
     path = build_data_set(folder / "pairs.json", None, folder / "out", "pairs", progress=False)
-    stored = open_records(path)
+    stored = open_records(path, pairs=True)
     for a, b in zip(source, stored, strict=True):
         assert (a.id, a.turns, a.rejected) == (b.id, b.turns, b.rejected)
     items = json.loads((folder / "pairs.json").read_text())
@@ -194,7 +239,7 @@ def test_a_data_set_keeps_pairs(folder):
 
 def test_a_picture_whose_rejected_answer_names_a_side_is_not_mirrored():
     item = {"image": "a.png", **FORMS["prompt"], "rejected": "On the left."}
-    record = parse_record(item, 0, None)
+    record = parse_record(item, 0, None, pairs=True)
     picture = Image.fromarray(np.arange(27, dtype=np.uint8).reshape(3, 3, 3))
     changed = Augmentation(flip=1.0)(record, [picture], 0, 0)
     np.testing.assert_array_equal(changed.images[0], picture)
@@ -224,7 +269,7 @@ def published(root, name):
 def test_published_files_are_read(name, tmp_path):
     published(tmp_path / "set", name)
     columns = {"id": "idx"} | ({"pair": "text"} if name == "RLHF-V" else {})
-    records = open_records(tmp_path / "set", columns=columns)
+    records = open_records(tmp_path / "set", columns=columns, pairs=True)
     first, second = (checked_record(records, index) for index in (0, 1))
     assert first.id == "7" and len(first.images) == 1
     assert [turn.text for turn in first.turns] == ["<image>\nWhat?", "It is red."]
