@@ -7,7 +7,7 @@ In place of `question` there may be `prompt`, a text or a list of turns, or one 
 `chosen`. Answers are texts, or lists with one turn. `pair` may hold all of this as JSON text:
 RLHF-V's column `text`, with `config.data.columns={'pair': 'text'}`.
 
-Where no pairs are wanted, these keys mean nothing: a conversation with `rejected` is a conversation.
+Where no pairs are wanted, these keys mean nothing: a conversation with `rejected` is one.
 """
 
 import json

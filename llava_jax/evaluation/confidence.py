@@ -42,6 +42,13 @@ def says_yes(text: str) -> bool:
     return text.strip().lower().startswith("yes")
 
 
+def why_no_curve(confidences: Sequence[float | None]) -> str:
+    """What there is to say where `curve` has no lines."""
+    if all(confidence is None for confidence in confidences):
+        return "no answer begins with yes or no, so min_yes changed nothing"
+    return "none of the questions answered with yes or no has one of them as its right answer"
+
+
 def curve(questions: Sequence[Question], confidences: Sequence[float | None]) -> list[Score]:
     """A line for each of LIMITS, over the questions whose right answer is yes or no.
 

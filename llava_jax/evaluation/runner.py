@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from absl import logging
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
@@ -165,8 +166,12 @@ def _conclude(benchmark: Benchmark, run: dict, answers: list[dict], output: Path
     questions = benchmark.questions
     predictions = [line["prediction"] for line in answers]
     scores = benchmark.score(questions, predictions) if benchmark.score else []
-    if scores and run["min_yes"]:
-        scores = [*confidence.curve(questions, [line.get("yes") for line in answers]), *scores]
+    if run["min_yes"]:
+        confidences = [line.get("yes") for line in answers]
+        curve = confidence.curve(questions, confidences) if scores else []
+        scores = [*curve, *scores]
+        if not curve:
+            logging.warning("%s: %s", benchmark.name, confidence.why_no_curve(confidences))
     metrics = {**run, "scores": {s.kind: {"count": s.count, **s.values} for s in scores}}
     if errors := {s.kind: dict(s.errors) for s in scores if s.errors}:
         metrics["standard_errors"] = errors

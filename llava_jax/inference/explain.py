@@ -102,6 +102,7 @@ class Explanation:
         """Writes both maps of the whole answer over the picture, as PNG or by the path's suffix."""
         from matplotlib.figure import Figure
 
+        picture_format = format_of(path)
         width, height = self.picture.size
         figure = Figure(
             figsize=(10, 1 + 5 * min(max(height / width, 0.3), 2)), layout="constrained"
@@ -117,9 +118,22 @@ class Explanation:
         figure.suptitle(title, parse_math=False)  # prices are no formulas
         try:
             # Without a format, a path that has none would get a suffix.
-            figure.savefig(path, dpi=100, format=Path(path).suffix[1:] or "png")
-        except (OSError, ValueError) as error:  # the latter: an unknown suffix
+            figure.savefig(path, dpi=100, format=picture_format)
+        except OSError as error:
             raise LlavaError(f"cannot write {str(path)!r}: {error}") from None
+
+
+def format_of(path: str | Path) -> str:
+    """What `Explanation.save` writes to a path; LlavaError if it can write nothing there."""
+    from matplotlib.figure import Figure
+
+    path, known = Path(path), Figure().canvas.get_supported_filetypes()
+    name = path.suffix[1:].lower() or "png"
+    if name not in known:
+        raise LlavaError(f"cannot write {str(path)!r}: give it a suffix of {', '.join(known)}")
+    if not path.parent.is_dir():
+        raise LlavaError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    return name
 
 
 def peak(values: np.ndarray) -> tuple[float, float]:

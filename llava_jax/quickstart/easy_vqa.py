@@ -138,7 +138,7 @@ def order_questions(questions: list[Question], seed: str) -> list[Question]:
     rng = random.Random(seed)
     groups = {}
     for question in questions:
-        groups.setdefault(_group(question), []).append(question)
+        groups.setdefault(group_of(question), []).append(question)
     for group in groups.values():
         rng.shuffle(group)
     ordered = []
@@ -147,7 +147,7 @@ def order_questions(questions: list[Question], seed: str) -> list[Question]:
     return ordered
 
 
-def _group(question: Question) -> str:
+def group_of(question: Question) -> str:
     """The group of a question: about a "present" or "absent" thing, or a shape or colour to "name".
 
     "is there not a red shape?" with the answer "no" is about something present.

@@ -19,8 +19,7 @@ from pathlib import Path
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_records
 from llava_jax.quickstart.commands import ROOT, python, train
-from llava_jax.quickstart.easy_vqa import COLORS, SHAPES, Question, read_questions
-from llava_jax.quickstart.easy_vqa import _group as group_of
+from llava_jax.quickstart.easy_vqa import COLORS, SHAPES, Question, group_of, read_questions
 from llava_jax.weights.checksums import is_whole
 from llava_jax.weights.run_directory import latest_step
 from llava_jax.weights.write.save import whole_folder

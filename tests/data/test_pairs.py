@@ -48,7 +48,9 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_of_a_pair_is_the_same_record(form):
-    record = parse_record({"id": "7", "image": "a.png", "note": 1, **FORMS[form]}, 0, None, pairs=True)
+    record = parse_record(
+        {"id": "7", "image": "a.png", "note": 1, **FORMS[form]}, 0, None, pairs=True
+    )
     assert record.turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "It is red."))
     assert record.rejected == "It is a dog." and record.ignored_keys == ("note",)
 
@@ -218,7 +220,11 @@ def test_a_pair_is_shown_and_validated(folder):
     items[0]["rejected"] = "x<|endoftext|>"
     (folder / "pairs.json").write_text(json.dumps(items))
     report = validate(
-        open_records(folder / "pairs.json", pairs=True), f, byte_tokenizer(), progress=False, threads=1
+        open_records(folder / "pairs.json", pairs=True),
+        f,
+        byte_tokenizer(),
+        progress=False,
+        threads=1,
     )
     (note,) = report.notes["special token in the text"]
     assert note.endswith("rejected: '<|endoftext|>'")

@@ -132,6 +132,23 @@ def test_the_runner_asks_with_a_limit_and_with_contrast(llava, tmp_path):
         run()
 
 
+def test_a_limit_that_limits_nothing_is_reported(tmp_path, caplog):
+    random_image(0).save(tmp_path / "0.png")
+    said = {}
+    for word, reference in (("no", "red"), ("red", "red"), ("no", "no")):
+        model = tiny_llava()
+        model.tokenizer.decode = lambda ids, word=word, **options: word
+        questions = [ask(0, "question?", str(tmp_path / "0.png"), reference=reference)]
+        right = graded(lambda question, text: float(text == question.reference))
+        benchmark = Benchmark("kinds", "", questions, **right)
+        caplog.clear()
+        evaluate(model, benchmark, tmp_path / f"{word} {reference}", 1, 1, min_yes=0.5)
+        said[word, reference] = caplog.text
+    assert "kinds: none of the questions answered with yes or no" in said["no", "red"]
+    assert "kinds: no answer begins with yes or no, so min_yes" in said["red", "red"]
+    assert "kinds" not in said["no", "no"]
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(LlavaError, match="min_yes must be from 0 to 1, not 2"):
         answer_settings(8, {}, 2)

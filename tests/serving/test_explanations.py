@@ -148,5 +148,10 @@ def test_the_command_writes_both_maps(model, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.startswith("xyz\nprobability of these 3 tokens") and "nats" in printed
     assert Image.open(out).size[0] == 1000
+    monkeypatch.setattr(explain, "load_from_arguments", None)  # what is wrong is said before it
+    with pytest.raises(LlavaError, match="cannot write .*where.doc.*: give it a suffix of .*png"):
+        run(*flags, "--out", str(tmp_path / "where.doc"))
+    with pytest.raises(LlavaError, match="cannot write .*: there is no folder .*nowhere"):
+        run(*flags, "--out", str(tmp_path / "nowhere/where.png"))
     with pytest.raises(LlavaError, match="--windows must be from 1 to 32, not 0"):
         run(*flags, "--out", out, "--windows", "0")
