@@ -138,9 +138,10 @@ def parse_record(
     try:
         talk = read_talk(item, {} if rejected else columns or {}, where)
     except RecordError as error:
-        if pairs or not is_pair(item):
+        if pairs or error.kind != "no conversations" or not is_pair(item):
             raise
-        raise RecordError(error.kind, f"{error}{_PAIRS}") from None
+        reason = f"{where} has two answers and no 'conversations'{_PAIRS}"
+        raise RecordError(error.kind, reason) from None
     turns = talk.turns
     given = {kind: attachments.sources(item, kind, where) for kind in ("image", "video")}
     if talk.parts is not None:

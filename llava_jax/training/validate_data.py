@@ -189,4 +189,4 @@ def _opened(source, image_root: str | None):
     """The records of a path of `--against`; anything else as it is."""
     if not isinstance(source, str):
         return source
-    return open_records(source, None if holds_images(source) else image_root)
+    return open_records(source, None if holds_images(source) else image_root, pairs=True)

@@ -24,7 +24,7 @@ def test_pairs(tmp_path, monkeypatch):
     known = {(q.image, q.text): q.answer for q in read_questions("train")}
     groups = collections.Counter()
     for index, item in enumerate(items["train"]):
-        record = parse_record(item, index, None)
+        record = parse_record(item, index, None, pairs=True)
         number, _, group = record.id.partition("-")
         question, chosen = (turn.text for turn in record.turns)
         assert chosen == known[int(number), question.removeprefix("<image>\n")]
