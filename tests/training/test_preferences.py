@@ -48,7 +48,7 @@ def batches_of(config, path, tokenizer=None, **options) -> list[dict]:
     size = settings.pop("batch_size", 2)
     row_format = RowFormat.of(config, "chatml", **settings)
     data = TrainingData(
-        open_records(path),
+        open_records(path, pairs=True),
         tokenizer or byte_tokenizer(),
         row_format,
         batch_size=size,
