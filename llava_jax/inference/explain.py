@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from llava_jax.data.media import preprocess
@@ -35,7 +36,8 @@ from llava_jax.models.places import picture_map
 if TYPE_CHECKING:  # model.py imports this module
     from llava_jax.inference.model import Llava
 
-WINDOWS, MOST_WINDOWS = 7, 32  # along a side
+SPAN = 3  # steps of a window, which is moved by one
+WINDOWS, FEWEST_WINDOWS, MOST_WINDOWS = 8, SPAN, 32  # along a side
 Shape = tuple[int, int]  # height, width
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -81,22 +83,16 @@ class Explanation:
     def drop(self, token: int | None = None, shape: Shape | None = None) -> np.ndarray:
         """The log probability that blanking each pixel costs, float32[H, W], in nats.
 
-        A pixel has the mean of the windows that cover it. Below 0 blanking helps.
+        A pixel has the mean of the nine windows that cover it. Below 0 blanking helps.
 
         Arguments as in `attention`, but by default of the whole answer.
         """
         drops = self.drops.sum(0) if token is None else self.drops[token]
-        count = len(drops)
-        totals, covered = np.zeros((2, count + 1, count + 1))
-        for down in (0, 1):
-            for right in (0, 1):
-                part = np.s_[down : down + count, right : right + count]
-                totals[part] += drops
-                covered[part] += 1
+        of_steps = sliding_window_view(drops, (SPAN, SPAN)).mean((2, 3))
         width, height = self.picture.size
-        steps = zip((height, width), shape or (height, width), strict=True)
-        rows, columns = (_step_of(side, pixels, count) for side, pixels in steps)
-        return (totals / covered)[np.ix_(rows, columns)].astype(np.float32)
+        axes = zip((height, width), shape or (height, width), strict=True)
+        rows, columns = (_step_of(side, pixels, len(drops)) for side, pixels in axes)
+        return of_steps[np.ix_(rows, columns)].astype(np.float32)
 
     def save(self, path: str | Path) -> None:
         """Writes both maps of the whole answer over the picture, as PNG or by the path's suffix."""
@@ -142,9 +138,14 @@ def peak(values: np.ndarray) -> tuple[float, float]:
     return columns.mean() + 0.5, rows.mean() + 0.5
 
 
+def steps_of(count: int) -> int:
+    """The steps of a side by which so many windows move along it."""
+    return count - SPAN + 1
+
+
 def _edges(side: int, count: int) -> np.ndarray:
-    """int[count + 2]: where the count + 1 steps of a side begin, and its end."""
-    return np.round(np.linspace(0, side, count + 2)).astype(int)
+    """int[steps + 1]: where the steps of a side begin, and its end."""
+    return np.round(np.linspace(0, side, steps_of(count) + 1)).astype(int)
 
 
 def _step_of(side: int, pixels: int, count: int) -> np.ndarray:
@@ -156,15 +157,21 @@ def _step_of(side: int, pixels: int, count: int) -> np.ndarray:
 def window_boxes(size: Size, count: int) -> Iterator[Box]:
     """The count x count windows of a picture, row by row, in pixels.
 
-    Each is two steps wide and high, of which there are count + 1, so neighbours share half:
+    Each is SPAN steps wide and high, and its neighbour is one step on. The first and the last hang
+    over the edge, so that every step is covered by as many windows:
 
-        count 3     aab.     .bbc     (a window of the first row: steps 0 and 1, 1 and 2, 2 and 3)
+        count 5     aa|a..|     b|bb.|     |ccc|     |.dd|d     |..e|ee
     """
-    across, down = (_edges(side, count) for side in size)
-    for row in range(count):
-        for column in range(count):
-            left, right = across[column], across[column + 2]
-            yield int(left), int(down[row]), int(right), int(down[row + 2])
+    for top, bottom in _extents(size[1], count):
+        for left, right in _extents(size[0], count):
+            yield left, top, right, bottom
+
+
+def _extents(side: int, count: int) -> list[tuple[int, int]]:
+    """Where each of the windows along a side begins and ends."""
+    edges = _edges(side, count).tolist()
+    padded = edges[:1] * (SPAN - 1) + edges + edges[-1:] * (SPAN - 1)
+    return list(zip(padded[:-SPAN], padded[SPAN:], strict=True))
 
 
 def blanked(picture: Image.Image, box: Box) -> Image.Image:
@@ -191,9 +198,10 @@ class Inquiry:
     """
 
     def __init__(self, model: "Llava", request: Request, answer: str, windows: int = WINDOWS):
-        if type(windows) is not int or not 1 <= windows <= MOST_WINDOWS:
+        if type(windows) is not int or not FEWEST_WINDOWS <= windows <= MOST_WINDOWS:
             raise LlavaError(
-                f"windows must be a whole number from 1 to {MOST_WINDOWS}, not {windows!r}"
+                f"windows must be a whole number from {FEWEST_WINDOWS} to {MOST_WINDOWS}, "
+                f"not {windows!r}"
             )
         numbers = [i for i, picture in enumerate(request.pictures) if not picture.is_video]
         if not numbers:

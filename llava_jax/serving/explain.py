@@ -5,7 +5,13 @@ import argparse
 import numpy as np
 
 from llava_jax.errors import LlavaError
-from llava_jax.inference.explain import MOST_WINDOWS, WINDOWS, format_of, peak
+from llava_jax.inference.explain import (
+    FEWEST_WINDOWS,
+    MOST_WINDOWS,
+    WINDOWS,
+    format_of,
+    peak,
+)
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
 
@@ -25,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Writes the picture and prints the answer with both maps' peaks; returns the exit code."""
     # What is wrong is reported before the model is loaded.
-    if not 1 <= args.windows <= MOST_WINDOWS:
-        raise LlavaError(f"--windows must be from 1 to {MOST_WINDOWS}, not {args.windows}")
+    if not FEWEST_WINDOWS <= args.windows <= MOST_WINDOWS:
+        fewest, most = FEWEST_WINDOWS, MOST_WINDOWS
+        raise LlavaError(f"--windows must be from {fewest} to {most}, not {args.windows}")
     format_of(args.out)
     model = load_from_arguments(args)
     options = {"system": args.system, "windows": args.windows}

@@ -11,7 +11,14 @@ from starlette.responses import JSONResponse, Response
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
-from llava_jax.inference.explain import MOST_WINDOWS, WINDOWS, Explanation, Inquiry
+from llava_jax.inference.explain import (
+    FEWEST_WINDOWS,
+    MOST_WINDOWS,
+    WINDOWS,
+    Explanation,
+    Inquiry,
+    steps_of,
+)
 from llava_jax.inference.jobs import Job, Picture
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.api import ApiError, read_model
@@ -71,8 +78,11 @@ def _windows(value, queue: int) -> int:
     """The windows along a side, by default as many as the queue has room for, at most WINDOWS."""
     most = min(MOST_WINDOWS, math.isqrt(queue - 1))
     value = min(WINDOWS, most) if value is None else value
-    if type(value) is not int or not 1 <= value <= most:
-        message = f"windows must be a whole number from 1 to {most}, for which the queue has room"
+    if type(value) is not int or not FEWEST_WINDOWS <= value <= most:
+        message = (
+            f"windows must be a whole number from {FEWEST_WINDOWS} to {most}, for which the queue "
+            "has room"
+        )
         raise ApiError(400, message, "windows", "invalid_value")
     return value
 
@@ -105,7 +115,7 @@ def _maps(found: Explanation) -> dict:
     width, height = found.picture.size
     scale = min(1, CELLS / max(width, height))
     shape = max(1, round(height * scale)), max(1, round(width * scale))
-    steps = (found.drops.shape[1] + 1,) * 2
+    steps = (steps_of(found.drops.shape[1]),) * 2
     tokens = range(len(found.tokens))
     return {
         "width": width,

@@ -17,6 +17,7 @@ import jax
 
 from llava_jax.errors import LlavaError
 from llava_jax.inference.engine import Engine
+from llava_jax.inference.explain import FEWEST_WINDOWS
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument(
         "--explain", action="store_true",
-        help="allow /v1/explain, and its button in the page: where the model looked, for 50 passes",
+        help="allow /v1/explain, and its button in the page: where the model looked, for 65 passes",
     )  # fmt: skip
     work.add_argument(
         "--prompt_logprobs", action="store_true", help="allow prompt_logprobs, which cost a pass"
@@ -130,8 +131,8 @@ def check_arguments(args) -> None:
     """LlavaError if a number among the arguments makes no sense, whatever the model."""
     if args.batch_size < 1 or args.max_queue < 1:
         raise LlavaError("--batch_size and --max_queue must be at least 1")
-    if args.explain and args.max_queue < 2:
-        raise LlavaError("--explain takes two places in the queue: give a --max_queue of 2 or more")
+    if args.explain and args.max_queue <= (least := FEWEST_WINDOWS**2):
+        raise LlavaError(f"--explain needs --max_queue to be at least {least + 1}")
     if args.replicas < 1 or args.tensor < 1:
         raise LlavaError("--replicas and --tensor must be at least 1")
     if args.max_images < 0 or args.drain_seconds < 0:

@@ -36,7 +36,7 @@ def post(live, body: dict, path: str = "/v1/explain") -> tuple[int, dict]:
 
 def asked(*images: str, answer: str = "xyz", **fields) -> dict:
     answered = {"role": "assistant", "content": answer}
-    return {"messages": [question("what?", *images), answered], "windows": 3, **fields}
+    return {"messages": [question("what?", *images), answered], "windows": 4, **fields}
 
 
 def test_the_same_maps_as_from_python(live, model):
@@ -46,16 +46,16 @@ def test_the_same_maps_as_from_python(live, model):
     live.wait_idle()
     assert model.engine.counts.compilations == before
     images = [random_image(0), random_image(1, (80, 40))]
-    expected = model.explain("<image>\n<image>\nwhat?", images, "xyz", windows=3)
+    expected = model.explain("<image>\n<image>\nwhat?", images, "xyz", windows=4)
     assert (found["width"], found["height"]) == (80, 40)
     assert tuple(found["tokens"]) == expected.tokens == ("x", "y", "z")
     np.testing.assert_allclose(found["logprobs"], expected.logprobs, rtol=1e-3)
     attention, drop = np.array(found["attention"]), np.array(found["drop"])
-    assert attention.shape == (3, 16, 32) and drop.shape == (3, 4, 4)
+    assert attention.shape == (3, 16, 32) and drop.shape == (3, 2, 2)
     for token in range(3):
         wanted = expected.attention(token, (16, 32))
         np.testing.assert_allclose(attention[token], wanted, rtol=2e-3, atol=1e-9)
-        wanted = expected.drop(token, (4, 4))
+        wanted = expected.drop(token, (2, 2))
         np.testing.assert_allclose(drop[token], wanted, rtol=2e-3, atol=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_earlier_turns_and_other_requests_do_not_matter(live, model):
     given = [("<image>\nfirst?", "yes")]
     images = [random_image(2), random_image(0)]
     expected = model.explain(
-        "<image>\nwhat?", images, "xyz", history=given, system="Be brief.", windows=3
+        "<image>\nwhat?", images, "xyz", history=given, system="Be brief.", windows=4
     )
     np.testing.assert_allclose(found["logprobs"], expected.logprobs, rtol=1e-3)
 
@@ -86,8 +86,8 @@ BAD_PICTURE = "data:image/png;base64," + base64.b64encode(b"no picture").decode(
         (asked(), "messages", "no picture"),
         (asked(data_url(0), answer=""), "messages", "the answer is empty"),
         (asked(data_url(0), answer="x" * 200), "messages", "the context 128"),
-        (asked(data_url(0), windows=5), "windows", "from 1 to 4"),
-        (asked(data_url(0), windows=True), "windows", "from 1 to 4"),
+        (asked(data_url(0), windows=5), "windows", "from 3 to 4"),
+        (asked(data_url(0), windows=True), "windows", "from 3 to 4"),
         (asked(BAD_PICTURE), "messages[0].content[0].image_url.url", "is not a picture"),
         (asked(data_url(0), model="other"), "model", "is not served here"),
     ],
@@ -111,13 +111,13 @@ def test_it_is_off_unless_it_is_turned_on(model):
 
 
 def test_windows_fit_into_the_queue():
-    assert explanations._windows(None, 128) == 7 and explanations._windows(None, QUEUE) == 4
+    assert explanations._windows(None, 128) == 8 and explanations._windows(None, QUEUE) == 4
     for value, queue in ((5, QUEUE), (33, 5000)):  # the second: more than any explanation has
         with pytest.raises(ApiError) as caught:
             explanations._windows(value, queue)
         assert caught.value.param == "windows"
-    with pytest.raises(LlavaError, match="--explain takes two places"):
-        serve.make_server(arguments("--explain", "--max_queue", "1"))
+    with pytest.raises(LlavaError, match="--explain needs --max_queue to be at least 10"):
+        serve.make_server(arguments("--explain", "--max_queue", "9"))
 
 
 def test_a_client_that_leaves_holds_nothing(live):
@@ -144,7 +144,7 @@ def test_the_command_writes_both_maps(model, tmp_path, capsys, monkeypatch):
     random_image(0).save(tmp_path / "a.png")
     flags = ["--checkpoint", str(tmp_path), "--image", str(tmp_path / "a.png"), "--prompt", "what?"]
     out = str(tmp_path / "where.png")
-    assert run(*flags, "--answer", "xyz", "--out", out, "--windows", "2") == 0
+    assert run(*flags, "--answer", "xyz", "--out", out, "--windows", "3") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("xyz\nprobability of these 3 tokens") and "nats" in printed
     assert Image.open(out).size[0] == 1000
@@ -153,5 +153,5 @@ def test_the_command_writes_both_maps(model, tmp_path, capsys, monkeypatch):
         run(*flags, "--out", str(tmp_path / "where.doc"))
     with pytest.raises(LlavaError, match="cannot write .*: there is no folder .*nowhere"):
         run(*flags, "--out", str(tmp_path / "nowhere/where.png"))
-    with pytest.raises(LlavaError, match="--windows must be from 1 to 32, not 0"):
+    with pytest.raises(LlavaError, match="--windows must be from 3 to 32, not 0"):
         run(*flags, "--out", out, "--windows", "0")

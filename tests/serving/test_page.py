@@ -201,7 +201,7 @@ def test_where_the_model_looked_is_drawn_over_the_picture(page, live):
     size = lambda: page.evaluate(
         "(({ width, height }) => [width, height])(document.querySelector('.look canvas'))"
     )
-    assert size() == [8, 8] and "Blanking there costs" in page.locator(".look").inner_text()
+    assert size() == [6, 6] and "Blanking there costs" in page.locator(".look").inner_text()
     shown = "document.querySelector('.look canvas').toDataURL()"
     blanking = page.evaluate(shown)
     page.get_by_label("Token 1").click()
