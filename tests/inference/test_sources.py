@@ -137,9 +137,10 @@ def test_servers_that_break_the_protocol_are_reported(speak, reply, message):
 
 def test_servers_that_are_too_slow_or_send_too_much_are_left(speak, monkeypatch):
     begin = b"HTTP/1.1 200 OK\r\n\r\n"
-    monkeypatch.setattr(pictures, "PATIENCE", 0.3)
-    with pytest.raises(LlavaError, match="it takes more than 0.3 seconds"):
-        fetch(speak(begin + b"a" * 100, slow=True), allow_urls=True)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(pictures, "PATIENCE", 0.3)
+        with pytest.raises(LlavaError, match="it takes more than 0.3 seconds"):
+            fetch(speak(begin + b"a" * 100, slow=True), allow_urls=True)
     monkeypatch.setattr(pictures, "MAX_BYTES", 99)
     with pytest.raises(LlavaError, match="it has more than 99 bytes"):
         fetch(speak(begin + b"a" * 100), allow_urls=True)

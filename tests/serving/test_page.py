@@ -3,10 +3,11 @@
 import base64
 import json
 import shutil
-import time
+import threading
 
 import pytest
 
+from llava_jax.inference.answer import Answer
 from tests.serving.live_server import LiveServer, data_url
 
 CHROMIUM = shutil.which("chromium")
@@ -124,14 +125,17 @@ def test_regenerate_edit_and_branches(page):
 
 
 def test_stop_frees_the_row(page, live, monkeypatch):
-    device = live.model.engine.device
+    device, began, stopped = live.model.engine.device, threading.Event(), threading.Event()
     decode, before = device.decode, live.model.engine.counts.answer_tokens
+    cancel = Answer.cancel
 
-    def slow_decode(*args):
-        time.sleep(1)  # the tiny model would answer before the key is pressed
+    def held_decode(*args):
+        began.set()
+        stopped.wait(30)
         return decode(*args)
 
-    monkeypatch.setattr(device, "decode", slow_decode)
+    monkeypatch.setattr(device, "decode", held_decode)
+    monkeypatch.setattr(Answer, "cancel", lambda answer: (cancel(answer), stopped.set()))
     limit(page, 100)
     page.evaluate(
         """() => { const plain = window.fetch; window.fetch = (url, options) => {
@@ -140,6 +144,8 @@ def test_stop_frees_the_row(page, live, monkeypatch):
     )
     page.fill("#text", "long")
     page.press("#text", "Enter")
+    page.wait_for_selector("#halt:enabled")
+    assert began.wait(30)
     page.keyboard.press("Escape")
     page.wait_for_selector("#send:enabled")
     live.wait_idle()

@@ -5,6 +5,7 @@ import dataclasses
 import http.client
 import json
 import socket
+import threading
 import time
 
 import openai
@@ -213,10 +214,21 @@ def test_clients_that_leave_hold_nothing(live, model):
     assert status == 200 and len(answer["choices"]) == 2
 
 
-def test_more_than_the_queue_holds_is_refused_with_retry_after(live):
+def test_more_than_the_queue_holds_is_refused_with_retry_after(live, monkeypatch):
     body = {"messages": [question("full?")], "max_tokens": 60, "ignore_eos": True, "n": 8}
+    device, full = live.model.engine.device, threading.Event()
+    decode = device.decode
+    # No answer ends before the queue has been full.
+    monkeypatch.setattr(device, "decode", lambda *args: (full.wait(30), decode(*args))[1])
+
+    def ask(_):
+        found = post(live, "/v1/chat/completions", body)
+        if found[0] == 503:
+            full.set()
+        return found
+
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda _: post(live, "/v1/chat/completions", body), range(16)))
+        found = list(pool.map(ask, range(16)))
     statuses = [status for status, _, _ in found]
     assert set(statuses) == {200, 503}
     refused = next(entry for entry in found if entry[0] == 503)
