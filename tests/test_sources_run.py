@@ -36,6 +36,18 @@ def logged(workdir) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.endswith(timings)} for line in lines]
 
 
+def killed_and_resumed(world, values: dict, workdir) -> str:
+    """Kills a run once it has saved step 2, and starts it again; what that one wrote to stderr."""
+    process = start_script(world, values)
+    while process.poll() is None and not (workdir / "checkpoints/2").exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    code, _, err = run_script(world, values)
+    assert code == 0 and "resuming from step" in err, err
+    return err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_a_killed_run_ends_as_the_run_on_json_does(world, tmp_path, kind):
@@ -43,13 +55,7 @@ def test_a_killed_run_ends_as_the_run_on_json_does(world, tmp_path, kind):
     code, _, err = run_script(world, align(world, whole, CHANGES))
     assert code == 0, err
     values = align(world, killed, CHANGES | {"data.train": converted(world, kind, tmp_path)})
-    process = start_script(world, values)
-    while process.poll() is None and not (killed / "checkpoints/2").exists():
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    code, _, err = run_script(world, values)
-    assert code == 0 and "resuming from step" in err, err
+    killed_and_resumed(world, values, killed)
     assert logged(killed) == logged(whole)
     assert ("tar-" in str([*(killed / "cache").iterdir()])) == (kind == "tar")
 
@@ -74,11 +80,5 @@ def test_a_killed_run_on_a_bucket_ends_as_the_run_on_local_files_does(
             server.upload(local)
             places = {"data.train": "gs://bkt/align.tar"}
         values = align(world, killed, CHANGES | places)
-        process = start_script(world, values)
-        while process.poll() is None and not (killed / "checkpoints/2").exists():
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-        code, _, err = run_script(world, values)
-    assert code == 0 and "resuming from step" in err, err
+        err = killed_and_resumed(world, values, killed)
     assert "copying" not in err and logged(killed) == logged(whole)
