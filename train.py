@@ -28,7 +28,6 @@ from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.training import recipe
 from llava_jax.training.preemption import sigterm_noted
 from llava_jax.training.stage import Stage
-from llava_jax.training.step import REFERENCE, TrainState
 from llava_jax.weights.read.fields import read_json
 from llava_jax.weights.run_directory import check_sources, latest_step, write_run_model
 
@@ -100,7 +99,7 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
         # 3. Run.
         batches = data.batch_iterator(int(state.step), *stage.part)
         with stage.scope(), sigterm_noted() as stop, contextlib.closing(batches):
-            report_start(stage, state, frozen, data)
+            hosts.report(stage.description(state, frozen, data.steps))
             first = next(batches)
             began, arrays = time.perf_counter(), stage.put(first.arrays)
             train_step = stage.compile_step(optimizer, state, of_steps, arrays)
@@ -177,23 +176,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pth", "*.index.json", ".*")
     if source.resolve() != target.resolve():
         shutil.copytree(source, target, dirs_exist_ok=True, ignore=weights)
-
-
-def report_start(stage: Stage, state: TrainState, frozen: dict, data: TrainingData) -> None:
-    """What is about to run, on what: the lines to look at if something is not as expected."""
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
-    devices = f"{stage.mesh.size} x {stage.mesh.devices.flat[0].device_kind}"
-    if jax.process_count() > 1:
-        devices += f" of {jax.process_count()} processes"
-    reference = count(frozen.get(REFERENCE, {}))
-    copied = f" and {reference:,.1f}M more as they start" if reference else ""
-    hosts.report(
-        f"{devices} as {dict(stage.mesh.shape)}; parameters: {count(state.params):,.1f}M trained "
-        f"({', '.join(state.params)}), {count(frozen) - reference:,.1f}M frozen{copied}; image: "
-        f"{stage.model.config.image_words}; steps: {int(state.step)} of {data.steps} done"
-    )
-    if stage.refused:
-        hosts.report(f"attention: {stage.model.attention}, not {stage.refused}")
 
 
 def finish(workdir: Path, done: int, steps: int) -> None:

@@ -179,6 +179,26 @@ class Stage:
         """The frozen parameters without the encoder, if steps do without it."""
         return {k: v for k, v in frozen.items() if k != "vision" or not self.from_features}
 
+    def description(self, state: TrainState, frozen: dict, steps: int) -> str:
+        """What is about to run, on what: where to look if something is not as expected."""
+        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+        devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+        if jax.process_count() > 1:
+            devices += f" of {jax.process_count()} processes"
+        reference = count(frozen.get(REFERENCE, {}))
+        copied = f" and {reference:,.1f}M more as they start" if reference else ""
+        text = (
+            f"{devices} as {dict(self.mesh.shape)}; parameters: {count(state.params):,.1f}M "
+            f"trained ({', '.join(state.params)}), {count(frozen) - reference:,.1f}M "
+            f"frozen{copied}; image: {self.model.config.image_words}; steps: {int(state.step)} of "
+            f"{steps} done"
+        )
+        return (
+            f"{text}\nattention: {self.model.attention}, not {self.refused}"
+            if self.refused
+            else text
+        )
+
     @property
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
