@@ -88,6 +88,6 @@ class Shortage:
             return f"raise --config.data.workers from {self._workers} to {self._cpus}, {again}"
         return (
             f"{self._workers} workers keep {self._cpus} CPUs busy; store the pictures at about the "
-            "size that the model takes, make one set of Parquet files with `llava-jax build`, or "
+            "size that the model takes, make one data set of it all with `llava-jax build`, or "
             "take a machine with more CPUs"
         )
