@@ -32,8 +32,8 @@ TILES = (1, 4, 16, 64)  # encoded at once
 
 
 def tile_bucket(waiting: int) -> int:
-    """How many tiles the next call encodes: the most of TILES that are filled to 3/4."""
-    return max(count for count in TILES if count == 1 or 4 * waiting >= 3 * count)
+    """How many tiles the next call encodes: the most of TILES with 1/8 or one to spare."""
+    return max(count for count in TILES if count - waiting <= max(count // 8, 1))
 
 
 def all_calls(

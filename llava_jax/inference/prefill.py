@@ -20,6 +20,7 @@ from llava_jax.models.taps import TEXT
 SMALLEST_LENGTH = 16
 SMALLEST_CACHE = 64
 TOKENS_AT_A_TIME = 4096  # of prompts; a longer one is read in parts
+TOKENS_OF_A_CALL = 256  # a call costs about as much as reading so many more: weights are read
 
 
 def length_bucket(length: int, few: bool = False) -> int:
@@ -142,6 +143,8 @@ def take_prompts(
 ) -> tuple[list[Job], PrefillShape]:
     """Takes the first jobs of a wave, as many as one call should read; the first is not too long.
 
+    As many as make it the cheapest for each token: a prompt of 3,060 tokens is read in a call of
+    3,072, and the three of 30 tokens behind it in one of 96, not all in one of 4,096.
     A prompt and its twin are read in one call, in which their first token is chosen.
 
     Args:
@@ -151,17 +154,21 @@ def take_prompts(
     """
     whole = list(itertools.takewhile(lambda job: rest_of(job) <= TOKENS_AT_A_TIME, wave))
     shape = _shape_for(whole, size, more, few)
-    count, pieces, tokens = 0, 0, shape.tokens
-    for job in whole:
-        tokens, pieces = tokens - rest_of(job), pieces + shape.pieces(job)
-        if tokens < 0 or pieces > shape.chunks:
+    best = None
+    for count in range(1, len(whole) + 1):
+        jobs = whole[:count]
+        read = sum(map(rest_of, jobs))
+        if read > shape.tokens or shape.pieces(*jobs) > shape.chunks:
             break
-        count += 1
+        own = _shape_for(jobs, size, False, few)  # those that did not fit may be the longest
+        if own.pieces(*jobs) > own.chunks:
+            own = shape
+        cost = (own.tokens + TOKENS_OF_A_CALL) / read
+        if best is None or cost <= best[0]:
+            best = cost, count, own
+    _, count, shape = best
     jobs = wave[:count]
     del wave[:count]
-    smaller = _shape_for(jobs, size, False, few)  # those that did not fit may be the longest
-    if smaller.pieces(*jobs) <= smaller.chunks:
-        shape = smaller
     return jobs, shape
 
 

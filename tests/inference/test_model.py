@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from llava_jax.inference.prefill import (
     chunk_count,
     count_bucket,
     length_bucket,
+    take_prompts,
     token_bucket,
 )
 from llava_jax.inference.sampling import SamplingParams
@@ -98,7 +100,26 @@ def test_buckets_are_few_and_waste_little():
         assert longest <= 4 * chunk and (chunk == 16 or chunk < longest)
         for tokens in (length_bucket(longest), 4096):
             assert chunk_count(tokens, chunk) * chunk >= tokens
-    assert [tile_bucket(n) for n in (1, 2, 3, 11, 12, 47, 48, 500)] == [1, 1, 4, 4, 16, 16, 64, 64]
+    assert [tile_bucket(n) for n in (1, 2, 3, 13, 14, 55, 56, 500)] == [1, 1, 4, 4, 16, 16, 64, 64]
+
+
+def test_a_call_reads_as_many_prompts_as_leave_the_least_padding():
+    def calls(*rests: int, more: bool = False) -> list[tuple[int, int]]:
+        """Prompts and tokens of the calls that read prompts of so many tokens."""
+        read = [SimpleNamespace(rest=rest) for rest in rests]
+        wave, made = [SimpleNamespace(readings=[one], length=one.rest) for one in read], []
+        while wave:
+            jobs, shape = take_prompts(wave, 8192, more)
+            assert shape.pieces(*jobs) <= shape.chunks
+            made.append((len(jobs), shape.tokens))
+        return made
+
+    assert calls(3060, 30, 30, 30) == [(1, 3072), (3, 96)]  # not 4,096 for the first three
+    assert calls(*[40] * 8) == [(8, 384)]  # one call that is not full is better than two
+    assert calls(3060) == [(1, 3072)]
+    assert calls(1000, 500, 40) == [(2, 1536), (1, 48)]
+    assert calls(1000, 600, 400) == [(3, 2048)]
+    assert calls(*[40] * 8, more=True)[0] == (6, 256)  # the others wait for more
 
 
 def test_chat_streams_what_it_returns_and_reads_its_history(llava):
