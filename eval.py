@@ -28,7 +28,10 @@ TEMPLATE = flags.DEFINE_string(
     "template", None, "conversation template around each question (default: the checkpoint's own)"
 )
 QUANTIZE = flags.DEFINE_enum(
-    "quantize", None, ["int8"], "eight bits for each weight of the language model (default: off)"
+    "quantize",
+    None,
+    ["int8", "int4"],
+    "eight or four bits for each weight of the language model (default: off)",
 )
 KV_CACHE = flags.DEFINE_enum(
     "kv_cache", None, ["int8"], "eight bits for each key and value (default: off)"

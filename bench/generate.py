@@ -21,13 +21,14 @@ from llava_jax.inference.model import Llava
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.precision import DTYPES
+from llava_jax.models.quantization import FORMS
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A LLaVA folder in Hugging Face's layout.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of our side.")
 HF_DTYPE = flags.DEFINE_enum(
     "hf_dtype", None, ["float32", "bfloat16"], "Of transformers; default: ours."
 )
-QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Of our side: eight bits a weight.")
+QUANTIZE = flags.DEFINE_enum("quantize", None, FORMS, "Of our side: bits a weight.")
 KV_CACHE = flags.DEFINE_enum("kv_cache", None, ["int8"], "Of our side: eight bits a key or value.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Requests at once.")
 TOKENS = flags.DEFINE_integer("tokens", 64, "Of each answer.")

@@ -18,6 +18,7 @@ from llava_jax.evaluation import easy_vqa
 from llava_jax.inference.answer import Answer, TokenLogprob
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import MAX_LOGPROBS, SamplingParams
+from llava_jax.models.quantization import stored_bytes
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What Llava.from_pretrained takes.")
 DATA = flags.DEFINE_string("data", None, "Records of easy-VQA, written by the quickstart.")
@@ -28,6 +29,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Requests at once.")
 FORMS = {
     "float32": {},
     "weights int8": {"quantize": "int8"},
+    "weights int4": {"quantize": "int4"},
     "KV cache int8": {"kv_cache": "int8"},
     "both int8": {"quantize": "int8", "kv_cache": "int8"},
     "mixed": {"dtype": "mixed"},
@@ -54,7 +56,8 @@ def main() -> None:
         ]
         alike = [common_start(a.tokens, b.tokens) for a, b in zip(exact[1], free, strict=True)]
         decoder = model.engine.params["decoder"]
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder)) / 1e6
+        leaves = jax.tree.leaves(decoder)
+        size = sum(stored_bytes(leaf.shape, leaf.dtype) for leaf in leaves) / 1e6
         cells = (f"{size:.0f}", f"{100 * mean(right):.1f}", f"{100 * mean(same):.1f}%",
                  f"{mean(apart):.1e}", f"{max(apart):.1e}", f"{mean(alike):.1f}")  # fmt: skip
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -6,6 +6,7 @@ read.
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -14,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from llava_jax.dry_run.chips import GIB
 from llava_jax.dry_run.compiling import needed_by
@@ -29,12 +30,17 @@ from llava_jax.inference.prefill import (
     count_bucket,
     pack_prompts,
 )
-from llava_jax.inference.quantization import quantize_kernels
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.precision import compute_precision
 from llava_jax.models.presets import PRESETS
+from llava_jax.models.quantization import PARTS, cut_groups, quantize_kernels
 from llava_jax.parallel.mesh import make_mesh
-from llava_jax.parallel.sharding import param_shardings, replicated
+from llava_jax.parallel.sharding import (
+    param_shardings,
+    quantized_shardings,
+    replicated,
+    shards_of_inputs,
+)
 from llava_jax.serving.serve import check_arguments, context_length
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.load import picture_options, source_config
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     mesh = make_mesh(1, 1, args.tensor, list(where.devices[: args.tensor]))  # of one copy
     config = model_config(args.checkpoint, picture_options(args))
     dtype = "bfloat16" if args.dtype == "auto" and where.chip else args.dtype
-    params = abstract_weights(config, mesh, dtype, bool(args.quantize))
+    params = abstract_weights(config, mesh, dtype, args.quantize)
     device = Device(config, params, dtype, args.kv_cache, mesh)
     slots = cache_bucket(context_length(args.max_model_len, config))
     share = -(-args.batch_size // args.replicas)  # of a copy
@@ -100,26 +106,20 @@ def model_config(checkpoint: str, options: dict[str, str | None]) -> LlavaConfig
     return PRESETS[checkpoint]
 
 
-def abstract_weights(config: LlavaConfig, mesh: Mesh, dtype: str, quantize: bool) -> dict:
+def abstract_weights(config: LlavaConfig, mesh: Mesh, dtype: str, quantize: str | None) -> dict:
     """Shapes, dtypes and shardings of a copy's parameters as the engine holds them."""
     boxed = abstract_params(config)
-    shardings = flatten_dict(param_shardings(mesh, boxed))
+    shardings = param_shardings(mesh, boxed)
     params = nn.meta.unbox(boxed)
     stored = compute_precision(dtype)[0]
     cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored)
     params = jax.tree.map(cast, params)
     if quantize:
-        params = jax.eval_shape(quantize_kernels, params)
-
-    def place(path: tuple[str, ...], leaf) -> jax.ShapeDtypeStruct:
-        if path[-1] == "kernel_scale":  # [..., out] of a kernel [..., in, out]
-            *outer, _, out = shardings[*path[:-1], "kernel"].spec
-            sharding = NamedSharding(mesh, PartitionSpec(*outer, out))
-        else:
-            sharding = shardings[path]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return unflatten_dict({path: place(path, leaf) for path, leaf in flatten_dict(params).items()})
+        params = jax.eval_shape(functools.partial(quantize_kernels, form=quantize), params)
+        shards = shards_of_inputs(shardings)
+        params = jax.eval_shape(functools.partial(cut_groups, shards=shards), params)
+    place = lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to)
+    return jax.tree.map(place, params, quantized_shardings(shardings, params))
 
 
 def costs(
@@ -223,7 +223,8 @@ def decoding_speed(config: LlavaConfig, params: dict, where: Topology, figures: 
     if not config.decoder.tie_word_embeddings:
         decoder.pop("embed_tokens")
     weights = bytes_on_a_device(decoder)
-    count = sum(leaf.size for leaf in jax.tree.leaves(decoder)) / figures["tensor"]
+    weighed = [leaf for path, leaf in flatten_dict(decoder).items() if path[-1] not in PARTS]
+    count = sum(leaf.size for leaf in weighed) / figures["tensor"]
     row = figures["bytes"]["cache"] / figures["rows"]
     speed = {}
     for rows in sorted({*BATCHES, figures["rows"]}):

@@ -17,6 +17,7 @@ from llava_jax.dry_run.estimate import (
     memory_traffic,
 )
 from llava_jax.dry_run.topology import Topology
+from llava_jax.models.quantization import stored_bytes
 from llava_jax.text.templates import get_template
 from llava_jax.training.flops import attention_flops, decoder_passes, step_flops
 from llava_jax.training.stage import Stage
@@ -31,7 +32,7 @@ AT_THE_ROOFLINE = "at the roofline, as this compiler gives no figures"
 def bytes_on_a_device(tree) -> int:
     """Bytes of the largest shard of every leaf, summed."""
     sizes = (
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        stored_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         for leaf in jax.tree.leaves(tree)
     )
     return sum(sizes)

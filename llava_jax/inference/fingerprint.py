@@ -43,6 +43,8 @@ def _digest(path: tuple[str, ...], leaf: jax.Array, rounded: bool) -> jax.Array:
 
 def _sum_of_bits(leaf: jax.Array) -> jax.Array:
     """uint32[]: the sum of bit patterns weighted by position; exact, so the order is free."""
+    if leaf.dtype == jnp.int4:
+        leaf = leaf.astype(jnp.int8)
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
     bits = bits.astype(jnp.uint32)
     place = jnp.ones(leaf.shape, jnp.uint32)

@@ -29,6 +29,7 @@ from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.precision import check_dtype, compute_precision
+from llava_jax.models.quantization import check_form
 from llava_jax.text.conversation import Turn
 from llava_jax.text.templates import get_template
 from llava_jax.text.tokenizer import load_tokenizer
@@ -50,7 +51,7 @@ class Llava:
       template: name of the conversation template it was trained with.
       dtype: float32, mixed (float32 with bfloat16 products), bfloat16, or auto, the fastest here.
       quantize: int8 keeps the kernels of the language model in eight bits, with a scale for each
-        channel; None as they are.
+        channel, int4 in four, with a scale for each 32 inputs of one; None as they are.
       kv_cache: int8 keeps keys and values in eight bits, with a scale for each token and head;
         None in dtype.
       allow_urls: images may be http(s) addresses.
@@ -89,10 +90,10 @@ class Llava:
         self._ends = tuple(sorted(ends - {None}))
         self._prompts = PromptReader(config, tokenizer, self.template, chat_template)
         self._pictures = PictureReader(config, allow_urls)
-        for name, value in (("quantize", quantize), ("kv_cache", kv_cache)):
-            if value not in (None, "int8"):
-                raise LlavaError(f"{name} must be int8 or None, not {value!r}")
-        self._copied = functools.partial(copy_params, config, quantize=bool(quantize))
+        check_form(quantize, "quantize")
+        if kv_cache not in (None, "int8"):
+            raise LlavaError(f"kv_cache must be int8 or None, not {kv_cache!r}")
+        self._copied = functools.partial(copy_params, config, quantize=quantize)
         self._parts = copies(mesh)
         engines = [
             Engine(config, self._copied(params, part=part), dtype, kv_cache, part)
@@ -123,12 +124,13 @@ class Llava:
         from llava_jax.weights.load import load_model
 
         stored = compute_precision(check_dtype(dtype))[0].name
-        place = mesh and functools.partial(load_params, mesh=mesh, dtype=stored)
+        form = check_form(quantize, "quantize")
+        place = functools.partial(load_params, mesh=mesh, dtype=stored, quantize=form)
         loaded = load_model(path, stored, place, template, **options)
         rows = loaded.config.decoder.vocab_size
         return cls(
             loaded.config,
-            fast_form(loaded.params, dtype, bool(quantize), mesh),
+            fast_form(loaded.params, dtype, mesh),
             load_tokenizer(loaded.tokenizer_dir, rows, loaded.added_tokens),
             loaded.template,
             dtype=dtype,

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from llava_jax.models.quantization import PARTS, dequantized
+
 LINEAR_OUT = "linear_out"  # the name of these products in remat policies
 
 
@@ -94,6 +96,56 @@ def _backward(inputs, residuals, dy):
 matmul.defvjp(lambda x, kernel, inputs: (matmul(x, kernel, inputs), (x, kernel)), _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def quantized_matmul(
+    x: jax.Array, kernel: dict, into: tuple[int, ...], out: tuple[int, ...]
+) -> jax.Array:
+    """[..., *in] x a quantized kernel -> [..., *out]; `kernel` is a dict as in quantization.py.
+
+    The kernel gets no gradient. The backward pass makes its weights anew: only integers are kept.
+    """
+    if "kernel_order" in kernel:  # of the inputs, so that no weight has to move
+        flat = x.reshape(*x.shape[: x.ndim - len(into)], -1)
+        x = jnp.take(flat, kernel["kernel_order"], axis=-1).reshape(x.shape)
+    weights, scale = _operand(kernel, x.dtype)
+    y = matmul(x, weights.reshape(*into, *out), len(into))
+    return y if scale is None else _scaled(y, scale.reshape(out))
+
+
+def _operand(kernel: dict, dtype) -> tuple[jax.Array, jax.Array | None]:
+    """(weights [in, out], their rows in the kernel's order; the scale of columns still to come).
+
+    Where all inputs share a scale it multiplies the result, which has fewer numbers.
+    """
+    scale = kernel["kernel_scale"]
+    if len(scale) == 1 and "kernel_zero" not in kernel:
+        return kernel["kernel"].astype(product_dtype(dtype)), scale[0]
+    rows = {name: array for name, array in kernel.items() if name != "kernel_order"}
+    return dequantized(rows).astype(product_dtype(dtype)), None
+
+
+def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    return (y.astype(jnp.float32) * scale).astype(y.dtype)
+
+
+def _quantized_backward(into, out, kernel, dy):
+    weights, scale = _operand(kernel, dy.dtype)
+    dy = dy if scale is None else _scaled(dy, scale.reshape(out))
+    rows, inputs = dy.ndim - len(out), len(into)
+    outputs = tuple(range(rows, dy.ndim)), tuple(range(inputs, inputs + len(out)))
+    dx = product(dy, weights.reshape(*into, *out), *outputs, dy.dtype)
+    if "kernel_order" in kernel:
+        flat, places = dx.reshape(*dy.shape[:rows], -1), jnp.argsort(kernel["kernel_order"])
+        dx = jnp.take(flat, places, axis=-1).reshape(dx.shape)
+    return dx, None
+
+
+quantized_matmul.defvjp(
+    lambda x, kernel, into, out: (quantized_matmul(x, kernel, into, out), kernel),
+    _quantized_backward,
+)
+
+
 def dropout(x: jax.Array, rate: jax.Array, keys: jax.Array) -> jax.Array:
     """x with a share `rate` of its numbers set to zero and the rest times 1 / (1 - rate).
 
@@ -154,11 +206,13 @@ class Linear(nn.Module):
         x = x.astype(self.dtype)
         if kernel.dtype == jnp.uint16:  # the bits of bfloat16: see `pack_kernels`
             kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
-        y = matmul(x, kernel.reshape(*into, *out), self.inputs)
+        held = [name for name in PARTS if self.has_variable("params", name)]
+        if held:  # put there by `quantize_kernels`, or read from a quantized checkpoint
+            parts = {name: self.get_variable("params", name) for name in held}
+            y = quantized_matmul(x, {"kernel": kernel, **parts}, into, out)
+        else:
+            y = matmul(x, kernel.reshape(*into, *out), self.inputs)
         y = checkpoint_name(y, LINEAR_OUT)
-        if self.has_variable("params", "kernel_scale"):  # put there by `quantize_kernels`
-            scale = self.get_variable("params", "kernel_scale").reshape(out)
-            y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.has_variable("params", "lora_a"):  # put there by `attach_lora`
             # Separate kernels: fused with the product above or its gradient, XLA would draw the
             # dropout's bits again for each of their tiles.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_jax.errors import LlavaError
 
@@ -47,8 +48,12 @@ def cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def quantize(x: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
-    """int8 values of the shape of x, and the float32 scales without `axis`: values * scales ~ x."""
-    x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), 1e-30) / 127
-    return jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
+def quantize(x, axis: int = -1, xp=jnp) -> tuple:
+    """int8 values of the shape of x, and the float32 scales without `axis`: values * scales ~ x.
+
+    Args:
+      xp: numpy, for an array on the host, or jax.numpy.
+    """
+    x = x.astype(np.float32)
+    scale = xp.maximum(xp.max(xp.abs(x), axis=axis), np.float32(1e-30)) / np.float32(127)
+    return xp.rint(x / xp.expand_dims(scale, axis)).astype(np.int8), scale

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.errors import LlavaError
@@ -57,6 +58,37 @@ def param_shardings(mesh: Mesh, boxed_params) -> dict:
 
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     return jax.tree.map(shard, boxed_params, is_leaf=is_box)
+
+
+def quantized_shardings(shardings: dict, params: dict) -> dict:
+    """`param_shardings` with those of what stands next to a quantized kernel (quantization.py).
+
+    Scales and zero points are where their part of the kernel is. A kernel's order is that of all
+    inputs, and whole on each device.
+
+    Args:
+      params: the parameters, or their shapes.
+    """
+    known = flatten_dict(shardings)
+
+    def shard(path: tuple[str, ...], leaf) -> NamedSharding:
+        if path in known or leaf is empty_node:
+            return known.get(path, leaf)
+        kernel = known[*path[:-1], "kernel"]
+        *outer, into, out = kernel.spec
+        if path[-1] == "kernel_order":
+            return NamedSharding(kernel.mesh, PartitionSpec(*outer))
+        fits = into is not None and leaf.shape[-2] % kernel.mesh.shape[into] == 0
+        return NamedSharding(kernel.mesh, PartitionSpec(*outer, into if fits else None, out))
+
+    flat = flatten_dict(params, keep_empty_nodes=True)
+    return unflatten_dict({path: shard(path, leaf) for path, leaf in flat.items()})
+
+
+def shards_of_inputs(shardings: dict) -> dict[tuple[str, ...], int]:
+    """Path of a kernel [..., in, out] -> the parts that its inputs are cut into."""
+    kernels = {p: s for p, s in flatten_dict(shardings).items() if p[-1] == "kernel"}
+    return {p: s.mesh.shape[s.spec[-2]] if s.spec[-2] else 1 for p, s in kernels.items()}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -11,6 +11,7 @@ from llava_jax import imports
 from llava_jax.errors import LlavaError
 from llava_jax.inference.model import Llava
 from llava_jax.models.precision import DTYPES
+from llava_jax.models.quantization import FORMS
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.load import add_picture_arguments, picture_options
@@ -35,8 +36,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=["int8"],
-        help="eight bits for each weight of the language model; default: off",
+        choices=FORMS,
+        help="eight or four bits for each weight of the language model; default: off",
     )
     add("--kv_cache", choices=["int8"], help="eight bits for each key and value; default: off")
     add("--replicas", type=int, default=1, metavar="N", help="copies of the model, to share work")
@@ -44,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow_urls", action="store_true", help="download pictures at http(s) addresses")
     add_picture_arguments(parser)
     # Earlier names.
-    add("--weights", dest="quantize", choices=["int8"], help=argparse.SUPPRESS,
+    add("--weights", dest="quantize", choices=FORMS, help=argparse.SUPPRESS,
         default=argparse.SUPPRESS)  # fmt: skip
     add("--data", dest="replicas", type=int, help=argparse.SUPPRESS,
         default=argparse.SUPPRESS)  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
+from llava_jax.weights.formats.packed import PackedTensor
 from llava_jax.weights.name_tables import (
     LLAVA_HEAD,
     LLAVA_ROOTS,
@@ -56,7 +57,8 @@ def match(
         found[parameter.path] = LazyParameter(parameter, shape, held)
     used = {tensor for lazy in found.values() for tensor in lazy.tensors}
     for key, tensor in by_key.items():
-        if tensor not in used and not _unneeded(table, config, blocks, key):
+        needed = tensor not in used and not _unneeded(table, config, blocks, key)
+        if needed and not _is_zero_bias(key, tensor, by_key):
             faults.extra.append(faults.place(tensor))
     faults.report()
     return found
@@ -157,6 +159,12 @@ def _unneeded(table: NameTable, config: object, blocks: int, key: str) -> bool:
         elif parameter.path == "lm_head/kernel" and key in parameter.keys:
             return config.tie_word_embeddings
     return False
+
+
+def _is_zero_bias(key: str, tensor: StoredTensor, by_key: Mapping[str, StoredTensor]) -> bool:
+    """True for the zeros that AutoGPTQ stores as the bias of a packed kernel without one."""
+    packed = isinstance(by_key.get(key.removesuffix("bias") + "weight"), PackedTensor)
+    return packed and key.endswith(".bias") and not tensor.read().any()
 
 
 def idle_tensors(

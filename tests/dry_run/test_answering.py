@@ -123,14 +123,17 @@ def test_the_mode_of_pictures_is_the_one_asked_for(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_the_weights_of_7b(tensor, quantize):
     mesh = make_mesh(1, 1, tensor, jax.devices()[:tensor])
     params = abstract_weights(preset("llava-1.5-7b"), mesh, "bfloat16", quantize)
     parts = {name: bytes_on_a_device(part) for name, part in params.items()}
     wanted = 2 * DECODER_7B
-    if quantize:  # a byte a weight, and float32 scales
+    if quantize == "int8":  # a byte a weight, and float32 scales
         wanted += -KERNELS_7B + 4 * OUTPUTS_7B
+    if quantize == "int4":  # half a byte, and bfloat16 scales of 32 inputs; the head has a byte
+        head = 4096 * 32000
+        wanted += (-1.5 + 2 / 32) * (KERNELS_7B - head) - head + 4 * 32000
     norms = 2 * 65 * 4096
     assert parts["decoder"] == pytest.approx((wanted - norms) / tensor + norms, rel=1e-3)
     assert parts["projector"] < 2.01 * PROJECTOR_7B
@@ -138,7 +141,7 @@ def test_the_weights_of_7b(tensor, quantize):
 
 def test_the_speed_of_decoding_by_the_memory():
     config, mesh = preset("llava-1.5-7b"), make_mesh(1, 1, 1, jax.devices()[:1])
-    params = abstract_weights(config, mesh, "bfloat16", False)
+    params = abstract_weights(config, mesh, "bfloat16", None)
     where = Topology("h100:1", (None,), (1,), CHIPS["h100"])
     row = 2 * 32 * 2048 * 32 * 128 * 2  # keys and values of every layer
     figures = {"tensor": 1, "rows": 4, "bytes": {"cache": 4 * row}}

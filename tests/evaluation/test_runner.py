@@ -17,9 +17,9 @@ from llava_jax.evaluation.runner import default_output, evaluate
 from llava_jax.files import locked
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
-from llava_jax.inference.quantization import pack_kernels
 from llava_jax.models.decoder import separate_layers
 from llava_jax.models.precision import PRECISIONS
+from llava_jax.models.quantization import pack_kernels
 from llava_jax.parallel.mesh import make_mesh
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
 

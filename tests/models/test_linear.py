@@ -124,7 +124,7 @@ def test_heads_have_an_axis_of_their_own_and_the_same_numbers(inputs, dtype):
 def test_all_that_is_added_to_a_linear_layer_has_its_heads_too():
     """Bias, the scales of int8 and a low-rank update of one whose result has two axes."""
     draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
-    params = {"kernel": draw(12, 12), "bias": draw(12), "kernel_scale": draw(12)}
+    params = {"kernel": draw(12, 12), "bias": draw(12), "kernel_scale": draw(1, 12)}
     params |= {"lora_a": draw(12, 2), "lora_b": draw(2, 12)}
     x, axes = draw(2, 5, 12), ("embed", "heads")
     plain = Linear(12, axes, jnp.float32).apply({"params": params}, x)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.weights.checksums import inside_folder, verify_checksums
+from llava_jax.weights.formats.packed import unpacked
 from llava_jax.weights.formats.pickle_files import PICKLE_FILE, PICKLE_INDEX, open_pickle
 from llava_jax.weights.formats.safetensors_files import (
     INDEX_FILE,
@@ -21,10 +22,16 @@ _NOT_A_MODEL = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"
 def open_weights(folder: str | Path, allow_pickle: bool = False) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint folder by name: from safetensors if there are any, else PyTorch.
 
+    Packed kernels are there as what they stand for; see packed.py.
+
     Raises:
-      LlavaError: as in `open_folder`, or for PyTorch files without `allow_pickle`.
+      LlavaError: as in `open_folder`, for PyTorch files without `allow_pickle`, or for kernels that
+        are packed in a way that cannot be read.
     """
-    folder = Path(folder)
+    return unpacked(Path(folder), _stored(Path(folder), allow_pickle))
+
+
+def _stored(folder: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
     if (folder / INDEX_FILE).exists() or (folder / SINGLE_FILE).exists():
         return open_folder(folder)
     index = None

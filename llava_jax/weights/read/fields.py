@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from llava_jax.errors import LlavaError
+from llava_jax.weights.formats.packed import read_packing
 
 MAX_LAYERS = 1000
 
@@ -65,7 +66,7 @@ class Fields:
     def _check_plain(self) -> None:
         """Refuses settings that change the numbers and that our models do not have."""
         if self["quantization_config"]:
-            self.refuse("quantization_config", "save the weights in float32, bfloat16 or float16")
+            read_packing(self["quantization_config"], self.source)
         rope = self["rope_parameters"] or self["rope_scaling"] or {}
         inside = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
         if (inside or self["partial_rotary_factor"] or 1) != 1:

@@ -31,6 +31,7 @@ from llava_jax.weights.match import (
     split_llava,
 )
 from llava_jax.weights.name_tables import NameTable, projector_table
+from llava_jax.weights.quantized import packing_notes
 from llava_jax.weights.read.fields import convert_command, read_json
 from llava_jax.weights.read.huggingface import (
     composed_config,
@@ -360,6 +361,7 @@ def _opened(
         tiled |= "anyres" in str(values.get("image_aspect_ratio"))
         return prompt_words(places, values, families.decoder, template, marked, tiled, original)
 
+    hf_notes = () if original else huggingface_notes(places[-1], values, config)
     return LlavaFolder(
         folder=places[0],
         config=config,
@@ -368,7 +370,7 @@ def _opened(
         idle=idle_tensors(*tables["vision"], parts["vision"]),
         words=words,
         tokenizer_dir=next((place for place in places if _has_tokenizer(place)), None),
-        notes=() if original else tuple(huggingface_notes(places[-1], values, config)),
+        notes=(*packing_notes(places[0], params), *hf_notes),
     )
 
 

@@ -21,6 +21,7 @@ from llava_jax.text.tokenization import SegmentTokenizer
 from llava_jax.text.tokenizer import load_tokenizer
 from llava_jax.weights.checksums import CHECKSUMS_FILE
 from llava_jax.weights.families import decoder_to_hf, encoder_to_hf
+from llava_jax.weights.formats.packed import PACKING_FILES, PACKING_KEY
 from llava_jax.weights.llava_classes import (
     LLAVA,
     PINPOINTS,
@@ -281,12 +282,16 @@ def copied_side_files(
             "config.json gives as image_token_index: transformers cannot put an image into a prompt"
         )
     jinja = jinja_of(words, config)
-    model = {k: v for k, v in read_json(source / "config.json").items() if k != OWN_KEY}
+    dropped = (OWN_KEY, PACKING_KEY)  # kernels are written as floats
+    model = {k: v for k, v in read_json(source / "config.json").items() if k not in dropped}
+    if isinstance(model.get("text_config"), dict):
+        model["text_config"].pop(PACKING_KEY, None)
     other_mode = llava_config(source, model)[0].image.mode != config.image.mode
 
     def write(folder: Path) -> None:
         for path in source.iterdir():
-            of_weights = path.name == CHECKSUMS_FILE or path.name.endswith(".index.json")
+            of_weights = path.name in (CHECKSUMS_FILE, *PACKING_FILES)
+            of_weights |= path.name.endswith(".index.json")
             if path.suffix in (".json", ".jinja", ".model", ".txt") and not of_weights:
                 shutil.copyfile(path, folder / path.name)
         if (source / "chat_templates").is_dir():
