@@ -22,6 +22,9 @@ class ArrayRecords(Records):
     texts such as `from` and `value`, an image is an Image or a Text of its encoded bytes, a video a
     Text of those of a file, several are a sequence of them. `boxes` is the JSON text of an object
     with the keys of boxes; any other text there is ignored, as a JSON record's would be.
+
+    Attributes:
+      metadata: what `llava-jax build` noted about the set; empty for one of another program.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class ArrayRecords(Records):
         self._features, self._ignored = _read_features(
             tfds, builder.info.features, path, self.columns
         )
-        self._metadata = builder.info.metadata or {}
+        self.metadata = builder.info.metadata or {}
         self._files = [Path(file) for file in builder.info.splits[split].filepaths]
         raw = DeserializeMethod.RAW_BYTES
         self._source = builder.as_data_source(split=split, deserialize_method=raw)
@@ -97,15 +100,15 @@ class ArrayRecords(Records):
 
         Of a set made by another program: over the name, size and both ends of each of its files.
         """
-        if "sha256" in self._metadata:
-            return self._metadata["sha256"]
+        if "sha256" in self.metadata:
+            return self.metadata["sha256"]
         return ends_of_files(self._files, str(sorted(self._features)))
 
     def ignored_keys(self) -> dict[str, int]:
         """feature that nothing reads -> number of records."""
         counts = dict.fromkeys(self._ignored, len(self))
         if not self.pairs:  # of our own sets not every record need be a pair
-            pairs = int(self._metadata.get("rejected", len(self)))
+            pairs = int(self.metadata.get("rejected", len(self)))
             counts |= {key: pairs for key in PAIR_KEYS if key in self._features}
         return counts
 

@@ -3,36 +3,40 @@
 Each example holds the record's id, its conversation as JSON and its images, and whole video files,
 as encoded bytes, so the set is self-contained, randomly accessible and read back without TensorFlow
 (`open_records(folder)`). Order is kept; ids may repeat.
+
+All records are checked and hashed first, then shards are written into a hidden folder next to the
+set, which takes its place when it is complete. A build that was killed and is started again checks
+again, and writes the shards that are missing.
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from llava_jax.data.array_records import ArrayRecords
-from llava_jax.data.attachments import marked
-from llava_jax.data.parsing import Record
-from llava_jax.data.record_boxes import as_json
-from llava_jax.data.records import (
-    add_columns_argument,
-    checked_record,
-    ignored_keys_text,
-    open_records,
+from llava_jax.data.build_parts import (
+    OPTIONAL,
+    Shard,
+    Workers,
+    check_part,
+    features_of,
+    in_turn,
+    write_shard,
 )
-from llava_jax.data.stored import Stored
-from llava_jax.data.video import Video
+from llava_jax.data.collection import Records
+from llava_jax.data.records import add_columns_argument, ignored_keys_text, open_records
 from llava_jax.errors import LlavaError
+from llava_jax.files import locked, write_json
 
 VERSION = "1.0.0"
+FORMAT = "llava_jax records 2"  # 1 hashed all records as one text
+PART = 256  # records that are checked together
 
 
 def add_arguments(parser) -> None:
@@ -63,12 +67,13 @@ def main(args) -> int:
 
 def build_data_set(
     data, image_root, out, name: str, split: str = "train", overwrite: bool = False,
-    progress: bool = True, columns: dict[str, str] | None = None,
+    progress: bool = True, columns: dict[str, str] | None = None, workers: Workers = in_turn,
 ) -> Path:  # fmt: skip
     """Writes `data` as out/name/1.0.0 and returns that folder.
 
     All records are checked and hashed first; what they hold and nothing reads is printed. An
     existing data set with the same hash and split is left as it is. columns: as in `open_records`.
+    workers: who does it; the result does not depend on them.
 
     Raises:
       LlavaError: a record is faulty, or another data set is there and `overwrite` is not set.
@@ -81,142 +86,110 @@ def build_data_set(
         raise LlavaError(f"{data} is a data set already: give it to training as it is")
     if ignored := ignored_keys_text(records):
         print(f"{records.path}: {ignored}")
-    metadata = _check_and_hash(records, progress)
+    metadata, size = _check_and_hash(records, workers, progress)
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         if _existing(target, split) == metadata["sha256"]:
             return target
         raise LlavaError(f"{target} holds other data: choose another --name or give --overwrite")
-    written = _write(records, Path(out), name, split, metadata, progress)
-    if target.exists():
-        shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written.rename(target)
-    shutil.rmtree(_scratch(Path(out), name))
+    scratch = Path(out).absolute() / f".{name}.building"
+    scratch.mkdir(parents=True, exist_ok=True)
+    busy = f"another build is writing {target}: wait for it, or choose another --name"
+    with locked(scratch, busy):
+        written = _write(records, scratch, name, split, metadata, size, workers, progress)
+        if target.exists():
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        written.rename(target)
+        shutil.rmtree(scratch)
     return target
 
 
 def _existing(target: Path, split: str) -> str | None:
+    """The hash of the set that is there; None if it has no such split, or is none of ours."""
     try:
-        return open_records(target, split=split).fingerprint()
-    except Exception:  # another split, or no data set of ours at all
+        records = open_records(target, split=split, pairs=True)
+        if records.metadata.get("format") == FORMAT:
+            return records.fingerprint()
+        return _check_and_hash(records, in_turn, progress=False)[0]["sha256"]
+    except Exception:
         return None
 
 
-def _check_and_hash(records, progress: bool) -> dict:
-    """Counts and a hash of everything; raises LlavaError for the first faulty record."""
-    digest, images, videos, boxes, pairs = hashlib.sha256(), 0, 0, 0, 0
-    for index in tqdm(range(len(records)), "checking", unit=" records", disable=not progress):
-        record = checked_record(records, index)
-        example = _example(record)
-        images, videos = images + len(example["images"]), videos + len(example["videos"])
-        boxes += len(record.boxes)
-        for part in (example["id"], example["conversations"], *example["image_names"]):
-            digest.update(f"{len(part.encode())}:{part}".encode())
-        for encoded in (*example["images"], *example["videos"]):
-            digest.update(f"{len(encoded)}:".encode() + encoded)
-        if record.boxes:
-            digest.update(example["boxes"].encode())
-        if record.rejected is not None:
-            pairs += 1
-            digest.update(f"rejected {len(record.rejected)}:{record.rejected}".encode())
-    counts = {"videos": videos, "boxes": boxes, "rejected": pairs}
+def _check_and_hash(records: Records, workers: Workers, progress: bool) -> tuple[dict, int]:
+    """(counts and a hash of everything, its size in bytes); LlavaError for a faulty record."""
+    digest, size, counts = hashlib.sha256(), 0, Counter()
+    count = len(records)
+    parts = [range(start, min(start + PART, count)) for start in range(0, count, PART)]
+    with tqdm(total=count, desc="checking", unit=" records", disable=not progress) as bar:
+        for part, checked in zip(parts, workers(check_part, records, parts), strict=True):
+            digest.update(checked.digests)
+            size, counts = size + checked.size, counts + checked.counts
+            bar.update(len(part))
     return {
-        "format": "llava_jax records 1",
+        "format": FORMAT,
         "source": Path(records.path).name,
         "source_sha256": records.fingerprint(),
         "sha256": digest.hexdigest(),
-        "records": len(records),
-        "images": images,
-    } | {kind: count for kind, count in counts.items() if count}
+        "records": count,
+        "images": counts["images"],
+    } | {kind: counts[kind] for kind in OPTIONAL if counts[kind]}, size
 
 
-def _example(record: Record) -> dict:
-    conversations = [
-        {"from": turn.role, "value": turn.text} for turn in marked(record.turns, record.images)
-    ]
-    if record.system is not None:
-        conversations = [{"from": "system", "value": record.system}, *conversations]
-    images = [image for image in record.images if not isinstance(image, Video)]
-    videos = [video.source for video in record.images if isinstance(video, Video)]
-    return {
-        "id": record.id,
-        "conversations": json.dumps(conversations, ensure_ascii=False),
-        "n_images": len(images),
-        "images": [_read(image, record) for image in images],
-        "videos": [_read(video, record) for video in videos],
-        "image_names": list(record.image_names),
-        "boxes": json.dumps(as_json(record.boxes)),
-        "rejected": record.rejected or "",
-    }
-
-
-def _read(image: str | bytes | Stored, record: Record) -> bytes:
-    try:
-        if isinstance(image, Stored):
-            return image.read()
-        return image if isinstance(image, bytes) else Path(image).read_bytes()
-    except LlavaError as error:
-        raise LlavaError(f"{record.name}: {error}") from None
-    except OSError as error:
-        reason = error.strerror
-        if isinstance(error, IsADirectoryError):
-            reason = "a data set holds files: make one of the frames, such as with ffmpeg"
-        raise LlavaError(f"{record.name}: cannot read {image!r}: {reason}") from None
-
-
-def _scratch(out: Path, name: str) -> Path:
-    return out / f".{name}.building"
-
-
-def _write(records, out: Path, name: str, split: str, metadata: dict, progress: bool) -> Path:
-    """Writes the set next to its place, so that nothing half-written is ever taken for a set."""
+def _write(
+    records: Records, scratch: Path, name: str, split: str, metadata: dict, size: int,
+    workers: Workers, progress: bool,
+) -> Path:  # fmt: skip
+    """Writes the set below `scratch`, so that nothing half-written is ever taken for a set."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """LLaVA records, one split."""
+    folder = scratch / VERSION
+    template = tfds.core.ShardedFileTemplate(
+        folder, dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+    count = ShardConfig.calculate_number_shards(size, len(records))
+    ends = get_shard_boundaries(len(records), count)
+    optional = tuple(kind for kind in OPTIONAL if kind in metadata)
+    shards = [
+        Shard(Path(template.sharded_filepath(shard_index=i, num_shards=count)), part, optional)
+        for i, part in enumerate(map(range, [0, *ends], ends))
+    ]
+    _go_on(scratch, folder, metadata | {"split": split, "shards": count})
+    sizes = []
+    with tqdm(total=len(records), desc="writing", unit=" records", disable=not progress) as bar:
+        for shard, size in zip(shards, workers(write_shard, records, shards), strict=True):
+            sizes.append(size)
+            bar.update(len(shard.part))
+    for partial in folder.glob(".*"):  # of workers that were killed
+        partial.unlink()
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name, tfds.core.Version(VERSION), str(folder), module_name=__name__
+        ),
+        description="Conversations about images, in LLaVA's format.",
+        features=features_of(optional),
+        metadata=tfds.core.MetadataDict(metadata),
+        disable_shuffling=True,
+    )
+    info.set_file_format("array_record")
+    lengths = [len(shard.part) for shard in shards]
+    info.set_splits(
+        tfds.core.SplitDict([tfds.core.SplitInfo(split, lengths, sum(sizes), template)])
+    )
+    info.write_to_directory(folder)
+    return folder
 
-        VERSION = tfds.core.Version(VERSION)
 
-        def _info(self):
-            encoded = tfds.features.Sequence(tfds.features.Text(doc="encoded bytes"))
-            features = tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    "conversations": tfds.features.Text(doc="JSON list of {from, value}"),
-                    "n_images": tfds.features.Scalar(np.int32),
-                    "images": encoded,
-                    "image_names": tfds.features.Sequence(tfds.features.Text()),
-                }
-                | ({"videos": encoded} if "videos" in metadata else {})
-                | ({"boxes": tfds.features.Text(doc="JSON")} if "boxes" in metadata else {})
-                | ({"rejected": tfds.features.Text()} if "rejected" in metadata else {})
-            )
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Conversations about images, in LLaVA's format.",
-                features=features,
-                metadata=tfds.core.MetadataDict(metadata),
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples()}
-
-        def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-            bar = tqdm(range(len(records)), "writing", unit=" records", disable=not progress)
-            for index in bar:
-                example = _example(records[index])
-                for kind in {"videos", "boxes", "rejected"} - metadata.keys():
-                    del example[kind]
-                yield index, example
-
-    Builder.name = name
-    scratch = _scratch(out, name)
-    if scratch.exists():  # left by a killed run
-        shutil.rmtree(scratch)
-    tfds.disable_progress_bar()
-    builder = Builder(data_dir=scratch, file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download and this folder
-        builder.download_and_prepare()
-    return Path(builder.data_dir)
+def _go_on(scratch: Path, folder: Path, plan: dict) -> None:
+    """Keeps the shards that a killed build of the same data left; removes any other rest."""
+    mark = scratch / "plan.json"
+    try:
+        same = json.loads(mark.read_text(encoding="utf-8")) == plan
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        for rest in scratch.iterdir():
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+    folder.mkdir(exist_ok=True)
+    write_json(mark, plan)

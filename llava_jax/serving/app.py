@@ -172,7 +172,7 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """200 as long as the process can answer; 503 once the engine was given up."""
-        failed = self.worker is not None and (self.worker.dead or self.worker.stuck(300))
+        failed = self.worker is not None and self.worker.failed
         return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
     async def is_ready(self, request: Request) -> Response:

@@ -172,6 +172,11 @@ class Worker(threading.Thread):
         """Whether there is work and the engine gave no sign of life for so long."""
         return bool(self._live) and time.monotonic() - self._last_sign > seconds
 
+    @property
+    def failed(self) -> bool:
+        """Whether only a new process can help."""
+        return self.dead or self.stuck(300)
+
     def measure(self) -> None:
         """Brings the metrics up to date."""
         with self._lock:

@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 
 from llava_jax.data import build
 from llava_jax.data.build import build_data_set
+from llava_jax.data.build_parts import Shard
 from llava_jax.data.records import checked_record, open_records
 from llava_jax.errors import LlavaError
+from llava_jax.files import locked
 
 
 def test_reads_back_the_same_records(data_set, tmp_path, run, capsys):
@@ -109,6 +112,79 @@ def test_a_half_written_set_is_never_read(data_set, tmp_path, monkeypatch):
         open_records(out)
     build_data_set(path, root, out, "shapes", progress=False)
     assert len(open_records(out)) == 24
+
+
+def test_a_killed_build_goes_on_with_the_shards_that_are_missing(data_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(ShardConfig, "min_shard_size", 1)  # several shards of the few records
+    path, root = data_set
+    whole = build_data_set(path, root, tmp_path / "whole", "shapes", progress=False)
+    written = []
+
+    def killed_after(count: int):
+        def workers(function, records, parts):
+            for part in parts:
+                if isinstance(part, Shard) and not part.path.exists():
+                    if len(written) == count:
+                        part.path.with_name(f".{part.path.name}.half").write_bytes(b"half")
+                        sys.exit(9)
+                    written.append(part.path.name)
+                yield function(records, part)
+
+        return workers
+
+    make = lambda count: build_data_set(
+        path, root, tmp_path / "sets", "shapes", progress=False, workers=killed_after(count)
+    )
+    for count in (5, 9):
+        with pytest.raises(SystemExit):
+            make(count)
+    folder = make(100)
+    assert written == sorted({*written}) and len(written) == 16  # none twice
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
+        f.name: f.read_bytes() for f in whole.iterdir()
+    }
+    # What was written of other data is of no use.
+    written.clear()
+    path.write_text(json.dumps(json.loads(path.read_text())[:20]))
+    with pytest.raises(SystemExit):
+        build_data_set(
+            path, root, tmp_path / "other", "shapes", progress=False, workers=killed_after(5)
+        )
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))
+    folder = build_data_set(path, root, tmp_path / "other", "shapes", progress=False)
+    assert open_records(folder)[0].id == "r19"
+
+
+def test_memory_does_not_grow_with_the_set(data_set, tmp_path, monkeypatch):
+    """TFDS's own writer keeps a gigabyte, then needs TensorFlow, and reads all back at once."""
+    monkeypatch.setattr("tensorflow_datasets.core.shuffle.MAX_MEM_BUFFER_SIZE", 1)
+    path, root = data_set
+    assert len(open_records(build_data_set(path, root, tmp_path, "shapes", progress=False))) == 24
+
+
+def test_two_builds_of_a_set_at_a_time(data_set, tmp_path):
+    path, root = data_set
+    (tmp_path / "sets/.shapes.building").mkdir(parents=True)
+    with (
+        locked(tmp_path / "sets/.shapes.building", "busy"),
+        pytest.raises(LlavaError, match="another build is writing .*shapes/1.0.0"),
+    ):
+        build_data_set(path, root, tmp_path / "sets", "shapes", progress=False)
+
+
+def test_a_set_of_the_first_version_is_known_again(data_set, tmp_path):
+    """It hashed all records as one text."""
+    path, root = data_set
+    folder = build_data_set(path, root, tmp_path / "sets", "shapes", progress=False)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata |= {"format": "llava_jax records 1", "sha256": "0" * 64}
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    times = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    assert build_data_set(path, root, tmp_path / "sets", "shapes", progress=False) == folder
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == times
+    (root / "a/5.png").write_bytes((root / "a/6.png").read_bytes())
+    with pytest.raises(LlavaError, match="holds other data.*--overwrite"):
+        build_data_set(path, root, tmp_path / "sets", "shapes", progress=False)
 
 
 def test_unknown_splits_and_several_sets(data_set, tmp_path):
