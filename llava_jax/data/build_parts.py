@@ -103,17 +103,21 @@ def write_shard(records: Records, shard: Shard) -> int:
     Several workers may write the same one at a time, of which one was taken for dead.
     """
     # Late: importing TFDS takes half a second.
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
     from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
 
     if not shard.path.exists():
         features = features_of(shard.optional)
+        serializer = ExampleSerializer(features.get_serialized_info())
 
         def examples() -> Iterator[tuple[int, bytes]]:
             for index in shard.part:
                 example = example_of(records[index])
                 for kind in {*OPTIONAL} - {*shard.optional}:
                     del example[kind]
-                yield index, features.serialize_example(example)
+                message = serializer.get_tf_example(features.encode_example(example))
+                # Otherwise each process has an order of its own for the features.
+                yield index, message.SerializeToString(deterministic=True)
 
         partial = shard.path.with_name(f".{shard.path.name}.{uuid.uuid4().hex}")
         try:

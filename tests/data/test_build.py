@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -210,3 +211,18 @@ assert len(records.open_records(folder)) == 24
 assert not {{"tensorflow", "torch"}} & set(sys.modules), "imported"
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_process_writes_the_same_bytes(data_set, tmp_path):
+    path, root = data_set
+    program = f"""
+import sys
+from llava_jax.data.build import build_data_set
+build_data_set({str(path)!r}, {str(root)!r}, sys.argv[1], "s", progress=False)
+"""
+    sets = [tmp_path / "one", tmp_path / "two"]
+    for number, out in enumerate(sets):
+        environment = os.environ | {"PYTHONHASHSEED": str(number)}
+        subprocess.run([sys.executable, "-c", program, str(out)], check=True, env=environment)
+    one, two = ({f.name: f.read_bytes() for f in (out / "s/1.0.0").iterdir()} for out in sets)
+    assert one == two
