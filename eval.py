@@ -36,6 +36,9 @@ QUANTIZE = flags.DEFINE_enum(
 KV_CACHE = flags.DEFINE_enum(
     "kv_cache", None, ["int8"], "eight bits for each key and value (default: off)"
 )
+LOOKUP = flags.DEFINE_integer(
+    "lookup", 0, "guess so many tokens at a time where answers repeat prompts (default: off)"
+)
 REPLICAS = flags.DEFINE_integer(
     "replicas", None, "copies of the model that share the questions (default: all devices)"
 )
@@ -91,6 +94,7 @@ def load_model(config: ConfigDict):
         template=TEMPLATE.value,
         quantize=QUANTIZE.value,
         kv_cache=KV_CACHE.value,
+        lookup=LOOKUP.value,
         mesh=mesh if mesh.size > 1 else None,
     )
 

@@ -7,7 +7,9 @@ import importlib.util
 import numpy as np
 import pytest
 
-from bench import contrast, dpo_step, scaling, train_step
+from bench import contrast, dpo_step, lookup, scaling, train_step
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.anyres import Tiling
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.presets import PRESETS
@@ -115,3 +117,14 @@ def test_contrast_is_timed_next_to_plain_requests():
     least = contrast.least_seconds(model, sides, 1)
     assert list(least) == [None, "absent"] and min(least.values()) > 0
     assert model.engine.counts.answer_tokens == 2 * 2 * (2 * 3)  # of both, twice
+
+
+def test_the_same_requests_are_answered_with_and_without_guesses():
+    model = tiny_llava()
+    guessing = Engine(model.config, model.engine.params, "float32", lookup=2)
+    sides, params = [lookup.Side(model.engine), lookup.Side(guessing)], SamplingParams(9)
+    for kind in lookup.KINDS:
+        lookup.measure(model, sides, kind, 2, params, rounds=1)
+        assert sides[0].tokens == sides[1].tokens and sides[0].decoded == sides[1].decoded
+        assert sides[0].tokens_a_pass == 1 <= sides[1].tokens_a_pass
+        assert sides[1].whole > sides[1].first > 0

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     config = model_config(args.checkpoint, picture_options(args))
     dtype = "bfloat16" if args.dtype == "auto" and where.chip else args.dtype
     params = abstract_weights(config, mesh, dtype, args.quantize)
-    device = Device(config, params, dtype, args.kv_cache, mesh)
+    device = Device(config, params, dtype, args.kv_cache, mesh, args.lookup)
     slots = cache_bucket(context_length(args.max_model_len, config))
     share = -(-args.batch_size // args.replicas)  # of a copy
     rows = count_bucket(share)

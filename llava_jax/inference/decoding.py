@@ -36,6 +36,8 @@ class DecodeState:
       budget: int32[B], number of tokens that each row may still produce; 0 in a finished row.
       seen: bool[B, V], tokens of the prompt and of the answer.
       sampling: the settings of each row.
+      history: int32[B, S], with prompt look-up: the token at each position of a row, the latest
+        included, and ids below 0 at pictures'. What is behind the latest means nothing.
     """
 
     cache: KVCache | tuple[KVCache, ...]
@@ -44,9 +46,12 @@ class DecodeState:
     budget: jax.Array
     seen: jax.Array
     sampling: Sampling
+    history: jax.Array | None = None
 
     @classmethod
-    def empty(cls, model: LlavaModel, rows: int, size: int, kv_dtype) -> "DecodeState":
+    def empty(
+        cls, model: LlavaModel, rows: int, size: int, kv_dtype, history: bool = False
+    ) -> "DecodeState":
         decoder = model.config.decoder
         return cls(
             empty_cache(decoder, rows, size, kv_dtype, model.stacked),
@@ -55,6 +60,7 @@ class DecodeState:
             jnp.zeros(rows, jnp.int32),
             jnp.zeros((rows, decoder.vocab_size), bool),
             jax.tree.map(jnp.asarray, Sampling.zeros(rows)),
+            jnp.full((rows, size), NO_TOKEN) if history else None,
         )
 
 
@@ -163,6 +169,7 @@ def prefill(
         put(state.budget, _spend(prompts.budget, tokens, prompts.sampling)),
         put(state.seen, _mark(seen, tokens[:, None])),
         jax.tree.map(put, state.sampling, prompts.sampling),
+        _history(model, state.history, prompts, tokens),
     )
     tokens = jnp.where(prompts.budget > 0, tokens, NO_TOKEN)
     return tokens, logprobs, state
@@ -209,23 +216,71 @@ def decode(
     return tokens, logprobs, state
 
 
+def _history(model: LlavaModel, history: jax.Array | None, prompts: Prompts, tokens: jax.Array):
+    """The history with the prompts and the first tokens int32[R] of their answers."""
+    if history is None:
+        return None
+    config, ids = model.config, prompts.whole
+    for picture in (config.image_token_id, config.video_token_id):
+        ids = ids if picture is None else jnp.where(ids == picture, NO_TOKEN, ids)
+    rows = prompts.chunks.copies
+    history = history.at[rows, : ids.shape[1]].set(ids, mode="drop")
+    return history.at[rows, prompts.lengths].set(tokens, mode="drop")
+
+
 def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int, contrast):
     """Reads each row's latest token and chooses the next; the cache of a finished row is kept."""
-    active, every = state.budget > 0, jnp.arange(len(state.tokens))
-    # One token in each row: chunk r is row r. Rows that are not active keep what they hold.
-    rows = jnp.where(active, every, every.size)
-    chunks = Chunks(rows, state.lengths, every[:, None], every, None, None, window)
+    active = state.budget > 0
+    logits, state = read_on(model, params, state, state.tokens[:, None], active[:, None], window)
+    return advance(state, logits[:, 0], active, contrast)
+
+
+def read_on(
+    model: LlavaModel,
+    params: dict,
+    state: DecodeState,
+    tokens: jax.Array,
+    wanted: jax.Array,
+    window: int,
+) -> tuple[jax.Array, DecodeState]:
+    """Reads T tokens into each row, behind those that it has.
+
+    Args:
+      tokens: int32[B, T].
+      wanted: bool[B, T], those that are read; the cache keeps what it holds at the others.
+
+    Returns:
+      Their logits float32[B, T, V], and the state with them in its cache.
+    """
+    (count, length), every = tokens.shape, jnp.arange(tokens.size)
+    rows = jnp.where(wanted, jnp.arange(count)[:, None], count)
+    slots = state.lengths[:, None] + jnp.arange(length)
+    # Chunk r is row r.
+    chunks = Chunks(
+        rows.ravel(), slots.ravel(), every.reshape(tokens.shape), every, None, None, window
+    )
 
     def read(model: LlavaModel):
         # A chosen token is text, even the id that stands for an image in prompts.
-        return model.decoder.read(model.decoder.embed(state.tokens), state.cache, chunks)
+        return model.decoder.read(model.decoder.embed(tokens.ravel()), state.cache, chunks)
 
     hidden, cache = model.apply({"params": params}, method=read)
-    lengths = state.lengths + active
     logits = model.apply({"params": params}, hidden, method=LlavaModel.attend)
+    return logits.reshape(count, length, -1), state.replace(cache=cache)
+
+
+def advance(
+    state: DecodeState, logits: jax.Array, active: jax.Array, contrast: Contrast | None
+) -> tuple[DecodeState, Logprobs]:
+    """Chooses the token after each row's latest, which the cache holds now.
+
+    Args:
+      logits: float32[B, V], of the latest tokens.
+      active: bool[B]; the others' lengths stay, and their token means nothing.
+    """
+    lengths = state.lengths + active
     tokens, logprobs = choose(logits, state.sampling, lengths, state.seen, contrast)
     state = state.replace(
-        cache=cache,
         lengths=lengths,
         tokens=tokens,
         budget=_spend(state.budget, tokens, state.sampling),

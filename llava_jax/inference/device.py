@@ -20,12 +20,20 @@ from llava_jax.inference.decoding import (
     shard_state,
     tile_slots,
 )
-from llava_jax.inference.prefill import PrefillShape, length_bucket, prefill_shapes, windows_of
+from llava_jax.inference.lookup import Drafts, check_lookup, decode_drafts
+from llava_jax.inference.prefill import (
+    PrefillShape,
+    count_bucket,
+    length_bucket,
+    prefill_shapes,
+    windows_of,
+)
 from llava_jax.inference.sampling import Logprobs
 from llava_jax.inference.scoring import all_logits, prompt_logprobs, trace
 from llava_jax.models.decoder import are_stacked
 from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.models.precision import compute_precision
+from llava_jax.models.taps import TEXT
 from llava_jax.parallel.sharding import replicated
 
 TILES = (1, 4, 16, 64)  # encoded at once
@@ -60,6 +68,7 @@ class Device:
       dtype: a key of `PRECISIONS`, or auto; the attribute is the dtype of the activations.
       kv_dtype: of the cache: None for that of the activations, or int8.
       mesh: of the devices that `params` are spread over; None for one device.
+      lookup: tokens that a pass of `decode` guesses of each row, see lookup.py; 0 is off.
 
     Attributes:
       compilations: functions compiled so far.
@@ -75,8 +84,10 @@ class Device:
         dtype: str,
         kv_dtype: str | None,
         mesh: Mesh | None,
+        lookup: int = 0,
     ):
-        self.config = config
+        check_lookup(lookup)
+        self.config, self.lookup = config, lookup
         self.tile_slots = tile_slots(config.image)
         self.compilations = 0
         dtype, self._precision = compute_precision(dtype)
@@ -91,7 +102,8 @@ class Device:
         placed = {"out_shardings": replicated(mesh)} if mesh else {}
         self._encode = self._compile(encode, donate_argnums=1, **placed)
         self._prefill = self._compile(prefill, donate_argnums=1)
-        self._decode = self._compile(decode, donate_argnums=1, static_argnames="window")
+        decode_ = functools.partial(decode_drafts, count=lookup) if lookup else decode
+        self._decode = self._compile(decode_, donate_argnums=1, static_argnames="window")
         self._prompt_logprobs = self._compile(prompt_logprobs)
         self._trace = self._compile(trace)
         self._all_logits = self._compile(all_logits)
@@ -122,7 +134,9 @@ class Device:
         return jax.jit(counted, **options)
 
     def _empty_state(self, rows: int, size: int) -> DecodeState:
-        return self._place(DecodeState.empty(self._model, rows, size, self.kv_dtype))
+        return self._place(
+            DecodeState.empty(self._model, rows, size, self.kv_dtype, bool(self.lookup))
+        )
 
     def _place(self, state: DecodeState) -> DecodeState:
         return state if self._mesh is None else shard_state(state, self._mesh)
@@ -186,13 +200,16 @@ class Device:
 
     def decode(
         self, running: np.ndarray, fewest: int, window: int, contrast: Contrast | None = None
-    ) -> tuple[jax.Array, Logprobs]:
-        """More tokens of the running rows and their log probabilities; see `decoding.decode`."""
+    ) -> tuple[jax.Array, Logprobs, Drafts | None]:
+        """More tokens of the running rows and their log probabilities; see `decoding.decode`.
+
+        With `lookup` also what became of the guesses.
+        """
         pairs = {} if contrast is None else {"contrast": contrast}
         *outputs, self.state = self._decode(
             self.params, self.state, running, np.int32(fewest), window=window, **pairs
         )
-        return outputs
+        return outputs if self.lookup else (*outputs, None)
 
     def prompt_logprobs(self, *inputs) -> Logprobs:
         """Log probabilities of a prompt's tokens; arguments as in `scoring.prompt_logprobs`."""
@@ -202,9 +219,31 @@ class Device:
         """Log probabilities and attention of an answer's tokens; see `scoring.trace`."""
         return self._trace(self.params, self.store, *inputs)
 
-    def logits(self, *inputs) -> jax.Array:
-        """Float32 logits [B, T, V] of whole sequences; arguments as in `scoring.all_logits`."""
-        return self._all_logits(self.params, *inputs)
+    def logits(
+        self,
+        input_ids: np.ndarray,
+        tiles: np.ndarray | None,
+        feature_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        feature_weights: np.ndarray | None = None,
+    ) -> jax.Array:
+        """Float32 logits [B, T, V] of whole sequences.
+
+        Args:
+          input_ids: int[B, T], padded on either side.
+          tiles: of all rows, float32[n, S, S, 3] (normalised) or uint8; None if there are none.
+          feature_ids: int[B, T], or [B, T, TAPS], the feature of `tiles` at each position; TEXT for
+            text, NEWLINE for the learnt newline.
+          attention_mask: int[B, T], 1 for real tokens.
+          feature_weights: float32[B, T, TAPS], only with taps.
+        """
+        (rows, length), padded = input_ids.shape, length_bucket(input_ids.shape[1])
+        padding = ((0, count_bucket(rows) - rows), (0, padded - length), (0, 0))
+        pad = lambda x, value=0: np.pad(x, padding[: x.ndim], constant_values=value)
+        ids, features, mask = (x.astype(np.int32) for x in (input_ids, feature_ids, attention_mask))
+        weights = None if feature_weights is None else pad(feature_weights)
+        inputs = pad(ids), _fill_up(tiles), pad(features, TEXT), weights, pad(mask)
+        return self._all_logits(self.params, *inputs)[:rows, :length]
 
     def abstract_state(self, rows: int, size: int) -> DecodeState:
         """Shapes and shardings of the state that `reserve` makes, on devices not attached too."""
@@ -219,3 +258,12 @@ class Device:
     def lower(self, function: str, *shapes, **options) -> jax.stages.Lowered:
         """A function, by its name here, for the shapes of its arguments after the parameters."""
         return getattr(self, f"_{function}").lower(self.params, *shapes, **options)
+
+
+def _fill_up(tiles: np.ndarray | None) -> np.ndarray | None:
+    """Tiles [n, S, S, 3] and zeros, at most a third, behind them; None for none."""
+    if tiles is None or not len(tiles):
+        return None
+    power = count_bucket(len(tiles))
+    count = power * 3 // 4 if len(tiles) <= power * 3 // 4 else power
+    return np.pad(tiles, [(0, count - len(tiles)), (0, 0), (0, 0), (0, 0)])

@@ -16,6 +16,7 @@ from llava_jax.inference.contrast import Contrast
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, Prompts
 from llava_jax.inference.device import Device, all_calls
 from llava_jax.inference.jobs import Job, Queue, Source, rows_of, that_fit
+from llava_jax.inference.lookup import Drafts
 from llava_jax.inference.prefill import (
     PrefillShape,
     batch_shape,
@@ -33,7 +34,6 @@ from llava_jax.inference.sampling import Logprobs
 from llava_jax.inference.scoring import POSITIONS_AT_A_TIME
 from llava_jax.inference.tracing import Tracing
 from llava_jax.models.llava import LlavaConfig
-from llava_jax.models.taps import TEXT
 
 PICTURE_THREADS = 4  # that read pictures while the device computes
 IDLE = 0.05  # seconds between two looks at a source that is silent
@@ -47,6 +47,8 @@ class Counts:
     Attributes:
       prompt_tokens: of all requests; `shared_tokens` of them were copied, not computed.
       images: pictures of all requests; `encoded_images` tiles went through the vision encoder.
+      drafts: of prompt look-up: `draft_tokens` were guessed in so many runs, and `accepted_tokens`
+        of them stand in answers.
       compilations: functions compiled for the device. The number stops growing once every shape
         was seen.
     """
@@ -57,7 +59,17 @@ class Counts:
     answer_tokens: int = 0
     images: int = 0
     encoded_images: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     compilations: int = 0
+
+    def add(self, drafts: Drafts | None, rows: Sequence[int]) -> None:
+        """Adds what became of the guesses in some rows; None if nothing is guessed."""
+        if drafts:
+            self.drafts += int(drafts.made[rows].sum())
+            self.draft_tokens += int(drafts.tokens[rows].sum())
+            self.accepted_tokens += int(drafts.accepted[rows].sum())
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ class Engine:
       dtype: a key of `PRECISIONS`, or auto; the attribute is the dtype of the activations.
       kv_dtype: of the cache: None for that of the activations, or int8.
       mesh: of the devices that `params` are spread over; None for one device.
+      lookup: tokens that are guessed of each row at a time, see lookup.py; 0 is off.
     """
 
     def __init__(
@@ -102,9 +115,10 @@ class Engine:
         dtype: str,
         kv_dtype: str | None = None,
         mesh: Mesh | None = None,
+        lookup: int = 0,
     ):
         self.config = config
-        self.device = Device(config, params, dtype, kv_dtype, mesh)
+        self.device = Device(config, params, dtype, kv_dtype, mesh, lookup)
         self.dtype = self.device.dtype
         self._counts = Counts()
         self._pool = ThreadPoolExecutor(PICTURE_THREADS, "pictures")
@@ -327,14 +341,17 @@ class Engine:
     def _advance(self, running: dict[int, Job], more: bool) -> Iterator[Grown | Waiting]:
         """One decode call; with `more` jobs waiting it ends when a quarter of the rows do."""
         longest = max(job.length + len(job.produced) for job in running.values())
-        window = window_bucket(longest + TOKENS_PER_CALL, self.device.size, self._few)
+        most = TOKENS_PER_CALL * (1 + self.device.lookup)
+        window = window_bucket(longest + most, self.device.size, self._few)
         mask, rows = np.zeros(self.rows, bool), rows_of(running.values())
         mask[rows] = True
         fewest = len(rows) - len(rows) // 4 if more else 1
         contrast = pairs_of(running.values(), self.rows)
-        tokens, logprobs = self.device.decode(mask, fewest, window, contrast)
+        tokens, logprobs, drafts = self.device.decode(mask, fewest, window, contrast)
         yield Waiting(tokens.is_ready)
-        tokens, logprobs = jax.device_get((tokens, _shown(running.values(), logprobs)))
+        outputs = tokens, _shown(running.values(), logprobs), drafts
+        tokens, logprobs, drafts = jax.device_get(outputs)
+        self._counts.add(drafts, list(running))
         for row, job in list(running.items()):
             self._extend(job, row, tokens, logprobs, running)
             yield Grown(job.answer)
@@ -359,42 +376,11 @@ class Engine:
             self._admission.freed(reading)
         del running[job.row]
 
-    def logits(
-        self,
-        input_ids: np.ndarray,
-        tiles: np.ndarray | None,
-        feature_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        feature_weights: np.ndarray | None = None,
-    ) -> jax.Array:
-        """Float32 logits [B, T, V] of whole sequences.
-
-        Args:
-          input_ids: int[B, T], padded on either side.
-          tiles: of all rows, float32[n, S, S, 3] (normalised) or uint8; None if there are none.
-          feature_ids: int[B, T], or [B, T, TAPS], the feature of `tiles` at each position; TEXT for
-            text, NEWLINE for the learnt newline.
-          attention_mask: int[B, T], 1 for real tokens.
-          feature_weights: float32[B, T, TAPS], only with taps.
-        """
-        (rows, length), padded = input_ids.shape, length_bucket(input_ids.shape[1])
-        padding = ((0, count_bucket(rows) - rows), (0, padded - length), (0, 0))
-        pad = lambda x, value=0: np.pad(x, padding[: x.ndim], constant_values=value)
-        ids, features, mask = (x.astype(np.int32) for x in (input_ids, feature_ids, attention_mask))
-        weights = None if feature_weights is None else pad(feature_weights)
-        inputs = pad(ids), _fill_up(tiles), pad(features, TEXT), weights, pad(mask)
-        return self.device.logits(*inputs)[:rows, :length]
+    def logits(self, *inputs: np.ndarray | None) -> jax.Array:
+        """Float32 logits [B, T, V] of whole sequences; arguments as in `Device.logits`."""
+        return self.device.logits(*inputs)
 
 
 def _shown(jobs: Iterable[Job], logprobs: Logprobs) -> Logprobs | None:
     """`logprobs`, or None (nothing to fetch) if no job asked for them."""
     return logprobs if any(job.request.params.logprobs is not None for job in jobs) else None
-
-
-def _fill_up(tiles: np.ndarray | None) -> np.ndarray | None:
-    """Tiles [n, S, S, 3] and zeros, at most a third, behind them; None for none."""
-    if tiles is None or not len(tiles):
-        return None
-    power = count_bucket(len(tiles))
-    count = power * 3 // 4 if len(tiles) <= power * 3 // 4 else power
-    return np.pad(tiles, [(0, count - len(tiles)), (0, 0), (0, 0), (0, 0)])

@@ -21,6 +21,7 @@ from llava_jax.inference.distortion import with_twin
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.explain import Explanation, explain
 from llava_jax.inference.jobs import Job, Picture, Request
+from llava_jax.inference.lookup import check_lookup
 from llava_jax.inference.pictures import ImageSource, PictureReader, deal_sources
 from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
 from llava_jax.inference.processor_inputs import read_inputs
@@ -54,6 +55,7 @@ class Llava:
         channel, int4 in four, with a scale for each 32 inputs of one; None as they are.
       kv_cache: int8 keeps keys and values in eight bits, with a scale for each token and head;
         None in dtype.
+      lookup: tokens to guess at a time where answers repeat (see lookup.py), or 0, which is off.
       allow_urls: images may be http(s) addresses.
       chat_template: of a Hugging Face processor, used instead of `template`; answers still end at
         the `stop` texts of `template`.
@@ -73,6 +75,7 @@ class Llava:
         dtype: str = "float32",
         quantize: str | None = None,
         kv_cache: str | None = None,
+        lookup: int = 0,
         allow_urls: bool = False,
         chat_template: str | None = None,
         stop_token_ids: Sequence[int] = (),
@@ -96,7 +99,7 @@ class Llava:
         self._copied = functools.partial(copy_params, config, quantize=quantize)
         self._parts = copies(mesh)
         engines = [
-            Engine(config, self._copied(params, part=part), dtype, kv_cache, part)
+            Engine(config, self._copied(params, part=part), dtype, kv_cache, part, lookup)
             for part in self._parts
         ]
         self.engine = engines[0] if len(engines) == 1 else Replicas(engines)
@@ -110,6 +113,7 @@ class Llava:
         template: str | None = None,
         quantize: str | None = None,
         kv_cache: str | None = None,
+        lookup: int = 0,
         allow_urls: bool = False,
         mesh: Mesh | None = None,
         **options,
@@ -123,6 +127,7 @@ class Llava:
         """
         from llava_jax.weights.load import load_model
 
+        check_lookup(lookup)
         stored = compute_precision(check_dtype(dtype))[0].name
         form = check_form(quantize, "quantize")
         place = functools.partial(load_params, mesh=mesh, dtype=stored, quantize=form)
@@ -136,6 +141,7 @@ class Llava:
             dtype=dtype,
             quantize=quantize,
             kv_cache=kv_cache,
+            lookup=lookup,
             allow_urls=allow_urls,
             chat_template=loaded.chat_template,
             stop_token_ids=loaded.stop_token_ids,
@@ -389,12 +395,8 @@ class Llava:
         own = () if params.ignore_eos else self._ends
         return tuple(sorted({*own, *params.stop_token_ids}))
 
-    def _stop_ids(self) -> list[int]:
-        """The tokens that end an answer: of the tokenizer, the template and the folder."""
-        return list(self._ends)
-
     def describe_stops(self) -> str:
         """The tokens and texts that end an answer, for people to read."""
-        names = self.tokenizer.convert_ids_to_tokens(self._stop_ids())
+        names = self.tokenizer.convert_ids_to_tokens(list(self._ends))
         texts = [repr(text) for text in self.template.stop if text not in names]
         return ", ".join([*names, *texts])

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from llava_jax import imports
 from llava_jax.errors import LlavaError
+from llava_jax.inference.lookup import check_lookup
 from llava_jax.inference.model import Llava
 from llava_jax.models.precision import DTYPES
 from llava_jax.models.quantization import FORMS
@@ -40,6 +41,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="eight or four bits for each weight of the language model; default: off",
     )
     add("--kv_cache", choices=["int8"], help="eight bits for each key and value; default: off")
+    add("--lookup", type=int, default=0, metavar="K",
+        help="guess K tokens at a time where answers repeat prompts, to answer quicker; default: "
+        "off")  # fmt: skip
     add("--replicas", type=int, default=1, metavar="N", help="copies of the model, to share work")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share a copy's weights")
     add("--allow_urls", action="store_true", help="download pictures at http(s) addresses")
@@ -53,6 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_from_arguments(args: argparse.Namespace) -> Llava:
     """The model of `add_model_arguments`; its compiled functions are kept for the next time."""
+    check_lookup(args.lookup)
     checkpoint = local_folder(args.checkpoint)
     if not checkpoint.is_dir():
         raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
@@ -68,6 +73,7 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
         template=args.template,
         quantize=args.quantize,
         kv_cache=args.kv_cache,
+        lookup=args.lookup,
         allow_urls=args.allow_urls,
         mesh=mesh,
         **picture_options(args),

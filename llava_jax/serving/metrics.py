@@ -1,7 +1,8 @@
 """What the server counts, in Prometheus' form.
 
-The three gauges that gateways look for, and the histograms of times, have vLLM's names
-(https://docs.vllm.ai/en/latest/design/metrics.html); the rest begins with `llava:`.
+The three gauges that gateways look for, the histograms of times and the counts of prompt look-up
+have vLLM's names (https://docs.vllm.ai/en/latest/design/metrics.html); the rest begins with
+`llava:`.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -45,6 +46,11 @@ class Metrics:
         )
         self.cached_tokens = counter(
             "llava:cached_prompt_tokens", "Prompt tokens found in the cache"
+        )
+        self.drafts = counter("vllm:spec_decode_num_drafts", "Runs of tokens guessed by look-up")
+        self.draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed")
+        self.accepted_tokens = counter(
+            "vllm:spec_decode_num_accepted_tokens", "Guessed tokens that came true"
         )
         self.images = counter("llava:images", "Pictures received")
         self._rejected = counter("llava:rejected", "Requests refused, by HTTP status", "status")

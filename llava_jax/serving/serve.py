@@ -18,6 +18,7 @@ import jax
 from llava_jax.errors import LlavaError
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.explain import FEWEST_WINDOWS
+from llava_jax.inference.lookup import check_lookup
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
@@ -137,6 +138,7 @@ def check_arguments(args) -> None:
         raise LlavaError("--replicas and --tensor must be at least 1")
     if args.max_images < 0 or args.drain_seconds < 0:
         raise LlavaError("--max_images and --drain_seconds must be at least 0")
+    check_lookup(args.lookup)
     if args.contrast and args.batch_size <= args.replicas:
         raise LlavaError(
             f"--contrast takes two rows of a copy: give a --batch_size of at least "

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llava_jax.inference.answer import Answer, TokenLogprob
-from llava_jax.inference.engine import Engine
+from llava_jax.inference.engine import Counts, Engine
 from llava_jax.inference.jobs import Job, LiveJobs, rows_of
 from llava_jax.inference.replicas import Replicas
 from llava_jax.serving.api import ApiError
@@ -122,7 +122,7 @@ class Worker(threading.Thread):
         self._live: dict[int, tuple[Ticket, int]] = {}
         self._lock = threading.Lock()
         self._last_sign, self._faults = time.monotonic(), 0
-        self._counted = {"prompt_tokens": 0, "answer_tokens": 0, "shared_tokens": 0}
+        self._counted = Counts()
 
     # On the event loop.
 
@@ -191,11 +191,13 @@ class Worker(threading.Thread):
             "prompt_tokens": self._metrics.prompt_tokens,
             "answer_tokens": self._metrics.generation_tokens,
             "shared_tokens": self._metrics.cached_tokens,
+            "drafts": self._metrics.drafts,
+            "draft_tokens": self._metrics.draft_tokens,
+            "accepted_tokens": self._metrics.accepted_tokens,
         }
         for name, counter in counters.items():
-            now = getattr(counts, name)
-            counter.inc(now - self._counted[name])
-            self._counted[name] = now
+            counter.inc(getattr(counts, name) - getattr(self._counted, name))
+        self._counted = counts
 
     # On the engine's thread.
 

@@ -158,7 +158,7 @@ def test_answers_end_where_the_folder_says_too():
     ((ended,),) = model.complete(["What?"], **ask)
     assert ended.tokens == free.tokens[: free.tokens.index(end)]
     assert ended.finish_reason == "stop"
-    assert set(model._stop_ids()) == {*make()._stop_ids(), end}
+    assert set(model._ends) == {*make()._ends, end}
     names = model.describe_stops()
     assert "<|endoftext|>, <|im_end|>" in names
     assert model.tokenizer.convert_ids_to_tokens(end) in names

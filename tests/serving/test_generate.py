@@ -91,12 +91,13 @@ def test_the_model_is_loaded_as_the_flags_say(run, llava, tmp_path, monkeypatch)
     loaded = []
     keep = lambda *_, **options: loaded.append(options) or llava
     monkeypatch.setattr(model.Llava, "from_pretrained", keep)
-    run("--quantize", "int8", "--kv_cache", "int8", "--template", "v1", "--dtype", "mixed")
+    words = ("--quantize", "int8", "--kv_cache", "int8", "--lookup", "3")
+    run(*words, "--template", "v1", "--dtype", "mixed")
     run("--weights", "int8", "--overwrite")  # the earlier name
     first, second = loaded
     assert (first["quantize"], first["kv_cache"], first["template"]) == ("int8", "int8", "v1")
     assert first["dtype"] == "mixed" and second["quantize"] == "int8"
-    assert second["template"] is None
+    assert second["template"] is None and (first["lookup"], second["lookup"]) == (3, 0)
 
 
 def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path, capsys):

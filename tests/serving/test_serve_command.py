@@ -83,6 +83,7 @@ def test_a_checkpoint_that_is_not_there(capsys):
         (("--max_images", "-1"), "--max_images"),
         (("--max_tokens", "0"), "--max_tokens"),
         (("--temperature", "-1"), "temperature"),
+        (("--lookup", "-1"), "lookup must be a whole number"),
         (("--api_key_file", "/no/such/file"), "--api_key_file /no/such/file cannot be read"),
     ],
 )

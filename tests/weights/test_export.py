@@ -159,7 +159,7 @@ def test_what_serving_engines_look_for(exported):
     assert config["image_seq_length"] == ours.config.tokens_per_tile
     assert config["image_token_index"] < config["text_config"]["vocab_size"]
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert set(ours._stop_ids()) == set(generation["eos_token_id"])
+    assert set(ours._ends) == set(generation["eos_token_id"])
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == (folder / "chat_template.jinja").read_text()
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
