@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         **costs(device, where, mesh, rows, slots, [s for f, s in calls if f == "prefill"]),
     }
     if where.chip:
-        figures["decoding"] = decoding_speed(config, params, where, figures)
+        figures["decoding"] = decoding_speed(config, params, where, figures, args.lookup)
     print_figures(figures)
     print(json.dumps(figures))
     return 0 if figures["fits"] else DOES_NOT_FIT
@@ -213,11 +213,14 @@ def program_costs(lowered: jax.stages.Lowered) -> dict[str, float]:
     }
 
 
-def decoding_speed(config: LlavaConfig, params: dict, where: Topology, figures: dict) -> dict:
+def decoding_speed(
+    config: LlavaConfig, params: dict, where: Topology, figures: dict, lookup: int = 0
+) -> dict:
     """The least bytes that a token of every row moves on a device, and the most tokens/s.
 
     Every weight of the language model is read, and every key and value of full rows; of the table
-    of embeddings only if it is the output's too.
+    of embeddings only if it is the output's too. With so many guesses a row (`lookup`) a pass moves
+    the same, and multiplies more: its most tokens/s if none of them comes true, and if all do.
     """
     decoder = dict(params["decoder"])
     if not config.decoder.tie_word_embeddings:
@@ -226,11 +229,16 @@ def decoding_speed(config: LlavaConfig, params: dict, where: Topology, figures: 
     weighed = [leaf for path, leaf in flatten_dict(decoder).items() if path[-1] not in PARTS]
     count = sum(leaf.size for leaf in weighed) / figures["tensor"]
     row = figures["bytes"]["cache"] / figures["rows"]
+    least = lambda rows: weights + rows * row
+    passes = lambda rows, tokens: (
+        1 / max(least(rows) / where.chip.hbm_bandwidth, 2 * count * rows * tokens / where.chip.peak)
+    )
     speed = {}
     for rows in sorted({*BATCHES, figures["rows"]}):
-        least = weights + rows * row
-        seconds = max(least / where.chip.hbm_bandwidth, 2 * count * rows / where.chip.peak)
-        speed[rows] = {"bytes": least, "tokens_per_second": rows / seconds}
+        speed[rows] = {"bytes": least(rows), "tokens_per_second": rows * passes(rows, 1)}
+        if lookup:
+            none = rows * passes(rows, 1 + lookup)
+            speed[rows]["guessing"] = {"none": none, "all": (1 + lookup) * none}
     return speed
 
 
@@ -259,7 +267,11 @@ def print_figures(figures: dict) -> None:
             f"room for {most['rows']} rows of {slots:,} tokens, or {rows} rows of {most['slots']:,}"
         )
     for batch, speed in figures.get("decoding", {}).items():
+        guessing = ""
+        if "guessing" in speed:
+            none, every = speed["guessing"].values()
+            guessing = f"; guessing {none:,.0f} if no guess comes true, {every:,.0f} if all do"
         print(
             f"{batch} full rows: at least {speed['bytes'] / 1e9:.1f} GB for a token of each, at "
-            f"most {speed['tokens_per_second']:,.0f} tokens/s a copy"
+            f"most {speed['tokens_per_second']:,.0f} tokens/s a copy{guessing}"
         )

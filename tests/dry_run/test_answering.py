@@ -151,6 +151,13 @@ def test_the_speed_of_decoding_by_the_memory():
     assert speed[32]["bytes"] == weights + 32 * row
     bandwidth = CHIPS["h100"].hbm_bandwidth
     assert speed[32]["tokens_per_second"] == pytest.approx(32 * bandwidth / (weights + 32 * row))
+    guessing = decoding_speed(config, params, where, figures, lookup=4)
+    none, every = guessing[32].pop("guessing").values()  # a pass still waits for memory
+    assert guessing[32] == speed[32] and none == speed[32]["tokens_per_second"] == every / 5
+    short = figures | {"bytes": {"cache": 4 * row / 64}}  # of many rows the products take longer
+    of_many = decoding_speed(config, params, where, short, lookup=4)[128]
+    none, every = of_many["guessing"].values()
+    assert none < of_many["tokens_per_second"] < every == 5 * none
 
 
 @with_compiler
