@@ -25,28 +25,28 @@ TEMPLATE = "mistral_instruct"  # short
 
 
 def params_that_repeat(seed: int = 0) -> dict:
-    """Of a model whose next token depends on the latest most, so that its answers run in rings."""
+    """Of a model that says eight tokens, and others only if it draws them: some guesses are right."""
     params = random_params(CONFIG, seed)
-    output = params["decoder"]["layers"]["self_attn"]["o_proj"]
-    output["kernel"] = output["kernel"] * 0.1
+    head = params["decoder"]["lm_head"]
+    head["kernel"] = head["kernel"].at[:, 8:].set(0)
     return params
 
 
-def make(lookup: int, contrast: bool = False, **options) -> Llava:
+def make(lookup: int, **options) -> Llava:
     params = options.pop("params", None) or params_that_repeat()
     model = Llava(CONFIG, params, byte_tokenizer(), TEMPLATE, lookup=lookup, **options)
-    model.engine.warm_up(batch_size=4, size=SIZE, few=True, contrast=contrast)
+    model.engine.warm_up(batch_size=4, size=SIZE, few=True)
     return model
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return make(0, contrast=True)
+    return make(0)
 
 
 @pytest.fixture(scope="module")
 def guessing():
-    return make(K, contrast=True)
+    return make(K)
 
 
 def mixed(llava, seed: int, count: int = 12, **settings) -> list:
@@ -147,8 +147,7 @@ def test_answers_are_those_without_guesses_in_any_batch(plain, guessing, setting
         same(answers(guessing, [one]), [other])
 
 
-def test_every_token_of_a_ring_is_guessed_once_it_is_known(plain, guessing):
-    """And whole calls are: budgets that end at every place of a draft give what they ask for."""
+def test_budgets_end_at_every_place_of_a_draft(plain, guessing):
     asked = [SamplingParams(n, ignore_eos=True) for n in range(1, 41)]
     requests = [guessing.request("a?", None, params) for params in asked]
     ((whole,),) = plain.complete(["a?"], None, 4, max_tokens=40, ignore_eos=True)
@@ -157,7 +156,7 @@ def test_every_token_of_a_ring_is_guessed_once_it_is_known(plain, guessing):
     before = guessing.engine.counts
     answers(guessing, requests[-1:])
     new = since(guessing, before)
-    assert new.accepted_tokens >= 15 and new.answer_tokens == 40
+    assert new.accepted_tokens >= 5 and new.answer_tokens == 40
 
 
 def test_a_stop_inside_a_draft_ends_the_answer_there(plain, guessing):
@@ -177,15 +176,19 @@ def test_a_stop_inside_a_draft_ends_the_answer_there(plain, guessing):
 
 def test_a_stop_text_inside_a_draft_ends_the_answer_there(plain, guessing):
     settings = {"max_tokens": 40, "ignore_eos": True, "temperature": 0.3}
-    for seed in range(6):
-        ((whole,),) = plain.complete(["ab?"], None, 4, seed=seed, **settings)
-        for at in range(len(whole.text)):
-            stop = whole.text[at : at + 2]
-            found, expected = (
-                model.complete(["ab?"], None, 4, seed=seed, stop=stop, **settings)[0]
-                for model in (guessing, plain)
-            )
-            assert found[0].text == expected[0].text and found[0].tokens == expected[0].tokens
+    asked = [SamplingParams(seed=seed, **settings) for seed in range(4)]
+    whole = answers(plain, [plain.request("ab?", None, params) for params in asked])
+    stops = [
+        dataclasses.replace(params, stop=answer.text[at : at + 2])
+        for params, answer in zip(asked, whole, strict=True)
+        for at in range(len(answer.text))
+    ]
+    found, expected = (
+        answers(model, [model.request("ab?", None, params) for params in stops])
+        for model in (guessing, plain)
+    )
+    same(found, expected)
+    assert [a.text for a in found] == [a.text for a in expected]
 
 
 def test_an_answer_may_fill_its_row_to_the_end(plain, guessing):
@@ -226,7 +229,7 @@ def test_rows_that_ended_keep_what_others_begin_with(guessing):
 
 
 def test_a_cancelled_answer_leaves_nothing_to_those_that_follow(plain, guessing):
-    source, long = LiveJobs(), SamplingParams(50, ignore_eos=True)
+    source, long = LiveJobs(), SamplingParams(40, ignore_eos=True)
     first, second = (guessing.jobs(guessing.request("a?", None, long))[0] for _ in range(2))
     source.put(first, second)
     rest = [guessing.jobs(one)[0] for one in mixed(guessing, 5)]
@@ -235,18 +238,17 @@ def test_a_cancelled_answer_leaves_nothing_to_those_that_follow(plain, guessing)
             answer.cancel()
             source.put(*rest)
             source.close()
-    assert first.answer.finish_reason == "cancelled" and len(first.answer.tokens) < 50
-    assert len(second.answer.tokens) == 50
+    assert first.answer.finish_reason == "cancelled" and len(first.answer.tokens) < 40
+    assert len(second.answer.tokens) == 40
     same([job.answer for job in rest], answers(plain, mixed(plain, 5)))
 
 
-def test_nothing_compiles_after_warm_up_and_there_are_no_more_programs(plain, guessing):
+def test_nothing_compiles_after_warm_up(guessing):
     before = guessing.engine.counts.compilations
     for seed in (2, 3):
         guessing.engine.forget()
         answers(guessing, mixed(guessing, seed), 3)
     assert guessing.engine.counts.compilations == before
-    assert before == plain.engine.counts.compilations
 
 
 def test_off_there_is_no_history_and_the_plain_program_runs(plain, guessing):
