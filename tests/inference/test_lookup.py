@@ -25,7 +25,7 @@ TEMPLATE = "mistral_instruct"  # short
 
 
 def params_that_repeat(seed: int = 0) -> dict:
-    """Of a model that says eight tokens, and others only if it draws them: some guesses are right."""
+    """Of a model that says eight tokens, others only if it draws them: some guesses are right."""
     params = random_params(CONFIG, seed)
     head = params["decoder"]["lm_head"]
     head["kernel"] = head["kernel"].at[:, 8:].set(0)
