@@ -217,11 +217,8 @@ class Llava:
             return self.generate([prompts], images, batch_size, **sampling)[0]
         answers = self.complete(prompts, images, batch_size, **sampling)
         texts = [[answer.text for answer in of_prompt] for of_prompt in answers]
-        return (
-            texts
-            if sampling.get("n", sampling.get("num_return_sequences", 1)) > 1
-            else [text for (text,) in texts]
-        )
+        several = sampling.get("n", sampling.get("num_return_sequences", 1)) > 1
+        return texts if several else [text for (text,) in texts]
 
     def complete(
         self,
