@@ -53,7 +53,7 @@ SAID = [
     "The harbor is full of small fishing boats. A man in a yellow coat repairs a net on the pier, "
     "and two gulls wait for what he throws away. Behind them the white houses climb the hill.",
     "A young woman rides a red bicycle along the canal. She carries a basket of bread and flowers, "
-    "and a brown dog runs beside the wheel. The trees on the other side have lost their leaves.",
+    "and a brown dog runs next to the wheel. The trees on the other side have lost their leaves.",
     "Three children build a castle of sand near the water. The smallest one brings a bucket, the "
     "others dig a deep moat around the towers. A striped umbrella gives shade to their parents.",
     "The kitchen has a long wooden table with six chairs. Copper pans hang above the stove, and a "
