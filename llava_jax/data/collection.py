@@ -30,7 +30,7 @@ class Records(ABC):
     pairs = False
 
     def __init__(self, path, image_root, columns=None, **more):
-        self.path, self.columns = str(path), check_columns(dict(columns or {}))
+        self.path, self.columns = str(path), check_columns(columns or {})
         self.image_root = None if image_root is None else str(image_root)
         self._arguments = {
             "path": self.path, "image_root": self.image_root, "columns": self.columns, **more

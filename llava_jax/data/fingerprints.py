@@ -137,10 +137,11 @@ class Decoder:
 
     Args:
       look: checks a video, given it and its name; None leaves videos out.
+      collects: whether pictures are fingerprinted, and not only decoded.
     """
 
-    def __init__(self, records, max_pixels: int, look=None):
-        self.collector = Collector()
+    def __init__(self, records, max_pixels: int, look=None, collects: bool = True):
+        self.collector, self._collects = Collector(), collects
         self._records, self._max_pixels, self._look = records, max_pixels, look
         self._known: dict[str | StoredObject, tuple[ImageError | None, int | None]] = {}
         self._lock = threading.Lock()
@@ -179,7 +180,8 @@ class Decoder:
             if not isinstance(source, Video):
                 data = _bytes(source, name)
                 image = load_image(data or source, name, self._max_pixels)
-                number = self.collector.add(data or image.tobytes(), image)
+                if self._collects:
+                    number = self.collector.add(data or image.tobytes(), image)
             elif self._look is not None:
                 self._look(source, name)
         except ImageError as found:

@@ -13,6 +13,7 @@ pictures stand before the first of them.
 """
 
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from llava_jax.errors import LlavaError, RecordError, brief, closest
@@ -70,7 +71,12 @@ class Talk(NamedTuple):
 
 
 def check_columns(columns: dict[str, str]) -> dict[str, str]:
-    """`config.data.columns`: our name of a key -> the file's; LlavaError for another."""
+    """`config.data.columns`: our name of a key -> the file's; LlavaError for anything else."""
+    if not isinstance(columns, Mapping):
+        raise LlavaError(
+            f"config.data.columns is {brief(columns)}: give our name of each key and that of the "
+            "data, as in {'answer': 'label'}"
+        )
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
             raise LlavaError(

@@ -35,6 +35,7 @@ import yaml
 from llava_jax.data.buckets import Url, below, place
 from llava_jax.data.collection import Records
 from llava_jax.data.copies import local
+from llava_jax.data.forms import check_columns
 from llava_jax.data.parsing import Record
 from llava_jax.data.records import holds_images, open_records
 from llava_jax.errors import LlavaError, RecordError, brief
@@ -42,6 +43,7 @@ from llava_jax.errors import LlavaError, RecordError, brief
 _PATHS = ("json_path", "path")  # the first is LLaVA-NeXT's
 _KEYS = (*_PATHS, "sampling_strategy", "split", "image_root", "columns", "repeat", "weight")
 _KINDS = {"split": str, "image_root": str, "columns": dict, "repeat": int, "weight": (int, float)}
+_MOST = 10**8  # records of a mixture, a number of 8 bytes each
 _STRATEGY = re.compile(r"(first|end|random):\s*(\d+)(%?)")
 
 
@@ -80,7 +82,7 @@ class MixedRecords:
         columns: dict[str, str] | None = None,
         cache_dir: str | os.PathLike | None = None,
     ):
-        self.path, self.seed, self.columns = str(path), seed, dict(columns or {})
+        self.path, self.seed, self.columns = str(path), seed, check_columns(columns or {})
         path = place(path)
         self.image_root = str(image_root if image_root is not None else path.parent)
         self.ignored_options = set()
@@ -248,8 +250,13 @@ def _draw(path: Path | Url, entry: dict, number: int, image_root: str, seed, cac
         )
     if not len(chosen):
         raise LlavaError(f"{where}: {strategy} of {name} with {len(every)} records is nothing")
-    if entry.get("repeat", 1) > 1:
-        chosen, strategy = np.tile(chosen, entry["repeat"]), f"{strategy}, {entry['repeat']} times"
+    if (times := entry.get("repeat", 1)) > 1:
+        if len(chosen) * times > _MOST:
+            raise LlavaError(
+                f"{where}: {len(chosen):,} records {times:,} times are {len(chosen) * times:,}, "
+                f"more than the {_MOST:,} of a mixture: take a smaller repeat"
+            )
+        chosen, strategy = np.tile(chosen, times), f"{strategy}, {times} times"
     return Part(name, strategy, records, chosen)
 
 

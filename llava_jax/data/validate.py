@@ -27,7 +27,6 @@ from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.rows import RowFormat
 from llava_jax.data.statistics import Distribution, Texts, bars
 from llava_jax.errors import LlavaError, RecordError, brief
-from llava_jax.models.images import ImageSpec
 
 _SHOWN = 3  # culprits printed of each kind
 
@@ -41,7 +40,7 @@ class Report(Findings):
       faulty: numbers of the records with faults.
       texts: what the conversations are like.
       images_total: image files, and images within a data set, that were decoded.
-      fingerprints: of the pictures among them.
+      fingerprints: of the pictures among them; none unless they were asked for.
     """
 
     def __init__(self, records, row_format: RowFormat, tokenizer=None):
@@ -149,6 +148,7 @@ def validate(
     progress: bool = True,
     threads: int | None = None,
     accept: Callable[[TrainingData], None] = lambda data: None,
+    fingerprints: bool = False,
     **training,
 ) -> Report:
     """Checks every record of `open_records(...)` as training does and decodes every image it uses.
@@ -157,6 +157,7 @@ def validate(
       tokenizer: a Hugging Face fast tokenizer; without one nothing is said about lengths.
       threads: decode images; by default one for each CPU core.
       accept: raises LlavaError for sound data that cannot be trained on.
+      fingerprints: whether pictures are to be compared, with each other or with other data.
       training: further arguments of `TrainingData`; by default batches of one row.
     """
     report, refused = Report(records, row_format, tokenizer), {}
@@ -175,16 +176,16 @@ def validate(
         if not report.faults:
             report.fault(None, error)
     report.left_out(refused)
-    _decode_images(report, row_format.image, refused, policy, common["threads"], progress)
+    look = lambda video, name: sources.tiles(video, row_format.image, name, policy.max_pixels)
+    decoder = Decoder(records, max_pixels, look, fingerprints)
+    _decode_images(report, decoder, refused, policy, common["threads"], progress)
     return report
 
 
 def _decode_images(
-    report: Report, spec: ImageSpec, refused, policy: ImagePolicy, threads: int, progress: bool
+    report: Report, decoder: Decoder, refused, policy: ImagePolicy, threads: int, progress: bool
 ) -> None:
     """Decodes the images of the records that training uses: it meets damage in their middle."""
-    look = lambda video, name: sources.tiles(video, spec, name, policy.max_pixels)
-    decoder = Decoder(report.records, policy.max_pixels, look)
     unused = {*report.faulty, *(index for indices in refused.values() for index in indices)}
     used = [index for index in range(report.records_total) if index not in unused]
     damaged = []

@@ -162,12 +162,16 @@ def main(args) -> int:
         raise LlavaError(f"no folder {page.parent} to write {page.name} into")
     sets = data_sets(args)
     against = [_opened(source, sets[0].image_root) for source in args.against]
-    reports = []
+    reports, compares = [], bool(page or against or len(sets) > 1)
     for data_set in sets:
         if reports:
             print()
         report = validate(
-            *data_set[:3], max_pixels=args.max_pixels, threads=args.workers, **data_set.training
+            *data_set[:3],
+            max_pixels=args.max_pixels,
+            threads=args.workers,
+            fingerprints=compares,
+            **data_set.training,
         )
         reports.append(report)
         print(f"{data_set.records.path}: {report.text()}")

@@ -94,6 +94,7 @@ def test_columns_choose_among_two_conversations(tmp_path):
     [
         ({"query": "question"}, "names 'query', which is none of: id, image"),
         ({"answer": ""}, "columns.answer is ''"),
+        ("abc", "columns is 'abc': give our name of each key"),
         ({"answer": "a", "conversations": "b"}, "name one of the two"),
     ],
 )

@@ -175,6 +175,7 @@ WRONG = {
     "no weight": ([{"weight": 0}], {}, "entry 0: weight is 0: it must be above 0"),
     "weight of text": ([{"weight": "1"}], {}, "entry 0: weight cannot be '1'"),
     "repeat": ([{"repeat": 0}], {}, "entry 0: repeat is 0: give a number of times from 1"),
+    "times": ([{"repeat": 10**14}], {}, "entry 0: 40 records 100,000,000,000,000 times are 4,000"),
     "both": ([{"repeat": 2, "weight": 1}], {}, "entry 0: repeat is 2: .* no weight with it"),
     "columns": ([{"columns": {"q": "a"}}], {}, "entry 0: config.data.columns names 'q'"),
     "split": ([{"split": "test"}], {}, "entry 0: .*names files and has no splits"),

@@ -42,7 +42,7 @@ def page(tmp_path, tokenizers):
     def page(others):
         pictures = {"a.png": saved(1), "b'\"<b>&.png": saved(2), "c.jpg": saved(1, quality=70)}
         records = data_of(tmp_path / "ours", "ours", pictures)
-        report = validate(records, FORMAT, tokenizers["smollm"], progress=False)
+        report = validate(records, FORMAT, tokenizers["smollm"], progress=False, fingerprints=True)
         assert not report.faults
         theirs = picture_set(others, progress=False)
         shared = Shared(report.pictures, theirs, leaks(report.fingerprints, theirs.fingerprints))

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from llava_jax import cli
+from llava_jax.data.fingerprints import Collector
 from llava_jax.errors import LlavaError
 from llava_jax.training import validate_data
 from tests import tiny_run
@@ -17,6 +18,18 @@ def test_a_sound_set(data_set, command, capsys):
     assert command(validate_data, data_set[0], "--image_root", data_set[1]) == 0
     out = capsys.readouterr().out
     assert "24 records, 24 image files" in out and "no faults" in out
+
+
+def test_pictures_are_compared_only_where_that_is_asked_for(
+    data_set, command, capsys, tmp_path, monkeypatch
+):
+    added, add = [], Collector.add
+    monkeypatch.setattr(Collector, "add", lambda *args: added.append(args) or add(*args))
+    arguments = validate_data, data_set[0], "--image_root", data_set[1]
+    assert command(*arguments) == 0
+    assert not added and "pictures" not in capsys.readouterr().out
+    assert command(*arguments, "--report", tmp_path / "r.html") == 0
+    assert len(added) == 24 and "24 pictures, 24 different" in capsys.readouterr().out
 
 
 def test_columns_are_named_on_the_command_line(tmp_path, command, capsys):
