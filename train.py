@@ -142,15 +142,15 @@ def locked_workdir(workdir: Path) -> Iterator[None]:
 def open_data(stage: Stage, tokenizer) -> tuple[TrainingData, TrainingData | None]:
     """Training data and held-out data, every record checked.
 
-    The first process measures them; the others find in the cache what it measured.
+    All processes measure them, and share in their cache folder what is measured, if it is one.
     """
-    data = hosts.first_then_all(lambda: stage.training_data(tokenizer))
+    data = hosts.together(lambda: stage.training_data(tokenizer))
     hosts.report(f"{stage.config.data.train}: {data.describe()}")
     for line in about(data.records):
         hosts.report(f"  {line}")
     hosts.check_same({"the training data": data.fingerprint})
     stage.check_reach(data, hosts.report)
-    held_out = hosts.first_then_all(lambda: stage.held_out_data(tokenizer))
+    held_out = hosts.together(lambda: stage.held_out_data(tokenizer))
     if held_out:
         hosts.report(f"{stage.config.data.validation}: {held_out.describe()}")
     return data, held_out

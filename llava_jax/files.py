@@ -71,9 +71,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that takes the place of `path` in one step if the block ends without an error.
 
     Until then `path` keeps its old content. What a killed process has left is a file of another
-    name, `NAME.PID.partial`.
+    name, `NAME.HOST.PID.partial`.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             yield file

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
+from llava_jax.data.chunks import Chunk, spans
 from llava_jax.data.collection import Records, ends_of_files
 from llava_jax.data.forms import ANSWER, LISTS, QUESTION
 from llava_jax.data.pairs import PAIR_KEYS
@@ -54,16 +55,6 @@ class ArrayRecords(Records):
         raw = DeserializeMethod.RAW_BYTES
         self._source = builder.as_data_source(split=split, deserialize_method=raw)
 
-    @property
-    def within(self) -> str:
-        """ "": the data set was written whole, and its content is known."""
-        return ""
-
-    @property
-    def holds_boxes(self) -> bool:
-        """Whether a record may have boxes."""
-        return "boxes" in self._features
-
     def __len__(self) -> int:
         return len(self._source)
 
@@ -80,6 +71,11 @@ class ArrayRecords(Records):
             image_names=names if len(names) == len(record.images) else record.image_names,
             ignored_keys=(*record.ignored_keys, *self._ignored),
         )
+
+    def stored_chunks(self) -> list[Chunk]:
+        """Nothing is ever added to such a set, and none of its files changes."""
+        content = self.content()
+        return [Chunk(*span, f"{content} {span[0]} {span[1]}") for span in spans(len(self))]
 
     def _example(self, index: int) -> tuple[dict, tuple[str, ...]]:
         """A record as it is stored, and the names that its images had as files."""
@@ -103,19 +99,6 @@ class ArrayRecords(Records):
         if "sha256" in self.metadata:
             return self.metadata["sha256"]
         return ends_of_files(self._files, str(sorted(self._features)))
-
-    def ignored_keys(self) -> dict[str, int]:
-        """feature that nothing reads -> number of records."""
-        counts = dict.fromkeys(self._ignored, len(self))
-        if not self.pairs:  # of our own sets not every record need be a pair
-            pairs = int(self.metadata.get("rejected", len(self)))
-            counts |= {key: pairs for key in PAIR_KEYS if key in self._features}
-        return counts
-
-    def forms(self) -> list[str]:
-        """That of the first record that has one: all have the same features."""
-        form = next(filter(None, map(self._form_of, self.items())), None)
-        return [f"{form} ({len(self):,} records)"] if form else []
 
 
 def _read_features(tfds, features, path, columns: dict[str, str]) -> tuple:

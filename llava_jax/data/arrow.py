@@ -1,12 +1,21 @@
-"""Arrow files, as `save_to_disk` of Hugging Face `datasets` writes them: mapped, not read."""
+"""Arrow files: mapped, not read. `save_to_disk` of Hugging Face `datasets` writes some, others are
+ours, made of larger files once.
+"""
 
 import functools
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from llava_jax.data.parquet import is_list
+from llava_jax.data.parquet import is_list, reading
+from llava_jax.data.parquet_pages import metadata
 from llava_jax.data.stored import File, Stored
 from llava_jax.errors import LlavaError
+from llava_jax.files import whole_file
+
+_BATCH = 1 << 14  # rows copied at a time
 
 
 @functools.lru_cache(maxsize=4096)  # small: what is mapped is not in memory
@@ -77,3 +86,41 @@ class Pictures:
         else:
             has_bytes = cell.is_valid
         return StoredCell(self._file, self._column, row, item, given or "") if has_bytes else given
+
+
+def mapped(place: Path, state: bytes):
+    """The table of one of our files; None if it is absent, broken, or made of another state."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(place)) as source:
+            table = pyarrow.ipc.open_file(source).read_all()
+        return table if table.schema.metadata[b"state"] == state else None
+    except (OSError, KeyError, TypeError, pyarrow.ArrowException):
+        return None
+
+
+def parquet_texts(file: File, columns: list[str], cache_dir: str | os.PathLike | None):
+    """Columns of a Parquet file as a table.
+
+    cache_dir: where a copy of them is kept and mapped, checked by the file's size and time of
+    modification; None: they are in memory.
+    """
+    import pyarrow
+
+    with reading(file.path):
+        source = metadata(file)
+        if cache_dir is None or not columns:
+            return source.read(columns=columns)
+        name = f"{os.path.abspath(file.path)} {columns}".encode(errors="surrogateescape")
+        place = Path(cache_dir) / f"texts-{hashlib.sha256(name).hexdigest()[:32]}.arrow"
+        state = f"1 {file.size} {file.modified}"
+        if (table := mapped(place, state.encode())) is not None:
+            return table
+        fields = [source.schema_arrow.field(column) for column in columns]
+        schema = pyarrow.schema(fields, {"state": state})
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(place) as out, pyarrow.ipc.new_file(out, schema) as writer:
+            for batch in source.iter_batches(_BATCH, columns=columns):
+                writer.write_batch(batch.select(columns))
+        return mapped(place, state.encode())

@@ -22,6 +22,7 @@ from llava_jax.data.video import Video
 from llava_jax.errors import LlavaError, RecordError
 
 SIDE = 16
+_AT_ONCE = 1024  # records in the queue of the threads that decode
 PIXELS = SIDE * SIDE * 3  # values of a thumbnail
 _GREY = 32  # side of the picture that the perceptual hash is of
 # The eight lowest frequencies of a cosine transform, [8, _GREY].
@@ -207,13 +208,15 @@ def _bytes(source, name: str) -> bytes | None:
 def decode_all(decoder: Decoder, indices, threads: int, title: str, progress: bool):
     """Yields (index, error or None) of these records and collects their fingerprints."""
     # Threads suffice: Pillow lets go of the interpreter while it decodes.
-    with ThreadPool(threads) as pool:
-        found = pool.imap(decoder, indices, chunksize=8)
-        bar = tqdm(found, title, len(indices), unit=" records", disable=not progress)
-        for index, (error, pictures) in zip(indices, bar, strict=True):
-            for place, number in pictures:
-                decoder.collector.use(index, place, number)
-            yield index, error
+    bar = tqdm(desc=title, total=len(indices), unit=" records", disable=not progress)
+    with ThreadPool(threads) as pool, bar:
+        for start in range(0, len(indices), _AT_ONCE):
+            some = [int(index) for index in indices[start : start + _AT_ONCE]]
+            for index, (error, pictures) in zip(some, pool.map(decoder, some, 8), strict=True):
+                for place, number in pictures:
+                    decoder.collector.use(index, place, number)
+                yield index, error
+            bar.update(len(some))
 
 
 class PictureSet(NamedTuple):

@@ -1,21 +1,20 @@
 """The records of a LLaVA JSON or JSONL file."""
 
-import functools
-import hashlib
-import json
 import os
 from pathlib import Path
 
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
 from llava_jax.data.buckets import place
+from llava_jax.data.chunks import Chunk, spans
 from llava_jax.data.collection import Records
+from llava_jax.data.json_index import index_of
 from llava_jax.data.parsing import SYSTEM_KEYS
 from llava_jax.data.record_boxes import has_boxes
-from llava_jax.errors import LlavaError, brief
+from llava_jax.data.stored import File
 
 
 class JsonRecords(Records):
-    """The records of a JSON or JSONL file, in memory."""
+    """The records of a JSON or JSONL file, read from it one at a time."""
 
     def __init__(
         self,
@@ -23,34 +22,35 @@ class JsonRecords(Records):
         image_root: str | os.PathLike | None = None,
         columns: dict[str, str] | None = None,
         file: Path | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ):
-        """file: what to read, where `path` is a URL."""
+        """file: what to read, where `path` is a URL. cache_dir: as in `index_of`."""
         root = place(path).parent if image_root is None else image_root
-        super().__init__(path, root, columns, file=file)
-        self._file = Path(path) if file is None else file
-        self._items = _load_json(self._file, self.path)
-        if self.columns:
-            self.check_named(
-                {key for item in self._items if isinstance(item, dict) for key in item}
-            )
-
-    @functools.cached_property
-    def holds_boxes(self) -> bool:
-        """Whether a record has boxes."""
-        return super().holds_boxes
+        super().__init__(path, root, columns)
+        self._file = File.of(Path(path) if file is None else file)
+        self._index = index_of(self._file, self.path, _reads_more, cache_dir)
+        self.check_named()
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._index.starts) - 1
 
     def item(self, index: int) -> dict:
-        return self._items[index]
+        return self._index.item(self._file, index)
+
+    def stored_chunks(self) -> list[Chunk]:
+        found = zip(spans(len(self)), self._index.chunks, strict=True)
+        return [Chunk(*span, content) for span, content in found]
 
     def content(self) -> str:
         """SHA-256 of the file, in hex; marked if the file means more than it once did."""
-        with open(self._file, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # What was measured, or trained on, without those images and system prompts is not reused.
-        return f"{digest}-2" if any(map(_reads_more, self._items)) else digest
+        # What was trained on without those images and system prompts is not continued.
+        return f"{self._index.content}-2" if self._index.reads_more else self._index.content
+
+    def __getstate__(self):
+        return self.__dict__  # with the index
+
+    def __setstate__(self, state):
+        self.__dict__ = state
 
 
 def _reads_more(item) -> bool:
@@ -59,46 +59,3 @@ def _reads_more(item) -> bool:
         return False
     keys = SYSTEM_KEYS if item.get("image") else (*SYSTEM_KEYS, *IMAGE_KEYS)
     return any(item.get(key) for key in (*keys, *VIDEO_KEYS)) or has_boxes(item)
-
-
-def _load_json(file: Path, path: str) -> list:
-    """path: the name of the file in messages."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise LlavaError(f"cannot read the data file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise LlavaError(f"{path} is not UTF-8 text: bad byte at offset {error.start}") from None
-    items = _parse_lines(text, path) if file.suffix == ".jsonl" else _parse_json(text, path)
-    if not isinstance(items, list):
-        found = brief(items)
-        if isinstance(items, dict):
-            found = f"an object with the keys {brief(', '.join(items))}"
-        raise LlavaError(f"{path} must hold a JSON list of records, not {found}")
-    return items
-
-
-def _parse_json(text: str, path: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise LlavaError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
-            + (" (one object a line? name it .jsonl)" if error.msg == "Extra data" else "")
-        ) from None
-
-
-def _parse_lines(text: str, path: str) -> list:
-    items = []
-    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            items.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise LlavaError(
-                f"{path}, line {number} (record {len(items)}), is not valid JSON: "
-                f"{error.msg} at column {error.colno}"
-            ) from None
-    return items

@@ -1,14 +1,22 @@
 """What must be known of all records before the first batch: their faults and their lengths.
 
-Every record is checked and rendered, the first and last bytes of every image file are read, every
-conversation is tokenized. What cannot change between runs is kept in a cache folder.
+Every record is read, checked and rendered once, the first and last bytes of every image file are
+read, every conversation is tokenized. This goes chunk by chunk, in several processes where there
+are many; what cannot change between runs is kept, one file a chunk, in a cache folder.
 """
 
+import dataclasses
 import functools
 import hashlib
-import json
+import itertools
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -17,26 +25,27 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.data import sources
-from llava_jax.data.attachments import NO_FILE
-from llava_jax.data.buckets import Unreachable, is_url
+from llava_jax.data.buckets import is_url
+from llava_jax.data.chunks import Census, Chunk
+from llava_jax.data.kept import VERSION, Part, keep_part, read_part
+from llava_jax.data.looking import Look, look_at
 from llava_jax.data.media import ImageError
-from llava_jax.data.parsing import Record, check_record
-from llava_jax.data.rows import RowFormat, is_several, nominal, render_record
+from llava_jax.data.parsing import Record
+from llava_jax.data.rows import RowFormat
 from llava_jax.errors import LlavaError, RecordError
-from llava_jax.files import whole_file
-from llava_jax.text.templates import Segment
 from llava_jax.text.tokenization import SegmentTokenizer, token_row
 
-_CHUNK = 1024  # records tokenized at a time
+_AT_ONCE = 256  # records in memory, with the pictures within them
+_BATCH = 1024  # records tokenized at a time
 _REMOTE_THREADS = 32  # they wait for a bucket most of the time
-_CACHE_VERSION = 4  # raise it when the meaning of a cached value changes
-_NOT_READ = (*NO_FILE, "image outside the root", "video outside the root")  # kinds of fault
+_LEAST = 6  # chunks that a process is worth starting for
+_LIGHT = 100  # times less work is a chunk that was kept
 
 
 class Measured(NamedTuple):
     """All that is known of N records before the first batch.
 
-    lengths, full: int64 [N], tokens after and before cutting at max_length. tiles: int64 [N].
+    lengths, full: int32 [N], tokens after and before cutting at max_length. tiles: int32 [N].
     refused: reason -> numbers of the records that cannot be used. bad_images: the fault of each
     record that is refused for a bad image. cut: how many lost their end at max_length.
     """
@@ -84,8 +93,10 @@ def measure(
     threads: int = 4,
     progress: bool = True,
     findings: Findings | None = None,
+    host: tuple[int, int] = (0, 1),
+    processes: int | None = None,
 ) -> Measured:
-    """Checks and measures all `records`.
+    """Checks and measures all `records`, whose `census` is known then.
 
     Records that are sound but too long (nothing supervised left, an image cut) or have more than
     `row_format.tiles` tiles are refused with the reason; so are those with bad images, if
@@ -93,32 +104,35 @@ def measure(
 
     Args:
       tokenizer: without one all lengths are 0.
-      findings: what to do about a fault, by default to raise it.
+      findings: what to do about a fault, by default to raise it. Other findings are reported from
+        this process, in the order of the records, and nothing is kept.
+      host: (index, count) of hosts that measure the same records at the same time. Each begins at
+        another place, and finds what the others have kept, where they share `cache_dir`.
+      processes: by default as many as there are cores and work is worth.
     """
-    findings = findings or Findings()
-    cache = _Cache(cache_dir, records, tokenizer, row_format)
-    demands = f"{policy.max_pixels} {row_format.image.size} {row_format.image.mode}"
-    look = functools.partial(_look_at_all, records, row_format, policy, findings, threads, progress)
-    faults: dict[int, RecordError] = {}
-    # Nothing can change in a data set that holds its images and was found good before.
-    within = None if records.within is None else f"within the data set {records.within}".rstrip()
-    if cache.lengths is None or within is None or cache.images_seen != f"{within} {demands}":
-        looks, faults, files = look(inspect=cache.lengths is None)
-        if within is None:
-            seen = f"{files} {demands}"
-        elif files == hashlib.sha256().hexdigest():
-            seen = f"{within} {demands}"
-        else:  # some are within, some have a file of their own
-            seen = f"{files} {records.within} {demands}"
-        changed = cache.images_seen != seen
-        if cache.lengths is not None and changed:
-            looks, faults, _ = look(inspect=True)
-        by_size = row_format.image.by_size or records.holds_boxes
-        if cache.lengths is None or changed and by_size:
-            _tokenize(cache, records, tokenizer, row_format, looks, progress, findings)
-        if changed or faults:
-            cache.images_seen = "" if faults else seen
-            cache.write()
+    chunks = records.chunks()
+    first = len(chunks) * host[0] // host[1]
+    chunks = chunks[first:] + chunks[:first]
+    gauge = Gauge(records, tokenizer, row_format, policy, cache_dir, threads)
+    if findings is None:
+        findings, parts = Findings(), _parts(gauge, chunks, processes)
+    else:
+        parts = (gauge.measured(chunk, findings) for chunk in chunks)
+    lengths, full, tiles = (np.zeros(len(records), np.int32) for _ in range(3))
+    refused, faults, cut, census = {}, {}, 0, Census.none()
+    with tqdm(desc="measuring", total=len(records), unit=" records", disable=not progress) as bar:
+        for chunk, part in zip(chunks, parts, strict=True):
+            here = slice(chunk.start, chunk.stop)
+            lengths[here], full[here], tiles[here] = part.lengths, part.full, part.tiles
+            for reason, places in part.refused.items():
+                refused.setdefault(reason, []).extend(chunk.start + place for place in places)
+            faults |= {chunk.start + place: error for place, error in part.faults.items()}
+            cut += part.cut
+            census.merge(part.census, chunk.source)
+            bar.update(len(chunk.numbers))
+    records.census = census
+    of_reason = ((reason, sorted(indices)) for reason, indices in refused.items())
+    refused = dict(sorted(of_reason, key=lambda entry: entry[1][0]))
     messages = [str(faults[index]) for index in sorted(faults)]
     if len(faults) > policy.ceiling:
         error = LlavaError(
@@ -126,10 +140,10 @@ def measure(
             f"the first: {messages[0]}"
         )
         findings.fault(None, error)
-    refused = _add(cache.refused, "bad image", sorted(faults))
-    crowded = np.flatnonzero(cache.tiles > row_format.tiles).tolist()
+    refused = _add(refused, "bad image", sorted(faults))
+    crowded = np.flatnonzero(tiles > row_format.tiles).tolist()
     refused = _add(refused, row_format.crowded, crowded)
-    return Measured(cache.lengths, cache.full, cache.tiles, refused, messages, cache.cut)
+    return Measured(lengths, full, tiles, refused, messages, cut)
 
 
 def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
@@ -139,186 +153,181 @@ def _add(refused: dict[str, list[int]], reason: str, indices: list[int]):
     return {**refused, reason: rest} if rest else dict(refused)
 
 
-class _Look(NamedTuple):
-    """What was seen of one record.
+@dataclasses.dataclass
+class Gauge:
+    """Chunk -> Part, kept or measured; picklable. Arguments as of `measure`."""
 
-    record: None if it has not the right form. errors: its faults. is_image: whether they are of
-    its images or videos. files: path, size and time of modification of their files. layouts:
-    (tiles, tokens) of each image, nominal for one that is faulty or was not inspected. seen: what
-    is known of each.
-    """
+    records: object
+    tokenizer: SegmentTokenizer | None
+    row_format: RowFormat
+    policy: ImagePolicy
+    cache_dir: str | os.PathLike | None
+    threads: int
 
-    record: Record | None
-    errors: list[RecordError]
-    is_image: bool
-    files: bytes
-    layouts: list[tuple[int, int]]
-    seen: list[sources.Seen]
+    def __call__(self, chunk: Chunk) -> Part:
+        """The part of a chunk, for training. Raises the first fault."""
+        path = self.place(chunk)
+        kept = None if path is None else read_part(path)
+        if kept is None or not self._is_good(chunk, kept):
+            kept = self.measured(chunk, Findings(), kept)
+            if path is not None:
+                keep_part(path, kept)
+        return kept._replace(places=[])
 
+    def place(self, chunk: Chunk) -> Path | None:
+        """The file in which the part of a chunk is kept."""
+        if self.cache_dir is None:
+            return None
+        key = hashlib.sha256(f"{self._options}{chunk.content}".encode()).hexdigest()
+        return Path(self.cache_dir) / f"measured-{key[:32]}.npz"
 
-def _look_at_all(
-    records, row_format, policy, findings: Findings, threads: int, progress: bool, inspect: bool
-) -> tuple[list[_Look], dict[int, RecordError], str]:
-    """The looks at all records, the errors of those left out for their images, and a digest.
+    @functools.cached_property
+    def _options(self) -> str:
+        """A hash of all that decides lengths besides the records."""
+        key, f = hashlib.sha256(), self.row_format
+        ids = self.tokenizer and self.tokenizer.fingerprint(f.image_key())
+        for part in (VERSION, ids, f.template, f.max_length, f.turns, f.boxes):
+            key.update(f"{part}\0".encode())
+        return key.hexdigest()
 
-    The digest is of the state of the image files. Other faults are reported as they are met.
-    """
-    looks, faults, state = [], {}, hashlib.sha256()
-    look_at = functools.partial(_look, records, row_format, policy, inspect)
-    if any(map(is_url, records.image_roots)):
-        threads = max(threads, _REMOTE_THREADS)
-    with ThreadPool(threads) as pool:
-        found = pool.imap(look_at, range(len(records)), chunksize=16)
-        title = "checking images" if inspect else "checking records"
-        bar = tqdm(found, title, len(records), unit=" records", disable=not progress)
-        for index, look in enumerate(bar):
+    def _seen(self, chunk: Chunk, files) -> str:
+        """`Part.seen` of a chunk whose files have these states."""
+        image = self.row_format.image
+        asked = f"{chunk.within} {self.policy.max_pixels} {image.size} {image.mode}"
+        state = hashlib.sha256(asked.encode())
+        for one in files:
+            state.update(one)
+        return state.hexdigest()
+
+    def _is_good(self, chunk: Chunk, part: Part) -> bool:
+        """Whether the pictures of a part are those that were found good."""
+        files = (sources.state(sources.at_place(place), place) for place in part.places)
+        try:
+            return bool(part.seen) and part.seen == self._seen(chunk, files)
+        except ImageError:  # a file is gone
+            return False
+
+    def measured(self, chunk: Chunk, findings: Findings, before: Part | None = None) -> Part:
+        """Looks at the records of a chunk, once each.
+
+        before: what was kept of them, of pictures that may have changed.
+        """
+        if before is not None and before.sized:
+            before = None
+        count, path = len(chunk.numbers), self.records.path
+        files, places, faults, waiting, census = [], [], {}, [], Census.none()
+        sized = self.row_format.image.by_size
+        lengths, full, tiles = (np.zeros(count, np.int32) for _ in range(3))
+        part = Part(lengths, full, tiles, {}, 0, faults, census, sized, places, "")
+        for index, look in zip(chunk.numbers, self._looks(chunk.numbers), strict=True):
+            place = index - chunk.start
             for error in look.errors:
-                error = RecordError(error.kind, f"{records.path}: {error}")
-                if look.is_image and policy.skip:
-                    faults.setdefault(index, error)
+                error = RecordError(error.kind, f"{path}: {error}")
+                if look.is_image and self.policy.skip:
+                    faults.setdefault(place, error)
                 else:
                     findings.fault(index, error)
-            state.update(look.files)
+            files.append(look.files)
+            places += look.places
+            tiles[place] = sum(tiles for tiles, _ in look.layouts)
             if look.record is not None:
                 findings.record(look.record)
-            looks.append(look._replace(record=None, files=b""))  # images within it may be large
-    return looks, faults, state.hexdigest()
+                census.add(look.record)
+                sized = sized or bool(look.record.boxes)
+            if look.unwritten is not None:
+                findings.fault(index, look.unwritten)
+            if look.texts is not None and before is None:
+                waiting.append((place, look.texts, [tokens for _, tokens in look.layouts]))
+            if len(waiting) == _BATCH:
+                part = self._with_lengths(part, waiting, chunk.start, findings)
+                waiting = []
+        part = self._with_lengths(part, waiting, chunk.start, findings)
+        if before is not None:
+            known = ("lengths", "full", "refused", "cut")
+            part = part._replace(**{name: getattr(before, name) for name in known})
+        return part._replace(sized=sized, seen="" if faults else self._seen(chunk, files))
 
+    def _looks(self, numbers: Sequence[int]) -> Iterator[Look]:
+        look = functools.partial(
+            look_at, self.records, self.row_format, self.tokenizer, self.policy.max_pixels
+        )
+        is_remote = any(map(is_url, self.records.image_roots))
+        with ThreadPool(max(self.threads, _REMOTE_THREADS * is_remote)) as pool:
+            for start in range(0, len(numbers), _AT_ONCE):
+                yield from pool.map(look, numbers[start : start + _AT_ONCE], chunksize=16)
 
-def _look(records, row_format, policy: ImagePolicy, inspect: bool, index: int) -> _Look:
-    """Checks a record, and with `inspect` its images."""
-    record, errors, is_image, files, seen = None, [], True, b"", []
-    try:
-        record = records[index]
-        seen = [nominal(record, number, row_format) for number in range(len(record.images))]
-        check_record(record, records.image_root)
-        files = b"".join(map(sources.state, record.images, record.image_names))
-    except RecordError as error:
-        errors, is_image = [error], error.kind in NO_FILE
-        inspect = inspect and record is not None and error.kind not in _NOT_READ
-    images = zip(record.images, record.image_names, strict=True) if inspect else ()
-    for i, (source, name) in enumerate(images):
-        try:
-            seen[i] = sources.look_at(
-                source, row_format.image, name, policy.max_pixels, is_several(record)
-            )
-        except Unreachable:
-            raise
-        except ImageError as error:
-            errors.append(RecordError(error.kind, f"{record.name}: {error}"))
-        except LlavaError as error:  # the model takes no videos, or they cannot be read here
-            errors, is_image = [RecordError("video", f"{record.name}: {error}")], False
-            break
-    layouts = []
-    if is_image:
-        try:
-            found = row_format.layouts([one.source for one in seen])
-            layouts = [(layout.tiles, len(layout)) for layout in found]
-        except LlavaError as error:  # a missing video, of a model that takes none
-            errors, is_image = [RecordError("video", f"{record.name}: {error}")], False
-    return _Look(record if is_image else None, errors, is_image, files, layouts, seen)
-
-
-def _tokenize(
-    cache, records, tokenizer, row_format, looks, progress: bool, findings: Findings
-) -> None:
-    """Tiles of all records and lengths of those that can be used, into the cache."""
-    cache.lengths, cache.full = (np.zeros(len(records), np.int64) for _ in range(2))
-    cache.refused, cache.cut = {}, 0
-    cache.tiles = np.array([sum(tiles for tiles, _ in look.layouts) for look in looks], np.int64)
-    bar = tqdm(looks, "measuring", unit=" records", disable=not progress)
-    for chunk in _chunks(_rendered(records, row_format, tokenizer, bar, findings)):
-        lengths, rows = (), {}  # rows: at least of those that are cut
-        if tokenizer and row_format.turns == "conversation":
-            texts, images = [entry[1][0] for entry in chunk], [entry[2] for entry in chunk]
-            lengths, rows = tokenizer.measure(texts, images, row_format.max_length)
-        elif tokenizer:
-            rows = {i: token_row(tokenizer, *texts) for i, (_, *texts) in enumerate(chunk)}
+    def _with_lengths(self, part: Part, waiting, start: int, findings: Findings) -> Part:
+        """The part with the lengths of records: (place, texts, tokens of each image)."""
+        if not waiting or self.tokenizer is None:
+            return part
+        f, tokenizer = self.row_format, self.tokenizer
+        texts, images = [entry[1] for entry in waiting], [entry[2] for entry in waiting]
+        if f.turns == "conversation":
+            lengths, rows = tokenizer.measure([one[0] for one in texts], images, f.max_length)
+        else:
+            rows = dict(enumerate(map(token_row, itertools.repeat(tokenizer), texts, images)))
             lengths = [len(row) for row in rows.values()]
-        measured = zip(chunk, lengths, strict=tokenizer is not None)
-        for number, ((index, *_), length) in enumerate(measured):
+        for number, ((place, *_), length) in enumerate(zip(waiting, lengths, strict=True)):
             full, reason = int(length), None
-            if full > row_format.max_length:
-                row, reason = row_format.cut(rows[number])
+            if full > f.max_length:
+                row, reason = f.cut(rows[number])
                 length = 0 if row is None else len(row)
-                cache.cut += row is not None
+                part = part._replace(cut=part.cut + (row is not None))
                 if row is None:
-                    reason = f"{reason} at max_length={row_format.max_length}"
-                    cache.refused.setdefault(reason, []).append(index)
-            findings.tokens(index, full, int(cache.tiles[index]), reason)
-            cache.lengths[index], cache.full[index] = length, full
+                    reason = f"{reason} at max_length={f.max_length}"
+                    part.refused.setdefault(reason, []).append(place)
+            findings.tokens(start + place, full, int(part.tiles[place]), reason)
+            part.lengths[place], part.full[place] = length, full
+        return part
 
 
-def _rendered(
-    records, row_format, tokenizer, looks, findings: Findings
-) -> Iterator[tuple[int, list[tuple[Segment, ...]], list[int]]]:
-    """(number, texts, tokens of each image) of the records that can be used."""
-    for index, look in enumerate(looks):
-        if look.errors and not look.is_image:
-            continue
+def _parts(gauge: Gauge, chunks: list[Chunk], processes: int | None) -> Iterator[Part]:
+    """The parts of all chunks in their order. Raises the first fault."""
+    paths = list(map(gauge.place, chunks))
+    fresh = sum(path is None or not path.exists() for path in paths)
+    if fresh and gauge.cache_dir is not None and any(Path(gauge.cache_dir).glob("lengths-*.npz")):
+        text = f"{gauge.cache_dir} has lengths of an earlier version: they are measured anew"
+        tqdm.write(text, file=sys.stderr)
+    if processes is None:
+        processes = processes_for(fresh + len(chunks) // _LIGHT)
+    if processes < 2:
+        yield from map(gauge, chunks)
+        return
+    # What a mixture repeats is kept when it comes again.
+    first_of = {path: number for number, path in reversed([*enumerate(paths)]) if path is not None}
+    is_first = [first_of.get(path, number) == number for number, path in enumerate(paths)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _begin, (gauge,)) as pool:
         try:
-            texts = render_record(row_format, records, records[index], tokenizer, look.seen)
-        except RecordError as error:
-            findings.fault(index, error)
-            continue
-        yield index, texts, [tokens for _, tokens in look.layouts]
+            found = pool.map(_work, itertools.compress(chunks, is_first))
+            for chunk, first in zip(chunks, is_first, strict=True):
+                yield next(found) if first else gauge(chunk)
+        except BrokenProcessPool:
+            raise LlavaError(
+                "a process that measured records was ended, perhaps for want of memory: start "
+                "again, what was measured is kept"
+            ) from None
 
 
-def _chunks(items: Iterable) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    yield chunk
+def processes_for(chunks: int) -> int:
+    """How many processes so many chunks are worth."""
+    return min(len(os.sched_getaffinity(0)), chunks // _LEAST)
 
 
-class _Cache:
-    """Lengths of one combination of data, tokenizer, template and max_length, in a file.
+def _begin(gauge: Gauge) -> None:
+    """What a process of `_parts` does first."""
+    global _gauge
+    _gauge = gauge
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run hears it, too
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_follow, daemon=True).start()
 
-    `images_seen`: the image files, and what was asked of them, when all were last found good.
-    """
 
-    def __init__(self, folder, records, tokenizer, row_format):
-        self.lengths = self.full = self.tiles = None
-        self.refused: dict[str, list[int]] = {}
-        self.cut = 0
-        self.images_seen = ""
-        self._path = None
-        if folder is None:
-            return
-        key = hashlib.sha256()
-        for part in (
-            _CACHE_VERSION, records.fingerprint(),
-            tokenizer.fingerprint(row_format.image_key()), row_format.template,
-            row_format.max_length, row_format.turns,
-            *([row_format.boxes] if records.holds_boxes else []),
-        ):  # fmt: skip
-            key.update(f"{part}\0".encode())
-        self._path = Path(folder) / f"lengths-{key.hexdigest()[:32]}.npz"
-        try:
-            with np.load(self._path) as data:
-                self.refused = json.loads(str(data["refused"]))
-                self.images_seen = str(data["images_seen"])
-                self.cut = int(data["cut"])
-                lengths, self.tiles = data["lengths"], data["image_counts"]
-                self.full = data["full"] if "full" in data else lengths  # older caches lack it
-                self.lengths = lengths
-        except Exception:  # absent or broken: measure anew
-            pass
+def _follow() -> None:
+    """Ends this process with the run, however that ends."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
-    def write(self) -> None:
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._path) as file:
-            np.savez(
-                file,
-                lengths=self.lengths,
-                full=self.full,
-                image_counts=self.tiles,
-                refused=json.dumps(self.refused),
-                images_seen=self.images_seen,
-                cut=self.cut,
-            )
+
+def _work(chunk: Chunk) -> Part:
+    return _gauge(chunk)

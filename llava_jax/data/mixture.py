@@ -24,16 +24,17 @@ import bisect
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from llava_jax.data.buckets import Url, below, place
-from llava_jax.data.collection import Records
+from llava_jax.data.chunks import Chunk
+from llava_jax.data.collection import Collection, Records
 from llava_jax.data.copies import local
 from llava_jax.data.forms import check_columns
 from llava_jax.data.parsing import Record
@@ -64,7 +65,7 @@ class Part:
     chosen: np.ndarray
 
 
-class MixedRecords:
+class MixedRecords(Collection):
     """The records that a mixture draws.
 
     Args:
@@ -110,13 +111,7 @@ class MixedRecords:
             part.records.pairs = value
 
     @property
-    def holds_boxes(self) -> bool:
-        """Whether a record of one of the files may have boxes."""
-        return any(part.records.holds_boxes for part in self._parts)
-
-    @property
     def image_roots(self) -> set[str]:
-        """Every folder that paths start from."""
         return set().union(*(part.records.image_roots for part in self._parts))
 
     def __len__(self) -> int:
@@ -135,15 +130,26 @@ class MixedRecords:
         origin = f"number {place} of {part.name}" + (record.origin and f", {record.origin}")
         return dataclasses.replace(record, index=int(index), origin=origin)
 
-    @property
-    def within(self) -> str | None:
-        """The state of the files that hold the pictures; None where one has a file of its own."""
-        states = [part.records.within for part in self._parts]
-        return None if None in states else " ".join(states)
+    def chunks(self) -> list[Chunk]:
+        """What is chosen of each chunk of each data set: the same again where it is repeated."""
+        found = []
+        for number, part in enumerate(self._parts):
+            first, theirs = self._ends[number] - len(part.chosen), part.records.chunks()
+            of_place = np.searchsorted([chunk.stop for chunk in theirs], part.chosen, side="right")
+            new = (np.diff(of_place) != 0) | (np.diff(part.chosen) <= 0)
+            edges = [0, *(np.flatnonzero(new) + 1).tolist(), len(part.chosen)]
+            for start, stop in itertools.pairwise(edges):
+                chunk = theirs[of_place[start]]
+                chosen, content = part.chosen[start:stop] - chunk.start, chunk.content
+                if len(chosen) < len(chunk.numbers):
+                    content += f" {hashlib.sha256(chosen.tobytes()).hexdigest()}"
+                place = first + start, first + stop
+                found.append(Chunk(*place, content, chunk.within, number))
+        return found
 
-    def forms(self) -> list[str]:
-        """A line about each form of conversation in each data set."""
-        return [f"{part.name}: {form}" for part in self._parts for form in part.records.forms()]
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        return [(f"{part.name}: ", part.records.sources[0][1]) for part in self._parts]
 
     def fingerprint(self) -> str:
         """SHA-256 over the files' fingerprints and what was drawn of each, in hex."""
@@ -152,13 +158,6 @@ class MixedRecords:
             digest.update(part.records.fingerprint().encode())
             digest.update(part.chosen.tobytes())
         return digest.hexdigest()
-
-    def ignored_keys(self) -> dict[str, int]:
-        """key that nothing reads -> number of records with it, in the files as a whole."""
-        counts = Counter()
-        for part in self._parts:
-            counts.update(part.records.ignored_keys())
-        return dict(counts.most_common())
 
     def shares(self) -> list[str]:
         """A line for each file: what is used of it, and its share of the mixture."""

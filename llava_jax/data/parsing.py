@@ -15,13 +15,12 @@ template's system prompt. Ids may repeat, as they do in LLaVA's own data: a reco
 identifies it, and stands in for a missing id. Records with two answers are in `data.pairs`.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 from llava_jax.data import attachments
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
-from llava_jax.data.forms import Talk, read_talk, renamed, sound_text, with_marks
-from llava_jax.data.pairs import is_pair, unpaired
+from llava_jax.data.forms import Talk, read_talk, renamed, sound_text, talk_form, with_marks
+from llava_jax.data.pairs import is_pair, pair_form, unpaired
 from llava_jax.data.record_boxes import BOX_KEYS, RecordBox, has_boxes, parse_boxes
 from llava_jax.data.stored import Stored
 from llava_jax.data.video import Video
@@ -51,6 +50,7 @@ class Record:
     boxes: what each `<box>` in the turns stands for.
     origin: "number 3 of ocr.json", where the record is one of a mixture.
     rejected: of a pair, the answer that is worse than the last one of `turns`.
+    form: words for the form of conversation that it was read from.
     """
 
     index: int
@@ -63,6 +63,7 @@ class Record:
     boxes: tuple[RecordBox, ...] = ()
     origin: str = ""
     rejected: str | None = None
+    form: str = ""
 
     @property
     def name(self) -> str:
@@ -83,24 +84,6 @@ def ignored_keys(item: dict, talk: Talk) -> list[str]:
     return keys + [*talk.ignored]
 
 
-def count_ignored_keys(items, columns: dict[str, str], pairs: bool) -> dict[str, int]:
-    """key -> number of records in which it is ignored; most frequent first.
-
-    pairs: see `parse_record`.
-    """
-    counts = Counter()
-    for item in items:
-        try:
-            item, unread, rejected = renamed(item, columns), (), None
-            if pairs:
-                item, rejected, unread = unpaired(item, columns, "")
-            talk = read_talk(item, {} if rejected else columns, "")
-            counts.update((*unread, *ignored_keys(item, talk)))
-        except (RecordError, AttributeError, TypeError):  # reported when the record is read
-            pass
-    return dict(counts.most_common())
-
-
 def parse_record(
     item,
     index: int,
@@ -118,6 +101,7 @@ def parse_record(
     where = f"record {index}"
     if not isinstance(item, dict):
         raise RecordError("not an object", f"{where}: expected a JSON object, found {brief(item)}")
+    form = (pair_form if pairs else talk_form)(item, columns or {})
     item = renamed(item, columns or {})
     record_id = str(index if item.get("id") is None else item["id"])
     where = f"{where} (id {brief(record_id)})"
@@ -166,6 +150,7 @@ def parse_record(
         (*unread, *ignored_keys(item, talk)),
         parse_boxes(item, turns, len(found), where),
         rejected=rejected,
+        form=form or "",
     )
 
 

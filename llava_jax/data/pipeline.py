@@ -40,7 +40,7 @@ class TrainingData:
     workers: processes that build rows; 0 builds them in `threads` threads of this one.
     cache_dir: where measured lengths are kept between runs; None keeps nothing.
     pad_final_batch: fill up the last batch with empty rows instead of leaving it out (epochs only).
-    findings: see `measure`; by default the first fault is raised.
+    findings, host: see `measure`; by default the first fault is raised.
     augmentation: random changes of pictures and their boxes, by default none.
 
     Afterwards: `records` and their `fingerprint` (of the data's content), `steps`,
@@ -73,6 +73,7 @@ class TrainingData:
         progress: bool = True,
         findings: Findings | None = None,
         augmentation: Augmentation = UNCHANGED,
+        host: tuple[int, int] = (0, 1),
     ):
         if (epochs is None) == (steps is None):
             raise LlavaError("give either epochs or steps")
@@ -86,13 +87,14 @@ class TrainingData:
         segment_tokenizer = SegmentTokenizer(tokenizer, f.image_token_id, f.use_im_start_end)
         policy = ImagePolicy(max_pixels, bad_image == "skip", bad_image_ceiling)
         measured = measure(
-            records, segment_tokenizer, f, policy, cache_dir, threads, progress, findings
+            records, segment_tokenizer, f, policy, cache_dir, threads, progress, findings, host
         )
         self.refused, self.bad_images = measured.refused, measured.bad_images
         self.records_cut, self._needs = measured.cut, (measured.full, measured.tiles)
         self.records, self.records_total = records, len(records)
         is_usable = np.ones(len(records), bool)
-        is_usable[[i for indices in self.refused.values() for i in indices]] = False
+        for indices in self.refused.values():
+            is_usable[indices] = False
         self.usable = usable = np.flatnonzero(is_usable)
         self.records_used = len(usable)
         if not len(usable):

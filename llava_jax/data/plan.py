@@ -9,6 +9,7 @@ import numpy as np
 from llava_jax.data.rows import RowFormat
 
 POOL = 2048  # records that are packed together; larger pools fill rows no better
+_MANY = 1 << 20  # more than the records of a pool
 
 
 @dataclass(frozen=True)
@@ -50,37 +51,48 @@ def plan_rows(
     if len(lengths) and (lengths.max() > row_length or tiles.max() > tiles_per_row):
         raise ValueError("a record is larger than a row")
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    order = generator.permutation(len(lengths))
+    order = generator.permutation(len(lengths)).astype(np.int32)
     if not packing:
         return PackPlan(np.arange(len(order) + 1), order)
-    rows = []
+    members, sizes = [], []
     for start in range(0, len(order), pool):
         some = order[start : start + pool]
-        rows += _best_fit(some, lengths[some], tiles[some], row_length, tiles_per_row)
+        some = some[np.argsort(-lengths[some], kind="stable")]  # the longest first
+        rows = _best_fit(lengths[some].tolist(), tiles[some].tolist(), row_length, tiles_per_row)
+        members.append(some[np.argsort(rows, kind="stable")])
+        sizes.append(np.bincount(rows))
+    members, sizes = (np.concatenate([np.zeros(0, np.int32), *part]) for part in (members, sizes))
     # A pool's last rows are the emptiest: spread them over the epoch.
-    rows = [rows[i] for i in generator.permutation(len(rows))]
-    sizes = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-    members = np.fromiter((i for row in rows for i in row), np.int64, int(sizes.sum()))
-    return PackPlan(np.concatenate([[0], np.cumsum(sizes)]), members)
+    spread = generator.permutation(len(sizes))
+    first, sizes = (np.cumsum(sizes) - sizes)[spread], sizes[spread]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    places = np.repeat(first - offsets[:-1], sizes) + np.arange(len(members))
+    return PackPlan(offsets, members[places])
 
 
-def _best_fit(records, lengths, tiles, row_length, tiles_per_row) -> list[list[int]]:
-    """The rows of one pool; of equal records the one that comes first in it goes first."""
-    rows: list[list[int]] = []
-    free_tokens, free_tiles = (np.zeros(len(records), np.int64) for _ in range(2))
-    longest_first = np.argsort(-lengths, kind="stable")
-    for i in longest_first.tolist():
-        tokens, needed = lengths[i], tiles[i]
-        left = free_tokens[: len(rows)] - tokens
-        left[(left < 0) | (free_tiles[: len(rows)] < needed)] = row_length
-        row = int(left.argmin()) if rows else 0
-        if not rows or left[row] == row_length:
-            row = len(rows)
-            rows.append([])
-            free_tokens[row], free_tiles[row] = row_length, tiles_per_row
-        rows[row].append(int(records[i]))
-        free_tokens[row] -= tokens
-        free_tiles[row] -= needed
+def _best_fit(
+    lengths: list[int], tiles: list[int], row_length: int, tiles_per_row: int
+) -> list[int]:
+    """The row of each record of a pool, which come one after the other.
+
+    Of rows that are equally full the first is taken.
+    """
+    # The rows with so many free tiles, ascending: free tokens * _MANY + number of the row.
+    free: list[list[int]] = [[] for _ in range(tiles_per_row + 1)]
+    rows, count = [], 0
+    for tokens, needed in zip(lengths, tiles, strict=True):
+        least, best = tokens * _MANY, None
+        for left in range(needed, tiles_per_row + 1):
+            place = bisect.bisect_left(free[left], least)
+            if place < len(free[left]) and (best is None or free[left][place] < best[0]):
+                best = free[left][place], left, place
+        if best is None:
+            key, left, count = row_length * _MANY + count, tiles_per_row, count + 1
+        else:
+            key, left, place = best
+            del free[left][place]
+        rows.append(key % _MANY)
+        bisect.insort(free[left - needed], key - least)
     return rows
 
 
@@ -93,8 +105,13 @@ class RowStream:
         self._recent: dict[int, PackPlan] = {}
         self._lock = threading.Lock()
 
-    def __reduce__(self):
-        return RowStream, self._arguments
+    def __getstate__(self):
+        with self._lock:
+            return self._arguments, list(self._ends), dict(self._recent)
+
+    def __setstate__(self, state):
+        self._arguments, self._ends, self._recent = state
+        self._lock = threading.Lock()
 
     def rows_before(self, epoch: int) -> int:
         """The number of rows of epochs 0 .. epoch-1."""

@@ -88,7 +88,8 @@ def open_records(
     split: of a folder; default "train".
     seed: of what a mixture draws.
     columns: our names of keys -> those of the data; see `forms.check_columns`.
-    cache_dir: where it is kept what tars hold; None keeps nothing.
+    cache_dir: where it is kept what tars hold, where records of large files begin, and the texts
+      of Parquet files; None keeps nothing.
     pairs: records with a rejected answer are pairs; see `data.pairs`.
     Gives a picklable sequence with random access, whose items are parsed but not checked
     (`check_record`). Raises LlavaError, naming the file and the place.
@@ -122,7 +123,7 @@ def _opened(path: Path | Url, image_root, split, seed, columns, cache_dir):
 
         return MixedRecords(path, image_root, seed, columns, cache_dir)
     if path.suffix in (".json", ".jsonl"):
-        return _not_empty(JsonRecords(path, image_root, columns, *local([path])))
+        return _not_empty(JsonRecords(path, image_root, columns, *local([path]), cache_dir))
     if path.suffix in shards.SUFFIXES:
         return _of_files(path, [path], path.parent, image_root, columns, cache_dir)
     raise LlavaError(f"{path}: {_FILES}")
@@ -132,7 +133,7 @@ def _of_files(path, files: list[Path | Url], folder, image_root, columns, cache_
     root, files = folder if image_root is None else image_root, local(files)
     if files[0].suffix == ".tar":
         return TarRecords(path, root, columns, files, cache_dir)
-    return _not_empty(TableRecords(path, root, columns, files))
+    return _not_empty(TableRecords(path, root, columns, files, cache_dir))
 
 
 def _not_empty(records):

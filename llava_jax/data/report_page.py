@@ -52,7 +52,7 @@ def _data_set(report: Report) -> str:
     for title, table in (("faults", report.faults), ("notes", report.notes)):
         parts.append(f"<h3>{title if table else f'no {title}'}</h3>")
         for kind, messages in sorted(table.items(), key=lambda entry: -len(entry[1])):
-            parts.append(_details(f"{len(messages):,} {kind}", messages[:_MESSAGES], len(messages)))
+            parts.append(_details(f"{len(messages):,} {kind}", messages[:], len(messages)))
     for one in report.distributions():
         parts.append(f"<h3>{escape(one.summary())}</h3>{_bars(one.bins())}")
     if scripts := report.texts.scripts():
@@ -100,9 +100,9 @@ def _leaks(shared: Shared) -> str:
 
 def _records(report: Report) -> Iterable[str]:
     """Some of the records without faults, evenly spread."""
-    sound = [i for i in range(report.records_total) if i not in report.faulty]
-    picked = np.unique(np.linspace(0, len(sound) - 1, _RECORDS).astype(int)) if sound else ()
-    for index in (sound[at] for at in picked):
+    sound = np.setdiff1d(np.arange(report.records_total), list(report.faulty))
+    picked = np.unique(np.linspace(0, len(sound) - 1, _RECORDS).astype(int)) if len(sound) else ()
+    for index in sound[picked].tolist():
         record = report.records[index]
         pictures = "".join(map(_picture, record.images, record.image_names))
         turns = [("system", record.system)] if record.system else []

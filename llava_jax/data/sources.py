@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.data import video
+from llava_jax.data.buckets import StoredObject, is_url
 from llava_jax.data.media import (
     MAX_PIXELS,
     ImageError,
@@ -110,6 +111,19 @@ def digest(media: Media, name: str) -> bytes:
         for part in parts:
             whole.update(digest(part, name))
         return whole.digest()
+
+
+def place_of(media: Media) -> str | None:
+    """Where a picture (`i:`) or video (`v:`) that has a file of its own is; None for others."""
+    path = media.source if isinstance(media, Video) else media
+    path = path.url if isinstance(path, StoredObject) else path
+    return f"{'iv'[isinstance(media, Video)]}:{path}" if isinstance(path, str) else None
+
+
+def at_place(text: str) -> Media:
+    """The inverse of `place_of`."""
+    path = StoredObject(text[2:]) if is_url(text[2:]) else text[2:]
+    return Video(path) if text.startswith("v") else path
 
 
 def state(media: Media, name: str) -> bytes:

@@ -82,21 +82,20 @@ class Texts:
     def __init__(self, tokenizer=None):
         self._core = None if tokenizer is None else fast_core(tokenizer)
         self._pending: list[str] = []
-        self._turns, self._lengths = array("q"), array("q")
-        self._answers, self._places = array("Q"), array("q")
+        self._records, self._turns, self._lengths = array("i"), array("i"), array("i")
+        self._answers = array("Q")
         self._letters, self._users = Counter(), Counter()
 
     def add(self, record: Record) -> None:
         """Takes one record."""
+        self._records.append(record.index)
         self._turns.append(len(record.turns) // 2)
         text = MARKS.sub("", "".join(turn.text for turn in record.turns))
         self._letters.update(text)
         self._users.update({script(letter) for letter in set(text)})
-        for place, turn in enumerate(record.turns):
-            if turn.role == "gpt":
-                self._answers.append(digest(_plain(turn.text).encode()))
-                self._places.extend((record.index, place))
-                self._pending.append(turn.text)
+        for turn in record.turns[1::2]:
+            self._answers.append(digest(_plain(turn.text).encode()))
+            self._pending.append(turn.text)
         if len(self._pending) >= _AT_ONCE:
             self._measure()
 
@@ -128,11 +127,12 @@ class Texts:
         answers = np.array(self._answers, np.uint64)
         _, first, counts = np.unique(answers, return_index=True, return_counts=True)
         most = np.lexsort((first, -counts))[:_SHOWN]
-        places = np.array(self._places, np.int64).reshape(-1, 2)
-        found = []
+        ends, found = np.cumsum(self._turns), []
         for at in most[counts[most] > 1].tolist():
-            record, place = places[first[at]].tolist()
-            text, count = records[record].turns[place].text, int(counts[at])
+            place = int(np.searchsorted(ends, first[at], side="right"))
+            number = int(first[at] - (ends[place - 1] if place else 0))
+            record = records[self._records[place]]
+            text, count = record.turns[2 * number + 1].text, int(counts[at])
             found.append(Common(text, count, count / len(answers)))
         return found
 

@@ -1,11 +1,11 @@
 """The records of Parquet files, as on the Hugging Face hub, and of Arrow files.
 
-Columns are named like the keys of a JSON record, or by `columns`. Their texts are in memory;
-pictures stay in the files until they are needed.
+Columns are named like the keys of a JSON record, or by `columns`. Texts of Parquet files are copied
+to a file that can be mapped, where there is a folder for it, and are in memory otherwise. Pictures
+stay in the files until they are needed.
 """
 
 import bisect
-import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 
 from llava_jax.data import arrow
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS
+from llava_jax.data.chunks import Chunk, spans
 from llava_jax.data.collection import Records, ends_of_files, state_of_files
 from llava_jax.data.forms import ANSWER, LISTS, QUESTION
 from llava_jax.data.pairs import PAIR_KEYS
-from llava_jax.data.parquet import holds_pictures, pictures_of, reading
+from llava_jax.data.parquet import holds_pictures, pictures_of
 from llava_jax.data.parquet_pages import metadata
 from llava_jax.data.parsing import PLAIN_KEYS, SYSTEM_KEYS, UNSUPPORTED_KEYS
 from llava_jax.data.record_boxes import BOX_KEYS
@@ -30,7 +31,7 @@ _TEXTS = ("id", *LISTS, QUESTION, ANSWER, *PAIR_KEYS, *SYSTEM_KEYS, *BOX_KEYS)
 class _File:
     """One file: its texts, its pictures, the names of columns that nothing reads."""
 
-    def __init__(self, path: Path, columns: dict[str, str]):
+    def __init__(self, path: Path, columns: dict[str, str], cache_dir):
         self.path, file = path, File.of(path)
         ours = {theirs: name for name, theirs in columns.items()}
         texts, self._pictures, self.unread = [], {}, []
@@ -55,8 +56,7 @@ class _File:
         if is_arrow:
             self._texts, self.rows = arrow.table_of(file).select(texts), len(arrow.table_of(file))
             return
-        with reading(path):
-            self._texts = metadata(file).read(columns=texts)
+        self._texts = arrow.parquet_texts(file, texts, cache_dir)
         self.rows = metadata(file).metadata.num_rows
 
     def item(self, row: int) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class _File:
 class TableRecords(Records):
     """The rows of files, one file after the other."""
 
-    def __init__(self, path, image_root, columns=None, files: list[Path] = ()):
-        super().__init__(path, image_root, columns, files=files)
-        self._files = [_File(file, self.columns) for file in files]
+    def __init__(self, path, image_root, columns=None, files: list[Path] = (), cache_dir=None):
+        super().__init__(path, image_root, columns, files=files, cache_dir=cache_dir)
+        self._files = [_File(file, self.columns, cache_dir) for file in files]
         self._ends = np.cumsum([file.rows for file in self._files]).tolist()
         self.check_named({name for file in self._files for name in file.names})
         for file in self._files:
@@ -105,25 +105,20 @@ class TableRecords(Records):
         """SHA-256 over the name, size and both ends of each file; their ends describe them."""
         return ends_of_files([file.path for file in self._files], "parquet 1")
 
-    @property
-    def within(self) -> str:
-        return state_of_files([file.path for file in self._files])
-
-    @functools.cached_property
-    def holds_boxes(self) -> bool:
-        """Whether a record has boxes."""
-        return any({*BOX_KEYS} & {*file.names} for file in self._files) and super().holds_boxes
-
-    def ignored_keys(self) -> dict[str, int]:
-        """Key or column that nothing reads -> number of records."""
-        counts = Counter(super().ignored_keys())
+    def stored_chunks(self) -> list[Chunk]:
+        found, first = [], 0
         for file in self._files:
-            counts.update(dict.fromkeys(file.unread, file.rows))
-        return dict(counts.most_common())
+            content, state = ends_of_files([file.path]), state_of_files([file.path])
+            for start, stop in spans(file.rows):
+                rows = f"{content} {start} {stop}"
+                found.append(Chunk(first + start, first + stop, rows, state))
+            first += file.rows
+        return found
 
-    def forms(self) -> list[str]:
-        """That of the first record that has one: all have the same columns."""
-        form = next(filter(None, map(self._form_of, self.items())), None)
+    def unread(self, index: int) -> tuple[str, ...]:
+        return tuple(self._place(index)[0].unread)
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
         kind = self._files[0].path.suffix[1:].capitalize()
-        count = f"{len(self._files)} {kind} file{'s' * (len(self._files) > 1)}"
-        return [f"{form} ({len(self):,} records in {count})"] if form else []
+        return [("", f" in {len(self._files)} {kind} file{'s' * (len(self._files) > 1)}")]

@@ -9,16 +9,20 @@ dot, where its bytes begin, how many they are, and of small texts the bytes them
 """
 
 import hashlib
+import itertools
+import json
 import os
 import re
 import tarfile
 from pathlib import Path
 
+from llava_jax.data.arrow import mapped
+from llava_jax.data.chunks import spans
 from llava_jax.data.stored import File
 from llava_jax.errors import LlavaError, brief
 from llava_jax.files import whole_file
 
-_VERSION = "1"  # of the index
+_VERSION = "2"  # of the index
 JSON = ("json", "jsn")
 TEXTS = (*JSON, "txt", "text", "caption", "transcript", "cls", "cls2", "class", "id", "index")
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
@@ -30,7 +34,8 @@ def kind(extension: str) -> str:
 
 
 def index_of(file: File, cache_dir: str | os.PathLike | None):
-    """The table of a tar's samples; its schema's metadata hold the hash of its `content`.
+    """The table of a tar's samples; its schema's metadata hold hashes: of its `content`, and of
+    each of its `chunks`, a JSON list.
 
     cache_dir: where it is kept, checked by the tar's size and time of modification; None keeps
     nothing.
@@ -44,13 +49,8 @@ def index_of(file: File, cache_dir: str | os.PathLike | None):
     if cache_dir is not None:
         name = hashlib.sha256(os.path.abspath(file.path).encode()).hexdigest()[:32]
         place = Path(cache_dir) / f"tar-{name}.arrow"
-        try:
-            with pyarrow.memory_map(str(place)) as source:
-                table = pyarrow.ipc.open_file(source).read_all()
-            if table.schema.metadata[b"state"] == _state(file):
-                return table
-        except (OSError, KeyError, TypeError, pyarrow.ArrowException):  # none, or a broken one
-            pass
+        if (table := mapped(place, _state(file))) is not None:
+            return table
     table = _table(file)
     if place is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +67,15 @@ def _table(file: File):
     import pyarrow
 
     samples = _samples(file)
-    digest = hashlib.sha256()
-    for key, members in samples.items():
-        for extension, (start, size, text) in members.items():
-            digest.update(f"{key}\0{extension}\0{start} {size}\0".encode())
-            digest.update(text or b"")
+    digest, chunks, waiting = hashlib.sha256(), [], iter(samples.items())
+    for first, end in spans(len(samples)):
+        chunk = hashlib.sha256()
+        for key, members in itertools.islice(waiting, end - first):
+            for extension, (start, size, text) in members.items():
+                for one in (digest, chunk):
+                    one.update(f"{key}\0{extension}\0{start} {size}\0".encode())
+                    one.update(text or b"")
+        chunks.append(chunk.hexdigest())
     columns = {
         "key": (pyarrow.string(), [key for key in samples]),
         "names": (pyarrow.list_(pyarrow.string()), [[*m] for m in samples.values()]),
@@ -82,7 +86,8 @@ def _table(file: File):
         values = [[member[i] for member in members.values()] for members in samples.values()]
         columns[name] = pyarrow.list_(item), values
     arrays = {name: pyarrow.array(values, of) for name, (of, values) in columns.items()}
-    metadata = {"state": _state(file), "content": digest.hexdigest()}
+    content = {"content": digest.hexdigest(), "chunks": json.dumps(chunks)}
+    metadata = {"state": _state(file)} | content
     return pyarrow.table(arrays).replace_schema_metadata(metadata)
 
 

@@ -7,11 +7,9 @@ the recipe names none, `.txt` is a caption: the answer to a question of pictures
 """
 
 import bisect
-import functools
 import hashlib
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 
 from llava_jax.data import forms
 from llava_jax.data.attachments import IMAGE_KEYS, VIDEO_KEYS, field
+from llava_jax.data.chunks import Chunk, spans
 from llava_jax.data.collection import Records, state_of_files
 from llava_jax.data.pairs import PAIR_KEYS
 from llava_jax.data.stored import File, Stored
@@ -27,6 +26,7 @@ from llava_jax.errors import LlavaError, RecordError, brief
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _VIDEOS = ("mp4", "webm", "mkv", "avi", "mov", "m4v")
+_READ = (*TEXTS, *_IMAGES, *_VIDEOS)
 _CAPTION = "txt"
 
 
@@ -83,8 +83,7 @@ class TarRecords(Records):
         super().__init__(path, image_root, columns, files=files, cache_dir=cache_dir)
         self._shards = [_Shard(file, cache_dir) for file in files]
         self._ends = np.cumsum([shard.table.num_rows for shard in self._shards]).tolist()
-        if self.columns:
-            self.check_named({key for item in self.items() if item for key in item})
+        self.check_named()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -144,30 +143,25 @@ class TarRecords(Records):
             digest.update(shard.table.schema.metadata[b"content"])
         return digest.hexdigest()
 
-    @property
-    def within(self) -> str:
-        return state_of_files([shard.file.path for shard in self._shards])
-
-    @functools.cached_property
-    def holds_boxes(self) -> bool:
-        """Whether a record has boxes."""
-        return super().holds_boxes
-
-    def ignored_keys(self) -> dict[str, int]:
-        """Key, or extension of members, that nothing reads -> number of records."""
-        counts = Counter(super().ignored_keys())
-        read = (*TEXTS, *_IMAGES, *_VIDEOS)
+    def stored_chunks(self) -> list[Chunk]:
+        found, first = [], 0
         for shard in self._shards:
-            names = shard.table.column("names").to_pylist()
-            unread = {e for extensions in names for e in extensions if kind(e) not in read}
-            unread -= {*self.columns.values()}
-            counts.update(e for extensions in names for e in extensions if e in unread)
-        return dict(counts.most_common())
+            state = state_of_files([shard.file.path])
+            contents = json.loads(shard.table.schema.metadata[b"chunks"])
+            for span, content in zip(spans(shard.table.num_rows), contents, strict=True):
+                found.append(Chunk(first + span[0], first + span[1], content, state))
+            first += shard.table.num_rows
+        return found
 
-    def forms(self) -> list[str]:
-        """A line about each form of conversation that was recognised."""
-        tars = f"in {len(self._shards)} tar{'s' * (len(self._shards) > 1)}"
-        return [form.replace(" records)", f" records {tars})") for form in super().forms()]
+    def unread(self, index: int) -> tuple[str, ...]:
+        shard, row = self._place(index)
+        named = self.columns.values()
+        names = shard.table.column("names")[row].as_py()
+        return tuple(name for name in names if kind(name) not in _READ and name not in named)
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        return [("", f" in {len(self._shards)} tar{'s' * (len(self._shards) > 1)}")]
 
 
 def _ordered(members: dict[str, StoredMember], given, where: str) -> list[StoredMember]:

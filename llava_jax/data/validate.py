@@ -11,6 +11,8 @@ import re
 from array import array
 from collections.abc import Callable
 
+import numpy as np
+
 from llava_jax.data import sources
 from llava_jax.data.duplicates import Group, group_lines, groups
 from llava_jax.data.fingerprints import (
@@ -19,6 +21,7 @@ from llava_jax.data.fingerprints import (
     Fingerprints,
     PictureSet,
     decode_all,
+    digest,
 )
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS
@@ -29,13 +32,33 @@ from llava_jax.data.statistics import Distribution, Texts, bars
 from llava_jax.errors import LlavaError, RecordError, brief
 
 _SHOWN = 3  # culprits printed of each kind
+_KEPT = 20  # in memory
+
+
+class Messages:
+    """The first messages of a kind, and as `len` how many there were."""
+
+    def __init__(self):
+        self._count, self._kept = 0, []
+
+    def add(self, text: Callable[[], str]) -> None:
+        """Counts a message, which is made only if it is kept."""
+        self._count += 1
+        if len(self._kept) < _KEPT:
+            self._kept.append(text())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number):
+        return self._kept[number]
 
 
 class Report(Findings):
     """What `validate` found.
 
     Attributes:
-      faults, notes: kind -> messages, one for each culprit.
+      faults, notes: kind -> messages, one for each culprit, of which the first are kept.
       lengths, tiles: tokens of each record that could be tokenized, before it is cut, and tiles.
       faulty: numbers of the records with faults.
       texts: what the conversations are like.
@@ -47,12 +70,12 @@ class Report(Findings):
         self.records_total, self.images_total = len(records), 0
         self.fingerprints: Fingerprints = Collector().finish()
         self.texts = Texts(tokenizer)
-        self.faults: dict[str, list[str]] = collections.defaultdict(list)
-        self.notes: dict[str, list[str]] = collections.defaultdict(list)
-        self.lengths, self.tiles = array("q"), array("q")
+        self.faults: dict[str, Messages] = collections.defaultdict(Messages)
+        self.notes: dict[str, Messages] = collections.defaultdict(Messages)
+        self.lengths, self.tiles = array("i"), array("i")
         self.faulty: set[int] = set()
         self.records, self._format = records, row_format
-        self._first_of_id: dict[str, int] = {}
+        self._ids, self._numbers = array("Q"), array("i")  # of sound records
         special = tokenizer.all_special_tokens if tokenizer is not None else ()
         tokens = [re.escape(token) for token in special if token.strip()]
         self._special = re.compile("|".join(tokens) or r"(?!)")
@@ -61,28 +84,21 @@ class Report(Findings):
         kind = error.kind if isinstance(error, RecordError) else "of the data as a whole"
         if index is not None:
             self.faulty.add(index)
-        self.faults[kind].append(str(error).removeprefix(f"{self.records.path}: "))
+        self.faults[kind].add(lambda: str(error).removeprefix(f"{self.records.path}: "))
 
     def record(self, record: Record) -> None:
         self.texts.add(record)
-        note = lambda kind, text: self.notes[kind].append(text)
-        first = self._first_of_id.setdefault(record.id, record.index)
-        if first != record.index:
-            note(
-                "repeated id",
-                f"records {first} and {record.index} have the same id {brief(record.id)}",
-            )
+        self._ids.append(digest(record.id.encode(errors="surrogatepass")))
+        self._numbers.append(record.index)
+        note = lambda kind, text="": self.notes[kind].add(lambda: record.name + text)
         for key in record.ignored_keys:
-            note(f"ignored key {brief(key)}", record.name)
+            note(f"ignored key {brief(key)}")
         if record.system is not None:
-            note(
-                "system prompt in place of the template's",
-                f"{record.name}: {brief(record.system)}",
-            )
+            note("system prompt in place of the template's", f": {brief(record.system)}")
         texts = {f"turn {position}": turn.text for position, turn in enumerate(record.turns)}
         for place, text in (texts | {"rejected": record.rejected or ""}).items():
             if match := self._special.search(text):
-                note("special token in the text", f"{record.name}, {place}: {match.group()!r}")
+                note("special token in the text", f", {place}: {match.group()!r}")
 
     def tokens(self, index: int, length: int, tiles: int, reason: str | None) -> None:
         self.lengths.append(length)
@@ -91,14 +107,27 @@ class Report(Findings):
             kind = f"cut when training at max_length={self._format.max_length}"
             if reason:
                 kind = f"left out when training: {reason}"
-            self.notes[kind].append(f"{self.records[index].name} has {length:,} tokens")
+            self.notes[kind].add(lambda: f"{self.records[index].name} has {length:,} tokens")
 
     def left_out(self, refused: dict[str, list[int]]) -> None:
         """Notes the records that training leaves out for another reason than their length."""
         for reason, indices in refused.items():
             kind = f"left out when training: {reason}"
-            if kind not in self.notes:
-                self.notes[kind] += [self.records[index].name for index in indices]
+            for index in indices if kind not in self.notes else ():
+                self.notes[kind].add(lambda index=index: self.records[index].name)
+
+    def repeated_ids(self) -> None:
+        """Notes the records whose id an earlier one has; all records were seen."""
+        ids, numbers = np.array(self._ids, np.uint64), np.array(self._numbers, np.int32)
+        _, first, of_record = np.unique(ids, return_index=True, return_inverse=True)
+        for place in np.flatnonzero(first[of_record] != np.arange(len(ids))).tolist():
+            pair = int(numbers[first[of_record[place]]]), int(numbers[place])
+            self.notes["repeated id"].add(
+                lambda pair=pair: (
+                    f"records {pair[0]} and {pair[1]} have the same id "
+                    f"{brief(self.records[pair[1]].id)}"
+                )
+            )
 
     def text(self) -> str:
         """The report as printed."""
@@ -176,6 +205,7 @@ def validate(
         if not report.faults:
             report.fault(None, error)
     report.left_out(refused)
+    report.repeated_ids()
     look = lambda video, name: sources.tiles(video, row_format.image, name, policy.max_pixels)
     decoder = Decoder(records, max_pixels, look, fingerprints)
     _decode_images(report, decoder, refused, policy, common["threads"], progress)
@@ -186,9 +216,10 @@ def _decode_images(
     report: Report, decoder: Decoder, refused, policy: ImagePolicy, threads: int, progress: bool
 ) -> None:
     """Decodes the images of the records that training uses: it meets damage in their middle."""
-    unused = {*report.faulty, *(index for indices in refused.values() for index in indices)}
-    used = [index for index in range(report.records_total) if index not in unused]
-    damaged = []
+    is_used, damaged = np.ones(report.records_total, bool), []
+    for indices in (report.faulty, *refused.values()):
+        is_used[list(indices)] = False
+    used = np.flatnonzero(is_used)
     for index, error in decode_all(decoder, used, threads, "decoding images", progress):
         if error is not None and policy.skip:
             damaged.append(index)

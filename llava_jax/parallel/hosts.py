@@ -120,13 +120,22 @@ def first_alone(action: Callable[[], object]):
     return result
 
 
-def first_then_all(action: Callable[[], object]):
-    """Runs `action` on process 0 and then on all others; each gets the result of its own call.
+def together(action: Callable[[], object]):
+    """Runs `action` on all processes at once; each gets the result of its own call.
 
-    The others find what process 0 has left on a shared disk, such as measured data.
+    Raises:
+      LlavaError: `action` raised one on this process, or on another; all end then.
     """
-    result = first_alone(action)
-    return result if is_first() else action()
+    result = error = None
+    try:
+        result = action()
+    except LlavaError as raised:
+        error = raised
+        if jax.process_count() > 1:
+            print(f"{error}; the other processes are waited for", file=sys.stderr, flush=True)
+    if not all_true(error is None):
+        raise error or LlavaError("another process of this run cannot go on: it says why")
+    return result
 
 
 def this_code(script: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ happens after each image too. Labels come from character offsets: a token is sup
 overlaps a supervised segment, so nothing is ever searched in the text.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -163,20 +162,23 @@ class SegmentTokenizer:
         Returns:
           int64 [N] lengths, and number -> row of the conversations longer than `limit`.
         """
-        cut = [self._chunks(segments) for segments in conversations]
-        texts = [text for chunks, _ in cut for _, text, _ in chunks]
-        encodings = iter(self._core.encode_batch(texts))
+        pieces = [_pieces(self._checked_text(segments)) for segments in conversations]
+        # Each text once, such as that before the first image. Without offsets, which take time.
+        texts = list({text: None for row in pieces for _, text, mark in row if mark != BREAK})
         added = self._core.num_special_tokens_to_add(False)
+        counts = {
+            text: len(encoding) - added
+            for text, encoding in zip(texts, self._core.encode_batch_fast(texts), strict=True)
+        }
         leading = self._leading_specials()
-        lengths, rows = np.zeros(len(cut), np.int64), {}
-        for i, ((chunks, spans), images) in enumerate(zip(cut, image_lengths, strict=True)):
-            found = list(itertools.islice(encodings, len(chunks)))
+        lengths, rows = np.zeros(len(pieces), np.int64), {}
+        for i, (row, images) in enumerate(zip(pieces, image_lengths, strict=True)):
             lengths[i] = leading + sum(images)
-            for (_, text, before), encoding in zip(chunks, found, strict=True):
-                plain = len(encoding) - added
-                lengths[i] += len(continued(self._core, text)[0]) if before == BREAK else plain
+            for _, text, mark in row:
+                is_new = mark != BREAK
+                lengths[i] += counts[text] if is_new else len(continued(self._core, text)[0])
             if limit is not None and lengths[i] > limit:
-                rows[i] = self._row(chunks, found, spans, images)
+                rows[i] = self(conversations[i], images)
         return lengths, rows
 
     def _leading_specials(self) -> int:
@@ -192,24 +194,19 @@ class SegmentTokenizer:
             return segment.text
         return segment.text.replace(IMAGE_TOKEN, IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN)
 
-    def _chunks(self, segments: Sequence[Segment]):
-        """[(position in the text, chunk, what is before it)] and [(start, end, segment)].
+    def _checked_text(self, segments: Sequence[Segment]) -> str:
+        text = self.text(segments)
+        check_plain_text(text, self.placeholder)
+        return text
 
-        Before a chunk is nothing (""), an image or a BREAK.
-        """
+    def _chunks(self, segments: Sequence[Segment]):
+        """The `_pieces` of the text, and [(start, end, segment)]."""
         spans, position = [], 0
         for segment in segments:
             end = position + len(self._segment_text(segment))
             spans.append((position, end, segment))
             position = end
-        text = self.text(segments)
-        check_plain_text(text, self.placeholder)
-        chunks, start, before = [], 0, ""
-        for match in _CUTS.finditer(text):
-            chunks.append((start, text[start : match.start()], before))
-            start, before = match.end(), match.group()
-        chunks.append((start, text[start:], before))
-        return chunks, spans
+        return _pieces(self._checked_text(segments)), spans
 
     def _row(self, chunks, encodings: Sequence[Encoding], spans, image_lengths) -> TokenRow:
         ids, offsets, images = [], [], []
@@ -255,6 +252,19 @@ class SegmentTokenizer:
                 raise LlavaError(f"{token!r}, which is to be learnt, is no token of the tokenizer")
             self._learnt_ids[token] = ids[0]
         return self._learnt_ids[token]
+
+
+def _pieces(text: str) -> list[tuple[int, str, str]]:
+    """What is tokenized on its own: (position in the text, piece, what is before it).
+
+    Before a piece is nothing (""), an image or a BREAK.
+    """
+    pieces, start, before = [], 0, ""
+    for match in _CUTS.finditer(text):
+        pieces.append((start, text[start : match.start()], before))
+        start, before = match.end(), match.group()
+    pieces.append((start, text[start:], before))
+    return pieces
 
 
 def continued(core: Tokenizer, text: str, position: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -365,6 +365,7 @@ class Stage:
             "bad_image_ceiling": c.data.bad_image_ceiling,
             "workers": c.data.workers,
             "cache_dir": Path(c.workdir) / "cache",
+            "host": (jax.process_index(), jax.process_count()),
         }
 
     def check_reach(self, data: TrainingData, report: Callable[[str], None]) -> None:

@@ -1,7 +1,6 @@
 """What is known of records before the first batch, collected or raised, and its cache."""
 
 import dataclasses
-import hashlib
 import json
 
 import numpy as np
@@ -109,37 +108,20 @@ def test_training_raises_each_fault_and_leaves_out_what_was_found(data_set, toke
     assert data.records_cut == 1
 
 
-def test_a_cache_of_before_row_formats_is_read(data_set, tokenizer, tmp_path, monkeypatch):
-    """The key as it was when template, length and tokens of an image were loose arguments."""
-    records = open_records(*data_set)
-    template = (
-        "Template(name='chatml', human=('<|im_start|>user\\n', '<|im_end|>\\n'), "
-        "gpt=('<|im_start|>assistant\\n', '<|im_end|>', '\\n'), stop=('<|im_end|>',), "
-        "header='<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n', "
-        "first_human=None, footer='', supervise_gpt_role=False, supervise_footer=False, "
-        "human_leading_supervised_tokens=0, image_only_question=False)"
+def test_lengths_of_an_earlier_version_are_measured_anew_and_that_is_said(
+    data_set, tokenizer, tmp_path, capsys
+):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "lengths-0123456789abcdef0123456789abcdef.npz").write_bytes(b"of another time")
+    run = lambda folder: measure(
+        open_records(*data_set), tokenizer, FORMAT, POLICY, folder, progress=False
     )
-    ids = json.dumps([4, -200, False]) + tokenizer._core.to_str()
-    parts = (4, records.fingerprint(), ids, template, 128, "conversation")
-    key = hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:32]
-    state = hashlib.sha256()
-    for index in range(len(records)):
-        for path in records[index].images:
-            status = (data_set[1] / path).stat()
-            state.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    np.savez(
-        tmp_path / f"lengths-{key}.npz",
-        lengths=np.arange(24),
-        image_counts=np.arange(24) % 2,
-        refused=json.dumps({"a reason": [3]}),
-        images_seen=f"{state.hexdigest()} {MAX_PIXELS} 28 pad",
-        cut=5,
-    )
-    monkeypatch.setattr("llava_jax.data.measuring._tokenize", None)  # would be called
-    monkeypatch.setattr("llava_jax.data.media._open", None)
-    found = measure(records, tokenizer, FORMAT, POLICY, tmp_path, progress=False)
-    assert found.lengths.tolist() == list(range(24)) and found.cut == 5
-    assert found.refused == {"a reason": [3]}
+    found, wanted = run(cache), run(None)
+    np.testing.assert_array_equal(found.lengths, wanted.lengths)
+    assert "has lengths of an earlier version: they are measured anew" in capsys.readouterr().err
+    run(cache)
+    assert not capsys.readouterr().err
 
 
 def test_a_mode_by_size_measures_each_picture_and_forgets_changed_ones(

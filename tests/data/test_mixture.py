@@ -83,7 +83,7 @@ def test_any_data_set_may_be_part(mix, tmp_path):
     assert "set: messages of role and content (2 records in 1 Parquet file)" in said
     assert "qa.json: question and answer (1 records)" in said
     data = TrainingData(records, byte_tokenizer(), FORMAT, batch_size=1, epochs=1, progress=False)
-    assert data.records_used == 6 and len([*(tmp_path / "cache").iterdir()]) == 1
+    assert data.records_used == 6 and len([*(tmp_path / "cache").iterdir()]) == 2
 
 
 def test_records_are_repeated(mix):

@@ -161,7 +161,7 @@ def test_lengths_are_cached(make, data_set, tmp_path, monkeypatch, tokenizers):
     first = make(cache_dir=cache)
     assert len(list(cache.glob("*.npz"))) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("llava_jax.data.measuring._tokenize", refuse)
+        patch.setattr("llava_jax.data.measuring.Gauge.measured", refuse)
         second = make(cache_dir=cache)
         for changed in (
             {"max_length": 100},
@@ -274,7 +274,7 @@ def test_good_images_are_inspected_once(make, data_set, tmp_path, monkeypatch):
     built = build_data_set(*data_set, tmp_path / "sets", "shapes", progress=False)
     make(open_records(built), cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr("llava_jax.data.measuring._look", refuse)
+        patch.setattr("llava_jax.data.measuring.Gauge.measured", refuse)
         make(open_records(built), cache_dir=cache)
     (data_set[1] / "a/5.png").write_bytes(b"changed")
     with pytest.raises(LlavaError, match="5.png"):

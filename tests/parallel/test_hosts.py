@@ -9,6 +9,7 @@ import time
 import jax
 import pytest
 
+from llava_jax.errors import LlavaError
 from llava_jax.parallel import hosts
 
 SLURM = {
@@ -106,5 +107,19 @@ def test_the_code_is_reported_by_its_content(tmp_path):
 @pytest.mark.parametrize("result", ["data", None])
 def test_a_process_alone_acts_once(result):
     calls = []
-    assert hosts.first_then_all(lambda: calls.append(1) or result) == result
+    assert hosts.together(lambda: calls.append(1) or result) == result
     assert calls == [1]
+
+
+def test_all_processes_end_where_one_cannot_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "all_true", lambda value: False)
+    with pytest.raises(LlavaError, match="another process of this run cannot go on"):
+        hosts.together(lambda: 1)
+
+    def fail():
+        raise LlavaError("record 3 is bad")
+
+    with pytest.raises(LlavaError, match="^record 3 is bad$"):
+        hosts.together(fail)
+    assert "record 3 is bad; the other processes are waited for" in capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_every_fault_is_counted_and_named(faulty_set, tokenizer_folder, command,
     assert "faults: 10" in out and "notes: 5" in out
     assert "… and 1 more" in out  # only three of the four unknown roles are printed
     assert "tokens a record: min" in out and ">120" in out and "█" in out
-    assert "checking images" in captured.err
+    assert "measuring" in captured.err
 
 
 def test_max_pixels(data_set, command, capsys):
