@@ -17,6 +17,7 @@ from tokenizers import Encoding, Tokenizer, models
 from llava_jax.errors import LlavaError
 from llava_jax.models.images import IMAGE_TOKEN_ID
 from llava_jax.text.conversation import BREAK, IMAGE_TOKEN
+from llava_jax.text.counting import TokenCounter
 from llava_jax.text.templates import Segment, check_plain_text
 
 IGNORE_INDEX = -100
@@ -123,6 +124,7 @@ class SegmentTokenizer:
         self.image_token_id = int(image_token_id)
         self.use_im_start_end = use_im_start_end
         self._core = fast_core(tokenizer)
+        self._count = TokenCounter(self._core)
         self._learnt_ids: dict[str, int] = {}  # of the tokens of templates, once asked for
         self.placeholder = placeholder(tokenizer, self.image_token_id)
         added = self._core.get_added_tokens_decoder().values()
@@ -163,13 +165,9 @@ class SegmentTokenizer:
           int64 [N] lengths, and number -> row of the conversations longer than `limit`.
         """
         pieces = [_pieces(self._checked_text(segments)) for segments in conversations]
-        # Each text once, such as that before the first image. Without offsets, which take time.
+        # Each text once, such as that before the first image.
         texts = list({text: None for row in pieces for _, text, mark in row if mark != BREAK})
-        added = self._core.num_special_tokens_to_add(False)
-        counts = {
-            text: len(encoding) - added
-            for text, encoding in zip(texts, self._core.encode_batch_fast(texts), strict=True)
-        }
+        counts = dict(zip(texts, self._count(texts), strict=True))
         leading = self._leading_specials()
         lengths, rows = np.zeros(len(pieces), np.int64), {}
         for i, (row, images) in enumerate(zip(pieces, image_lengths, strict=True)):
