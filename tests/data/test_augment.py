@@ -1,6 +1,7 @@
 """Random changes of pictures: boxes move with them, and a resumed run repeats them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ def records(tmp_path):
         items.append(item | {"boxes": [BOX], "box_format": "xyxy_pixel"})
     path = tmp_path / "data.json"
     path.write_text(json.dumps(items))
+    return open_records(path)
+
+
+def edited(records, change):
+    """Other records: what `change` makes of the items, or has done to them."""
+    path = Path(records.path)
+    items = json.loads(path.read_text())
+    path.write_text(json.dumps(change(items) or items))
     return open_records(path)
 
 
@@ -79,7 +88,12 @@ def test_pictures_change_and_a_resumed_run_sees_the_same(records):
 
 
 def test_a_text_about_sides_is_not_mirrored(records):
-    records._items[0]["conversations"][0]["value"] = "<image>\nwhat is on the Left?"
+    records = edited(
+        records,
+        lambda items: items[0]["conversations"].__setitem__(
+            0, {"from": "human", "value": "<image>\nwhat is on the Left?"}
+        ),
+    )
     image = Image.open(records[0].images[0])
     for number, mirrored in ((0, False), (1, True)):
         record = Augmentation(flip=1.0)(records[number], [image], 0, 0)
@@ -95,7 +109,7 @@ def test_what_would_need_more_room_stays_as_it_is(records, monkeypatch, mode, ti
     """
     options = {"mode": mode, "tiles": 5}
     if tight:
-        records._items[:] = records._items[-1:] * 2  # 80 x 60
+        records = edited(records, lambda items: items[-1:] * 2)  # 80 x 60
         options["max_length"] = data(records, **options).tokens_per_epoch // 2
     builder = data(records, crop=0.5, **options)._row_builder
     opened, open_file = [], media._open

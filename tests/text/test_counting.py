@@ -10,9 +10,11 @@ from llava_jax.text import counting
 from llava_jax.text.counting import TokenCounter
 from llava_jax.text.tokenization import fast_core
 
-PIECES = [" ", "  ", "\n", "\n\n", " \n", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "\0", "'s", "'S", "'",
-          "a", "the", "Cat", "é", "e\u0301", "\u0301", "你好", "12", "3456", "½", ".", "?!", "(", "[0.25,",
-          "-", "_", "🙂", "</s>", "<|im_start|>", "<unk>", "USER:", "ASSISTANT:", "\r\n"]  # fmt: skip
+PIECES = [
+    " ", "  ", "\n", "\n\n", " \n", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "\0", "'s", "'S", "'",
+    "a", "the", "Cat", "é", "e\u0301", "\u0301", "你好", "12", "3456", "½", ".", "?!", "(", "[0.2,",
+    "-", "_", "🙂", "</s>", "<|im_start|>", "<unk>", "USER:", "ASSISTANT:", "\r\n",
+]  # fmt: skip
 GPT_2, LLAMA_3, QWEN_2 = None, r"\p{N}{1,3}", r"\p{N}"
 
 
