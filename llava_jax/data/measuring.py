@@ -120,7 +120,8 @@ def measure(
         parts = (gauge.measured(chunk, findings) for chunk in chunks)
     lengths, full, tiles = (np.zeros(len(records), np.int32) for _ in range(3))
     refused, faults, cut, census = {}, {}, 0, Census.none()
-    with tqdm(desc="measuring", total=len(records), unit=" records", disable=not progress) as bar:
+    silent = not progress or host[0] > 0
+    with tqdm(desc="measuring", total=len(records), unit=" records", disable=silent) as bar:
         for chunk, part in zip(chunks, parts, strict=True):
             here = slice(chunk.start, chunk.stop)
             lengths[here], full[here], tiles[here] = part.lengths, part.full, part.tiles
