@@ -57,6 +57,7 @@ setup(
         ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],  # `make docs`
         "serve": ["starlette>=1.0", "uvicorn>=0.50", "prometheus_client"],
+        "ray": ["ray[data,serve]>=2.60"],  # many machines: answers, the server, `build --ray`
         "gpu": ["jax[cuda13]"],
         # For `--dry_run=h100:8` on a machine without a card: the compiler, without CUDA.
         "gpu_dry_run": ["jax-cuda13-plugin>=0.10.2,<0.13"],

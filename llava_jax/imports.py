@@ -1,9 +1,11 @@
-"""Imports of large packages that their users here do not need."""
+"""Imports of large packages, of which their users here need little, or which few users need."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
+
+from llava_jax.errors import LlavaError
 
 
 @contextlib.contextmanager
@@ -41,3 +43,13 @@ def transformers():
     with hidden("torch") if _alone else contextlib.nullcontext():
         import transformers
     return transformers
+
+
+def ray():
+    """The package of this name with its part for data; LlavaError if it is not installed."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise LlavaError(f"{error.name} is not installed: pip install 'llava_jax[ray]'") from None
+    return ray

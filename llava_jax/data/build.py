@@ -53,13 +53,23 @@ def add_arguments(parser) -> None:
     parser.add_argument(  # the name it had before
         "--force", action="store_true", dest="overwrite", help=argparse.SUPPRESS
     )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="check and write on a Ray cluster, whose machines see data and OUT under the same "
+        "paths: auto, HOST:PORT, or local for one of this machine's cores; default: this process",
+    )  # fmt: skip
 
 
 def main(args) -> int:
     """Runs `llava-jax build`; returns the exit code."""
+    workers = in_turn
+    if args.ray:
+        from llava_jax.data.ray_build import Cluster
+
+        workers = Cluster(args.ray)
     path = build_data_set(
         args.data, args.image_root, args.out, args.name, args.split, args.overwrite,
-        columns=dict(args.columns),
+        columns=dict(args.columns), workers=workers,
     )  # fmt: skip
     print(f"data set: {path}")
     return 0

@@ -1,6 +1,7 @@
 """The work of `llava-jax build` in parts that do not depend on each other.
 
-A part is checked, or a shard written, by whoever comes to it. What comes out is the same.
+A part is checked, or a shard written, by whoever comes to it: this process, or a worker of a
+cluster (ray_build.py). What comes out is the same.
 
     records       0 1 2 3 4 5 6 7 8 9 ...
     check         [ part ][ part ][ part        a digest of each record, in their order

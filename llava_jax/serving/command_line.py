@@ -2,13 +2,14 @@
 
 import argparse
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from llava_jax import imports
-from llava_jax.errors import LlavaError
+from llava_jax.errors import LlavaError, closest
 from llava_jax.inference.lookup import check_lookup
 from llava_jax.inference.model import Llava
 from llava_jax.models.precision import DTYPES
@@ -53,6 +54,40 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS)  # fmt: skip
     add("--data", dest="replicas", type=int, help=argparse.SUPPRESS,
         default=argparse.SUPPRESS)  # fmt: skip
+
+
+class _Keywords(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise LlavaError(message)
+
+
+def from_keywords(
+    add_arguments: Callable[[argparse.ArgumentParser], None], values: Mapping
+) -> argparse.Namespace:
+    """The arguments of a command from names and values of its flags, as its line would give them.
+
+    Raises:
+      LlavaError: a name that is no flag, or a value that the flag does not take.
+    """
+    parser, words = _Keywords(add_help=False), []
+    add_arguments(parser)
+    flags = {action.dest: action for action in parser._actions}
+    for name, value in values.items():
+        if name not in flags:
+            raise LlavaError(f"there is no argument {name!r}{closest([name], flags)}")
+        if value is None:
+            continue
+        flag, takes = f"--{name}", flags[name].nargs
+        if takes == 0:
+            if str(value).lower() not in ("true", "false"):
+                raise LlavaError(f"{name} must be true or false, not {value!r:.80}")
+            words += [flag] * (str(value).lower() == "true")
+        elif takes is not None:
+            words += [flag, *map(str, value)]
+        else:  # a list stands for a flag that is given several times
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [f"{flag}={one}" for one in several]
+    return parser.parse_args(words)
 
 
 def load_from_arguments(args: argparse.Namespace) -> Llava:

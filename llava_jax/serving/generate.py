@@ -10,8 +10,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.files import json_line
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.fingerprint import weights_fingerprint
-from llava_jax.inference.jobs import Job
+from llava_jax.inference.jobs import Job, Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.serving.answer_file import answer_line, open_answers
@@ -74,8 +75,14 @@ def main(args: argparse.Namespace) -> int:
     root = Path(args.image_root) if args.image_root else Path(args.input).parent
     output, done = open_answers(Path(args.output), run, args.overwrite)
     start, wrong = time.perf_counter(), 0
-    with output, tqdm(total=len(ids), initial=done, unit="request", desc="generate") as bar:
-        requests = Requests(args.input, ids, done, model, root, args.sampling)
+    read = lambda line: read_request(model, read_line(line), root, args.sampling)
+    # As bytes, one wrong line leaves the others readable.
+    with (
+        output,
+        open(args.input, "rb") as lines,
+        tqdm(total=len(ids), initial=done, unit="request", desc="generate") as bar,
+    ):
+        requests = Requests(model, lines, ids, read, done)
         for line in answer_lines(model, requests, args.batch_size):
             output.write(json_line(line))
             output.flush()
@@ -123,31 +130,40 @@ def line_ids(lines) -> list:
 
 
 class Requests:
-    """The jobs of a file from one line on, and their answers.
+    """The jobs of requests that are read one after another, and their answers.
+
+    Args:
+      items: what each request is read from.
+      ids: of each.
+      read: gives the request of an item; LlavaError if it is wrong.
+      skip: so many of the first are answered already.
 
     Attributes:
-      answers: number of a line -> its answers, until `answer_lines` takes them out.
+      answers: number of a request -> its answers, until `answer_lines` takes them out.
     """
 
     def __init__(
-        self, path: str, ids: list, skip: int, model: Llava, image_root: Path, sampling: dict
+        self,
+        model: Llava,
+        items: Iterable,
+        ids: Sequence,
+        read: Callable[[Any], Request],
+        skip: int = 0,
     ):
         self.ids = ids
         self.answers: dict[int, list[Answer]] = {}
         self.next = skip
-        self._path, self._skip, self._model = path, skip, model
-        self._root, self._sampling = image_root, sampling
+        self._model, self._items, self._read, self._skip = model, items, read, skip
 
     def __iter__(self) -> Iterator[Job]:
-        with open(self._path, "rb") as file:  # as bytes, one wrong line leaves the others readable
-            for number, line in enumerate(file):
-                if number >= self._skip:
-                    yield from self._jobs(number, line)
+        for number, item in enumerate(self._items):
+            if number >= self._skip:
+                yield from self._jobs(number, item)
 
-    def _jobs(self, number: int, line: bytes) -> list[Job]:
-        """The jobs of a line; a wrong one has none, and its error for an answer."""
+    def _jobs(self, number: int, item) -> list[Job]:
+        """The jobs of an item; a wrong one has none, and its error for an answer."""
         try:
-            request = read_request(self._model, read_line(line), self._root, self._sampling)
+            request = self._read(item)
         except LlavaError as error:
             failed = Answer(self._model.tokenizer, (), ())
             failed.fail(error)

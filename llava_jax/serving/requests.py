@@ -61,7 +61,7 @@ def read_request(
 
 def _sources(item: Mapping, root: Path, text: str) -> list[ImageSource]:
     """Pictures and videos in the order of their marks; without marks the pictures come first."""
-    images = [i if is_address(i) else root / i for i in _given(item, "image", "paths or addresses")]
+    images = [_image(source, root) for source in _given(item, "image", "paths or addresses")]
     videos = [Video(root / path) for path in _given(item, "video", "paths")]
     marks = MARKS.findall(text)
     if not (images and videos and marks):
@@ -76,14 +76,19 @@ def _sources(item: Mapping, root: Path, text: str) -> list[ImageSource]:
     return [next(rest[mark]) for mark in marks]
 
 
-def _given(item: Mapping, kind: str, wanted: str) -> list[str]:
+def _image(source: str | bytes, root: Path) -> ImageSource:
+    return source if isinstance(source, bytes) or is_address(source) else root / source
+
+
+def _given(item: Mapping, kind: str, wanted: str) -> list[str | bytes]:
     """The values of `image` or `images`, `video` or `videos`."""
     given = [key for key in (f"{kind}s", kind) if item.get(key) is not None]
     if len(given) > 1:
         raise LlavaError(f"give {kind}s in {kind}s or in {kind}, not in both")
     values = item[given[0]] if given else []
     values = values if isinstance(values, list) else [values]
-    if not all(isinstance(value, str) and value for value in values):
+    kinds = str | bytes if kind == "image" else str
+    if not all(isinstance(value, kinds) and value for value in values):
         raise LlavaError(f"{given[0]} must be {wanted}, none empty")
     if kind == "video" and any(map(is_address, values)):
         raise LlavaError(f"{given[0]} must be paths: save a video that has an address as a file")
