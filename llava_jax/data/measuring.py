@@ -306,7 +306,8 @@ def _parts(gauge: Gauge, chunks: list[Chunk], processes: int | None) -> Iterator
         except BrokenProcessPool:
             raise LlavaError(
                 "a process that measured records was ended, perhaps for want of memory: start "
-                "again, what was measured is kept"
+                "again, what was measured is kept; a script of your own must begin within "
+                'if __name__ == "__main__"'
             ) from None
 
 
