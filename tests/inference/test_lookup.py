@@ -288,33 +288,28 @@ def test_with_contrast_both_rows_of_a_pair_read_the_same_guesses(plain, guessing
     assert since(guessing, before).accepted_tokens > 0
 
 
-def test_with_eight_bits_and_layers_apart_answers_are_those_without_guesses():
-    for options in (
-        {"quantize": "int8", "kv_cache": "int8"},
-        {
-            "params": params_that_repeat()
-            | {"decoder": separate_layers(params_that_repeat()["decoder"])}
-        },
-    ):
-        models = [make(count, **options) for count in (0, K)]
-        expected, found = (answers(model, mixed(model, 7)) for model in models)
-        same(found, expected)
-        assert models[1].engine.counts.accepted_tokens > 0
+@pytest.mark.parametrize("eight_bits", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_with_eight_bits_and_with_layers_apart_answers_are_those_without(eight_bits):
+    params, options = params_that_repeat(), {}
+    if eight_bits:
+        options = {"quantize": "int8", "kv_cache": "int8"}
+    else:
+        params |= {"decoder": separate_layers(params["decoder"])}
+    models = [make(count, params=params, **options) for count in (0, K)]
+    same(*(answers(model, mixed(model, 7)) for model in models))
+    assert models[1].engine.counts.accepted_tokens > 0
 
 
-def test_a_mesh_and_copies_answer_as_one_device(guessing):
-    expected = answers(guessing, mixed(guessing, 8))
-    for shape in ({"data": 1, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "tensor": 1}):
-        mesh = make_mesh(**shape, devices=jax.devices()[: np.prod(list(shape.values()))])
-        spread = Llava(
-            CONFIG, params_that_repeat(), byte_tokenizer(), TEMPLATE, mesh=mesh, lookup=K
-        )
-        spread.engine.warm_up(batch_size=4, size=SIZE, few=True)
-        before = spread.engine.counts.compilations
-        same(answers(spread, mixed(spread, 8)), expected)
-        assert spread.engine.counts.compilations == before
-        assert spread.engine.counts.accepted_tokens > 0
-        assert isinstance(spread.engine, Replicas) == (shape["data"] == 2)
+@pytest.mark.parametrize("copies", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_mesh_and_copies_answer_as_one_device(guessing, copies):
+    shape = (1, 2, 2) if copies == 1 else (2, 1, 1)
+    mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+    spread = make(K, mesh=mesh)
+    before = spread.engine.counts.compilations
+    same(answers(spread, mixed(spread, 8)), answers(guessing, mixed(guessing, 8)))
+    assert spread.engine.counts.compilations == before
+    assert spread.engine.counts.accepted_tokens > 0
+    assert isinstance(spread.engine, Replicas) == (copies == 2)
 
 
 @pytest.mark.parametrize("count", [-1, 17, 1.5, True, "4"])
