@@ -96,6 +96,7 @@ def check_config(config: ConfigDict) -> None:
         "model.remat_policy": (config.model.remat_policy, list(REMAT_POLICIES)),
         "model.dtype": (config.model.dtype, ["auto", *PRECISIONS]),
         "model.attention": (config.model.attention, ["auto", *IMPLEMENTATIONS]),
+        "model.quantize": (config.model.quantize, [None, "int8"]),
         "data.box_convention": (config.data.box_convention, list(CONVENTIONS)),
         "optimizer.moments_dtype": (config.optimizer.moments_dtype, ["float32", "bfloat16"]),
     }

@@ -26,6 +26,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.llava import LlavaModel
 from llava_jax.models.lora import LoraConfig
 from llava_jax.models.precision import compute_precision
+from llava_jax.models.quantization import is_kernel
 from llava_jax.parallel.mesh import BATCH_AXES, make_mesh, microbatches
 from llava_jax.parallel.sharding import RULES, batch_sharding, process_part, put_batch
 from llava_jax.training import recipe
@@ -90,9 +91,17 @@ class Stage:
     def _abstract(self) -> tuple[TrainState, dict]:
         optimizer = self.optimizer(lambda step: 1.0)  # the schedule changes no shape
         boxed = abstract_model(self.model.config, self.lora)
-        return abstract_state(
-            self.mesh, boxed, self.groups, optimizer, self.model.dtype, self.compares
+        form = self.config.model.quantize
+        state, frozen = abstract_state(
+            self.mesh, boxed, self.groups, optimizer, self.model.dtype, self.compares, form
         )
+        training = [path for path in flatten_dict(state.params) if is_kernel(path, head=False)]
+        if form and training:
+            raise LlavaError(
+                f"config.model.quantize is {form}, but config.trainable ({', '.join(self.groups)}) "
+                f"trains {'/'.join(training[0])}: what is quantized stays as it is; train lora"
+            )
+        return state, frozen
 
     @property
     def state(self) -> TrainState:
@@ -271,7 +280,7 @@ class Stage:
             self.frozen,
             resumed is not None,
         )
-        frozen = place(params, self.frozen)
+        frozen = place(params, self.frozen, self.config.model.quantize)
         return resumed or fresh_state(self.state, params, optimizer), frozen
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -297,6 +306,7 @@ class Stage:
             frozen,
             self.lora,
             self.row_format.box_convention,
+            self.config.model.quantize,
         )
 
     def reference_checksums(self, sources: dict[str, Path]) -> dict[str, str]:

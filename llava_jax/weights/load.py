@@ -18,6 +18,7 @@ from llava_jax.models.lora import LoraConfig, merge_lora
 from llava_jax.models.vit import num_blocks
 from llava_jax.parallel import hosts
 from llava_jax.weights.hub import local_folder
+from llava_jax.weights.quantized import round_kernels
 from llava_jax.weights.read.llava_folder import (
     is_llava_folder,
     open_llava,
@@ -163,6 +164,8 @@ def open_run(step_folder: Path, components=COMPONENTS) -> tuple[RunModel, dict]:
                 f"trained on them: its {component} would not be the model that was trained"
             )
         params |= open_components(source.path, [component], run.config, optional=trained)
+    if run.quantize:
+        params = unflatten_dict(round_kernels(flatten_dict(params), run.quantize))
     here = lambda path: path[1 if path[0] == "lora" else 0] in components
     merged = {**flatten_dict(params), **{p: leaf for p, leaf in trained.items() if here(p)}}
     check_complete(str(step_folder), merged, expected_shapes(run.config, run.lora), components)

@@ -55,6 +55,7 @@ class RunModel:
     sources: dict[str, Source]  # component -> source, for components with frozen parameters
     lora: LoraConfig | None = None
     box_convention: str = "llava"  # see data.boxes
+    quantize: str | None = None  # form of the frozen kernels of the language model's layers
 
 
 def config_from_dict(values: dict) -> LlavaConfig:
@@ -94,6 +95,7 @@ def write_run_model(workdir: Path, model: RunModel) -> None:
             "box_convention": model.box_convention,
             "sources": sources,
             "lora": model.lora and dataclasses.asdict(model.lora),
+            "quantize": model.quantize,
         },
     )
 
@@ -122,6 +124,7 @@ def read_run_model(workdir: Path) -> RunModel:
             sources,
             lora,
             values.get("box_convention", "llava"),
+            values.get("quantize"),
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise LlavaError(f"{path} is damaged ({error!r}): it is written by train.py") from None

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_json
 from llava_jax.models.lora import LoraConfig
+from llava_jax.parallel import hosts
 from llava_jax.weights.families import families_of
 from llava_jax.weights.formats.safetensors_files import TensorToWrite, write_file
 from llava_jax.weights.name_tables import STACKED, Parameter
@@ -55,6 +56,11 @@ def write_adapter(path: str | Path, out: Path, dtype: str | None = None) -> None
         raise LlavaError(
             f"{path} trained the newline of its pictures, which an adapter cannot hold: choose "
             "--format hf, with LoRA merged"
+        )
+    if run.quantize:
+        hosts.report(
+            f"{path} was trained on a base in {run.quantize}: with the base as it was before, the "
+            "adapter is near what was trained and not equal to it; --format hf writes that"
         )
     target = PARAMETER_DTYPES[dtype or "float32"]
     pairs = list(_pairs(run, tree["lora"]))
