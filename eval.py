@@ -3,11 +3,14 @@
     python eval.py --config=configs/eval/easy_vqa.py --checkpoint=runs/llava
 
 Writes answers, scores and a page of failures below --output, and there report.md over all
-benchmarks. If it is interrupted, the same command continues. --shard=i/n answers one of n parts,
-on as many machines as you like; the command without --shard then collects the answers and scores.
+benchmarks. If it is interrupted, the same command continues. Started on every host of a pod, the
+hosts share the questions and the first scores. --shard=i/n answers one of n parts on machines that
+are not connected; the command without --shard then collects the answers and scores.
 """
 
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags, logging
@@ -15,8 +18,10 @@ from ml_collections import ConfigDict, config_flags
 
 from configs.eval import base
 from llava_jax import command
-from llava_jax.evaluation import Benchmark, Shard, load_configured, write_report
+from llava_jax.evaluation import Benchmark, load_configured, write_report
+from llava_jax.evaluation.benchmark import Score
 from llava_jax.evaluation.report import HALLUCINATION, comparison, hallucination_table, table
+from llava_jax.parallel.shares import Meeting, Shard
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "the benchmark: a file of configs/eval", lock_config=True
@@ -40,7 +45,9 @@ LOOKUP = flags.DEFINE_integer(
     "lookup", 0, "guess so many tokens at a time where answers repeat prompts (default: off)"
 )
 REPLICAS = flags.DEFINE_integer(
-    "replicas", None, "copies of the model that share the questions (default: all devices)"
+    "replicas",
+    None,
+    "copies of the model that share the questions (default: all devices of a host)",
 )
 OUTPUT = flags.DEFINE_string(
     "output", None, "the folder of all results (default: eval in the checkpoint's folder)"
@@ -58,14 +65,22 @@ def main() -> None:
     benchmarks = load_configured(CONFIG.value, LIMIT.value, shard)
     # 2. Load. JAX is imported only now: that takes seconds.
     from llava_jax.evaluation.runner import answer_settings, default_output
+    from llava_jax.parallel import hosts
 
     for config, _ in benchmarks:
         answer_settings(config.max_new_tokens, sampling_of(config), config.min_yes)  # raises
-    model = load_model(CONFIG.value)
     root = Path(OUTPUT.value or default_output(CHECKPOINT.value))
-    # 3. Run.
-    for config, benchmark in benchmarks:
-        run(model, config, benchmark, root, shard)
+    with hosts.meeting(root / "hosts", __file__, alone=bool(shard)) as meeting:
+        model = load_model(CONFIG.value)
+        # 3. Run.
+        if meeting.place:
+            answer_share(model, benchmarks, root, meeting)
+            if not meeting.is_first:
+                return
+        overwrite = OVERWRITE.value and not meeting.place
+        for config, benchmark in benchmarks:
+            scores = run(model, config, benchmark, root, shard, overwrite)
+            show(benchmark, scores, root / benchmark.name, shard)
     if shard:
         return
     families = {benchmark.name.partition("/")[0] for _, benchmark in benchmarks}
@@ -76,27 +91,51 @@ def main() -> None:
 
 def load_model(config: ConfigDict):
     """The model on the devices of `config.mesh`, or in --replicas copies."""
-    import jax
-
     from llava_jax.inference.model import Llava
-    from llava_jax.parallel.mesh import make_mesh
-    from llava_jax.serving.command_line import keep_compilations
+    from llava_jax.serving.command_line import keep_compilations, mesh_here, needs_room
 
     keep_compilations()
-    shape, devices = config.mesh.to_dict(), jax.devices()
+    shape, count = config.mesh.to_dict(), None
     if REPLICAS.value is not None:
         shape["data"] = REPLICAS.value
-        devices = devices[: max(1, math.prod(shape.values()))]
-    mesh = make_mesh(**shape, devices=devices)
-    return Llava.from_pretrained(
-        CHECKPOINT.value,
-        dtype=config.dtype,
-        template=TEMPLATE.value,
-        quantize=QUANTIZE.value,
-        kv_cache=KV_CACHE.value,
-        lookup=LOOKUP.value,
-        mesh=mesh if mesh.size > 1 else None,
-    )
+        count = max(1, math.prod(shape.values()))
+    mesh = mesh_here(**shape, count=count)
+    with needs_room():
+        return Llava.from_pretrained(
+            CHECKPOINT.value,
+            dtype=config.dtype,
+            template=TEMPLATE.value,
+            quantize=QUANTIZE.value,
+            kv_cache=KV_CACHE.value,
+            lookup=LOOKUP.value,
+            mesh=mesh,
+        )
+
+
+def answer_share(
+    model, benchmarks: Sequence[tuple[ConfigDict, Benchmark]], root: Path, meeting: Meeting
+) -> None:
+    """Asks this host's share of each benchmark; the first host then waits for the others.
+
+    LlavaError on the first host: others are lost, and with them answers.
+    """
+    from llava_jax.evaluation.runner import drop_answers, unanswered
+
+    folders = [(benchmark, root / benchmark.name) for _, benchmark in benchmarks]
+    if OVERWRITE.value:
+        meeting.first_alone(lambda: [drop_answers(folder) for _, folder in folders])
+    for config, benchmark in benchmarks:
+        line = meeting.place.describe(len(benchmark.questions), f"questions of {benchmark.name}")
+        print(line, file=sys.stderr)
+        run(model, config, benchmark, root, meeting.place, quiet=not meeting.is_first)
+    if meeting.is_first:
+        meeting.collect(
+            lambda: [
+                f"{count} of {len(benchmark.questions)} questions of {benchmark.name}"
+                for benchmark, folder in folders
+                if (count := unanswered(benchmark, folder))
+            ]
+        )
 
 
 def sampling_of(config: ConfigDict) -> dict:
@@ -105,30 +144,42 @@ def sampling_of(config: ConfigDict) -> dict:
     return {name: value for name, value in config.sampling.items() if value != default[name]}
 
 
-def run(model, config: ConfigDict, benchmark: Benchmark, root: Path, shard: Shard | None) -> None:
-    """Asks one benchmark and prints its scores."""
+def run(
+    model,
+    config: ConfigDict,
+    benchmark: Benchmark,
+    root: Path,
+    shard: Shard | None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> list[Score]:
+    """Asks one benchmark, or a part of it, and returns its scores."""
     from llava_jax.evaluation.runner import evaluate
 
-    output = root / benchmark.name
-    scores = evaluate(
+    return evaluate(
         model,
         benchmark,
-        output,
+        root / benchmark.name,
         config.max_new_tokens,
         config.batch_size,
-        overwrite=OVERWRITE.value,
+        overwrite=overwrite,
         shard=shard,
         settings={"kv_cache": KV_CACHE.value, "template_given": TEMPLATE.value},
         sampling=sampling_of(config),
         min_yes=config.min_yes,
+        quiet=quiet,
     )
+
+
+def show(benchmark: Benchmark, scores: list[Score], folder: Path, shard: Shard | None) -> None:
+    """Prints the scores and where the answers are."""
     if shard:
-        print(f"answers: {output / shard.folder}; run without --shard to collect all parts")
+        print(f"answers: {folder / shard.folder}; run without --shard to collect all parts")
         return
     if scores:
         print(table(scores))
     print(comparison(benchmark.name, scores))
-    print(f"answers: {output / 'predictions.jsonl'}")
+    print(f"answers: {folder / 'predictions.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,14 @@ def _utf8(text: str) -> bytes:
 def claim(mark: Path, run: dict, output: Path) -> None:
     """Marks an output as the result of `run`, unless it holds results of another run.
 
-    To be called under a lock on the output.
+    To be called under a lock on the output; arguments and errors as in `check_claim`.
+    """
+    check_claim(mark, run, output)
+    write_json(mark, run)
+
+
+def check_claim(mark: Path, run: dict, output: Path) -> None:
+    """Compares the run that an output is of with `run`.
 
     Args:
       mark: the JSON file that says which run the output is of.
@@ -131,14 +138,14 @@ def claim(mark: Path, run: dict, output: Path) -> None:
     Raises:
       LlavaError: the results are of another run; the message names the keys that differ.
     """
-    if output.exists() and output.stat().st_size:
-        other = {}
-        with contextlib.suppress(OSError, ValueError):
-            other = json.loads(mark.read_text(encoding="utf-8"))
-        other = other if isinstance(other, dict) else {}
-        if changed := [key for key in run if other.get(key) != run[key]]:
-            raise LlavaError(
-                f"{output} holds answers of another run (different: {', '.join(changed)}): give "
-                "another --output, or --overwrite to ask again"
-            )
-    write_json(mark, run)
+    if not output.exists() or not output.stat().st_size:
+        return
+    other = {}
+    with contextlib.suppress(OSError, ValueError):
+        other = json.loads(mark.read_text(encoding="utf-8"))
+    other = other if isinstance(other, dict) else {}
+    if changed := [key for key in run if other.get(key) != run[key]]:
+        raise LlavaError(
+            f"{output} holds answers of another run (different: {', '.join(changed)}): give "
+            "another --output, or --overwrite to ask again"
+        )

@@ -27,9 +27,10 @@ from llava_jax.evaluation import (
     videos,
     yes_no,
 )
-from llava_jax.evaluation.benchmark import Benchmark, Shard
+from llava_jax.evaluation.benchmark import Benchmark
 from llava_jax.evaluation.files import NOT_AS_EXPECTED, MissingFile, check_images
 from llava_jax.evaluation.report import table, write_report
+from llava_jax.parallel.shares import Shard
 
 # name -> load(root, **options); the options come from `config.options`.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
@@ -142,7 +143,6 @@ __all__ = [
     "BENCHMARKS",
     "Benchmark",
     "MissingFile",
-    "Shard",
     "check_images",
     "load_benchmark",
     "load_configured",

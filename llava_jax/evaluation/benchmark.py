@@ -130,31 +130,6 @@ class Benchmark:
         )
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One of `count` equal parts of a benchmark, `index` from 1."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """`2/8` -> the second of eight."""
-        index, _, count = text.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-            raise LlavaError(f"--shard must be i/n with i from 1 to n, such as 1/4, not {text!r}")
-        return cls(int(index), int(count))
-
-    def of(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """This part of the questions; neighbours, often about one picture, stay together."""
-        start, end = ((len(questions) * i) // self.count for i in (self.index - 1, self.index))
-        return questions[start:end]
-
-    @property
-    def folder(self) -> str:
-        return f"shard-{self.index}-of-{self.count}"
-
-
 def ask(
     id: Any,
     text: str,

@@ -20,7 +20,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.serving.command_line import mesh_of_all
+from llava_jax.serving.command_line import mesh_here
 from llava_jax.text.conversation import IMAGE_TOKEN, MARKS, images_in
 
 BATCHES_AT_A_TIME = 8  # their pictures are in memory together
@@ -67,7 +67,7 @@ class LlavaJax(lmms):
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise LlavaError(f"batch_size must be a whole number from 1, not {batch_size!r}")
-        self.model = Llava.from_pretrained(pretrained, dtype=dtype, mesh=mesh_of_all())
+        self.model = Llava.from_pretrained(pretrained, dtype=dtype, mesh=mesh_here())
         self.batch_size = int(batch_size)
         self.use_until = use_until
 

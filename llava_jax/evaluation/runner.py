@@ -2,13 +2,14 @@
 
 The folder of a result holds `run.json` (the model, the questions and the settings),
 `predictions.jsonl` (one line per question, in order) and, at the end, `metrics.json`, the file for
-the benchmark's server and `failures.html`. The shards of a run have folders of their own below it.
+the benchmark's server and `failures.html`. The shards of a run, which several machines may answer
+at once, have folders of their own below it.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -16,14 +17,15 @@ from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
 from llava_jax.evaluation import confidence
-from llava_jax.evaluation.benchmark import Benchmark, Question, Score, Shard
+from llava_jax.evaluation.benchmark import Benchmark, Question, Score
 from llava_jax.evaluation.failures import write_failures
-from llava_jax.files import claim, json_line, locked, whole_file, write_json
+from llava_jax.files import check_claim, claim, json_line, locked, whole_file, write_json
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import MAX_LOGPROBS, SamplingParams
+from llava_jax.parallel.shares import Shard
 
 BATCHES_AT_A_TIME = 4  # these are sorted by shape together; a kill loses at most their answers
 
@@ -39,12 +41,13 @@ def evaluate(
     settings: Mapping[str, str | None] | None = None,
     sampling: Mapping[str, object] | None = None,
     min_yes: float = 0.0,
+    quiet: bool = False,
 ) -> list[Score]:
     """Answers every question of `benchmark`, writes below `output`, returns the scores.
 
-    An interrupted run continues and takes over the answers of its shards. With `shard` only that
-    part is answered and nothing is scored. LlavaError if `output` holds answers of another model,
-    to other questions or with other settings, unless `overwrite`.
+    An interrupted run continues and takes over the answers of all shards, also of another number
+    of them. With `shard` only that part is answered and nothing is scored. LlavaError if `output`
+    holds answers of another model, to other questions or with other settings, unless `overwrite`.
 
     Args:
       settings: what else the answers depend on, None for a default.
@@ -57,7 +60,8 @@ def evaluate(
         raise LlavaError(f"batch_size must be at least 1, not {batch_size}")
     if benchmark.by_boxes:
         benchmark = benchmark.reading(model.boxes)
-    asker = Asker(model, answer_settings(max_new_tokens, sampling, min_yes), batch_size, min_yes)
+    params = answer_settings(max_new_tokens, sampling, min_yes)
+    asker = Asker(model, params, batch_size, min_yes, quiet)
     run = {
         "benchmark": benchmark.name,
         "questions": benchmark.fingerprint,
@@ -69,21 +73,20 @@ def evaluate(
         "min_yes": min_yes or None,
     } | dict(settings or {})
     questions = shard.of(benchmark.questions) if shard else benchmark.questions
-    output = Path(output) / shard.folder if shard else Path(output)
+    folders, output = _folders(output), Path(output) / shard.folder if shard else Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    busy = f"another eval.py is writing to {output} now: wait for it, or give another --output"
-    with locked(output, busy):
-        folders = [output] if shard else [output, *sorted(output.glob("shard-*-of-*"))]
-        for folder in folders:
+    with locked(output, _busy(output)):
+        mine = [output] if shard else folders  # other shards may be at work now
+        theirs = [] if overwrite else [folder for folder in folders if folder not in mine]
+        for folder in mine:
             answers = folder / "predictions.jsonl"
             if overwrite:
                 answers.unlink(missing_ok=True)
             claim(folder / "run.json", run, answers)
+        for folder in theirs:
+            check_claim(folder / "run.json", run, folder / "predictions.jsonl")
         (output / "metrics.json").unlink(missing_ok=True)
-        ids = {question.id for question in questions}
-        done = {}
-        for folder in folders:
-            done |= _finished(folder / "predictions.jsonl", ids, repair=folder == output)
+        done = _answered([*mine, *theirs], benchmark, repair=output)
         done |= asker.answer(benchmark.name, questions, done, output)
         answers = [done[question.id] for question in questions]
         grade = None if shard else benchmark.grade
@@ -94,6 +97,29 @@ def evaluate(
         with whole_file(output / "predictions.jsonl") as file:
             file.writelines(map(json_line, lines))
         return [] if shard else _conclude(benchmark, run, answers, output)
+
+
+def unanswered(benchmark: Benchmark, output: str | os.PathLike) -> int:
+    """How many questions have no answer below `output` yet, neither there nor in its shards."""
+    return len(benchmark.questions) - len(_answered(_folders(output), benchmark))
+
+
+def drop_answers(output: str | os.PathLike) -> None:
+    """Deletes the answers and scores below `output`, those of its shards too."""
+    for folder in filter(Path.is_dir, _folders(output)):
+        with locked(folder, _busy(folder)):
+            for name in ("predictions.jsonl", "metrics.json"):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _folders(output: str | os.PathLike) -> list[Path]:
+    """The folder of a result, and those of its shards."""
+    output = Path(output)
+    return [output, *sorted(output.glob("shard-*-of-*"))]
+
+
+def _busy(folder: Path) -> str:
+    return f"another eval.py is writing to {folder} now: wait for it, or give another --output"
 
 
 def answer_settings(
@@ -126,6 +152,7 @@ class Asker:
     params: SamplingParams
     batch_size: int
     min_yes: float
+    quiet: bool
 
     def answer(self, name: str, questions, done: Mapping[str, dict], output: Path) -> dict:
         """Asks those missing in `done`; appends each window of answers to predictions.jsonl."""
@@ -134,7 +161,9 @@ class Asker:
         new, asked = {}, len(questions) - len(todo)
         with (
             open(output / "predictions.jsonl", "ab") as file,
-            tqdm(total=len(questions), initial=asked, unit="question", desc=name) as bar,
+            tqdm(
+                total=len(questions), initial=asked, unit="question", desc=name, disable=self.quiet
+            ) as bar,
         ):
             for start in range(0, len(todo), window):
                 part = todo[start : start + window]
@@ -204,6 +233,16 @@ def _line(
     if grade:
         line["grade"] = grade(question, prediction)
     return line
+
+
+def _answered(
+    folders: Sequence[Path], benchmark: Benchmark, repair: Path | None = None
+) -> dict[str, dict]:
+    """The complete lines below several folders, by id; the file in `repair` is cut after them."""
+    ids, lines = {question.id for question in benchmark.questions}, {}
+    for folder in folders:
+        lines |= _finished(folder / "predictions.jsonl", ids, folder == repair)
+    return lines
 
 
 def _finished(path: Path, ids: set[str], repair: bool) -> dict[str, dict]:

@@ -15,11 +15,26 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from llava_jax.errors import LlavaError
+from llava_jax.parallel.shares import Meeting, Shard, differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 _PATIENCE = 30.0  # seconds
 _WAITING = "waiting for the other processes of this run: all must start, and reach the first"
 _NO_CLUSTER = "coordinator_address should be defined"
+_NO_OTHERS = (
+    "this pod is one of a Kubernetes Job, but cannot find the others: pip install 'jax[k8s]'"
+)
+_PLACE = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# A slice of several hosts has 2 x 2 chips on each. With these the TPU library uses those alone.
+_CHIPS_OF_THIS_HOST = {
+    "TPU_PROCESS_BOUNDS": "1,1,1",
+    "TPU_CHIPS_PER_PROCESS_BOUNDS": "2,2,1",
+    "TPU_HOST_BOUNDS": "1,1,1",  # the earlier name, which GKE sets
+    "TPU_CHIPS_PER_HOST_BOUNDS": "2,2,1",
+    "TPU_WORKER_ID": "0",
+    "CLOUD_TPU_TASK_ID": "0",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def start() -> None:
@@ -34,9 +49,8 @@ def start() -> None:
       LlavaError: the environment names other processes, but not all that is needed to join them.
     """
     in_job = "JOB_COMPLETION_INDEX" in os.environ
-    if "KUBERNETES_SERVICE_HOST" in os.environ and not in_job:
-        return  # a pod by itself, such as a notebook
-    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    if _pod_by_itself():
+        return
     if ":" not in os.environ.get("JAX_COORDINATOR_ADDRESS", ":"):
         raise LlavaError(
             f"JAX_COORDINATOR_ADDRESS is {os.environ['JAX_COORDINATOR_ADDRESS']!r}: it needs a "
@@ -46,22 +60,92 @@ def start() -> None:
     waiting.daemon = True
     waiting.start()
     try:
-        jax.distributed.initialize(
-            num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
-        )
+        count, index = map(_number, _PLACE)
+        jax.distributed.initialize(num_processes=count, process_id=index)
     except ValueError as error:
         if _NO_CLUSTER not in str(error):
             raise LlavaError(f"the processes of this run cannot join: {error}") from None
         if in_job:
-            raise LlavaError(
-                "this pod is one of a Kubernetes Job, but cannot find the others: "
-                "pip install 'jax[k8s]'"
-            ) from None
+            raise LlavaError(_NO_OTHERS) from None
     finally:
         waiting.cancel()
     if alone_on_its_host(os.environ) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         # JAX assumes one GPU for each process that Slurm or Open MPI started.
         jax.config.update("jax_cuda_visible_devices", "all")
+
+
+def place() -> Shard | None:
+    """This process among those that were started together, which it does not join.
+
+    They are found as by `start`, but each is by itself for JAX and sees the devices of its host
+    alone: JAX ends all processes that are joined when one of them dies. Must run before anything
+    asks JAX for a device.
+
+    Returns:
+      Its number from 1 and theirs, as a share; None if there is only one.
+
+    Raises:
+      LlavaError: the environment names other processes, but not which of them this is.
+    """
+    if _pod_by_itself():
+        return None
+    from jax._src.clusters import ClusterEnv  # jax.distributed has no way to ask without joining
+
+    address, ids = "not used", os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    try:
+        _, count, index, local = ClusterEnv.auto_detect_unset_distributed_params(
+            address, *map(_number, _PLACE), ids, None, None
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise LlavaError(f"the other processes of this run cannot be found: {error}") from None
+    if count is None and index is None:
+        if "JOB_COMPLETION_INDEX" in os.environ:
+            raise LlavaError(_NO_OTHERS)
+        return None
+    if count is None or index is None or not 0 <= index < count:
+        values = ", ".join(f"{name}={os.environ.get(name)}" for name in _PLACE)
+        raise LlavaError(
+            f"{values}: set both on every host, the number of processes and which of them this is, "
+            "from 0"
+        )
+    if count == 1:
+        return None
+    if ids is None and local is not None and not alone_on_its_host(os.environ):
+        ids = ",".join(map(str, local))  # one process for each GPU
+    if ids is not None:
+        jax.config.update("jax_cuda_visible_devices", ids)
+        jax.config.update("jax_rocm_visible_devices", ids)
+    if "TPU_PROCESS_BOUNDS" not in os.environ:
+        os.environ.update(_CHIPS_OF_THIS_HOST)
+        for name in [name for name in os.environ if name.startswith("MEGASCALE_")]:
+            del os.environ[name]
+    return Shard(index + 1, count)
+
+
+def meeting(folder: Path, script: str, alone: bool = False) -> Meeting:
+    """Where the processes that were started with this one share requests; see `Meeting`.
+
+    Args:
+      folder: beside the results.
+      script: that runs; it, the package and the arguments must be the same on every host.
+      alone: whatever other processes there are, this one meets none.
+    """
+    here = None if alone else place()
+    facts = this_code(script) | {"arguments": sys.argv[1:]} if here else {}
+    return Meeting(folder, here, facts)
+
+
+def _pod_by_itself() -> bool:
+    """Whether this is a pod of Kubernetes outside a Job, such as a notebook."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ
+
+
+def _number(name: str) -> int | None:
+    """The whole number that an environment variable holds; None if it is not set."""
+    try:
+        return int(os.environ[name]) if name in os.environ else None
+    except ValueError:
+        raise LlavaError(f"{name} is {os.environ[name]!r}: give a whole number") from None
 
 
 def alone_on_its_host(surroundings: Mapping[str, str]) -> bool:
@@ -165,10 +249,8 @@ def check_same(facts: dict[str, object]) -> None:
     texts = (row[:size].tobytes() for row, size in zip(every, sizes, strict=True))
     first, *others = map(json.loads, texts)
     for process, other in enumerate(others, start=1):
-        keys = sorted(k for k in other.keys() | first.keys() if other.get(k) != first.get(k))
-        if keys:
+        if difference := differences(other, first):
             raise LlavaError(
-                f"process {process} differs from process 0 in "
-                + "; ".join(f"{k}: {other.get(k)!r} and not {first.get(k)!r}" for k in keys[:5])
-                + ": start the same code with the same command on every host"
+                f"process {process} differs from process 0 in {difference}: start the same code "
+                "with the same command on every host"
             )

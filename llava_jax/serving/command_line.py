@@ -1,8 +1,9 @@
 """What the commands that ask a model have in common: its arguments, and how it is loaded."""
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -17,6 +18,10 @@ from llava_jax.models.quantization import FORMS
 from llava_jax.parallel.mesh import make_mesh
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.load import add_picture_arguments, picture_options
+
+_SMALLER = (
+    "a copy cannot span hosts, so keep fewer bits with quantize, or take a host with more memory"
+)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,27 +103,55 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
         raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
     keep_compilations()
     imports.tokenizers_alone()
-    mesh = None
-    if (args.replicas, args.tensor) != (1, 1):
-        count = max(args.replicas * args.tensor, 1)
-        mesh = make_mesh(args.replicas, 1, args.tensor, jax.devices()[:count])
-    return Llava.from_pretrained(
-        checkpoint,
-        dtype=args.dtype,
-        template=args.template,
-        quantize=args.quantize,
-        kv_cache=args.kv_cache,
-        lookup=args.lookup,
-        allow_urls=args.allow_urls,
-        mesh=mesh,
-        **picture_options(args),
-    )
+    mesh = mesh_here(args.replicas, 1, args.tensor, max(args.replicas * args.tensor, 1))
+    with needs_room():
+        return Llava.from_pretrained(
+            checkpoint,
+            dtype=args.dtype,
+            template=args.template,
+            quantize=args.quantize,
+            kv_cache=args.kv_cache,
+            lookup=args.lookup,
+            allow_urls=args.allow_urls,
+            mesh=mesh,
+            **picture_options(args),
+        )
 
 
-def mesh_of_all(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """A mesh of all devices, see `make_mesh`; None for a single device, which needs none."""
-    mesh = make_mesh(data, fsdp, tensor)
+def mesh_here(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, count: int | None = None
+) -> Mesh | None:
+    """A mesh of this host's devices, see `make_mesh`; None for a single device, which needs none.
+
+    Args:
+      count: use the first so many; None: all.
+
+    Raises:
+      LlavaError: they are too few, for a copy of the model or for all copies.
+    """
+    devices = jax.local_devices()
+    if (copy := fsdp * tensor) > len(devices):
+        raise LlavaError(
+            f"a copy of the model over {copy} devices does not fit this host, which has "
+            f"{len(devices)}: {_SMALLER}"
+        )
+    mesh = make_mesh(data, fsdp, tensor, devices[:count])
     return mesh if mesh.size > 1 else None
+
+
+@contextlib.contextmanager
+def needs_room() -> Iterator[None]:
+    """Loads a model in its block; LlavaError if the memory of the devices is too small for it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        devices = jax.local_devices()
+        raise LlavaError(
+            f"the model does not fit the memory of its devices (this host has {len(devices)} x "
+            f"{devices[0].device_kind}): spread a copy over more of them with tensor; {_SMALLER}"
+        ) from None
 
 
 def keep_compilations() -> None:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -23,7 +24,18 @@ from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.jobs import Job, Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.serving.answer_file import answer_line, open_answers
+from llava_jax.parallel import hosts
+from llava_jax.parallel.shares import Shard
+from llava_jax.serving.answer_file import (
+    answer_line,
+    answered,
+    drop_answers,
+    open_answers,
+    open_part,
+    part_line,
+    parts,
+    put_together,
+)
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 from llava_jax.serving.requests import read_line, read_request
 
@@ -56,40 +68,84 @@ def _json_object(text: str) -> dict:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answers every request that has no answer yet; returns the exit code."""
+    """Answers every request that has no answer yet; returns the exit code.
+
+    Hosts on which it was started together share the requests.
+    """
     check_arguments(args)
     with open(args.input, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
         ids = line_ids(file)
-    model = load_from_arguments(args)
-    run = {
-        "input": digest,
-        "parameters": weights_fingerprint(model.engine.params, model.dtype),
-        "template": model.template.name,
-        "sampling": args.sampling,
-        "dtype": args.dtype,
-        "weights": args.quantize,
-        "kv_cache": args.kv_cache,
-    }
+    output = Path(args.output)
+    with hosts.meeting(output.with_name(output.name + ".hosts"), __file__) as meeting:
+        model = load_from_arguments(args)
+        run = {
+            "input": digest,
+            "parameters": weights_fingerprint(model.engine.params, model.dtype),
+            "template": model.template.name,
+            "sampling": args.sampling,
+            "dtype": args.dtype,
+            "weights": args.quantize,
+            "kv_cache": args.kv_cache,
+        }
+        if args.overwrite:
+            meeting.first_alone(lambda: drop_answers(output))
+        start = time.perf_counter()
+        # Parts that several hosts have left are put together by whoever comes next.
+        share = meeting.place or (Shard(1, 1) if parts(output) else None)
+        if share is None:
+            file, done = open_answers(output, run)
+            wrong = answer(args, model, ids, range(done, len(ids)), file)
+        else:
+            if meeting.place:
+                print(share.describe(len(ids), "requests"), file=sys.stderr)
+            with open_part(output, share, run) as part:
+                done = answered(output, run)
+                todo = [number for number in share.of(range(len(ids))) if number not in done]
+                answer(args, model, ids, todo, part, part_line, quiet=not meeting.is_first)
+            if not meeting.is_first:
+                return 0
+            meeting.collect(lambda: missing(output, run, len(ids)))
+            wrong = put_together(output, run, len(ids))
+    report(model, time.perf_counter() - start, wrong)
+    return 0
+
+
+def missing(output: Path, run: dict, total: int) -> list[str]:
+    """["7 of 100 requests"] if so many have no answer; [] if all have."""
+    count = total - len(answered(output, run))
+    return [f"{count} of {total} requests"] if count else []
+
+
+def answer(
+    args: argparse.Namespace,
+    model: Llava,
+    ids: list,
+    todo: Sequence[int],
+    output: BinaryIO,
+    form: Callable[[int, bytes], bytes] = lambda number, line: line,
+    quiet: bool = False,
+) -> int:
+    """Answers the requests of these numbers, which ascend; returns how many were wrong.
+
+    Args:
+      output: takes each line in turn, in the form that `form` gives it; closed at the end.
+      quiet: show no progress.
+    """
     root = Path(args.image_root) if args.image_root else Path(args.input).parent
-    output, done = open_answers(Path(args.output), run, args.overwrite)
-    start, wrong = time.perf_counter(), 0
     read = lambda line: read_request(model, read_line(line), root, args.sampling)
+    total, before, wrong = len(ids), len(ids) - len(todo), 0
+    bar = tqdm(total=total, initial=before, unit="request", desc="generate", disable=quiet)
     # As bytes, one wrong line leaves the others readable.
-    with (
-        output,
-        open(args.input, "rb") as lines,
-        tqdm(total=len(ids), initial=done, unit="request", desc="generate") as bar,
-    ):
-        requests = Requests(model, lines, ids, read, done)
-        for line in answer_lines(model, requests, args.batch_size):
-            output.write(json_line(line))
+    with output, open(args.input, "rb") as lines, bar:
+        requests = Requests(model, lines, ids, read, todo)
+        for number, line in zip(todo, answer_lines(model, requests, args.batch_size), strict=True):
+            output.write(form(number, json_line(line)))
             output.flush()
             wrong += "error" in line
             bar.update()
-    report(model, time.perf_counter() - start, wrong)
-    return 0
+    return wrong
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -136,10 +192,11 @@ class Requests:
       items: what each request is read from.
       ids: of each.
       read: gives the request of an item; LlavaError if it is wrong.
-      skip: so many of the first are answered already.
+      todo: numbers of the requests to answer, which ascend; None: all.
 
     Attributes:
       answers: number of a request -> its answers, until `answer_lines` takes them out.
+      left: numbers of the requests that it has yet to take out.
     """
 
     def __init__(
@@ -148,17 +205,21 @@ class Requests:
         items: Iterable,
         ids: Sequence,
         read: Callable[[Any], Request],
-        skip: int = 0,
+        todo: Sequence[int] | None = None,
     ):
         self.ids = ids
         self.answers: dict[int, list[Answer]] = {}
-        self.next = skip
-        self._model, self._items, self._read, self._skip = model, items, read, skip
+        self._todo = range(len(ids)) if todo is None else todo
+        self.left = deque(self._todo)
+        self._model, self._items, self._read = model, items, read
 
     def __iter__(self) -> Iterator[Job]:
+        todo = iter(self._todo)
+        ahead = next(todo, None)
         for number, item in enumerate(self._items):
-            if number >= self._skip:
+            if number == ahead:
                 yield from self._jobs(number, item)
+                ahead = next(todo, None)
 
     def _jobs(self, number: int, item) -> list[Job]:
         """The jobs of an item; a wrong one has none, and its error for an answer."""
@@ -182,13 +243,13 @@ def answer_lines(model: Llava, requests: Requests, batch_size: int) -> Iterator[
 
 
 def _finished(requests: Requests) -> Iterator[dict]:
-    while requests.next in requests.answers:
-        answers = requests.answers[requests.next]
+    while requests.left and (number := requests.left[0]) in requests.answers:
+        answers = requests.answers[number]
         if not all(answer.done for answer in answers):
             return
-        del requests.answers[requests.next]
-        yield answer_line(requests.ids[requests.next], answers)
-        requests.next += 1
+        del requests.answers[number]
+        requests.left.popleft()
+        yield answer_line(requests.ids[number], answers)
 
 
 def report(model: Llava, seconds: float, wrong: int) -> None:

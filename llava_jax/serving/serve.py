@@ -24,6 +24,7 @@ from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.images import cells_a_side
 from llava_jax.models.llava import LlavaConfig
+from llava_jax.parallel import hosts
 from llava_jax.serving.command_line import add_model_arguments, load_from_arguments
 
 LOG = logging.getLogger(__name__)
@@ -113,6 +114,12 @@ def main(args) -> int:
     logging.getLogger("llava_jax").setLevel(logging.INFO)
     from llava_jax.serving.connections import http_protocol
 
+    if place := hosts.place():
+        LOG.info(
+            "this is process %d of %d, each a server of its own: put a load balancer before them",
+            place.index,
+            place.count,
+        )
     server = make_server(args)
     listening_on = listen(args.host, args.port)
     config = uvicorn.Config(

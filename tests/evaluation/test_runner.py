@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from llava_jax.errors import LlavaError
-from llava_jax.evaluation import BENCHMARKS, Shard, runner, table
+from llava_jax.evaluation import BENCHMARKS, runner, table
 from llava_jax.evaluation.easy_vqa import load, normalize
-from llava_jax.evaluation.runner import default_output, evaluate
+from llava_jax.evaluation.runner import default_output, drop_answers, evaluate, unanswered
 from llava_jax.files import locked
 from llava_jax.inference.fingerprint import weights_fingerprint
 from llava_jax.inference.model import Llava
@@ -21,6 +21,7 @@ from llava_jax.models.decoder import separate_layers
 from llava_jax.models.precision import PRECISIONS
 from llava_jax.models.quantization import pack_kernels
 from llava_jax.parallel.mesh import make_mesh
+from llava_jax.parallel.shares import Shard
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -171,15 +172,32 @@ def test_shards_together_are_the_whole_run(llava, data, tmp_path, monkeypatch):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_every_question_is_in_one_shard():
-    questions = list(range(11))
-    for count in (1, 2, 4, 11, 13):
-        parts = [Shard.parse(f"{i}/{count}").of(questions) for i in range(1, count + 1)]
-        assert sum(parts, []) == questions
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    for text in ("0/4", "5/4", "1", "a/b", "1/0", "-1/2"):
-        with pytest.raises(LlavaError, match="--shard must be i/n"):
-            Shard.parse(text)
+def test_a_shard_asks_what_no_shard_of_any_number_has_answered(llava, data, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(llava, data, whole)
+    benchmark = load(data.parent, "test")
+    assert unanswered(benchmark, parts) == 11
+    for index in (1, 3):
+        run(llava, data, parts, shard=Shard(index, 3))  # questions 0 to 2 and 7 to 10
+    assert unanswered(benchmark, parts) == 4
+    asked, answer = [], llava.answers
+
+    def counting(requests, *rest):
+        asked.append(len(requests))
+        return answer(requests, *rest)
+
+    monkeypatch.setattr(llava, "answers", counting)
+    for index in (1, 2):
+        run(llava, data, parts, shard=Shard(index, 2))  # 0 to 4, 5 to 10
+    assert asked == [2, 2] and unanswered(benchmark, parts) == 0
+    run(llava, data, parts)
+    assert asked == [2, 2]
+    assert (parts / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    with pytest.raises(LlavaError, match=r"shard-1-of-2.* another run \(different: max_new_tokens"):
+        run(llava, data, parts, shard=Shard(1, 4), max_new_tokens=5)
+    drop_answers(parts)
+    assert unanswered(benchmark, parts) == 11 and not (parts / "metrics.json").exists()
+    run(llava, data, parts, shard=Shard(1, 4), max_new_tokens=5)
 
 
 def test_a_limited_run_has_a_folder_name_of_its_own(llava, data, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from llava_jax.errors import LlavaError
 from llava_jax.parallel import hosts
+from llava_jax.parallel.shares import Shard
 
 SLURM = {
     "SLURM_JOB_ID": "7000123",
@@ -71,6 +72,75 @@ def test_processes_are_found_by_their_surroundings(surroundings, output):
         timeout=200,
     )
     assert re.match(output, process.stdout.strip().splitlines()[-1]), process.stderr
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    """Sets the environment of a cluster, and notes what JAX is configured with."""
+    marks = ("SLURM", "OMPI", "KUBERNETES", "JOB_", "JAX_", "TPU_", "CLOUD_TPU", "MEGASCALE")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(marks)}
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+
+    def become(values: dict) -> dict:
+        monkeypatch.setattr(os, "environ", plain | values)
+        return settings
+
+    return become
+
+
+TWO_PER_NODE = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NUM_NODES": "2"}
+ONE_PER_NODE = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_NODES": "2"}
+BY_HAND = {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    "values, place, gpus",
+    [
+        ({}, None, None),
+        (POD, None, None),
+        (SLURM, None, None),
+        (SLURM | ONE_PER_NODE, Shard(2, 2), None),
+        (SLURM | TWO_PER_NODE | {"SLURM_LOCALID": "1"}, Shard(4, 4), "1"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "2"}, Shard(1, 2), None),
+        (BY_HAND, Shard(3, 3), None),
+        (BY_HAND | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, Shard(3, 3), None),
+        (BY_HAND | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, Shard(3, 3), "0,1"),
+    ],
+)
+def test_a_process_that_joins_nobody_knows_its_place(values, place, gpus, surroundings):
+    settings = surroundings(values)
+    assert hosts.place() == place
+    assert settings.get("jax_cuda_visible_devices") == gpus
+    assert not jax.distributed.is_initialized()
+
+
+def test_a_host_of_a_slice_uses_its_own_chips(surroundings):
+    surroundings(BY_HAND | {"TPU_HOST_BOUNDS": "2,2,1", "MEGASCALE_NUM_SLICES": "2"})
+    hosts.place()
+    assert os.environ["TPU_PROCESS_BOUNDS"] == os.environ["TPU_HOST_BOUNDS"] == "1,1,1"
+    assert os.environ["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "2,2,1"
+    assert "MEGASCALE_NUM_SLICES" not in os.environ
+    surroundings(BY_HAND | {"TPU_PROCESS_BOUNDS": "2,1,1"})  # whoever sets it knows why
+    hosts.place()
+    assert os.environ["TPU_PROCESS_BOUNDS"] == "2,1,1" and "TPU_HOST_BOUNDS" not in os.environ
+    surroundings({})
+    assert hosts.place() is None and "TPU_PROCESS_BOUNDS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=None: set both"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "which of them this is, from 0"),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is 'two': give"),
+        (POD | {"JOB_COMPLETION_INDEX": "1"}, "this pod is one of a Kubernetes Job, but"),
+    ],
+)
+def test_a_place_that_is_half_known_is_refused(values, message, surroundings):
+    surroundings(values)
+    with pytest.raises(LlavaError, match=message):
+        hosts.place()
 
 
 @pytest.mark.parametrize(

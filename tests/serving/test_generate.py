@@ -6,11 +6,14 @@ import contextlib
 import json
 import re
 
+import jax
 import pytest
 
 from llava_jax import cli
 from llava_jax.errors import LlavaError
 from llava_jax.inference import model
+from llava_jax.parallel import hosts, shares
+from llava_jax.parallel.shares import Meeting, Shard
 from llava_jax.serving import command_line, generate
 from llava_jax.serving.answer_file import open_answers
 from tests.tiny_model import random_image, tiny_llava
@@ -84,6 +87,24 @@ def test_devices_are_those_asked_for(run, llava, tmp_path, monkeypatch):
     assert meshes == [None, four, six, six]
     with pytest.raises(LlavaError, match="data=3, fsdp=1, tensor=3 does not fit 8 devices"):
         run("--replicas", "3", "--tensor", "3")
+    with pytest.raises(LlavaError, match="over 16 devices does not fit this host, which has 8: a"):
+        run("--tensor", "16")
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused(run, tmp_path, monkeypatch):
+    def fail(text):
+        def load(*_, **__):
+            raise jax.errors.JaxRuntimeError(text)
+
+        monkeypatch.setattr(model.Llava, "from_pretrained", load)
+
+    write(tmp_path / "in.jsonl", good(1))
+    fail("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 134217728 bytes")
+    with pytest.raises(LlavaError, match="does not fit the memory .* 8 x cpu.*a copy cannot span"):
+        run()
+    fail("INTERNAL: another fault")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another fault"):
+        run()
 
 
 def test_the_model_is_loaded_as_the_flags_say(run, llava, tmp_path, monkeypatch):
@@ -211,12 +232,97 @@ def test_the_requests_are_never_written_to(run, tmp_path):
 
 def test_two_runs_do_not_write_to_one_file(run, tmp_path):
     write(tmp_path / "in.jsonl", good(2))
-    file, _ = open_answers(tmp_path / "out.jsonl", {}, overwrite=False)
+    file, _ = open_answers(tmp_path / "out.jsonl", {})
     for arguments in ([], ["--overwrite"]):
         with file_stays(tmp_path / "out.jsonl"), pytest.raises(LlavaError, match="is writing to"):
             run(*arguments)
     file.close()
     assert len(run()) == 2
+
+
+@pytest.fixture
+def run_host(run, monkeypatch):
+    """Runs the command as one of several hosts, which finds the others gone already."""
+
+    def command(index: int, count: int, *arguments) -> list[dict]:
+        with monkeypatch.context() as change:
+            change.setattr(hosts, "place", lambda: Shard(index, count))
+            change.setattr(Meeting, "_watched", lambda *_: {})
+            change.setattr(shares, "LATE", 0)
+            return run(*arguments)
+
+    return command
+
+
+def test_hosts_answer_a_file_as_one_process_does(run, run_host, llava, tmp_path, capsys):
+    requests = good(9)
+    requests[4]["prompt"] = 5  # a wrong one
+    requests[7]["id"] = requests[2]["id"] = None  # two with one id
+    write(tmp_path / "in.jsonl", requests)
+    out = tmp_path / "out.jsonl"
+    run()
+    whole = out.read_bytes()
+    capsys.readouterr()
+    asked = []
+    for index in (3, 2, 1):
+        before = llava.engine.counts.requests
+        lines = run_host(index, 3, *(["--overwrite"] if index == 3 else []))
+        asked.append(llava.engine.counts.requests - before)
+        err = capsys.readouterr().err
+        assert f"host {index} of 3 answers requests {3 * index - 2} to {3 * index} of 9" in err
+        assert (index == 1) == ("requests/s" in err) == ("wrong requests: 1;" in err)
+        assert len(lines) == (9 if index == 1 else 0)
+    assert asked == [3, 2, 3] and out.read_bytes() == whole
+    assert not list(tmp_path.glob("out.jsonl.shard*")) and not list(tmp_path.glob("*.hosts"))
+
+
+def test_what_a_killed_host_had_to_answer_is_answered_by_those_that_come(
+    run, run_host, llava, tmp_path
+):
+    write(tmp_path / "in.jsonl", good(9))
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.shard-2-of-3"
+    run()
+    whole = out.read_bytes()
+    for others in (3, 2, 1):  # hosts of the second start
+        out.unlink()
+        run_host(3, 3)
+        run_host(2, 3)
+        part.write_bytes(part.read_bytes()[:-9])  # killed in the middle of its last line
+        with pytest.raises(LlavaError, match="no answer yet to 1 of 9 requests .*as many hosts or"):
+            run_host(1, 3)
+        before, left = llava.engine.counts.requests, out.exists() and out.read_bytes()
+        assert not left
+        for index in range(others, 1, -1):
+            run_host(index, others)
+        assert len(run_host(1, others) if others > 1 else run()) == 9
+        assert llava.engine.counts.requests - before == 1
+        assert out.read_bytes() == whole and not part.exists()
+
+
+def test_a_kill_while_parts_are_put_together_loses_nothing(run, run_host, llava, tmp_path):
+    write(tmp_path / "in.jsonl", good(6))
+    out = tmp_path / "out.jsonl"
+    run()
+    whole = out.read_bytes()
+    for kept in (0, 1, whole.index(b"\n") + 1, len(whole) - 3, len(whole)):
+        out.unlink()
+        run_host(2, 2)
+        with pytest.raises(LlavaError, match="no answer yet"):
+            run_host(1, 3)  # stands for a host 1 that was killed after its share
+        out.write_bytes(whole[:kept])
+        assert len(run()) == 6 and out.read_bytes() == whole
+
+
+def test_parts_of_another_run_are_neither_taken_nor_lost(run, run_host, tmp_path):
+    write(tmp_path / "in.jsonl", good(4))
+    run_host(2, 2, "--sampling", '{"max_tokens": 4}')
+    part = tmp_path / "out.jsonl.shard-2-of-2"
+    before = part.read_bytes()
+    for command in (run, lambda: run_host(1, 2), lambda: run_host(2, 2)):
+        with pytest.raises(LlavaError, match="shard-2-of-2 holds answers of another run"):
+            command()
+    assert part.read_bytes() == before
+    assert len(run("--overwrite")) == 4 and not part.exists()
 
 
 @contextlib.contextmanager
