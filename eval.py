@@ -122,8 +122,7 @@ def answer_share(
     from llava_jax.evaluation.runner import drop_answers, unanswered
 
     folders = [(benchmark, root / benchmark.name) for _, benchmark in benchmarks]
-    if OVERWRITE.value:
-        meeting.first_alone(lambda: [drop_answers(folder) for _, folder in folders])
+    meeting.first_alone(lambda: [drop_answers(f) for _, f in folders if OVERWRITE.value])
     for config, benchmark in benchmarks:
         line = meeting.place.describe(len(benchmark.questions), f"questions of {benchmark.name}")
         print(line, file=sys.stderr)

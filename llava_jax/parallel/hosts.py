@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -126,12 +127,12 @@ def meeting(folder: Path, script: str, alone: bool = False) -> Meeting:
     """Where the processes that were started with this one share requests; see `Meeting`.
 
     Args:
-      folder: beside the results.
+      folder: among the results.
       script: that runs; it, the package and the arguments must be the same on every host.
       alone: whatever other processes there are, this one meets none.
     """
     here = None if alone else place()
-    facts = this_code(script) | {"arguments": sys.argv[1:]} if here else {}
+    facts = this_code(script) | {"arguments": shlex.join(sys.argv[1:])} if here else {}
     return Meeting(folder, here, facts)
 
 

@@ -73,6 +73,7 @@ class Meeting:
     start, among those that it has heard: so both see the same folder.
 
         with Meeting(folder, Shard(2, 4), facts) as meeting:  # waits for all
+            meeting.first_alone(prepare)  # the others wait for that
             ...  # its share
             if meeting.is_first:
                 meeting.collect(missing)  # waits for the others
@@ -137,7 +138,7 @@ class Meeting:
             return
         self._ended.set()
         self._thread.join()
-        self._own["state"] = f"failed: {error or kind.__name__}" if kind else "done"
+        self._own["state"] = f"failed: {str(error)[:300] or kind.__name__}" if kind else "done"
         with contextlib.suppress(OSError):
             self._write()
         self._exit.close()
@@ -159,7 +160,7 @@ class Meeting:
             self._own["ready"] = True
             return
         ready = lambda index: self._others[index].last["ready"]
-        self._wait_until(ready, None, "it checks what is there")
+        self._wait_until(ready, None, "it loads the model")
 
     def collect(self, missing: Callable[[], Sequence[str]]) -> None:
         """Waits on the first host until each other one has finished or is lost.
@@ -170,7 +171,7 @@ class Meeting:
         Raises:
           LlavaError: something is missing in the end; it names the hosts and the command to type.
         """
-        began, gone = time.monotonic(), {}
+        began, gone = time.monotonic(), {}  # host -> what is known of it
         while left := [i for i, s in self._others.items() if s.state != "done" and i not in gone]:
             gone |= {index: why for index in left if (why := self._fault(index))}
             began = self._notice(began, left, "they still answer")
@@ -178,13 +179,11 @@ class Meeting:
         last = time.monotonic() + (0 if gone else LATE)
         while gaps := missing():
             if time.monotonic() >= last:
-                why = (
-                    "; ".join(gone.values())
-                    or f"others finished, but no file of {self._folder.parent} shows it"
-                )
+                unseen = f"what the others wrote to {self._folder.parent} is not seen here"
                 raise LlavaError(
-                    f"no answer yet to {', '.join(gaps)} ({why}): start the same command again, on "
-                    f"as many hosts or fewer, and it asks these alone: {_command()}"
+                    f"no answer yet to {', '.join(gaps)} ({'; '.join(gone.values()) or unseen}): "
+                    "start the same command again, on as many hosts or fewer, and it asks these "
+                    f"alone: {_command()}"
                 )
             time.sleep(BEAT)
 
@@ -286,10 +285,11 @@ class _Seen:
 
     def _read(self) -> dict:
         """Its content; {} if it is not there, or being written."""
-        try:
-            return json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        with contextlib.suppress(OSError, ValueError):
+            value = json.loads(self._path.read_text(encoding="utf-8"))
+            if isinstance(value, dict) and "token" in value:
+                return value
+        return {}
 
 
 def _command() -> str:

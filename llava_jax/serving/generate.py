@@ -89,8 +89,7 @@ def main(args: argparse.Namespace) -> int:
             "weights": args.quantize,
             "kv_cache": args.kv_cache,
         }
-        if args.overwrite:
-            meeting.first_alone(lambda: drop_answers(output))
+        meeting.first_alone(lambda: args.overwrite and drop_answers(output))
         start = time.perf_counter()
         # Parts that several hosts have left are put together by whoever comes next.
         share = meeting.place or (Shard(1, 1) if parts(output) else None)
