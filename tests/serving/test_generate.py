@@ -38,6 +38,8 @@ def run(llava, tmp_path, monkeypatch):
         files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
         given = [*files, "--checkpoint", str(tmp_path), "--batch_size", "4", *arguments]
         assert generate.main(parser.parse_args(given)) == 0
+        if not (tmp_path / "out.jsonl").exists():  # a part of several was answered
+            return []
         return [json.loads(line) for line in open(tmp_path / "out.jsonl", encoding="utf-8")]
 
     return command
@@ -262,18 +264,19 @@ def test_hosts_answer_a_file_as_one_process_does(run, run_host, llava, tmp_path,
     out = tmp_path / "out.jsonl"
     run()
     whole = out.read_bytes()
+    out.unlink()
     capsys.readouterr()
     asked = []
     for index in (3, 2, 1):
         before = llava.engine.counts.requests
-        lines = run_host(index, 3, *(["--overwrite"] if index == 3 else []))
+        lines = run_host(index, 3)
         asked.append(llava.engine.counts.requests - before)
         err = capsys.readouterr().err
         assert f"host {index} of 3 answers requests {3 * index - 2} to {3 * index} of 9" in err
         assert (index == 1) == ("requests/s" in err) == ("wrong requests: 1;" in err)
         assert len(lines) == (9 if index == 1 else 0)
     assert asked == [3, 2, 3] and out.read_bytes() == whole
-    assert not list(tmp_path.glob("out.jsonl.shard*")) and not list(tmp_path.glob("*.hosts"))
+    assert not list(tmp_path.glob("out.jsonl.shard*"))
 
 
 def test_what_a_killed_host_had_to_answer_is_answered_by_those_that_come(
