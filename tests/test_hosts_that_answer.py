@@ -95,7 +95,8 @@ def test_a_killed_process_loses_its_own_share_and_the_next_start_answers_it(
     one, two = tmp_path / "one", tmp_path / "two"
     ((code, (alone, err)),) = end(start(script, asked, aligned, one))
     assert code == 0, err
-    first, second = (start(script, asked, aligned, two, place, silence=3) for place in (0, 1))
+    first = start(script, asked, aligned, two, 0, silence=3)
+    second = start(script, asked, aligned, two, 1)
     part = two / PART[script]
     while second.poll() is None and not (part.exists() and b"\n" in part.read_bytes()):
         time.sleep(0.002)
