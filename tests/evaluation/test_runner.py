@@ -193,7 +193,7 @@ def test_a_shard_asks_what_no_shard_of_any_number_has_answered(llava, data, tmp_
     run(llava, data, parts)
     assert asked == [2, 2]
     assert (parts / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
-    with pytest.raises(LlavaError, match=r"shard-1-of-2.* another run \(different: max_new_tokens"):
+    with pytest.raises(LlavaError, match=r"another run \(different: max_new_tokens"):
         run(llava, data, parts, shard=Shard(1, 4), max_new_tokens=5)
     drop_answers(parts)
     assert unanswered(benchmark, parts) == 11 and not (parts / "metrics.json").exists()
