@@ -1,6 +1,6 @@
 """What prompt look-up gains: the same requests with and without guesses, in one run.
 
-python -m bench.lookup --checkpoint=runs/quickstart/align --template=chatml
+python -m bench.lookup --checkpoint=runs/quickstart/align --template=chatml --dtype=float32
 
 Three kinds of requests. Captions say what is in no prompt. Transcripts repeat text of the prompt,
 as answers do that are asked with what an OCR program has read, in the words of LLaVA-1.5's TextVQA.
@@ -22,21 +22,16 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from bench.contrast import CHECKPOINT, DTYPE, REQUESTS, ROUNDS, TOKENS
 from llava_jax import command
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.models.precision import DTYPES
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run of train.py or a LLaVA folder.")
 TEMPLATE = flags.DEFINE_string("template", None, "Of conversations; default: the checkpoint's.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of computation.")
 GUESSES = flags.DEFINE_list("guesses", ["2", "4", "8"], "At a time.")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Requests at once.")
-TOKENS = flags.DEFINE_integer("tokens", 64, "The most of an answer.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time.")
-ROUNDS = flags.DEFINE_integer("rounds", 2, "Of each side, alternately.")
 
 KINDS = ("caption", "transcript", "chat")
 SIGNS = [
@@ -146,7 +141,7 @@ def main() -> None:
     model = Llava.from_pretrained(CHECKPOINT.value, dtype=DTYPE.value, template=TEMPLATE.value)
     params = model.engine.params
     engines = {
-        count: Engine(model.config, params, DTYPE.value, lookup=count)
+        count: Engine(model.config, params, model.dtype, lookup=count)
         for count in map(int, GUESSES.value)
     }
     engines = {0: model.engine} | engines
@@ -155,8 +150,8 @@ def main() -> None:
     print(f"| prompts | at once | guesses | tokens | tokens a second {seconds} | ratio | "
           "tokens a pass | guesses that came true | same answers |\n"
           "|---|--:|--:|--:|--:|--:|--:|--:|--:|")  # fmt: skip
-    settings = SamplingParams(TOKENS.value, temperature=TEMPERATURE.value)
-    for kind, batch in itertools.product(KINDS, map(int, BATCH_SIZES.value)):
+    settings = SamplingParams(int(TOKENS.value[-1]), temperature=TEMPERATURE.value)
+    for kind, batch in itertools.product(KINDS, map(int, REQUESTS.value)):
         sides = {count: Side(engine) for count, engine in engines.items()}
         measure(model, list(sides.values()), kind, batch, settings, ROUNDS.value)
         plain = sides[0]
