@@ -25,7 +25,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.files import locked, write_json
 from llava_jax.parallel import hosts
 from llava_jax.text.tokenizer import load_tokenizer
-from llava_jax.training import recipe
+from llava_jax.training import config_values, recipe
 from llava_jax.training.preemption import sigterm_noted
 from llava_jax.training.stage import Stage
 from llava_jax.weights.read.fields import read_json
@@ -52,7 +52,7 @@ def run(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None
     """
     # 1. Check: whatever can be wrong is found before a weight is read.
     values = json.loads(config.to_json_best_effort())
-    hosts.check_same(hosts.this_code(__file__) | recipe.flatten(values, "config."))
+    hosts.check_same(hosts.this_code(__file__) | config_values.flatten(values, "config."))
     command.check_config(config, base)
     stage = Stage.of(config, devices)
     sources = recipe.starting_sources(config)
@@ -161,8 +161,8 @@ def claim_workdir(workdir: Path, recipe_now: dict) -> None:
     path = workdir / "config.json"
     if path.exists() and latest_step(workdir) is not None:
         defaults = json.loads(base.get_config().to_json_best_effort())
-        before = recipe.with_later_options(read_json(path), defaults, base.FREE)
-        changed = recipe.differences(before, recipe_now)
+        before = config_values.with_later_options(read_json(path), defaults, base.FREE)
+        changed = config_values.differences(before, recipe_now)
         if changed:
             raise LlavaError(
                 f"{workdir} holds the run of another recipe ({'; '.join(changed)}): choose "

@@ -11,7 +11,8 @@ import pytest
 
 from configs import base
 from llava_jax.models.presets import preset
-from llava_jax.training.recipe import check_config, flatten, model_config, row_format
+from llava_jax.training.config_values import check_config, flatten
+from llava_jax.training.recipe import model_config, row_format
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = ROOT / "tests/configs_snapshot"

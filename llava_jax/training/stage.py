@@ -29,7 +29,7 @@ from llava_jax.models.precision import compute_precision
 from llava_jax.models.quantization import is_kernel
 from llava_jax.parallel.mesh import BATCH_AXES, make_mesh, microbatches
 from llava_jax.parallel.sharding import RULES, batch_sharding, process_part, put_batch
-from llava_jax.training import recipe
+from llava_jax.training import config_values, recipe
 from llava_jax.training.optimizer import adamw, warmup_cosine
 from llava_jax.training.preferences import PreferenceLoss
 from llava_jax.training.state import abstract_model, abstract_state, fresh_state, joined, place
@@ -75,7 +75,7 @@ class Stage:
         Raises:
           LlavaError: a value that no run could use, or one that does not suit the devices.
         """
-        recipe.check_config(config)
+        config_values.check_config(config)
         model_config = recipe.model_config(config)
         lora = recipe.lora_config(config, model_config)
         mesh = make_mesh(**config.mesh, devices=devices and list(devices))

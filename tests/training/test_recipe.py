@@ -12,7 +12,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.anyres import NEXT_GRIDS, Tiling
 from llava_jax.models.presets import PRESETS
 from llava_jax.models.video import VideoSpec
-from llava_jax.training import recipe
+from llava_jax.training import config_values, recipe
 from tests import tiny_run
 from tests.tiny_model import CONFIG
 from tests.tiny_run import ALIGN
@@ -74,11 +74,11 @@ def config(parts=None, **changes):
 def test_each_wrong_value_is_reported(changes, message, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LlavaError, match=message):
-        recipe.check_config(config(**changes))
+        config_values.check_config(config(**changes))
 
 
 def test_a_sound_recipe_passes():
-    recipe.check_config(config())
+    config_values.check_config(config())
 
 
 def test_the_model_is_composed_of_the_two_folders(parts):
@@ -161,9 +161,9 @@ def test_what_resuming_may_change_and_what_it_may_not():
         workdir="moved", accumulation=2, save_every=9, keep=7, log_every=3, loss_chunk=5,
         mesh__tensor=2, data__workers=3, model__remat_policy="full", wandb_project="mine",
     )  # fmt: skip
-    assert recipe.differences(as_dict(config()), as_dict(free)) == []
+    assert config_values.differences(as_dict(config()), as_dict(free)) == []
     other = config(seed=3, steps=9, data__max_length=5, optimizer__b1=0.5, model__dtype="bfloat16")
-    assert recipe.differences(as_dict(config()), as_dict(other)) == [
+    assert config_values.differences(as_dict(config()), as_dict(other)) == [
         "data.max_length: 64 -> 5",
         "model.dtype: 'float32' -> 'bfloat16'",
         "optimizer.b1: 0.9 -> 0.5",
@@ -174,10 +174,10 @@ def test_what_resuming_may_change_and_what_it_may_not():
 
 def test_keys_that_came_or_went_are_differences():
     groups = config(trainable={"projector": 1e-3, "decoder": 1e-4})
-    assert recipe.differences(as_dict(config()), as_dict(groups)) == [
+    assert config_values.differences(as_dict(config()), as_dict(groups)) == [
         "trainable.decoder: None -> 0.0001"
     ]
-    assert recipe.differences({"a": {"b": 1}}, {}) == ["a.b: 1 -> None"]
+    assert config_values.differences({"a": {"b": 1}}, {}) == ["a.b: 1 -> None"]
 
 
 ANYRES = {"model__image_mode": "anyres"}
@@ -221,7 +221,7 @@ def test_labels_may_be_the_original_ones(parts):
     assert template.learnt_tokens and template.supervise_gpt_role
     wrong = config(parts, data__labels="originals")
     with pytest.raises(LlavaError, match="data.labels is 'originals': choose one of None, orig"):
-        recipe.check_config(wrong)
+        config_values.check_config(wrong)
 
 
 def test_training_may_use_fewer_tiles_than_the_model(parts):
@@ -277,11 +277,11 @@ def test_options_that_have_come_since_had_their_defaults():
     new = as_dict(config())
     old = as_dict(config())
     del old["data"]["box_convention"], old["trainable"]
-    before = recipe.with_later_options(old, as_dict(base.get_config()), base.FREE)
-    (only,) = recipe.differences(before, new)
+    before = config_values.with_later_options(old, as_dict(base.get_config()), base.FREE)
+    (only,) = config_values.differences(before, new)
     assert only.startswith("trainable.projector: None -> ")
     new["data"]["box_convention"] = "pixel"
-    assert "data.box_convention: 'llava' -> 'pixel'" in recipe.differences(before, new)
+    assert "data.box_convention: 'llava' -> 'pixel'" in config_values.differences(before, new)
 
 
 @pytest.mark.parametrize(
