@@ -27,9 +27,12 @@ def test_a_stage_that_was_stopped_is_not_scored(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("full", "run", "split"), [(False, "instruct", "test_1000"), (True, "full_instruct", "test")]
+    ("full", "run", "split", "loss", "accuracy"),
+    [(False, "instruct", "test_1000", 0.05, 97.5), (True, "full_instruct", "test", 0.31, 77.9)],
 )
-def test_the_steps_in_order_and_what_they_print(monkeypatch, tmp_path, capsys, full, run, split):
+def test_the_steps_in_order_and_what_they_print(
+    monkeypatch, tmp_path, capsys, full, run, split, loss, accuracy
+):
     """Training and scoring are left out: their commands are recorded, and answers are written."""
     monkeypatch.chdir(tmp_path)
     done = []
@@ -41,13 +44,22 @@ def test_the_steps_in_order_and_what_they_print(monkeypatch, tmp_path, capsys, f
         line = {"image": "test/0.png", "question": "what color is the shape?", "grade": 1.0}
         line |= {"prediction": "red", "reference": "red"}
         (folder / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+        scores = {"scores": {"overall": {"accuracy": accuracy}}}
+        (folder / "metrics.json").write_text(json.dumps(scores))
+
+    def trained(recipe):
+        done.append(recipe)
+        folder = tmp_path / "runs/quickstart/align"
+        folder.mkdir(exist_ok=True)
+        values = ({"validation_loss": 0.9}, {"loss": 0.1}, {"validation_loss": loss})
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, values)))
 
     pictures = tmp_path / "runs/quickstart/easy_vqa/images/test"
     pictures.mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(pictures / "0.png")
     monkeypatch.setattr(quickstart, "prepare_parts", lambda _: done.append("parts"))
     monkeypatch.setattr(quickstart, "prepare_easy_vqa", lambda _: done.append("data"))
-    monkeypatch.setattr(quickstart, "train", done.append)
+    monkeypatch.setattr(quickstart, "train", trained)
     monkeypatch.setattr(quickstart, "python", scored)
     quickstart.quickstart(full)
     rounds = ["easy_vqa_align", "easy_vqa_instruct", *["easy_vqa_full_instruct"] * full]
@@ -57,6 +69,8 @@ def test_the_steps_in_order_and_what_they_print(monkeypatch, tmp_path, capsys, f
     printed = capsys.readouterr().out
     assert "test/0.png: what color is the shape? -> red" in printed
     assert printed.count(" min  ") == 6 + full  # the minutes of each step
+    assert ("held-out captions is 0.31, not below 0.2" in printed) == (loss > 0.2)
+    assert ("WARNING: 77.9% of the answers are right" in printed) == (accuracy < 95)
     assert f"--image {Path('runs/quickstart/easy_vqa/images/test/0.png')}" in printed
     assert (tmp_path / "runs/quickstart" / run / "answers.png").is_file()
 
