@@ -101,6 +101,7 @@ def test_a_recipe_s_shape_is_timed_with_random_parameters(name, monkeypatch):
         assert abs(first - np.log(300)) < 1 and second < first
 
 
+@pytest.mark.slow
 def test_two_separate_models_take_the_same_steps_on_pairs(world, tmp_path, aligned):
     changes = {"model.dtype": "float32", "optimizer.eps": 1e-3}
     values = tiny_run.preferences(world, tmp_path, aligned, tmp_path, changes)
@@ -119,6 +120,7 @@ def test_contrast_is_timed_next_to_plain_requests():
     assert model.engine.counts.answer_tokens == 2 * 2 * (2 * 3)  # of both, twice
 
 
+@pytest.mark.slow
 def test_the_same_requests_are_answered_with_and_without_guesses():
     model = tiny_llava()
     guessing = Engine(model.config, model.engine.params, "float32", lookup=2)

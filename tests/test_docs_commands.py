@@ -53,7 +53,9 @@ def check_llava_jax(arguments: list[str], monkeypatch) -> None:
 def check_script(path: Path, arguments: list[str]) -> None:
     """train.py, eval.py and bench: their flags, and the keys of the config that is named."""
     source = path.read_text(encoding="utf-8")
-    for shared in re.findall(r"^from bench\.(\w+) import .*CONFIG", source, re.M):  # its flags too
+    for shared in re.findall(
+        r"^from bench\.(\w+) import .*[A-Z]{4}", source, re.M
+    ):  # its flags too
         source += (ROOT / f"bench/{shared}.py").read_text(encoding="utf-8")
     flags = [argument[2:].partition("=")[::2] for argument in arguments if argument[:2] == "--"]
     recipe = dict(flags).get("config", "")

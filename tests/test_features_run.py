@@ -106,6 +106,7 @@ def test_killed_while_it_stores_goes_on(world, run, aligned, tmp_path, capsys):
     assert_same_bits(tmp_path / "run", aligned)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder(world, run, aligned, tmp_path):
     """Each encodes its part; one process then finds all that it needs."""
     stored = STAGE | {"features.folder": str(tmp_path / "features"), "data.validation": ""}

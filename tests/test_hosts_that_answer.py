@@ -88,7 +88,7 @@ PART = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["generate", pytest.param("eval", marks=pytest.mark.slow)])
 def test_a_killed_process_loses_its_own_share_and_the_next_start_answers_it(
     script, asked, aligned, tmp_path
 ):

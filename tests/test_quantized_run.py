@@ -99,6 +99,7 @@ def test_it_resumes(world, run, aligned, tuned, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, trained(tmp_path / "lora"), trained(tuned))
 
 
+@pytest.mark.slow
 def test_four_devices_learn_what_one_does(world, run, aligned, tmp_path):
     changes = STAGE | {"batch_size": 4}
     for name, mesh, devices in (("one", {}, 1), ("more", {"mesh.fsdp": 2, "mesh.tensor": 2}, 4)):

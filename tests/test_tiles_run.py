@@ -108,6 +108,7 @@ def test_a_newline_that_is_drawn_must_learn(world, run, aligned, data, tmp_path)
         run(instruct(world, tmp_path / "run", aligned, STAGE | data | rates))
 
 
+@pytest.mark.slow
 def test_training_with_fewer_tiles_leaves_the_model_its_own(world, run, aligned, data, tmp_path):
     """Held-out data are measured with the training's tiles, and questions answered with all."""
     few = {"data.max_tiles": 2, "data.images_per_row": 6, "steps": 1}

@@ -96,6 +96,7 @@ def test_the_first_process_alone_reports_and_writes(two):
     assert len(list((workdir / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_go_from_two_processes_to_one_and_back(world, run, aligned, one, two, tmp_path):
     for start in (one, two[0]):
         workdir = tmp_path / start.parent.name
