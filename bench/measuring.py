@@ -1,6 +1,6 @@
 """From the command to the first data line: a set of the shape of LLaVA's 665K mix, measured.
 
-    python -m bench.measuring --tokenizer=DIR --records=665000 --form=json --folder=/tmp/mix
+    python -m bench.measuring --tokenizer=DIR --records=665000 --form=json --folder=runs/mix
 
 Makes the set in `--folder`, unless it is there, and starts on it three times, each time in a
 process of its own: with an empty cache, with what that start kept, and with 1% more records. A
