@@ -106,8 +106,8 @@ def warn_if_not_aligned(run: Path) -> None:
     if loss > ALIGNED:
         print(
             f"   WARNING: the loss of held-out captions is {loss:.2f}, not below {ALIGNED}: stage "
-            "2 will learn less. Stop now, delete the folder, and try another seed:\n"
-            f"   rm -r {run} && python train.py --config=configs/easy_vqa_align.py --config.seed=1"
+            "2 will learn less. To try another seed stop now, delete\n"
+            f"   {run}, set config.seed = 1 in configs/easy_vqa_align.py, and start again"
         )
 
 
