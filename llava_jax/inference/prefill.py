@@ -3,6 +3,7 @@
 Shapes come from a fixed set, so that compiled functions are used again.
 """
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -119,6 +120,10 @@ class PrefillShape:
         """Chunks that the prompts of jobs take, with those of their twins."""
         return sum(-(-reading.rest // self.chunk) for job in jobs for reading in job.readings)
 
+    def holds(self, jobs: Iterable[Job]) -> bool:
+        """Whether there are chunks enough for the prompts of jobs."""
+        return self.pieces(*jobs) <= self.chunks
+
 
 def prefill_shapes(batch_size: int, size: int, few: bool = False) -> list[PrefillShape]:
     """Every prefill shape that prompts shorter than `size` can need, the shortest first."""
@@ -144,8 +149,8 @@ def take_prompts(
     """Takes the first jobs of a wave, as many as one call should read; the first is not too long.
 
     As many as make it the cheapest for each token: a prompt of 3,060 tokens is read in a call of
-    3,072, and the three of 30 tokens behind it in one of 96, not all in one of 4,096.
-    A prompt and its twin are read in one call, in which their first token is chosen.
+    3,072, and the three of 30 tokens behind it in one of 96, not all in one of 4,096. A prompt
+    and its twin are read in one call, in which their first token is chosen.
 
     Args:
       size: slots of a row of the cache.
@@ -153,18 +158,15 @@ def take_prompts(
       few: see `length_bucket`.
     """
     whole = list(itertools.takewhile(lambda job: rest_of(job) <= TOKENS_AT_A_TIME, wave))
-    shape = _shape_for(whole, size, more, few)
-    best = None
-    for count in range(1, len(whole) + 1):
-        jobs = whole[:count]
-        read = sum(map(rest_of, jobs))
-        if read > shape.tokens or shape.pieces(*jobs) > shape.chunks:
-            break
-        own = _shape_for(jobs, size, False, few)  # those that did not fit may be the longest
-        if own.pieces(*jobs) > own.chunks:
-            own = shape
-        cost = (own.tokens + TOKENS_OF_A_CALL) / read
-        if best is None or cost <= best[0]:
+    most = _shape_for(whole, size, more, few).tokens
+    reads = [read for read in itertools.accumulate(map(rest_of, whole)) if read <= most]
+    best = float("inf"), 0, None
+    for tokens in sorted({length_bucket(read, few) for read in reads}):
+        count = bisect.bisect_right(reads, tokens)  # as many as fit into so many tokens
+        while not (own := _shape_for(whole[:count], size, False, few)).holds(whole[:count]):
+            count -= 1
+        cost = (own.tokens + TOKENS_OF_A_CALL) / reads[count - 1]
+        if cost <= best[0]:
             best = cost, count, own
     _, count, shape = best
     jobs = wave[:count]
@@ -183,7 +185,7 @@ def _shape_for(jobs: Sequence[Job], size: int, more: bool, few: bool) -> Prefill
     chunk = chunk_bucket(max(reading.rest for job in jobs for reading in job.readings))
     window = window_bucket(max(job.length for job in jobs), size, few)
     shape = PrefillShape(token_bucket(sum(waiting), max(waiting), more, few), chunk, window)
-    while shape.chunks < shape.pieces(jobs[0]):  # a pair has more ends that fill no chunk
+    while not shape.holds(jobs[:1]):  # a pair has more ends that fill no chunk
         shape = dataclasses.replace(shape, tokens=length_bucket(shape.tokens + 1, few))
     return shape
 
