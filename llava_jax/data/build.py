@@ -29,6 +29,7 @@ from llava_jax.data.build_parts import (
     in_turn,
     write_shard,
 )
+from llava_jax.data.chunks import Census
 from llava_jax.data.collection import Records
 from llava_jax.data.records import add_columns_argument, ignored_keys_text, open_records
 from llava_jax.errors import LlavaError
@@ -94,9 +95,9 @@ def build_data_set(
     records = open_records(data, image_root, columns=columns, pairs=True)
     if isinstance(records, ArrayRecords):
         raise LlavaError(f"{data} is a data set already: give it to training as it is")
+    metadata, size = _check_and_hash(records, workers, progress)
     if ignored := ignored_keys_text(records):
         print(f"{records.path}: {ignored}")
-    metadata, size = _check_and_hash(records, workers, progress)
     target = Path(out) / name / VERSION
     if target.exists() and not overwrite:
         if _existing(target, split) == metadata["sha256"]:
@@ -127,15 +128,20 @@ def _existing(target: Path, split: str) -> str | None:
 
 
 def _check_and_hash(records: Records, workers: Workers, progress: bool) -> tuple[dict, int]:
-    """(counts and a hash of everything, its size in bytes); LlavaError for a faulty record."""
-    digest, size, counts = hashlib.sha256(), 0, Counter()
+    """(counts and a hash of everything, its size in bytes); LlavaError for a faulty record.
+
+    The records' census has their ignored keys then.
+    """
+    digest, size, counts, ignored = hashlib.sha256(), 0, Counter(), Counter()
     count = len(records)
     parts = [range(start, min(start + PART, count)) for start in range(0, count, PART)]
     with tqdm(total=count, desc="checking", unit=" records", disable=not progress) as bar:
         for part, checked in zip(parts, workers(check_part, records, parts), strict=True):
             digest.update(checked.digests)
             size, counts = size + checked.size, counts + checked.counts
+            ignored += checked.ignored
             bar.update(len(part))
+    records.census = Census(Counter(), ignored)
     return {
         "format": FORMAT,
         "source": Path(records.path).name,

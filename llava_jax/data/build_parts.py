@@ -47,16 +47,18 @@ class Checked:
       digests: SHA-256 of each record and its files, one after another.
       size: bytes of their texts and files.
       counts: of their images, videos, boxes and rejected answers.
+      ignored: key that nothing reads -> number of records.
     """
 
     digests: bytes = b""
     size: int = 0
     counts: Counter = dataclasses.field(default_factory=Counter)
+    ignored: Counter = dataclasses.field(default_factory=Counter)
 
     def __add__(self, other: "Checked") -> "Checked":
         """That of two parts, of which the other follows."""
-        counts = self.counts + other.counts
-        return Checked(self.digests + other.digests, self.size + other.size, counts)
+        counts, ignored = self.counts + other.counts, self.ignored + other.ignored
+        return Checked(self.digests + other.digests, self.size + other.size, counts, ignored)
 
 
 def check_part(records: Records, part: range) -> Checked:
@@ -82,7 +84,8 @@ def _checked(records: Records, index: int) -> Checked:
         "boxes": len(record.boxes),
         "rejected": int(record.rejected is not None),
     }
-    return Checked(digest.digest(), sum(map(len, pieces)), Counter(counts))
+    size, ignored = sum(map(len, pieces)), Counter(record.ignored_keys)
+    return Checked(digest.digest(), size, Counter(counts), ignored)
 
 
 @dataclasses.dataclass(frozen=True)
