@@ -14,12 +14,13 @@ from typing import NamedTuple
 from PIL import Image
 
 from llava_jax.files import write_records
+from llava_jax.quickstart import composed, easy_vqa
 from llava_jax.quickstart.commands import ROOT
 from llava_jax.quickstart.composed import SIDE, Shape, box_of, read_shapes
 from llava_jax.quickstart.easy_vqa import conversation
-from llava_jax.weights.checksums import is_whole
-from llava_jax.weights.write.save import whole_folder
+from llava_jax.quickstart.folders import is_written, written_folder
 
+SOURCES = [__file__, composed.__file__, easy_vqa.__file__]
 SINGLES, MOSAICS, OLD = 3000, 2000, 600  # records to train on
 TEST, HELD_OUT = 400, 20  # of each kind
 BACKGROUND = 24  # levels, summed over the channels, that a pixel of a shape differs by
@@ -48,13 +49,12 @@ def prepare_boxes(root: str | Path, log: Callable[[str], None] = print) -> Path:
     """
     root = Path(root)
     out_dir = root / "boxes"
-    if is_whole(out_dir, log):
-        log(f"boxes: {out_dir} is there and unchanged")
+    if is_written(out_dir, SOURCES, log):
         return out_dir
     log(f"boxes: writing {out_dir} ...")
     shapes = read_shapes("train")
     random.Random("held out").shuffle(shapes)
-    with whole_folder(out_dir) as temporary:
+    with written_folder(out_dir, SOURCES) as temporary:
         parts = {
             "train": (shapes[HELD_OUT:], SINGLES, MOSAICS),
             "val": (shapes[:HELD_OUT], HELD_OUT, HELD_OUT),

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.files import write_records
+from llava_jax.quickstart import easy_vqa
 from llava_jax.quickstart.easy_vqa import (
     COLORS,
     SHAPES,
@@ -30,15 +31,15 @@ from llava_jax.quickstart.easy_vqa import (
     conversation,
     read_questions,
 )
+from llava_jax.quickstart.folders import is_written, written_folder
 from llava_jax.quickstart.packages import package_folder
-from llava_jax.weights.checksums import is_whole
-from llava_jax.weights.write.save import whole_folder
 
 SIDE = 64  # pixels of an easy-VQA picture
 POSTER = 3 * SIDE  # one view of 56 pixels leaves 19 of each picture, three tiles a side all 56
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 FRAMES = 5
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SOURCES = [__file__, easy_vqa.__file__]
 STRIDE = 8  # pixels that a shape moves from frame to frame
 TRAIN, TEST = {"poster": 1200, "several": 2000, "video": 3000}, 400
 
@@ -74,12 +75,11 @@ def prepare_composed(name: str, out_dir: str | Path, log: Callable[[str], None] 
     `video`.
     """
     out_dir = Path(out_dir)
-    if is_whole(out_dir, log):
-        log(f"{name}: {out_dir} is there and unchanged")
+    if is_written(out_dir, SOURCES, log):
         return out_dir
     log(f"{name}: writing {out_dir} ...")
     compose = {"poster": _poster, "several": _several, "video": _video}[name]
-    with whole_folder(out_dir) as temporary:
+    with written_folder(out_dir, SOURCES) as temporary:
         asked, records = [], {}
         for split, count in (("train", TRAIN[name]), ("test", TEST)):
             rng = random.Random(f"{name} {split}")

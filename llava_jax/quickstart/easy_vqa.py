@@ -17,9 +17,8 @@ from typing import NamedTuple
 from llava_jax.data.build import build_data_set
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_records
+from llava_jax.quickstart.folders import is_written, written_folder
 from llava_jax.quickstart.packages import package_file, package_folder
-from llava_jax.weights.checksums import is_whole
-from llava_jax.weights.write.save import whole_folder
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -59,8 +58,7 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
       LlavaError: the package is missing or is another version.
     """
     out_dir = Path(out_dir)
-    if is_whole(out_dir, log):
-        log(f"easy-VQA: {out_dir} is there and unchanged")
+    if is_written(out_dir, [__file__], log):
         return out_dir
     log(f"easy-VQA: writing {out_dir} ...")
     train, test = read_questions("train"), read_questions("test")
@@ -71,7 +69,7 @@ def prepare_easy_vqa(out_dir: str | Path, log: Callable[[str], None] = print) ->
         "test": tests,
         f"test_{FIXED_QUESTIONS}": fixed,
     }
-    with whole_folder(out_dir) as temporary:
+    with written_folder(out_dir, [__file__]) as temporary:
         for name, records in files.items():
             write_records(temporary / f"{name}.json", records)
         blind = {

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from llava_jax.errors import LlavaError
 from llava_jax.files import write_records
+from llava_jax.quickstart import easy_vqa
 from llava_jax.quickstart.commands import ROOT, python, train
 from llava_jax.quickstart.easy_vqa import COLORS, SHAPES, Question, group_of, read_questions
-from llava_jax.weights.checksums import is_whole
+from llava_jax.quickstart.folders import is_written, written_folder
 from llava_jax.weights.run_directory import latest_step
-from llava_jax.weights.write.save import whole_folder
 
+SOURCES = [__file__, easy_vqa.__file__]
 PICTURES = 800  # to train on
 GROUPS = ("absent", "present", "name")
 
@@ -37,8 +38,7 @@ def prepare_preferences(root: str | Path, log: Callable[[str], None] = print) ->
     """
     root = Path(root)
     out_dir = root / "preferences"
-    if is_whole(out_dir, log):
-        log(f"preferences: {out_dir} is there and unchanged")
+    if is_written(out_dir, SOURCES, log):
         return out_dir
     held_out = json.loads((root / "easy_vqa/val_instruct.json").read_text(encoding="utf-8"))
     held_out = {record["image"] for record in held_out}
@@ -48,7 +48,7 @@ def prepare_preferences(root: str | Path, log: Callable[[str], None] = print) ->
     usable = {file for file, groups in asked.items() if all(groups.values())}
     rng = random.Random("preferences")
     others = rng.sample(sorted(usable - held_out), PICTURES)
-    with whole_folder(out_dir) as temporary:
+    with written_folder(out_dir, SOURCES) as temporary:
         for name, pictures in (("train", others), ("val", sorted(usable & held_out))):
             records = [pair for file in pictures for pair in _pairs(rng, file, asked[file])]
             write_records(temporary / f"{name}.json", records)

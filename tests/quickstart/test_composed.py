@@ -24,6 +24,20 @@ def folder(tmp_path_factory):
     return root
 
 
+def test_a_folder_of_other_code_is_written_again(tmp_path, monkeypatch):
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    monkeypatch.setattr(composed, "SOURCES", [str(code)])
+    monkeypatch.setattr(composed, "TRAIN", dict.fromkeys(composed.TRAIN, 2))
+    monkeypatch.setattr(composed, "TEST", 2)
+    out, told = tmp_path / "poster", []
+    for text in ("1", "1", "2"):
+        code.write_text(text)
+        composed.prepare_composed("poster", out, told.append)
+    written = [line for line in told if "writing" in line]
+    assert len(written) == 2 and "written by another version" in "".join(told)
+
+
 def lines(path):
     return json.loads(path.read_text())
 
