@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
     config.model.dtype = "auto"  # float32 | mixed (float32, bfloat16 products) | bfloat16 | auto
     # int8: of the language model's kernels, none of which may train then; None: as they are
     config.model.quantize = placeholder(str)
-    config.model.attention = "auto"  # xla | cudnn (GPU) | splash (TPU) | auto: by the devices
+    # xla | blocks (of long rows) | cudnn (GPU) | splash (TPU) | auto: by the devices and the length
+    config.model.attention = "auto"
     # none | linear | attention | full: from most memory and least compute to the opposite. linear
     # keeps the results of linear layers and of attention (not of cuDNN's), attention only those.
     config.model.remat_policy = "linear"

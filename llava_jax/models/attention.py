@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llava_jax.models.blocked_attention import BLOCK, blocked_attention
 from llava_jax.models.flash_attention import (
     ATTENTION_OUT,
     SPLASH_TILE,
     PackedCausal,
     cudnn_attention,
+    on_each_shard,
     splash_attention,
 )
 from llava_jax.models.linear import product_dtype, transposed
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-LONG_ROW, KEYS_AT_A_TIME = 256, 512  # tokens of a row and keys from which scores are many
+IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
+LONG_ROW = 2048  # tokens; longer rows have so many scores that they are computed in blocks
+LONG_CHUNK = 256  # the same of a chunk that is read into a cache
 
 
 def choose_attention(
@@ -29,7 +32,8 @@ def choose_attention(
     """The implementation to train with, and why it is not the device's own kernel.
 
     Args:
-      name: one of IMPLEMENTATIONS, or `auto`: the device's kernel if it can do the work, else xla.
+      name: one of IMPLEMENTATIONS, or `auto`: the device's kernel if it can do the work, else xla;
+        long rows in blocks on a device that has no kernel.
       device: one of the mesh.
       shards: of the mesh, over which heads are split.
       decoder: its DecoderConfig.
@@ -45,6 +49,10 @@ def choose_attention(
     """
     cannot = {
         "xla": {},
+        "blocks": {
+            f"a row's length must be a multiple of {BLOCK}": bool(length % BLOCK),
+            **_uneven_heads(shards, decoder),
+        },
         "cudnn": _cannot_use_cudnn(device, shards, dtype, decoder, length),
         "splash": {
             "it runs on TPUs": device.platform != "tpu",
@@ -58,7 +66,8 @@ def choose_attention(
         if reasons[name]:
             raise ValueError(f"{name} attention cannot be used here: {reasons[name]}")
         return name, ""
-    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
+    without_kernel = "xla" if length <= LONG_ROW or reasons["blocks"] else "blocks"
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, without_kernel)
     return ("xla", f"{kernel}: {reasons[kernel]}") if reasons[kernel] else (kernel, "")
 
 
@@ -160,6 +169,14 @@ def attention(
         return splash_attention(query, key, value, mask)
     if implementation == "cudnn":
         return cudnn_attention(query, key, value, mask)
+    if implementation == "blocks":
+        with jax.named_scope("attention"):
+            if mask is not None:
+                return on_each_shard(blocked_attention, query, key, value, mask)
+            block = query.shape[1], key.shape[1]
+            return blocked_attention(
+                query, key, value, jnp.ones((len(query), 1, *block), bool), block
+            )
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
     operands = product_dtype(query.dtype)
@@ -197,51 +214,13 @@ def cached_attention(
 ) -> jax.Array:
     """`attention` of tokens that are read into a cache, without gradients.
 
-    Long rows are computed one after the other, block of keys by block, and blocks that no query of
-    a row attends to are left out: of a causal mask nearly half, and all slots that are not filled.
-    The softmax's sum is that of the blocks so far (https://arxiv.org/abs/1805.02867).
-
-        mask  x . . .   T = 2, keys in blocks of 2: the second block is left out
-              x x . .
-
-    Arguments and result as in `attention`.
+    Arguments and result as in `attention`. Long rows are computed block by block.
     """
     length, keys = query.shape[1], key.shape[1]
-    if length < LONG_ROW or keys < 2 * KEYS_AT_A_TIME or keys % KEYS_AT_A_TIME:
+    if length < LONG_CHUNK or keys < 2 * BLOCK or keys % BLOCK:
         return attention(query, key, value, mask)
     with jax.named_scope("attention"):
-        return jax.lax.map(_one_row, (query, key, value, mask[:, 0]))
-
-
-def _one_row(row: tuple[jax.Array, ...]) -> jax.Array:
-    """[T, N, H] of query [T, N, H], key and value [S, K, H], and mask bool[T, S]."""
-    query, key, value, mask = row
-    length, heads, size = query.shape
-    operands = product_dtype(query.dtype)
-    q = query.reshape(length, key.shape[1], -1, size).transpose(1, 2, 0, 3).astype(operands)
-    q = q.reshape(1, key.shape[1], -1, size)  # [1, K, G * T, H], as in `attention`
-    k, v = (x.swapaxes(0, 1)[None].astype(operands) for x in (key, value))  # [1, K, S, H]
-    block = lambda x, i, axis: jax.lax.dynamic_slice_in_dim(
-        x, i * KEYS_AT_A_TIME, KEYS_AT_A_TIME, axis
-    )
-    lowest = jnp.finfo(jnp.float32).min
-
-    def add_block(i, so_far):
-        largest, total, out = so_far
-        scores = _product(q, block(k, i, 2), 3) * size**-0.5  # [1, K, G * T, block]
-        of_heads = scores.reshape(*scores.shape[:2], -1, length, KEYS_AT_A_TIME)
-        scores = jnp.where(block(mask, i, 1), of_heads, lowest).reshape(scores.shape)
-        new = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
-        powers, shrink = jnp.exp(scores - new), jnp.exp(largest - new)
-        total = total * shrink + jnp.sum(powers, axis=-1, keepdims=True)
-        return new, total, out * shrink + _product(powers.astype(operands), block(v, i, 2), 2)
-
-    seen = jnp.any(mask.reshape(length, -1, KEYS_AT_A_TIME), axis=(0, 2))  # of each block
-    first, end = jnp.argmax(seen), seen.size - jnp.argmax(seen[::-1])
-    start = jnp.full((*q.shape[:3], 1), lowest), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape)
-    _, total, out = jax.lax.fori_loop(first, end, add_block, start)
-    out = (out / total).astype(query.dtype).reshape(key.shape[1], -1, length, size)
-    return out.transpose(2, 0, 1, 3).reshape(query.shape)
+        return blocked_attention(query, key, value, mask, (length, BLOCK))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -47,7 +47,7 @@ def splash_attention(
       [B, T, N, H] in the query's dtype.
     """
     run = functools.partial(_splash, window=mask.sliding_window, interpret=interpret)
-    return _on_each_shard(run, query, key, value, mask.segment_ids)
+    return on_each_shard(run, query, key, value, mask.segment_ids)
 
 
 def cudnn_attention(
@@ -57,10 +57,10 @@ def cudnn_attention(
 
     Args and result are those of `attention`, in float16 or bfloat16.
     """
-    return _on_each_shard(_cudnn, query, key, value, mask)
+    return on_each_shard(_cudnn, query, key, value, mask)
 
 
-def _on_each_shard(run: Callable, query, key, value, mask: jax.Array) -> jax.Array:
+def on_each_shard(run: Callable, query, key, value, mask: jax.Array) -> jax.Array:
     """run(query, key, value, mask) on the rows and heads of each device.
 
     Rows are sharded over the mesh axes of `batch`, heads over those of `act_heads`. With fewer kv

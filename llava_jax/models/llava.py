@@ -127,7 +127,12 @@ class LlavaModel(nn.Module):
     def setup(self):
         c = self.config
         self.vision = ViT(
-            c.vision, c.feature_layer, c.keep_class_token, self.dtype, self.remat_policy
+            c.vision,
+            c.feature_layer,
+            c.keep_class_token,
+            self.dtype,
+            self.remat_policy,
+            attention="blocks" if self.attention == "blocks" else "xla",
         )
         self.projector = Projector(
             c.projector, c.decoder.hidden_size, c.projector_bias, c.image.newline, self.dtype

@@ -108,6 +108,7 @@ def layer_norm(config: ViTConfig, name: str, dtype):
 class ViTAttention(nn.Module):
     config: ViTConfig
     dtype: jnp.dtype
+    implementation: str
 
     @nn.compact
     def __call__(self, x):  # [B, P, D]
@@ -115,7 +116,7 @@ class ViTAttention(nn.Module):
         into, out = ("vision_embed", "vision_heads"), ("vision_heads", "vision_embed")
         heads = c.num_heads, c.hidden_size // c.num_heads
         q, k, v = (Linear(heads, into, self.dtype, name=f"{n}_proj")(x) for n in "qkv")
-        x = attention(q, k, v)
+        x = attention(q, k, v, implementation=self.implementation)
         return Linear(c.hidden_size, out, self.dtype, inputs=2, name="out_proj")(x)
 
 
@@ -136,12 +137,13 @@ class ViTBlock(nn.Module):
 
     config: ViTConfig
     dtype: jnp.dtype
+    attention: str
     emit: bool
 
     @nn.compact
     def __call__(self, x, _):
         x = x + self._scale(
-            ViTAttention(self.config, self.dtype, name="self_attn")(
+            ViTAttention(self.config, self.dtype, self.attention, name="self_attn")(
                 layer_norm(self.config, "layer_norm1", self.dtype)(x)
             ),
             "layer_scale1",
@@ -173,6 +175,7 @@ class ViT(nn.Module):
         concatenated.
       keep_class_token: the class token stays in front of the patches.
       remat_policy: which activations the backward pass recomputes, a key of REMAT_POLICIES.
+      attention: `xla`, or `blocks` for one picture's scores at a time.
     """
 
     config: ViTConfig
@@ -180,6 +183,7 @@ class ViT(nn.Module):
     keep_class_token: bool = False
     dtype: jnp.dtype = jnp.float32
     remat_policy: str = "none"
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -207,7 +211,7 @@ class ViT(nn.Module):
                 split_rngs={"params": True},
                 length=blocks,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, self.dtype, several, name="layers")(x, None)
+            )(c, self.dtype, self.attention, several, name="layers")(x, None)
         if several:
             states = [outputs[i - 1] if i else embeddings for i in wanted]
             x = jnp.concatenate(states, axis=-1)

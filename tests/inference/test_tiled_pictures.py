@@ -190,8 +190,8 @@ def test_long_prompts_are_read_in_parts(llava, monkeypatch):
     llava.engine.forget()
     expected = ask(llava, prompts, images)
     monkeypatch.setattr(prefill, "TOKENS_AT_A_TIME", 32)
-    monkeypatch.setattr(attention, "LONG_ROW", 16)
-    monkeypatch.setattr(attention, "KEYS_AT_A_TIME", 16)
+    monkeypatch.setattr(attention, "LONG_CHUNK", 16)
+    monkeypatch.setattr(attention, "BLOCK", 16)
     model = tiny_llava(llava.config, TEMPLATE)
     model.engine.warm_up(batch_size=4, size=SIZE, few=True)
     before, tokens = model.engine.counts.compilations, []

@@ -1,14 +1,18 @@
 """The XLA attention's hand-written gradients, rotary embeddings, and transposes."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llava_jax.models import attention as module
-from llava_jax.models.attention import attention, cached_attention
+from llava_jax.models.attention import attention, attention_mask, cached_attention
+from llava_jax.models.blocked_attention import blocked_attention
 from llava_jax.models.decoder import _rotated_by_halves, _rotated_by_product, apply_rope
 from llava_jax.models.linear import transposed
+from llava_jax.parallel.mesh import make_mesh
+from llava_jax.parallel.sharding import RULES
 
 RNG = np.random.default_rng(0)
 
@@ -42,10 +46,10 @@ def test_gradients_are_those_of_the_plain_formula(precision, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * float(abs(b).max()))
 
 
-def test_rows_in_blocks_of_keys_are_whole_rows(monkeypatch):
+def test_a_chunk_over_blocks_of_keys_is_a_whole_row(monkeypatch):
     """A causal row, one that begins late, one in a window, and one whose queries see one key."""
-    monkeypatch.setattr(module, "LONG_ROW", 4)
-    monkeypatch.setattr(module, "KEYS_AT_A_TIME", 4)
+    monkeypatch.setattr(module, "LONG_CHUNK", 4)
+    monkeypatch.setattr(module, "BLOCK", 4)
     q, k, v = normal(4, 6, 4, 8), normal(4, 16, 2, 8), normal(4, 16, 2, 8)
     k = k.at[1, 10:].set(np.nan).at[2, :4].set(np.nan)  # whole blocks that are never read
     k = k.at[1, 10:12].set(0.0)
@@ -60,6 +64,91 @@ def test_rows_in_blocks_of_keys_are_whole_rows(monkeypatch):
     expected = attention(q, jnp.nan_to_num(k), v, jnp.asarray(mask))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert " while[" in str(jax.make_jaxpr(cached_attention)(q, k, v, mask))
+
+
+def packed_row(*lengths, window=None, turns=None) -> jax.Array:
+    """The mask [1, 1, T, T] of a row with conversations of these lengths."""
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None]
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    return jnp.asarray(attention_mask(positions, positions, segments, segments, window, turns))
+
+
+ROWS = {
+    "one": packed_row(96),
+    "packed": packed_row(10, 62, 24),
+    "window": packed_row(96, window=7),
+    "turns": packed_row(96, turns=(np.arange(96) // 20)[None]),
+}
+
+
+def in_blocks(mask):
+    return lambda *x: blocked_attention(*x, mask, (32, 16))
+
+
+def with_gradients(attend, q, k, v, weights):
+    out, pullback = jax.jit(lambda *x: jax.vjp(attend, *x))(q, k, v)
+    return [out, *pullback(weights)]
+
+
+def row_of(heads: int, kv_heads: int, dtype=jnp.float32) -> list[jax.Array]:
+    """Query, key, value and the weights of the result's elements in a sum."""
+    return [normal(1, 96, n, 8).astype(dtype) for n in (heads, kv_heads, kv_heads, heads)]
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [("one", (4, 2)), ("packed", (3, 3)), ("window", (4, 1)), ("turns", (4, 2))],
+)
+def test_a_row_in_blocks_is_a_whole_row_with_its_gradients(name, heads):
+    row = row_of(*heads)
+    wanted = with_gradients(lambda *x: attention(*x, ROWS[name]), *row)
+    found = with_gradients(in_blocks(ROWS[name]), *row)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(abs(b).max()) + 1e-6)
+
+
+def test_blocks_that_nothing_attends_to_are_not_read_and_no_scores_are_kept():
+    q, k, v, _ = row_of(4, 2)
+    later = k.at[:, 64:].set(np.nan)  # the blocks of the first conversation do not touch it
+    out, pullback = jax.vjp(in_blocks(packed_row(64, 32)), q, later, v)
+    d_q, d_k, _ = pullback(jnp.ones_like(q))
+    for found in (out, d_q, d_k):
+        assert np.isfinite(found[:, :64]).all()
+    assert max(x.size for x in jax.tree.leaves(pullback)) <= 96 * 96  # the mask, of one head
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", None])
+def test_blocks_in_bfloat16(precision):
+    """As near to float32 as a whole row is."""
+    row = row_of(4, 2, jnp.float32 if precision else jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in row]
+    wanted = with_gradients(lambda *x: attention(*x, ROWS["packed"]), *exact)
+    with jax.default_matmul_precision(precision or "highest"):
+        found = with_gradients(in_blocks(ROWS["packed"]), *row)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == row[0].dtype
+        np.testing.assert_allclose(np.float32(a), b, atol=0.05 * float(abs(b).max()))
+
+
+def test_a_tower_that_sees_tile_by_tile_is_one_that_sees_all_at_once():
+    q, k, v, weights = (normal(3, 7, 2, 8) for _ in range(4))
+    both = [
+        jax.vjp(lambda *x, how=how: attention(*x, implementation=how), q, k, v)
+        for how in ("xla", "blocks")
+    ]
+    wanted, found = ([out, *pullback(weights)] for out, pullback in both)
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_blocks_over_a_mesh_are_those_of_one_device():
+    q, k, v, weights = (normal(2, 512, n, 8) for n in (4, 2, 2, 4))
+    mask = jnp.concatenate([packed_row(512), packed_row(200, 312)])
+    graded = lambda *x: jax.grad(lambda *x: jnp.sum(attention(*x, mask, "blocks") * weights))(*x)
+    alone = jax.jit(graded)(q, k, v)
+    mesh = make_mesh(fsdp=2, tensor=4, devices=jax.devices()[:8])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        np.testing.assert_allclose(jax.jit(graded)(q, k, v), alone, atol=1e-6)
 
 
 def transposed_product(x, y):

@@ -162,6 +162,10 @@ def choose(name, kind, dtype="bfloat16", length=2048, turns=False, shards=1, **d
         ("gfx942", {}, "xla", "NVIDIA"),
         ("9.0", {"dtype": "float32"}, "xla", "bfloat16"),
         ("cpu", {}, "xla", ""),
+        ("cpu", {"length": 4096}, "blocks", ""),
+        ("cpu", {"length": 4000}, "xla", ""),
+        ("cpu", {"length": 4096, "num_heads": 9, "shards": 2}, "xla", ""),
+        ("tpu", {"length": 4096, "turns": True}, "xla", "independent turns"),
     ],
 )
 def test_auto_takes_the_kernel_that_can_do_the_work(kind, settings, chosen, reason):
@@ -176,11 +180,12 @@ def test_auto_takes_the_kernel_that_can_do_the_work(kind, settings, chosen, reas
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("splash", "independent turns"), ("cudnn", "NVIDIA GPUs")]
+    ("name", "reason"),
+    [("splash", "independent turns"), ("cudnn", "NVIDIA GPUs"), ("blocks", "multiple of 512")],
 )
 def test_an_implementation_that_cannot_do_the_work_is_refused(name, reason):
     with pytest.raises(ValueError, match=reason):
-        choose(name, "tpu", turns=True)
+        choose(name, "tpu", turns=True, length=4000)
 
 
 @pytest.mark.parametrize("shape", [(256, 8, 128), (255, 8, 128), (256, 8, 84), (256, 8, 256)])
