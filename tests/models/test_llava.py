@@ -161,3 +161,26 @@ def test_the_model_gives_as_many_features_as_the_data_makes_placeholders():
             pictures(1),
         )
         assert shapes.shape == (1, config.tokens_per_tile, 32)
+
+
+def test_a_model_whose_rows_are_attended_to_in_blocks_learns_the_same():
+    """Packed rows of 512 tokens; the tower sees tile by tile; some activations are made again."""
+    params, ids = random_params(CONFIG), ids_with(512, 3, 300)
+    feature_ids = np.where(ids == IMAGE_TOKEN_ID, np.cumsum(ids == IMAGE_TOKEN_ID) - 1, -1)[None]
+    segments = np.repeat([1, 2], [200, 312])[None]
+    positions = np.r_[np.arange(200), np.arange(312)][None]
+    tiles = pictures(2)
+
+    def loss(params, attention, policy):
+        def run(model):
+            features = model.encode_images(tiles).reshape(1, -1, 32)
+            seen = model.embed(ids[None], features, feature_ids, None)
+            return jnp.mean(model.decoder(seen, positions, segments) ** 2)
+
+        model = LlavaModel(CONFIG, attention=attention, remat_policy=policy)
+        return model.apply({"params": params}, method=run)
+
+    graded = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    wanted, found = graded(params, "xla", "none"), graded(params, "blocks", "attention")
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[1], wanted[1])
