@@ -84,7 +84,7 @@ def test_the_prefills_that_can_need_most_memory():
 def test_no_prefill_of_the_server_needs_more_than_those_that_are_compiled():
     engine_device, needed = tiny_llava().engine.device, {}
     engine_device.reserve(32, 2048)
-    engine_device.compile_encode(1)  # makes the store
+    engine_device.lower_encode(1)  # makes the store
     shapes = prefill_shapes(32, 2048, few=True)
     for shape in (s for s in shapes if s.tokens >= 2048 and s.window == 2048):
         prompts = pack_prompts([], shape, 32)
