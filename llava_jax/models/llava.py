@@ -241,6 +241,13 @@ def init_params(config: LlavaConfig, key: jax.Array) -> dict:
     return LlavaModel(config).init(key, ids, tiles, method=_touch_all)["params"]
 
 
+def fresh_projector(config: LlavaConfig, key: jax.Array) -> dict:
+    """The projector of `init_params`, value for value, without a trace of the other parts."""
+    seen = jnp.zeros((1, ProjectorSpec.parse(config.projector).fold ** 2, config.feature_size))
+    project = lambda model, seen: model.projector(seen)
+    return LlavaModel(config).init(key, seen, method=project)["params"]["projector"]
+
+
 def _touch_all(model: LlavaModel, ids, tiles):
     taps = model.config.image.taps
     mixed = jnp.zeros((*ids.shape, taps), jnp.int32)

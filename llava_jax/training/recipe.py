@@ -14,7 +14,7 @@ from llava_jax.errors import LlavaError
 from llava_jax.models.anyres import Tiling, read_grids
 from llava_jax.models.attention import choose_attention
 from llava_jax.models.images import ImageSpec
-from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, init_params
+from llava_jax.models.llava import LlavaConfig, LlavaModel, abstract_params, fresh_projector
 from llava_jax.models.lora import LoraConfig, abstract_lora, init_lora
 from llava_jax.models.precision import compute_precision
 from llava_jax.models.presets import preset
@@ -249,7 +249,7 @@ def starting_params(
     if "projector" in components and (projector is None or lacks_newline):
         if lacks_newline:
             hosts.report(f"{sources['projector']} has no projector/newline: it is drawn at random")
-        fresh = lambda: nn.meta.unbox(init_params(config, key)["projector"])
+        fresh = lambda: nn.meta.unbox(fresh_projector(config, key))
         params["projector"] = jax.tree.map(jax.device_get, jax.jit(fresh)()) | (projector or {})
     if "lora" in components:
         fresh = lambda: init_lora(abstract_lora(lora, abstract_params(config)), key)

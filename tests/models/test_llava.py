@@ -3,16 +3,21 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llava_jax.data.rows import feature_places
+from llava_jax.models.anyres import Tiling
 from llava_jax.models.decoder import Decoder
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import (
     IMAGE_TOKEN_ID,
     LlavaModel,
+    fresh_projector,
+    init_params,
     normalize_images,
 )
 from tests.tiny_model import CONFIG, features_of, random_params
@@ -184,3 +189,13 @@ def test_a_model_whose_rows_are_attended_to_in_blocks_learns_the_same():
     wanted, found = graded(params, "xla", "none"), graded(params, "blocks", "attention")
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[1], wanted[1])
+
+
+@pytest.mark.parametrize("kind", ["linear", "pixel_shuffle2_mlp2x_gelu"])
+def test_a_fresh_projector_is_that_of_a_fresh_model(kind):
+    newline = dataclasses.replace(CONFIG.image, mode="anyres", tiling=Tiling(((1, 2),)))
+    config, key = dataclasses.replace(CONFIG, projector=kind, image=newline), jax.random.key(3)
+    drawn = lambda: (fresh_projector(config, key), init_params(config, key)["projector"])
+    found, wanted = nn.meta.unbox(jax.jit(drawn)())
+    assert "newline" in wanted
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
