@@ -13,7 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):
     # XLA's former emitters of code, which later versions have no more: half the time to compile.
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    # Cut into 32 parts, as it is for many cores, the code of a small function takes longer.
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What one test compiled, all others read: of this process, of its scripts and of xdist's workers,
