@@ -49,7 +49,7 @@ def test_stage_1_is_the_same_and_resumes(world, run, aligned, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_stage_2_with_held_out_data_is_the_same(world, run, aligned, tmp_path):
-    changes = {"batch_size": 4, "accumulation": 2}
+    changes = {"batch_size": 4, "accumulation": 2, "samples": 2}
     run(instruct(world, tmp_path / "encoded", aligned, changes))
     stored = {"features.folder": str(tmp_path / "features")}
     run(instruct(world, tmp_path / "stored", aligned, changes | stored))

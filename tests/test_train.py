@@ -46,7 +46,7 @@ def saved_paths(step_folder: Path, item: str) -> list[tuple]:
     ]
 
 
-LONG = {"steps": 12, "save_every": 3, "validate_every": 5, "accumulation": 2}
+LONG = {"steps": 12, "save_every": 3, "validate_every": 5, "accumulation": 2, "samples": 2}
 
 
 @pytest.fixture(scope="module")
