@@ -263,6 +263,7 @@ def test_log_probabilities_of_a_plain_request_do_not_depend_on_others_contrast(l
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_copies_and_a_mesh_give_the_same_tokens(llava):
     expected = ask(llava, mixed(llava, seed=8, count=5))
     mesh = make_mesh(data=2, fsdp=2, tensor=1, devices=jax.devices()[:4])

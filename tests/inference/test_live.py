@@ -19,7 +19,7 @@ from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params
 @pytest.fixture(scope="module")
 def llava():
     model = tiny_llava(template=TEMPLATE)
-    model.engine.warm_up(batch_size=4, size=SIZE)
+    model.engine.warm_up(batch_size=4, size=SIZE, few=True)
     return model
 
 
@@ -203,7 +203,7 @@ def test_a_picture_has_the_layout_of_its_size_before_it_is_read(llava):
 
 def test_warm_up_reports_how_far_it_is():
     model, reports = tiny_llava(template=TEMPLATE), []
-    model.engine.warm_up(2, SIZE, lambda done, total: reports.append((done, total)))
+    model.engine.warm_up(2, SIZE, lambda *counts: reports.append(counts), few=True)
     total = reports[-1][1]
     assert reports == [(i, total) for i in range(total + 1)]
     assert model.engine.counts.compilations == total

@@ -34,19 +34,22 @@ def params_that_repeat(seed: int = 0) -> dict:
 
 def make(lookup: int, **options) -> Llava:
     params = options.pop("params", None) or params_that_repeat()
-    model = Llava(CONFIG, params, byte_tokenizer(), TEMPLATE, lookup=lookup, **options)
+    return Llava(CONFIG, params, byte_tokenizer(), TEMPLATE, lookup=lookup, **options)
+
+
+def warm(model: Llava) -> Llava:
     model.engine.warm_up(batch_size=4, size=SIZE, few=True)
     return model
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return make(0)
+    return warm(make(0))
 
 
 @pytest.fixture(scope="module")
 def guessing():
-    return make(K)
+    return warm(make(K))
 
 
 def mixed(llava, seed: int, count: int = 12, **settings) -> list:
@@ -288,7 +291,8 @@ def test_with_contrast_both_rows_of_a_pair_read_the_same_guesses(plain, guessing
     assert since(guessing, before).accepted_tokens > 0
 
 
-@pytest.mark.parametrize("eight_bits", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("eight_bits", [True, False])
 def test_with_eight_bits_and_with_layers_apart_answers_are_those_without(eight_bits):
     params, options = params_that_repeat(), {}
     if eight_bits:
@@ -300,11 +304,12 @@ def test_with_eight_bits_and_with_layers_apart_answers_are_those_without(eight_b
     assert models[1].engine.counts.accepted_tokens > 0
 
 
-@pytest.mark.parametrize("copies", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", [1, 2])
 def test_a_mesh_and_copies_answer_as_one_device(guessing, copies):
     shape = (1, 2, 2) if copies == 1 else (2, 1, 1)
     mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
-    spread = make(K, mesh=mesh)
+    spread = warm(make(K, mesh=mesh))
     before = spread.engine.counts.compilations
     same(answers(spread, mixed(spread, 8)), answers(guessing, mixed(guessing, 8)))
     assert spread.engine.counts.compilations == before

@@ -58,7 +58,7 @@ def test_a_mixed_batch_answers_as_each_prompt_alone(llava):
     assert together == alone
     assert len(set(together)) == len(together)
     turned = llava.generate(
-        QUESTIONS[::-1], images=IMAGES[::-1], max_new_tokens=TOKENS, batch_size=2
+        QUESTIONS[::-1], images=IMAGES[::-1], max_new_tokens=TOKENS, batch_size=4
     )
     assert turned == together[::-1]
 

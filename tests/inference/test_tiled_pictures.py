@@ -39,7 +39,7 @@ def config_of(name: str):
     return dataclasses.replace(CONFIG, image=SPECS[name])
 
 
-@pytest.fixture(scope="module", params=SPECS)
+@pytest.fixture(scope="module", params=[pytest.param("next", marks=pytest.mark.slow), "onevision"])
 def llava(request):
     model = tiny_llava(config_of(request.param), TEMPLATE)
     model.engine.warm_up(batch_size=4, size=SIZE, few=True)
