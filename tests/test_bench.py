@@ -36,6 +36,7 @@ def scaled(world, tmp_path, names: list[str], capsys) -> list[list[list[str]]]:
     return [table[2:] for table in lines]
 
 
+@pytest.mark.slow
 def test_a_table_of_scaling_has_both_ways_to_grow(world, tmp_path, capsys, monkeypatch):
     compiled = []
 
@@ -73,7 +74,14 @@ TOWERS = {  # recipe -> what differs from CLIP and 1.5
 }
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("llava15_7b_instruct", marks=pytest.mark.slow),
+        pytest.param("llava16_7b_instruct", marks=pytest.mark.slow),
+        "onevision_7b_single",
+    ],
+)
 def test_a_recipe_s_shape_is_timed_with_random_parameters(name, monkeypatch):
     """What the benchmark on a GPU does where no weights are: here of a tiny tower and decoder."""
     pytest.importorskip("torch")

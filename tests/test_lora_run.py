@@ -58,6 +58,7 @@ def _trained(workdir) -> dict:
         return reader.restore(checkpoint_of(workdir) / "params")
 
 
+@pytest.mark.slow
 def test_it_resumes(world, run, aligned, tuned, tmp_path):
     shutil.copytree(tuned, tmp_path / "lora")
     shutil.rmtree(tmp_path / "lora/checkpoints/4")

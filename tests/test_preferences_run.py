@@ -36,11 +36,11 @@ def pairs(tmp_path_factory):
 
 
 def values_of(world, workdir, start, pairs, changes) -> dict:
-    held_out = {"data.validation": str(pairs.with_name("held_out.json"))}
+    held_out = {"data.validation": str(pairs.with_name("held_out.json")), "samples": 1}
     return tiny_run.preferences(world, workdir, start, pairs, held_out | changes)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["whole", pytest.param("lora", marks=pytest.mark.slow)])
 def tuned(request, world, run, aligned, pairs, tmp_path_factory):
     """(work directory, the changes of its recipe)."""
     workdir = tmp_path_factory.mktemp("tuned") / request.param

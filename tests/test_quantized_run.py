@@ -92,6 +92,7 @@ def test_it_learns_what_it_would_on_the_rounded_weights(tuned, world, run, align
             assert found[name] == pytest.approx(wanted[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_resumes(world, run, aligned, tuned, tmp_path):
     shutil.copytree(tuned, tmp_path / "lora")
     shutil.rmtree(tmp_path / "lora/checkpoints/2")

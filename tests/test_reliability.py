@@ -77,7 +77,9 @@ def half(world, run, aligned, tmp_path_factory) -> tuple[dict, Path, Path]:
     return values, folder / "whole", folder / "cut"
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", ["8 devices", pytest.param("tensor axis and microbatches", marks=pytest.mark.slow)]
+)
 def test_resumed_on_other_devices_is_never_stopped(name, world, run, aligned, half, tmp_path):
     values, whole, cut = half
     devices, changes = OTHERS[name]

@@ -112,7 +112,7 @@ def test_a_newline_that_is_drawn_must_learn(world, run, aligned, data, tmp_path)
 def test_training_with_fewer_tiles_leaves_the_model_its_own(world, run, aligned, data, tmp_path):
     """Held-out data are measured with the training's tiles, and questions answered with all."""
     few = {"data.max_tiles": 2, "data.images_per_row": 6, "steps": 1}
-    few |= {"data.validation": str(world / "data/held_out.json")}
+    few |= {"data.validation": str(world / "data/held_out.json"), "samples": 2}
     run(instruct(world, tmp_path / "run", aligned, STAGE | data | few))
     assert len(read_run_model(tmp_path / "run").config.image.tiling.grids) == 5
     first, held_out = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
@@ -123,7 +123,9 @@ def test_training_with_fewer_tiles_leaves_the_model_its_own(world, run, aligned,
     assert isinstance(model.chat("Hi?", [random_image(0, (20, 20))], max_new_tokens=2), str)
 
 
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("llava_next", marks=pytest.mark.slow), "llava_onevision"]
+)
 def test_a_folder_of_transformers_is_trained_further(kind, run, data, aligned, world, tmp_path):
     """Its own way to cut pictures, newline included, as it stands in the folder."""
     source = save_family(tmp_path / "model", family_model(kind))

@@ -117,7 +117,7 @@ FILES = {
     "photograph": lambda: encoded(photograph((640, 427)), "JPEG", quality=85),
     "grey photograph": lambda: encoded(photograph((427, 640)).convert("L"), "JPEG"),
     "CMYK photograph": lambda: encoded(photograph((300, 200)).convert("CMYK"), "JPEG"),
-    "huge": lambda: encoded(photograph((5000, 3100)), "JPEG", quality=60),
+    "huge": lambda: encoded(photograph((2600, 1700)), "JPEG", quality=60),
     "tiny": lambda: encoded(noise((2, 3)), "PNG"),
     "alpha": lambda: encoded(noise((61, 47), "RGBA"), "WEBP", lossless=True),
     "palette": lambda: encoded(photograph((90, 70)).quantize(16), "GIF"),

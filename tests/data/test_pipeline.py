@@ -397,7 +397,13 @@ def test_keys_that_nothing_reads_are_in_the_data_line(make, data_set):
     assert make().describe().endswith("; ignored keys: foo (2 records)")
 
 
-@pytest.mark.parametrize("steps", [12, 3], ids=["to the end", "stopped early"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(12, id="to the end", marks=pytest.mark.slow),
+        pytest.param(3, id="stopped early"),
+    ],
+)
 def test_workers_leave_no_shared_memory(data_set, tokenizer_folder, steps):
     """Python's resource tracker warns of what is left when the process exits."""
     command = [sys.executable, "-m", "tests.data.workers_script"]

@@ -92,6 +92,7 @@ def test_files_that_are_not_here_are_figures_and_assumed(world, tmp_path, capsys
     assert (best["remat_policy"], best["accumulation"], best["fits"]) == ("none", 1, True)
 
 
+@pytest.mark.slow
 def test_pictures_in_tiles_are_dry_run_and_fitted(world, tmp_path, capsys):
     changes = tiny_run.INSTRUCT | {"model.image_mode": "anyres", "model.tiling.cap": 1}
     changes |= {"batch_size": 8, "data.train": "gone.json", "data.images_per_row": 10}

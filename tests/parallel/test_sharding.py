@@ -141,8 +141,8 @@ def one_device():
 @pytest.mark.parametrize(
     "config, sizes, accumulation",
     [
-        (CONFIG, {"data": 8, "fsdp": 1}, 1),
-        (CONFIG, {"data": 2, "fsdp": 4}, 1),
+        pytest.param(CONFIG, {"data": 8, "fsdp": 1}, 1, marks=pytest.mark.slow),
+        pytest.param(CONFIG, {"data": 2, "fsdp": 4}, 1, marks=pytest.mark.slow),
         (CONFIG, {"data": 2, "fsdp": 2, "tensor": 2}, 2),
         (ONE_KV_HEAD, {"data": 1, "fsdp": 2, "tensor": 4}, 1),  # fewer kv heads than `tensor`
     ],
@@ -181,7 +181,10 @@ def dropped_on_one_device():
 
 @pytest.mark.parametrize(
     "sizes, accumulation",
-    [({"data": 1, "fsdp": 1}, 4), ({"data": 2, "fsdp": 2, "tensor": 2}, 2)],
+    [
+        pytest.param({"data": 1, "fsdp": 1}, 4, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    ],
     ids=["accumulated", "all three, accumulated"],
 )
 def test_dropout_of_lora_is_one_device_s(sizes, accumulation, dropped_on_one_device):

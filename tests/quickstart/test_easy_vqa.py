@@ -118,6 +118,7 @@ def test_unknown_answers_are_refused(tmp_path, monkeypatch):
         easy_vqa.read_questions("train")
 
 
+@pytest.mark.slow
 def test_the_real_data_set(tmp_path):
     """The package as it is: counts, the published blind baseline, and readable both ways."""
     pytest.importorskip("easy_vqa")

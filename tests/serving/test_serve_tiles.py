@@ -13,6 +13,7 @@ from llava_jax.text.conversation import Turn
 from tests.serving.live_server import LiveServer, data_url, question, warm_model
 from tests.tiny_model import CONFIG, random_image
 
+pytestmark = pytest.mark.slow
 SPEC = ImageSpec(8, "anyres", tiling=Tiling(cap=2, one_view=True))
 SIZES = [(9, 8), (30, 10), (17, 16), (300, 3)]
 

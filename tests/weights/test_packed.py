@@ -117,7 +117,9 @@ def pair(request, plain, tmp_path_factory):
     return packed_pair(request.param, plain, tmp_path_factory.mktemp("packed") / "model")
 
 
-@pytest.fixture(scope="module", params=["awq", "gptq in any order"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("awq", marks=pytest.mark.slow), "gptq in any order"]
+)
 def some_pair(request, plain, tmp_path_factory):
     return packed_pair(request.param, plain, tmp_path_factory.mktemp("packed") / "model")
 
