@@ -144,12 +144,20 @@ class Device:
     def reserve(self, rows: int, size: int) -> None:
         """Makes the state anew, with `size` slots a row."""
         self.state = None  # its memory must be free before the new one is made
-        self.state = self._new_state(rows, size)
+        self.state = self._committed(self._new_state(rows, size))
         self.rows, self.size = rows, size
+
+    def _committed(self, arrays):
+        """Arrays as calls return them; after a warm-up with others calls would compile again."""
+        leaves = jax.tree.leaves(self.params)
+        places = {leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)}
+        if self._mesh or len(places) != 1 or len((place := places.pop()).device_set) != 1:
+            return arrays
+        return jax.device_put(arrays, place)
 
     def _empty_store(self) -> jax.Array:
         device = self._mesh and replicated(self._mesh)
-        return jnp.zeros(self._store_shape, self._model.dtype, device=device)
+        return self._committed(jnp.zeros(self._store_shape, self._model.dtype, device=device))
 
     def lower_encode(self, count: int) -> jax.stages.Lowered:
         """What `encode` runs for `count` tiles at once."""
