@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.blocked_attention import BLOCK, blocked_attention
+from llava_jax.models.blocked_attention import BLOCK, blocked_attention, stacks_product
 from llava_jax.models.flash_attention import (
     ATTENTION_OUT,
     SPLASH_TILE,
@@ -171,12 +171,12 @@ def attention(
         return cudnn_attention(query, key, value, mask)
     if implementation == "blocks":
         with jax.named_scope("attention"):
-            if mask is not None:
-                return on_each_shard(blocked_attention, query, key, value, mask)
-            block = query.shape[1], key.shape[1]
-            return blocked_attention(
-                query, key, value, jnp.ones((len(query), 1, *block), bool), block
-            )
+            block = BLOCK, BLOCK
+            if mask is None:  # a tower's rows are short: a block each
+                block = query.shape[1], key.shape[1]
+                mask = jnp.ones((len(query), 1, *block), bool)
+            run = lambda *row: blocked_attention(*row, block)
+            return on_each_shard(run, query, key, value, mask)
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
     operands = product_dtype(query.dtype)
@@ -203,7 +203,7 @@ def attention_shares(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.A
     operands = product_dtype(query.dtype)
     q = query.reshape(batch, length, key.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, key.shape[2], -1, size).astype(operands)  # [B, K, N / K * T, H]
-    scores = _product(q, key.swapaxes(1, 2).astype(operands), 3) * size**-0.5
+    scores = stacks_product(q, key.swapaxes(1, 2).astype(operands), -1) * size**-0.5
     scores = scores.reshape(batch, heads, length, -1)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     return jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)
@@ -239,7 +239,7 @@ def _weighted_mean(q: jax.Array, k: jax.Array, v: jax.Array, mask, scale: float)
 
 
 def _weighted_mean_forward(q, k, v, mask, scale):
-    scores = _product(q, k, 3) * scale  # [B, K, G * T, S]
+    scores = stacks_product(q, k, -1) * scale  # [B, K, G * T, S]
     if mask is not None:
         length, keys = mask.shape[2:]
         of_heads = scores.reshape(*scores.shape[:2], -1, length, keys)
@@ -249,7 +249,7 @@ def _weighted_mean_forward(q, k, v, mask, scale):
     powers = jnp.exp(scores - largest)
     share = 1 / jnp.sum(powers, axis=-1, keepdims=True)
     powers = powers.astype(q.dtype)
-    out = checkpoint_name(_product(powers, v, 2) * share, ATTENTION_OUT)
+    out = checkpoint_name(stacks_product(powers, v, -2) * share, ATTENTION_OUT)
     return out, (q, k, v, powers, share, out)
 
 
@@ -258,18 +258,12 @@ def _weighted_mean_backward(scale, residuals, d_out):
     d_out = d_out * share
     mean = jnp.sum(d_out * out, axis=-1, keepdims=True)
     d_out = d_out.astype(q.dtype)
-    d_scores = powers * (_product(d_out, v, 3) - mean) * scale
+    d_scores = powers * (stacks_product(d_out, v, -1) - mean) * scale
     d_scores = d_scores.astype(q.dtype)
-    d_q = _product(d_scores, k, 2).astype(q.dtype)
-    d_k = _product(transposed(d_scores), q, 2).astype(q.dtype)
-    d_v = _product(transposed(powers), d_out, 2).astype(q.dtype)
+    d_q = stacks_product(d_scores, k, -2).astype(q.dtype)
+    d_k = stacks_product(transposed(d_scores), q, -2).astype(q.dtype)
+    d_v = stacks_product(transposed(powers), d_out, -2).astype(q.dtype)
     return d_q, d_k, d_v, None
 
 
 _weighted_mean.defvjp(_weighted_mean_forward, _weighted_mean_backward)
-
-
-def _product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
-    """float32 products of two stacks of matrices [B, K, ...], over the last axis of x."""
-    axes = (((3,), (y_axis,)), ((0, 1), (0, 1)))
-    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)

@@ -34,7 +34,7 @@ def blocked_attention(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array,
-    block: tuple[int, int] = (BLOCK, BLOCK),
+    block: tuple[int, int],
 ) -> jax.Array:
     """`attention` of long rows, one after the other.
 
@@ -65,7 +65,7 @@ def _forward(query, key, value, mask, block: tuple[int, int]):
                 new = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
                 powers, shrink = jnp.exp(scores - new), jnp.exp(largest - new)
                 total = total * shrink + jnp.sum(powers, axis=-1, keepdims=True)
-                return new, total, out * shrink + _product(powers.astype(v.dtype), v[j], 1)
+                return new, total, out * shrink + stacks_product(powers.astype(v.dtype), v[j], -2)
 
             one = jnp.zeros((*q.shape[:2], 1))
             start = one + LOWEST, one, jnp.zeros((*q.shape[:2], size))
@@ -108,11 +108,11 @@ def _row_backward(row, block: tuple[int, int]):
         def of_keys(j, so_far):
             d_q, d_k, d_v = so_far
             powers = jnp.exp(_scores(q, k[j], mask[j]) - sums)  # [K, G * t, s]
-            d_scores = powers * (_product(d_out, v[j], 2) - means) * scale
+            d_scores = powers * (stacks_product(d_out, v[j], -1) - means) * scale
             d_scores, powers = d_scores.astype(q.dtype), powers.astype(q.dtype)
-            d_k = _add(d_k, j, _product(transposed(d_scores), q, 1))
-            d_v = _add(d_v, j, _product(transposed(powers), d_out, 1))
-            return d_q + _product(d_scores, k[j], 1), d_k, d_v
+            d_k = _add(d_k, j, stacks_product(transposed(d_scores), q, -2))
+            d_v = _add(d_v, j, stacks_product(transposed(powers), d_out, -2))
+            return d_q + stacks_product(d_scores, k[j], -2), d_k, d_v
 
         d_q, *so_far = jax.lax.fori_loop(*_seen(mask), of_keys, (jnp.zeros(q.shape), *so_far))
         return so_far, d_q
@@ -156,14 +156,15 @@ def _seen(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """float32[K, G * t, s] of queries [K, G * t, H] and keys [K, s, H] under a mask [t, s]."""
-    scores = _product(q, k, 2) * q.shape[-1] ** -0.5
+    scores = stacks_product(q, k, -1) * q.shape[-1] ** -0.5
     of_heads = scores.reshape(len(k), -1, *mask.shape)
     return jnp.where(mask, of_heads, LOWEST).reshape(scores.shape)
 
 
-def _product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
-    """float32 products of two stacks of matrices [K, ...], over the last axis of x."""
-    axes = (((2,), (y_axis,)), ((0,), (0,)))
+def stacks_product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
+    """float32 products of two stacks of matrices, over the last axis of x and -1 or -2 of y."""
+    stack = tuple(range(x.ndim - 2))
+    axes = ((x.ndim - 1,), (y.ndim + y_axis,)), (stack, stack)
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 

@@ -63,9 +63,9 @@ def cudnn_attention(
 def on_each_shard(run: Callable, query, key, value, mask: jax.Array) -> jax.Array:
     """run(query, key, value, mask) on the rows and heads of each device.
 
-    Rows are sharded over the mesh axes of `batch`, heads over those of `act_heads`. With fewer kv
-    heads than shards a device gets a copy of the one that its query heads share. Example, four
-    query heads and two kv heads over four devices:
+    Rows are sharded over the mesh axes of `batch`, heads over those of `act_heads` if their number
+    allows it. With fewer kv heads than shards a device gets a copy of the one that its query heads
+    share. Example, four query heads and two kv heads over four devices:
 
         device      0   1   2   3
         query       q0  q1  q2  q3
@@ -79,7 +79,9 @@ def on_each_shard(run: Callable, query, key, value, mask: jax.Array) -> jax.Arra
         return run(query, key, value, mask)
     heads = flax.linen.logical_to_mesh_axes(("batch", None, "act_heads", None))
     rows = flax.linen.logical_to_mesh_axes(("batch", *[None] * (mask.ndim - 1)))
-    if heads[2] is not None:
+    if heads[2] is not None and query.shape[2] % mesh.shape[heads[2]]:
+        heads = jax.sharding.PartitionSpec(heads[0])
+    elif heads[2] is not None:
         copies = math.lcm(key.shape[2], mesh.shape[heads[2]]) // key.shape[2]
         key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
     sharded = jax.shard_map(

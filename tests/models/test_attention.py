@@ -1,5 +1,7 @@
 """The XLA attention's hand-written gradients, rotary embeddings, and transposes."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -149,6 +151,24 @@ def test_blocks_over_a_mesh_are_those_of_one_device():
     mesh = make_mesh(fsdp=2, tensor=4, devices=jax.devices()[:8])
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         np.testing.assert_allclose(jax.jit(graded)(q, k, v), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_a_device_sees_its_own_tiles_alone(heads):
+    """Rows over data and fsdp; heads over tensor, or whole where its devices do not divide them."""
+    q, k, v, weights = (normal(4, 7, heads, 8) for _ in range(4))
+    total = lambda *x: jnp.sum(attention(*x, implementation="blocks") * weights)
+    graded = jax.jit(jax.grad(total, (0, 1, 2)))
+    alone = graded(q, k, v)
+    mesh = make_mesh(data=1, fsdp=2, tensor=4, devices=jax.devices()[:8])
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        spread = jax.jit(jax.grad(total, (0, 1, 2)), in_shardings=(rows,) * 3)
+        for found, wanted in zip(spread(q, k, v), alone, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+        text = spread.lower(q, k, v).compile().as_text()
+    tiles = {int(n) for n in re.findall(r"f32\[(\d+),7,\d+,8\]\S* all-gather", text)}
+    assert 4 not in tiles, "all tiles on each device"
 
 
 def transposed_product(x, y):
