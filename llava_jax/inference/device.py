@@ -144,20 +144,26 @@ class Device:
     def reserve(self, rows: int, size: int) -> None:
         """Makes the state anew, with `size` slots a row."""
         self.state = None  # its memory must be free before the new one is made
-        self.state = self._committed(self._new_state(rows, size))
+        self.state = self._new_state(rows, size)
+        if self._mesh is None:
+            self.state = jax.device_put(self.state, self._home)
         self.rows, self.size = rows, size
 
-    def _committed(self, arrays):
-        """Arrays as calls return them; after a warm-up with others calls would compile again."""
+    @property
+    def _home(self) -> jax.sharding.Sharding | None:
+        """Where arrays lie whole that no call has returned yet; None: JAX may choose.
+
+        Calls with parameters that were put on a device return arrays that stay there. What is
+        compiled for arrays that JAX may move is compiled again for those.
+        """
+        if self._mesh:
+            return replicated(self._mesh)
         leaves = jax.tree.leaves(self.params)
         places = {leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)}
-        if self._mesh or len(places) != 1 or len((place := places.pop()).device_set) != 1:
-            return arrays
-        return jax.device_put(arrays, place)
+        return places.pop() if len(places) == 1 else None
 
     def _empty_store(self) -> jax.Array:
-        device = self._mesh and replicated(self._mesh)
-        return self._committed(jnp.zeros(self._store_shape, self._model.dtype, device=device))
+        return jnp.zeros(self._store_shape, self._model.dtype, device=self._home)
 
     def lower_encode(self, count: int) -> jax.stages.Lowered:
         """What `encode` runs for `count` tiles at once."""
