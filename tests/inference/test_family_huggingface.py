@@ -19,7 +19,7 @@ from tests.weights.family_models import (
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TOKENS = 40  # of several calls of `decode`, over more than one window
+TOKENS = 64  # of several calls of `decode`, over more than one window
 picture = lambda seed, *size: random_image(seed, size)
 # Left padded: rows differ in length a lot.
 ROWS = {

@@ -128,10 +128,10 @@ def test_greedy_tokens(pair):
     theirs, processor, ours = pair
     inputs = batch(processor)
     with torch.no_grad():
-        expected = theirs.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+        expected = theirs.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=None)
     pictures = iter(random_image(i, (40 + i, 31)) for i in range(3))
     requests = [
-        as_request(ours, ids[mask == 1].numpy(), pictures, 40)
+        as_request(ours, ids[mask == 1].numpy(), pictures, 64)
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
     for answer, tokens in zip(ours.answers(requests, 4), expected, strict=True):
