@@ -151,7 +151,7 @@ class Device:
 
     @property
     def _home(self) -> jax.sharding.Sharding | None:
-        """Where arrays lie whole that no call has returned yet; None: JAX may choose.
+        """Where new arrays lie whole, which calls will return; None if JAX may choose.
 
         Calls with parameters that were put on a device return arrays that stay there. What is
         compiled for arrays that JAX may move is compiled again for those.
