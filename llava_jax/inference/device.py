@@ -151,7 +151,7 @@ class Device:
 
     @property
     def _home(self) -> jax.sharding.Sharding | None:
-        """Where new arrays lie whole, which calls will return; None if JAX may choose.
+        """The place of new arrays, as of those that calls return; None if JAX may choose it.
 
         Calls with parameters that were put on a device return arrays that stay there. What is
         compiled for arrays that JAX may move is compiled again for those.
