@@ -150,9 +150,12 @@ def ask(url, question: Callable):
                 f"{url} needs packages that are not installed: pip install "
                 f"'llava_jax[buckets]' ({error})"
             ) from None
-        except FileNotFoundError:
-            raise
         except Exception as error:  # each store has its own kinds
+            if isinstance(error, FileNotFoundError):
+                if not _is_refusal(error.__cause__):
+                    raise
+                # The hub hides what is private, and what is missing from those without an account.
+                error = error.__cause__
             reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[:300]
             if _is_refusal(error):
                 raise Unreachable(
@@ -176,11 +179,13 @@ def _file_system(scheme: str, process: int, thread: int | None):
     # does not need, before every request.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises
-    # What was found a while ago may have changed.
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    # What was found a while ago may have changed. The hub's remembers it all the same, and would
+    # hand it on to its next instance.
+    is_hub = scheme == "hf"
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=is_hub)
 
 
-def _is_refusal(error: Exception) -> bool:
+def _is_refusal(error: BaseException | None) -> bool:
     """Whether a store refuses, rather than fails."""
     response = getattr(error, "response", None)  # of botocore it is a dict
     codes = [getattr(error, name, None) for name in ("code", "status")]
@@ -193,14 +198,22 @@ def _is_refusal(error: Exception) -> bool:
     )
 
 
-def find(url) -> Object | None:
+def find(url, anew: bool = False) -> Object | None:
     """The object at a URL, asked for alone; None if there is none.
+
+    anew: whatever a file system remembers of this run; that of the hub remembers folders.
 
     Raises:
       LlavaError: it is a folder, or as `ask`.
     """
+
+    def question(files, path):
+        if anew:
+            files.invalidate_cache()
+        return files.info(path)
+
     try:
-        found = ask(url, lambda files, path: files.info(path))
+        found = ask(url, question)
     except FileNotFoundError:
         return None
     if found["type"] == "directory":
@@ -282,6 +295,7 @@ class _Listings:
     def forget(self) -> None:
         with self._lock:
             self._found.clear()
+        _file_system.cache_clear()
 
 
 LISTINGS = _Listings()

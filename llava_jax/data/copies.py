@@ -142,7 +142,7 @@ def _copy(item: Object, bar: tqdm) -> None:
             # Not every web server gives parts.
             file.write(read(item.url, size, None if size == item.size else start))
             bar.update(size)
-        if find(item.url) != item:
+        if find(item.url, anew=True) != item:
             raise LlavaError(f"{item.url} was changed while it was copied: start again")
         file.flush()
         os.utime(file.fileno(), (_time_of(item.tag),) * 2)
