@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from llava_jax.data.chunks import spans
+from llava_jax.data import chunks
 from llava_jax.data.stored import File
 from llava_jax.errors import LlavaError, brief
 from llava_jax.files import whole_file
@@ -98,33 +98,64 @@ def _read(kept: Path, state: list) -> Index | None:
 
 
 def _made(file: File, path: str, reads_more) -> Index:
-    digest, starts, more = hashlib.sha256(), array("q"), False
+    starts, more = array("q"), False
     try:
         with open(file.path, "rb") as opened:
+            hashed = _Hashed(opened)
             values = _lines if file.path.suffix == ".jsonl" else _elements
-            for start, value in values(opened, digest):
+            for start, value in values(hashed):
+                if len(starts) % chunks.SIZE == 0:
+                    hashed.cut(start)
                 starts.append(start)
                 more = more or value is not None and reads_more(value)
+            if (len(starts) - 1) % chunks.SIZE:
+                hashed.cut(starts[-1])
     except OSError as error:
         raise LlavaError(f"cannot read the data file {path}: {error.strerror}") from None
     except ValueError:
         raise _fault(file.path, path) from None
-    starts = np.array(starts, np.int64)
-    chunks = []
-    for first, end in spans(len(starts) - 1):
-        data = file.read(int(starts[first]), int(starts[end] - starts[first]))
-        chunks.append(hashlib.sha256(data.rstrip(b", \t\r\n")).hexdigest())
-    return Index(starts, digest.hexdigest(), chunks, more)
+    # What is before the first record belongs to no chunk.
+    return Index(np.array(starts, np.int64), hashed.whole.hexdigest(), hashed.parts[1:], more)
 
 
-def _lines(file: BinaryIO, digest) -> Iterator[tuple[int, object]]:
+class _Hashed:
+    """A file that is hashed as it is read, as a whole and in parts whose ends show later.
+
+    Attributes:
+      whole: SHA-256 of what was read. parts: hashes of what is between cuts, in hex.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._waiting, self._at = file, bytearray(), 0
+        self.whole, self.parts = hashlib.sha256(), []
+
+    def read(self, size: int) -> bytes:
+        return self._taken(self._file.read(size))
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self._taken, self._file)
+
+    def _taken(self, data: bytes) -> bytes:
+        self.whole.update(data)
+        self._waiting += data
+        return data
+
+    def cut(self, at: int) -> None:
+        """Ends a part at this byte of the file; what separates it from the next is left out."""
+        size = at - self._at
+        data = self._waiting[:size].rstrip(b", \t\r\n")
+        self.parts.append(hashlib.sha256(data).hexdigest())
+        del self._waiting[:size]
+        self._at = at
+
+
+def _lines(file: _Hashed) -> Iterator[tuple[int, object]]:
     """(first byte, value) of each line that is not blank, at last the end of the file and None.
 
     Not by `splitlines`: U+2028 and its like may stand inside a JSON string.
     """
     at = 0
     for line in file:
-        digest.update(line)
         mark = len(codecs.BOM_UTF8) if not at and line.startswith(codecs.BOM_UTF8) else 0
         text = line[mark:].decode()
         if text.strip():
@@ -134,9 +165,9 @@ def _lines(file: BinaryIO, digest) -> Iterator[tuple[int, object]]:
     yield at, None
 
 
-def _elements(file: BinaryIO, digest) -> Iterator[tuple[int, object]]:
+def _elements(file: _Hashed) -> Iterator[tuple[int, object]]:
     """(first byte, value) of each element of a JSON list, at last the end of the list and None."""
-    text = _Text(file, digest)
+    text = _Text(file)
     if text.next() != "[":
         raise ValueError("no list")
     text.forward(text.at + 1)
@@ -164,8 +195,8 @@ class _Text:
       at: the place, in the text that is in memory. byte: the same, in the file.
     """
 
-    def __init__(self, file: BinaryIO, digest):
-        self._file, self._digest, self._ended = file, digest, False
+    def __init__(self, file: _Hashed):
+        self._file, self._ended = file, False
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._text, self.at, self.byte = "", 0, 0
         while not self._text and not self._ended:
@@ -175,7 +206,6 @@ class _Text:
 
     def _more(self) -> None:
         block = self._file.read(max(_BLOCK, len(self._text) - self.at))
-        self._digest.update(block)
         self._text = self._text[self.at :] + self._decode(block, final=not block)
         self.at, self._ended = 0, not block
 

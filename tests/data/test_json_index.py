@@ -1,13 +1,15 @@
 """Records that stay in their JSON or JSONL file are those that a parser of the whole file finds."""
 
+import hashlib
 import json
 import pickle
 import random
 
 import pytest
 
-from llava_jax.data import json_index
+from llava_jax.data import chunks, json_index
 from llava_jax.data.records import open_records
+from llava_jax.data.stored import File
 from llava_jax.errors import LlavaError
 from tests.data.conftest import record
 
@@ -59,6 +61,24 @@ def test_the_values_of_a_file_are_found(tmp_path, monkeypatch, suffix, block):
         found = [records.item(i) for i in range(len(records))]
         assert found == items, text
         assert [pickle.loads(pickle.dumps(records)).item(i) for i in range(len(items))] == items
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 9])
+def test_one_reading_gives_the_hashes_of_the_file_and_of_its_chunks(
+    tmp_path, monkeypatch, suffix, count
+):
+    """A chunk's is that of its bytes, without what separates it from the next."""
+    monkeypatch.setattr(chunks, "SIZE", 4)
+    path = tmp_path / f"d.{suffix}"
+    texts = [json.dumps(record(i)).encode() for i in range(count)]
+    ends = (b" [ ", b" ,\n", b"\n]\n") if suffix == "json" else (b"", b"\r\n", b"\n")
+    path.write_bytes(ends[0] + ends[1].join(texts) + ends[2])
+    monkeypatch.setattr(File, "read", lambda *arguments: pytest.fail("read again"))
+    index = json_index.index_of(File.of(path), "d", lambda item: False, None)
+    sha = lambda data: hashlib.sha256(data).hexdigest()
+    assert index.content == sha(path.read_bytes())
+    assert index.chunks == [sha(ends[1].join(texts[i : i + 4])) for i in range(0, count, 4)]
 
 
 BROKEN = [
