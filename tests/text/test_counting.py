@@ -1,10 +1,11 @@
 """Tokens counted by words are those of the whole text, in every kind of tokenizer."""
 
+import json
 import pickle
 import random
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from llava_jax.text import counting
 from llava_jax.text.counting import TokenCounter
@@ -13,7 +14,7 @@ from llava_jax.text.tokenization import fast_core
 PIECES = [
     " ", "  ", "\n", "\n\n", " \n", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "\0", "'s", "'S", "'",
     "a", "the", "Cat", "é", "e\u0301", "\u0301", "你好", "12", "3456", "½", ".", "?!", "(", "[0.2,",
-    "-", "_", "🙂", "</s>", "<|im_start|>", "<unk>", "USER:", "ASSISTANT:", "\r\n",
+    "-", "_", "▁", "🙂", "</s>", "<|im_start|>", "<unk>", "USER:", "ASSISTANT:", "\r\n",
 ]  # fmt: skip
 GPT_2, LLAMA_3, QWEN_2 = None, r"\p{N}{1,3}", r"\p{N}"
 
@@ -58,10 +59,62 @@ def texts(seed: int, count: int) -> list[str]:
 def test_words_are_counted_as_in_the_whole_text(kind):
     core = KINDS[kind]()
     counter = pickle.loads(pickle.dumps(TokenCounter(core)))
-    assert counter._by_word
+    assert counter._words is not None
     for seed in range(4):
         some = texts(seed, 500)
         assert counter(some) == [len(core.encode(text)) for text in some]
+
+
+SPACES = normalizers.Replace(" ", "▁")
+# How the tokenizer of Llama 2 puts spaces, in the forms that it has had.
+PUT = {
+    "legacy": (normalizers.Sequence([normalizers.Prepend("▁"), SPACES]), None),
+    "first": (None, pre_tokenizers.Metaspace("▁", "first", split=False)),
+    "always": (None, pre_tokenizers.Metaspace("▁", "always", split=False)),
+    "split": (None, pre_tokenizers.Metaspace("▁", "always", split=True)),
+}
+
+
+def like_llama_2(tokenizers, put, **token) -> Tokenizer:
+    state = json.loads(tokenizers["llama2"].backend_tokenizer.to_str())
+    core = Tokenizer.from_str(json.dumps(state | {"normalizer": None, "added_tokens": []}))
+    normalizer, first = PUT[put]
+    if normalizer:
+        core.normalizer = normalizer
+    if first:
+        core.pre_tokenizer = first
+    core.add_special_tokens([AddedToken(one, **token) for one in ("<s>", "</s>", "<unk>", "@")])
+    return core
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("put", PUT)
+def test_so_are_those_of_llama_2(tokenizers, put, normalized):
+    """Spaces side by side, at the ends of a text and at added tokens are none between words."""
+    core = like_llama_2(tokenizers, put, normalized=normalized)
+    counter = pickle.loads(pickle.dumps(TokenCounter(core)))
+    assert counter._words is not None
+    assert counter._words("USER: What is</s>USER: A") == ["USER:", "What", "is</s>USER:", "A"]
+    for seed in range(4):
+        some = texts(seed, 500)
+        assert counter(some) == [len(core.encode(text, add_special_tokens=False)) for text in some]
+
+
+def test_a_vocabulary_with_tokens_across_words_is_asked_for_the_whole_text(tokenizers):
+    state = json.loads(like_llama_2(tokenizers, "legacy", normalized=False).to_str())
+    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+    vocab["e▁"] = len(vocab)
+    merges.insert(0, ["e", "▁"])
+    core = Tokenizer.from_str(json.dumps(state))
+    count = lambda text: len(core.encode(text, add_special_tokens=False))
+    assert count("e e") != 2 * count("e")
+    assert TokenCounter(core)(["e e"]) == [count("e e")]
+
+
+def test_many_added_tokens_are_not_looked_for_in_every_text(tokenizers):
+    core = like_llama_2(tokenizers, "legacy", normalized=False)
+    core.add_special_tokens([f"<{number}>" for number in range(20)])
+    assert TokenCounter(core)._words is None
 
 
 def test_tokens_that_a_tokenizer_adds_are_not_counted(tokenizers):
@@ -86,6 +139,6 @@ def test_other_tokenizers_are_asked_for_the_whole_text():
         core = byte_level(GPT_2)
         change(core)
         counter, some = TokenCounter(core), texts(3, 100)
-        whole[name] = not counter._by_word
+        whole[name] = counter._words is None
         assert counter(some) == [len(core.encode(text)) for text in some]
     assert all(whole.values()), whole
