@@ -125,7 +125,7 @@ def _begins_with_spaces(core: Tokenizer) -> bool:
 
 
 def _cutter_at_spaces(added: list[str]) -> Callable[[str], list[str]]:
-    """Cuts at single spaces between words, the spaces left out, and not beside added tokens.
+    """Cuts at single spaces between words, and leaves them out; not next to an added token.
 
     There the tokenizer may begin a text of its own.
     """
