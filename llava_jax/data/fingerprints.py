@@ -24,6 +24,7 @@ from llava_jax.errors import LlavaError, RecordError
 SIDE = 16
 _AT_ONCE = 1024  # records in the queue of the threads that decode
 PIXELS = SIDE * SIDE * 3  # values of a thumbnail
+_SOUND = None, None  # of a picture without error and number
 _GREY = 32  # side of the picture that the perceptual hash is of
 # The eight lowest frequencies of a cosine transform, [8, _GREY].
 _COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(_GREY) + 1) / (2 * _GREY))
@@ -144,7 +145,8 @@ class Decoder:
     def __init__(self, records, max_pixels: int, look=None, collects: bool = True):
         self.collector, self._collects = Collector(), collects
         self._records, self._max_pixels, self._look = records, max_pixels, look
-        self._known: dict[str | StoredObject, tuple[ImageError | None, int | None]] = {}
+        # By the digest of where a picture is: there may be as many as records.
+        self._known: dict[int, tuple[ImageError | None, int | None]] = {}
         self._lock = threading.Lock()
         self._in_records = 0  # pictures that are no files
 
@@ -159,7 +161,9 @@ class Decoder:
             path = source.source if isinstance(source, Video) else source
             # A mixture may hold a record several times, with the pictures inside it.
             inside = f"{record.origin}, picture {place}" if record.origin else None
-            key = path if isinstance(path, str | StoredObject) else inside
+            path = path.url if isinstance(path, StoredObject) else path
+            where = path if isinstance(path, str) else inside
+            key = None if where is None else digest(where.encode(errors="surrogatepass"))
             if key is not None and key in self._known:
                 error, number = self._known[key]
             else:
@@ -175,7 +179,7 @@ class Decoder:
         """Pictures and videos that were decoded."""
         return len(self._known) + self._in_records
 
-    def _decode(self, source, key, name: str) -> tuple[ImageError | None, int | None]:
+    def _decode(self, source, key: int | None, name: str) -> tuple[ImageError | None, int | None]:
         error = number = None
         try:
             if not isinstance(source, Video):
@@ -185,14 +189,15 @@ class Decoder:
                     number = self.collector.add(data or image.tobytes(), image)
             elif self._look is not None:
                 self._look(source, name)
-        except ImageError as found:
-            error = found
+        except ImageError as raised:
+            error = raised
+        found = _SOUND if error is None and number is None else (error, number)
         with self._lock:
             if key is not None:
                 # Two threads may have decoded it: the first one's number is used.
-                return self._known.setdefault(key, (error, number))
+                return self._known.setdefault(key, found)
             self._in_records += 1
-        return error, number
+        return found
 
 
 def _bytes(source, name: str) -> bytes | None:

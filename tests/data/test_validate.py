@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from PIL import Image
 
 from llava_jax.data import validate
 from llava_jax.data.build import build_data_set
+from llava_jax.data.fingerprints import Decoder
+from llava_jax.data.media import MAX_PIXELS
 from llava_jax.data.pipeline import TrainingData
 from llava_jax.data.records import open_records
 from llava_jax.data.rows import RowFormat
@@ -171,3 +174,23 @@ def test_a_record_too_long_or_with_too_many_images_is_noted(tmp_path, tokenizers
         "left out when training: more images than images_per_row=2": 1,
     }
     assert len(report.lengths) == 4 and max(report.lengths) > 96
+
+
+def test_little_is_kept_of_a_picture_that_was_decoded(tmp_path):
+    """Two thousand names of one file, about as long as COCO's."""
+    names = [f"{number:0100}.png" for number in range(2000)]
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    for name in names:
+        (tmp_path / name).symlink_to("picture.png")
+    items = [record(str(number), image=name) for number, name in enumerate(names)]
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    decoder = Decoder(open_records(tmp_path / "data.json"), MAX_PIXELS, collects=False)
+    decoded = [decoder(0).error]  # which imports what it takes to decode
+    tracemalloc.start()
+    try:
+        decoded += [decoder(number).error for number in range(1, len(items))]
+        used = tracemalloc.get_traced_memory()[0] / len(items)
+    finally:
+        tracemalloc.stop()
+    assert not any(decoded) and decoder.total == len(items)
+    assert used < 150  # bytes: fewer than its path has
