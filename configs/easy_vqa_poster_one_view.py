@@ -13,7 +13,7 @@ def get_config():
     config.data.train = f"{ROOT}/poster/train.json"
     config.data.validation = ""
     config.data.image_root = f"{ROOT}/poster/images"
-    config.data.max_length = 112
+    config.data.max_length = 184  # 16 tokens of a poster, and eight questions
     config.data.turns = "independent"  # as they are asked in the test: no answer helps another
     config.batch_size = 4
     config.steps = 200

@@ -35,7 +35,7 @@ from llava_jax.quickstart.folders import is_written, written_folder
 from llava_jax.quickstart.packages import package_folder
 
 SIDE = 64  # pixels of an easy-VQA picture
-POSTER = 3 * SIDE  # one view of 56 pixels leaves 19 of each picture, three tiles a side all 56
+POSTER = 3 * SIDE  # one view of 56 pixels leaves 19 of each picture, two tiles a side 37
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 FRAMES = 5
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -119,16 +119,20 @@ def read_shapes(split: str) -> list[Shape]:
 
 
 def _poster(rng: random.Random, shapes: list[Shape], name: str) -> Example:
-    """Four pictures in the corners of a light square, and the question for each shape."""
+    """Four pictures in the corners of a light square, and the question for each shape.
+
+    Training also asks for the colour in each corner, from which it learns the corners.
+    """
     level = rng.randrange(225, 250)
     poster = Image.new("RGB", (POSTER, POSTER), (level,) * 3)
-    questions = []
+    questions, colors = [], []
     for i, corner in enumerate(CORNERS):
         one = rng.choice(shapes)
         poster.paste(one.picture, ((i % 2) * (POSTER - SIDE), (i // 2) * (POSTER - SIDE)))
         questions.append((f"what shape is in the {corner} corner?", one.shape))
+        colors.append((f"what color is the shape in the {corner} corner?", one.color))
     rng.shuffle(questions)
-    return Example([(f"{name}.png", poster)], questions)
+    return Example([(f"{name}.png", poster)], questions + colors)
 
 
 def _several(rng: random.Random, shapes: list[Shape], name: str) -> Example:

@@ -77,6 +77,17 @@ def test_an_ablation_is_asked_the_same_and_shown_something_else(folder, name, ab
     assert blind.keys() == {split for split in found if split.startswith("test")}
 
 
+def test_posters_are_learnt_by_color_and_shape_and_tested_by_shape(folder):
+    turns = [line["conversations"] for line in lines(folder / "poster" / "train.json")]
+    assert all(
+        sum(word in turn["value"] for turn in record) == len(composed.CORNERS)
+        for record in turns
+        for word in ("what color", "what shape")
+    )
+    tests = lines(folder / "poster" / "test.json")
+    assert all(line["question"].startswith("what shape is in the ") for line in tests)
+
+
 def test_the_picture_that_is_named_has_the_color_and_not_after_the_shuffle(folder):
     rgb = {"red": (255, 0, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "yellow": (255, 255, 0)}
     seen = 0
