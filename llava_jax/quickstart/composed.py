@@ -35,7 +35,7 @@ from llava_jax.quickstart.folders import is_written, written_folder
 from llava_jax.quickstart.packages import package_folder
 
 SIDE = 64  # pixels of an easy-VQA picture
-POSTER = 3 * SIDE  # one view of 56 pixels leaves 19 of each picture, two tiles a side 37
+POSTER = 9 * SIDE // 2  # one view of 56 pixels leaves 12 of each picture, three tiles a side 37
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 FRAMES = 5
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
