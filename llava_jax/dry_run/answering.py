@@ -29,7 +29,9 @@ from llava_jax.inference.prefill import (
     cache_bucket,
     count_bucket,
     pack_prompts,
+    pool_pages,
 )
+from llava_jax.models.cache import PAGE
 from llava_jax.models.llava import LlavaConfig, abstract_params
 from llava_jax.models.precision import compute_precision
 from llava_jax.models.presets import PRESETS
@@ -41,7 +43,7 @@ from llava_jax.parallel.sharding import (
     replicated,
     shards_of_inputs,
 )
-from llava_jax.serving.serve import check_arguments, context_length
+from llava_jax.serving.serve import check_arguments, check_cache, context_length
 from llava_jax.weights.hub import local_folder
 from llava_jax.weights.load import picture_options, source_config
 
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     rows = count_bucket(share)
     few = not args.all_shapes
     calls = all_calls(share, slots, few, args.contrast, args.explain)
+    check_cache(args, context_length(args.max_model_len, config))
+    pages = pool_pages([], rows, slots, args.cache_tokens)
     figures = {
         "topology": where.name,
         "tensor": args.tensor,
@@ -81,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
         "cache_dtype": device.kv_dtype.name,
         "rows": rows,
         "slots": slots,
+        "cache_tokens": pages * PAGE,
         "warm_up": len(calls),
-        **costs(device, where, mesh, rows, slots, [s for f, s in calls if f == "prefill"]),
+        **costs(device, where, mesh, rows, slots, pages, [s for f, s in calls if f == "prefill"]),
     }
     if where.chip:
         figures["decoding"] = decoding_speed(config, params, where, figures, args.lookup)
@@ -123,23 +128,32 @@ def abstract_weights(config: LlavaConfig, mesh: Mesh, dtype: str, quantize: str 
 
 
 def costs(
-    device: Device, where: Topology, mesh: Mesh, rows: int, slots: int, shapes: list[PrefillShape]
+    device: Device,
+    where: Topology,
+    mesh: Mesh,
+    rows: int,
+    slots: int,
+    pages: int,
+    shapes: list[PrefillShape],
 ) -> dict[str, object]:
-    """Bytes of a device by kind, and of each program; rows and slots for which there is room.
+    """Bytes of a device by kind, and of each program; tokens for which the cache has room.
 
     Args:
-      rows, slots: of the cache.
+      rows, slots: of the batch, and the most tokens of each.
+      pages: of the cache.
       shapes: of all prefills.
     """
     config, everywhere = device.config, replicated(mesh)
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-    state, store = device.abstract_state(rows, slots), device.abstract_store(everywhere)
+    state = device.abstract_state(rows, pages, slots)
+    store = device.abstract_store(everywhere)
     side = config.image.size
     tiles = put((TILES[-1], side, side, 3), jnp.uint8), put((TILES[-1],), jnp.int32)
     running, fewest = put((rows,), bool), put((), jnp.int32)
+    tables = put((rows, slots // PAGE), jnp.int32)
     lowered = {
         f"encode {TILES[-1]} tiles": device.lower("encode", store, *tiles),
-        f"a token of {rows} rows": device.lower("decode", state, running, fewest, window=slots),
+        f"a token of {rows} rows": device.lower("decode", state, running, fewest, tables),
     }
     for shape in largest_prefills(shapes):
         prompts = pack_prompts([], shape, rows, config.image.taps)
@@ -163,17 +177,21 @@ def costs(
     figures = {"bytes": sizes, "programs": programs}
     if where.usable is None:
         return figures | {"fits": True}
-    spare = (where.usable - held - temporary) / (sizes["cache"] / (rows * slots))
-    figures["room"] = {"rows": _power(spare / slots), "slots": _power(spare / rows)}
+    spare = (where.usable - held - temporary) / (sizes["cache"] / (pages * PAGE))
+    figures["room"] = {
+        "rows": _power(spare / slots),
+        "slots": _power(spare / rows),
+        "cache_tokens": max(int(spare) // PAGE * PAGE, 0),
+    }
     return figures | {"fits": sizes["needed"] <= where.usable}
 
 
 def largest_prefills(shapes: list[PrefillShape]) -> list[PrefillShape]:
     """The shapes that no other reaches in all that memory grows with.
 
-    That is tokens, copies of cache slots (a window for each chunk) and attention scores. More
-    tokens in fewer chunks can need less: 32 rows of 2,048 slots read 4,096 tokens in 85 chunks of
-    64, which gather 85 windows, and 2,048 in 170 of 16, which gather 170.
+    That is tokens, cache slots that are looked at (a window for each chunk) and attention scores.
+    More tokens in fewer chunks can need less: 32 rows of 2,048 slots read 4,096 tokens in 85 chunks
+    of 64, which look at 85 windows, and 2,048 in 170 of 16, which look at 170.
     """
 
     def sizes(shape: PrefillShape) -> tuple[int, int, int]:
@@ -228,7 +246,7 @@ def decoding_speed(
     weights = bytes_on_a_device(decoder)
     weighed = [leaf for path, leaf in flatten_dict(decoder).items() if path[-1] not in PARTS]
     count = sum(leaf.size for leaf in weighed) / figures["tensor"]
-    row = figures["bytes"]["cache"] / figures["rows"]
+    row = figures["bytes"]["cache"] / figures["cache_tokens"] * figures["slots"]
     least = lambda rows: weights + rows * row
     passes = lambda rows, tokens: (
         1 / max(least(rows) / where.chip.hbm_bandwidth, 2 * count * rows * tokens / where.chip.peak)
@@ -248,8 +266,8 @@ def print_figures(figures: dict) -> None:
     sizes, rows, slots = figures["bytes"], figures["rows"], figures["slots"]
     print(
         f"{figures['topology']}, {figures['tensor']} devices a copy; {figures['dtype']}, cache "
-        f"{figures['cache_dtype']}; {rows} rows of {slots:,} tokens; {figures['warm_up']} programs "
-        "a copy to compile at the start"
+        f"{figures['cache_dtype']} of {figures['cache_tokens']:,} tokens; {rows} rows of at most "
+        f"{slots:,}; {figures['warm_up']} programs a copy to compile at the start"
     )
     kinds = ("weights", "cache", "features")
     print("GiB a device: " + ", ".join(f"{kind} {gib(sizes[kind])}" for kind in kinds))
@@ -264,7 +282,8 @@ def print_figures(figures: dict) -> None:
     if "room" in figures:
         most = figures["room"]
         print(
-            f"room for {most['rows']} rows of {slots:,} tokens, or {rows} rows of {most['slots']:,}"
+            f"room for {most['rows']} rows of {slots:,} tokens, or {rows} rows of "
+            f"{most['slots']:,}: --cache_tokens {most['cache_tokens']} at most"
         )
     for batch, speed in figures.get("decoding", {}).items():
         guessing = ""

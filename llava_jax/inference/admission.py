@@ -1,19 +1,20 @@
-"""Where jobs go: the row of the cache that each is read into, and the slots of their tiles.
+"""Where jobs go: the row of each, its pages of the cache, and the slots of its tiles.
 
 S side of a tile, P features of a tile, T tokens of a prompt.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from llava_jax.inference.jobs import Job, Tiles, picture_places
+from llava_jax.inference.jobs import Job, Tiles, pages_of, picture_places
+from llava_jax.inference.paging import Pages
+from llava_jax.models.cache import PAGE
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.models.taps import TEXT
 
-NOTHING = np.iinfo(np.int64).min  # in no prompt's contents
 KNOWN_PICTURES = 4096  # that have a number; prompts share no picture that was forgotten since
 MOST_TOKENS = 1 << 32  # of a picture: far more than any has
 
@@ -64,163 +65,128 @@ class PictureNumbers:
         return self._numbers[digest]
 
 
-class RowSlots:
-    """The contents of the cache's rows, and which row was used least recently.
-
-    A prompt is known by its `contents`, int64[T]: the ids of its text tokens, and numbers below
-    zero, one for each token of each picture. If two prompts begin with equal contents, they have
-    equal keys and values there.
-    """
-
-    def __init__(self, count: int, size: int):
-        self.count = count
-        self._contents = np.full((count, size), NOTHING, np.int64)
-        self._used = [0] * count
-        self._clock = 0
-
-    def donor(self, contents: np.ndarray, planned: dict[int, np.ndarray]) -> tuple[int, int]:
-        """The row sharing the longest prefix with the prompt, and the length of the prefix.
-
-        The last token is excluded: its hidden state is needed to choose the answer's first token.
-
-        Args:
-          planned: by row, contents that will replace those it holds.
-        """
-        wanted = contents[:-1]
-        shared = common_prefixes(self._contents[:, : len(wanted)], wanted)
-        for row, other in planned.items():
-            shared[row] = common_prefixes(other[None, : len(wanted)], wanted)[0]
-        row = int(np.argmax(shared))
-        self.touch(row)
-        return row, int(shared[row])
-
-    def put(self, row: int, contents: np.ndarray) -> None:
-        self._contents[row] = NOTHING
-        self._contents[row, : len(contents)] = contents
-        self.touch(row)
-
-    def touch(self, row: int) -> None:
-        """Makes a row the most recently used."""
-        self._clock += 1
-        self._used[row] = self._clock
-
-    def oldest(self, rows: Collection[int]) -> int:
-        """The least recently used of `rows`."""
-        return min(rows, key=self._used.__getitem__)
-
-
-def common_prefixes(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int[n]: the length of the common prefix of each of rows [n, at most T] with [T]."""
-    different = rows != wanted[: rows.shape[1]]
-    if not different.shape[1]:
-        return np.zeros(len(rows), int)
-    return np.where(different.any(axis=1), different.argmax(axis=1), different.shape[1])
-
-
 @dataclass
 class _Plan:
     """A wave while it is put together.
 
     Attributes:
-      free: rows that may be given away.
-      placed: what is read into rows, by row.
-      needed: rows whose present contents are to be copied from.
+      rows: that are free.
       pinned: slots of tiles that the wave needs.
       tiles: those to be encoded, by slot.
     """
 
-    free: set[int]
-    placed: dict[int, Job] = field(default_factory=dict)
-    needed: set[int] = field(default_factory=set)
+    rows: list[int]
     pinned: set[int] = field(default_factory=set)
     tiles: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 class Admission:
-    """Gives jobs their rows of the cache and their slots of the feature store.
+    """Gives jobs their rows, their pages of the cache and their slots of the feature store.
 
     Args:
       config: of the model.
       tile_slots: slots of the store.
+
+    Attributes:
+      pages: of the cache.
     """
 
     def __init__(self, config: LlavaConfig, tile_slots: int):
         self._config = config
         self._tiles = TileSlots(tile_slots)
-        self._rows = RowSlots(0, 0)
         self._pictures = PictureNumbers()
+        self.pages = Pages(0)
 
-    @property
-    def rows(self) -> int:
-        """Rows of the cache."""
-        return self._rows.count
+    def resize(self, pages: int) -> None:
+        """The cache is a new one, of so many pages that hold nothing."""
+        self.pages = Pages(pages)
 
-    def resize(self, rows: int, size: int) -> None:
-        """The cache is a new one, of `rows` with `size` slots each; its rows hold nothing."""
-        self._rows = RowSlots(rows, size)
-
-    def filled(self, job: Job) -> None:
-        """The job's prompt is in its row now."""
-        self._rows.put(job.row, job.contents)
+    def grow(self, job: Job, tokens: int) -> bool:
+        """Pages for so many tokens more than the job and its twin have; False if there are none."""
+        for reading in job.readings:
+            wanted = pages_of(min(reading.filled + tokens, reading.most)) - len(reading.pages)
+            more = self.pages.take(max(wanted, 0))
+            if more is None:
+                return False
+            reading.pages += more
+        return True
 
     def freed(self, job: Job) -> None:
-        """The job's row can be given away; until then it holds the prompt and its answer."""
-        # The last token was chosen, but never read.
-        answer = np.array(job.produced[:-1], np.int64)
-        self._rows.put(job.row, np.concatenate([job.contents, answer]))
+        """The pages of a job and its twin can be given away; until then they hold its tokens."""
+        for reading in job.readings:
+            # The last token was chosen, but never read.
+            answer = np.array(reading.produced[:-1], np.int64)
+            contents = np.concatenate([reading.contents[: reading.length], answer])
+            self.pages.know(contents, reading.pages)
+            self._drop(reading)
+
+    def put_back(self, job: Job) -> None:
+        """A job of a wave and its twin are not read: their pages hold nothing."""
+        for reading in job.readings:
+            self._unread(reading)
+
+    def _unread(self, reading: Job) -> None:
+        self.pages.forget(reading.pages[reading.shared // PAGE :])
+        self._drop(reading)
+
+    def _drop(self, reading: Job) -> None:
+        self.pages.drop(reading.pages)
+        reading.pages = []
 
     def wave(
-        self, jobs: Sequence[Job], free: Collection[int]
+        self, jobs: Sequence[Job], rows: Iterable[int], tokens: int
     ) -> tuple[list[Job], dict[int, np.ndarray]]:
-        """Gives a row of `free` to each of the first jobs, as many as can be read now.
+        """Gives a row of `rows` to each of the first jobs, as many as can be read now.
 
-        A job with a twin gets two, or none. A prompt may share its beginning with a row, or with a
-        prompt earlier in the wave; it must not be read before that one.
+        A job with a twin gets two, or none. A prompt may share pages with a prompt earlier in the
+        wave; it must not be read before that one.
+
+        Args:
+          tokens: that a call adds to a row; a job gets pages for those, too.
 
         Returns:
-          The jobs, and the tiles that are to be encoded first, by slot.
+          The jobs, and the tiles that are to be encoded first, by slot. Those of a job that found
+          no room in the end are among them: the next wave takes them as encoded.
         """
-        plan, wave = _Plan(set(free)), []
+        plan, wave = _Plan(sorted(rows)), []
         for job in jobs:
-            if not self._place(job, plan):
+            if not self._place(job, plan, tokens):
                 break
             wave.append(job)
         return wave, plan.tiles
 
-    def _place(self, job: Job, plan: _Plan) -> bool:
-        """Gives rows and slots to a job and its twin; False if they have no room in this wave."""
-        for waiting, reading in zip(range(len(job.readings))[::-1], job.readings, strict=True):
+    def _place(self, job: Job, plan: _Plan, tokens: int) -> bool:
+        """Gives rows, pages and slots to a job and its twin; False if there is no room for both."""
+        if len(job.readings) > len(plan.rows):
+            return False
+        for placed, reading in enumerate(job.readings):
             reading.contents = self._contents(reading)
-            planned = {row: other.contents for row, other in plan.placed.items()}
-            donor, shared = self._rows.donor(reading.contents, planned)
-            rows = plan.free - set(plan.placed) - plan.needed
-            if len(rows) <= waiting or not self._place_tiles(reading, shared, plan):
-                if reading is job.twin:
-                    del plan.placed[job.row]
+            shared = self.pages.find(reading.contents)
+            self.pages.use(shared)
+            more = pages_of(min(reading.filled + tokens, reading.most)) - len(shared)
+            reading.pages, reading.shared = shared, len(shared) * PAGE
+            new = self.pages.take(more)
+            if new is None or not self._place_tiles(reading, reading.shared, plan):
+                self.pages.drop(new or [])
+                self._drop(reading)
+                for other in job.readings[:placed]:
+                    self._unread(other)
                 return False
-            # A donor keeps its contents, unless the last rows are needed: these, and the twin's.
-            others = rows - {donor} if shared else rows
-            reading.row = self._rows.oldest(others) if len(others) > waiting else donor
-            # In its own row a prompt finds what it shares in place; otherwise it is copied there.
-            reading.shared = reading.read = shared
-            reading.sources = np.full(reading.length, reading.row, np.int32)
-            if shared:
-                plan.needed.add(donor)
-                held = donor in plan.placed
-                source = plan.placed[donor].sources if held else np.full(shared, donor)
-                reading.sources[:shared] = source[:shared]
-            plan.placed[reading.row] = reading
+            reading.pages, reading.read = shared + new, reading.shared
+            self.pages.know(reading.contents, reading.pages)
+        for reading in job.readings:
+            reading.row = plan.rows.pop(0)
         return True
 
     def place_alone(self, job: Job) -> dict[int, np.ndarray]:
         """Finds slots for the tiles of a job that takes no row -> those to be encoded, by slot."""
-        plan = _Plan(set())
+        plan = _Plan([])
         self._place_tiles(job, 0, plan)  # a single request has room: it was checked
         return plan.tiles
 
     def _contents(self, job: Job) -> np.ndarray:
-        """int64[T], the prompt as `RowSlots` compares it."""
-        contents = job.request.input_ids.astype(np.int64)
+        """int64[T], the prompt and the answer so far as `Pages` compares them."""
+        contents = job.ids.astype(np.int64)
         for picture, future, places in self._pictures_of(job):
             number = self._pictures[future.result().digest]
             contents[places] = -1 - (number * MOST_TOKENS + np.arange(len(picture.layout)))
@@ -234,15 +200,15 @@ class Admission:
     def _place_tiles(self, job: Job, shared: int, plan: _Plan) -> bool:
         """Finds a slot for each tile of a job; the tiles to be encoded go into the plan.
 
-        Pictures among the first `shared` tokens, which other rows hold, need none. False if the
+        Pictures among the first `shared` tokens, which pages hold, need none. False if the
         jobs of the wave before it need all slots.
         """
         per_tile, taps = self._config.tokens_per_tile, self._config.image.taps
-        shape = (job.length,) if taps == 1 else (job.length, taps)
+        shape = (job.filled,) if taps == 1 else (job.filled, taps)
         job.feature_ids = np.full(shape, TEXT, np.int32)
         job.feature_weights = None if taps == 1 else np.zeros(shape, np.float32)
-        if job.request.params.prompt_logprobs is not None:  # which are of every token
-            shared = 0
+        if job.request.params.prompt_logprobs is not None and not job.produced:
+            shared = 0  # these are of every token
         for picture, future, places in self._pictures_of(job):
             if not len(places) or places[-1] < shared:
                 continue

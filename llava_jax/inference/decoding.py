@@ -1,7 +1,7 @@
 """The device side of generation: encode, prefill and decode as pure functions.
 
-B rows of the state, C cache slots that are looked at, F slots of the feature store, P features of a
-tile, D model size, V vocabulary; of one prefill: Q tokens, R chunks; T length of a row.
+B rows of the state, C slots of a row that are looked at, F slots of the feature store, P features
+of a tile, D model size, V vocabulary; of one prefill: Q tokens, R chunks; T length of a row.
 """
 
 import flax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.inference.contrast import Contrast, choose
 from llava_jax.inference.sampling import Logprobs, Sampling
-from llava_jax.models.cache import Chunks, KVCache, empty_cache
+from llava_jax.models.cache import NO_PAGE, PAGE, Chunks, KVCache, empty_cache
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.llava import LlavaModel
 
@@ -19,9 +19,9 @@ TOKENS_PER_CALL = 8  # enough to hide the dispatch, few enough to stream and to 
 NO_TOKEN = -1
 TILE_SLOTS = 64  # of the feature store, if pictures are small: tiles that are kept
 
-# Mesh axes of the state: rows over fsdp, kv heads over tensor.
-_KEYS = (None, "fsdp", "tensor", None, None)  # [L, B, K, S, H]
-_SCALES = (None, None, "fsdp", "tensor", None)  # [2, L, B, K, S]
+# Mesh axes of the state: pages and rows over fsdp, kv heads over tensor.
+_KEYS = (None, "fsdp", "tensor", None, None)  # [L, pages, K, PAGE, H]
+_SCALES = (None, None, "fsdp", "tensor", None)  # [2, L, pages, K, PAGE]
 _ROWS = ("fsdp",)  # [B, ...]
 
 
@@ -30,13 +30,13 @@ class DecodeState:
     """The rows of a batch, from one call to the next; updated in place.
 
     Attributes:
-      cache: keys and values. A row that ended keeps them for prompts that begin alike.
+      cache: keys and values of all rows. The host knows which pages are a row's.
       lengths: int32[B], number of tokens that each row has in the cache.
       tokens: int32[B], the latest token of each row, not yet in the cache.
       budget: int32[B], number of tokens that each row may still produce; 0 in a finished row.
       seen: bool[B, V], tokens of the prompt and of the answer.
       sampling: the settings of each row.
-      history: int32[B, S], with prompt look-up: the token at each position of a row, the latest
+      history: int32[B, size], with prompt look-up: the token at each position of a row, the latest
         included, and ids below 0 at pictures'. What is behind the latest means nothing.
     """
 
@@ -50,17 +50,18 @@ class DecodeState:
 
     @classmethod
     def empty(
-        cls, model: LlavaModel, rows: int, size: int, kv_dtype, history: bool = False
+        cls, model: LlavaModel, rows: int, pages: int, kv_dtype, history: int = 0
     ) -> "DecodeState":
+        """Rows that hold nothing, a cache of so many pages, and of each row so long a history."""
         decoder = model.config.decoder
         return cls(
-            empty_cache(decoder, rows, size, kv_dtype, model.stacked),
+            empty_cache(decoder, pages, kv_dtype, model.stacked),
             jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32),
             jnp.zeros((rows, decoder.vocab_size), bool),
             jax.tree.map(jnp.asarray, Sampling.zeros(rows)),
-            jnp.full((rows, size), NO_TOKEN) if history else None,
+            jnp.full((rows, history), NO_TOKEN) if history else None,
         )
 
 
@@ -88,15 +89,16 @@ def shard_state(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 @flax.struct.dataclass
 class Prompts:
-    """Prompts to be read into rows of the state, without the beginnings that other rows hold.
+    """Prompts to be read into rows of the state, without the beginnings that pages hold already.
 
-    Arrays over R have the values of a prompt at its first chunk; at other chunks, the row in
-    `chunks.copies` is past the end and drops them. Example: `a#b`, where # is feature 3 of tile
-    slot 2 (P = 4), and `ac`, which copies its `a` from the first prompt; chunks of two tokens:
+    Arrays over R have the values of a prompt at its first chunk; at other chunks `rows` is past the
+    end and drops them. Example: `a#b`, where # is feature 3 of tile slot 2 (P = 4), for row 2 of
+    B = 4, and `ac` for row 0, whose `a` was read before; chunks of two tokens:
 
         input_ids    a -200 b c         Q = 4
         feature_ids  -1 11 -1 -1
-        last         2 0 3              R = 3: chunk 1 is the end of the first prompt
+        rows         2 4 0              R = 3: chunk 1 is the end of the first prompt
+        last         2 0 3
         lengths      3 0 2
         whole        [a . b] [. . .] [a c .]     C = 3; a dot is NO_TOKEN, or nothing
 
@@ -106,8 +108,8 @@ class Prompts:
         store; TEXT for text, NEWLINE for the learnt newline. Of models whose tokens mix features
         int32[Q, TAPS], see `taps.Taps`.
       feature_weights: float32[Q, TAPS] of the mixed features; None for other models.
-      chunks: where in the rows each token belongs. The first chunk of a prompt copies all of it
-        into its row.
+      chunks: where in the cache each token belongs.
+      rows: int32[R], row of the state that each prompt is answered in.
       last: int32[R], index of the prompt's last token among the Q.
       lengths: int32[R], tokens of the whole prompt.
       whole: int32[R, C], all tokens of the prompt, of which ids below 0 count as none.
@@ -120,6 +122,7 @@ class Prompts:
     feature_ids: jax.Array
     feature_weights: jax.Array | None
     chunks: Chunks
+    rows: jax.Array
     last: jax.Array
     lengths: jax.Array
     whole: jax.Array
@@ -161,7 +164,7 @@ def prefill(
     seen = _mark(jnp.zeros(logits.shape, bool), prompts.whole)
     settings = prompts.sampling, prompts.lengths, seen, prompts.contrast
     tokens, logprobs = choose(logits, *settings)
-    put = lambda old, new: old.at[prompts.chunks.copies].set(new, mode="drop")
+    put = lambda old, new: old.at[prompts.rows].set(new, mode="drop")
     state = DecodeState(
         cache,
         put(state.lengths, prompts.lengths),
@@ -181,7 +184,7 @@ def decode(
     state: DecodeState,
     running: jax.Array,
     fewest: jax.Array,
-    window: int,
+    tables: jax.Array,
     contrast: Contrast | None = None,
 ) -> tuple[jax.Array, Logprobs, DecodeState]:
     """Up to TOKENS_PER_CALL more tokens of every unfinished row.
@@ -189,7 +192,7 @@ def decode(
     Args:
       running: bool[B], rows that should go on.
       fewest: int32, ends early when fewer rows than this are left, so that others can start.
-      window: cache slots to look at; no running row may outgrow them in this call.
+      tables: int32[B, C / PAGE], the pages of each row, with room for what this call adds.
       contrast: which rows are pairs; None if none are.
 
     Returns:
@@ -206,7 +209,7 @@ def decode(
     def one_token(carry):
         step, state, tokens, logprobs = carry
         active = state.budget > 0
-        state, new = _decode_one(model, params, state, window, contrast)
+        state, new = _decode_one(model, params, state, tables, contrast)
         column = jnp.where(active, state.tokens, NO_TOKEN)
         logprobs = jax.tree.map(lambda all, one: all.at[:, step].set(one), logprobs, new)
         return step + 1, state, tokens.at[:, step].set(column), logprobs
@@ -223,15 +226,15 @@ def _history(model: LlavaModel, history: jax.Array | None, prompts: Prompts, tok
     config, ids = model.config, prompts.whole
     for picture in (config.image_token_id, config.video_token_id):
         ids = ids if picture is None else jnp.where(ids == picture, NO_TOKEN, ids)
-    rows = prompts.chunks.copies
+    rows = prompts.rows
     history = history.at[rows, : ids.shape[1]].set(ids, mode="drop")
     return history.at[rows, prompts.lengths].set(tokens, mode="drop")
 
 
-def _decode_one(model: LlavaModel, params: dict, state: DecodeState, window: int, contrast):
+def _decode_one(model: LlavaModel, params: dict, state: DecodeState, tables, contrast):
     """Reads each row's latest token and chooses the next; the cache of a finished row is kept."""
     active = state.budget > 0
-    logits, state = read_on(model, params, state, state.tokens[:, None], active[:, None], window)
+    logits, state = read_on(model, params, state, state.tokens[:, None], active[:, None], tables)
     return advance(state, logits[:, 0], active, contrast)
 
 
@@ -241,24 +244,24 @@ def read_on(
     state: DecodeState,
     tokens: jax.Array,
     wanted: jax.Array,
-    window: int,
+    tables: jax.Array,
 ) -> tuple[jax.Array, DecodeState]:
     """Reads T tokens into each row, behind those that it has.
 
     Args:
       tokens: int32[B, T].
       wanted: bool[B, T], those that are read; the cache keeps what it holds at the others.
+      tables: as in `decode`.
 
     Returns:
       Their logits float32[B, T, V], and the state with them in its cache.
     """
     (count, length), every = tokens.shape, jnp.arange(tokens.size)
-    rows = jnp.where(wanted, jnp.arange(count)[:, None], count)
-    slots = state.lengths[:, None] + jnp.arange(length)
+    # What is not read looks at nothing far, so that a row that has ended costs no time.
+    slots = jnp.where(wanted, state.lengths[:, None] + jnp.arange(length), 0)
+    pages = jnp.where(wanted, jnp.take_along_axis(tables, slots // PAGE, axis=1), NO_PAGE)
     # Chunk r is row r.
-    chunks = Chunks(
-        rows.ravel(), slots.ravel(), every.reshape(tokens.shape), every, None, None, window
-    )
+    chunks = Chunks(slots.ravel(), pages.ravel(), every.reshape(tokens.shape), every, tables)
 
     def read(model: LlavaModel):
         # A chosen token is text, even the id that stands for an image in prompts.

@@ -30,6 +30,7 @@ from llava_jax.inference.prefill import (
 )
 from llava_jax.inference.sampling import Logprobs
 from llava_jax.inference.scoring import all_logits, prompt_logprobs, trace
+from llava_jax.models.cache import PAGE
 from llava_jax.models.decoder import are_stacked
 from llava_jax.models.llava import LlavaConfig, LlavaModel
 from llava_jax.models.precision import compute_precision
@@ -73,7 +74,8 @@ class Device:
     Attributes:
       compilations: functions compiled so far.
       state, store: the rows of the batch, and the features of tiles; None before first use.
-      rows, size: of the state; 0 before.
+      rows, pages: of the state; 0 before.
+      size: the most tokens of a row.
       tile_slots: of the store.
     """
 
@@ -97,13 +99,14 @@ class Device:
         self.kv_dtype = jnp.dtype(kv_dtype or dtype)
         self._mesh = mesh
         self.params = params  # an argument of every call: a closure would compile it in
-        self._new_state = jax.jit(self._empty_state, static_argnums=(0, 1))  # never whole anywhere
+        # On a mesh it is never whole anywhere.
+        self._new_state = jax.jit(self._empty_state, static_argnums=(0, 1, 2))
         # The store stays whole on each device: another placing would compile the next call anew.
         placed = {"out_shardings": replicated(mesh)} if mesh else {}
         self._encode = self._compile(encode, donate_argnums=1, **placed)
         self._prefill = self._compile(prefill, donate_argnums=1)
         decode_ = functools.partial(decode_drafts, count=lookup) if lookup else decode
-        self._decode = self._compile(decode_, donate_argnums=1, static_argnames="window")
+        self._decode = self._compile(decode_, donate_argnums=1)
         self._prompt_logprobs = self._compile(prompt_logprobs)
         self._trace = self._compile(trace)
         self._all_logits = self._compile(all_logits)
@@ -113,7 +116,7 @@ class Device:
         """Drops everything that was computed from pictures and prompts."""
         self.state: DecodeState | None = None
         self.store: jax.Array | None = None
-        self.rows = self.size = 0
+        self.rows = self.size = self.pages = 0
 
     @property
     def _store_shape(self) -> tuple[int, int, int]:
@@ -133,21 +136,20 @@ class Device:
 
         return jax.jit(counted, **options)
 
-    def _empty_state(self, rows: int, size: int) -> DecodeState:
-        return self._place(
-            DecodeState.empty(self._model, rows, size, self.kv_dtype, bool(self.lookup))
-        )
+    def _empty_state(self, rows: int, pages: int, size: int) -> DecodeState:
+        history = size if self.lookup else 0
+        return self._place(DecodeState.empty(self._model, rows, pages, self.kv_dtype, history))
 
     def _place(self, state: DecodeState) -> DecodeState:
         return state if self._mesh is None else shard_state(state, self._mesh)
 
-    def reserve(self, rows: int, size: int) -> None:
-        """Makes the state anew, with `size` slots a row."""
+    def reserve(self, rows: int, pages: int, size: int) -> None:
+        """Makes the state anew, for rows of at most `size` tokens that share so many pages."""
         self.state = None  # its memory must be free before the new one is made
-        self.state = self._new_state(rows, size)
+        self.state = self._new_state(rows, pages, size)
         if self._mesh is None:
             self.state = jax.device_put(self.state, self._home)
-        self.rows, self.size = rows, size
+        self.rows, self.pages, self.size = rows, pages, size
 
     @property
     def _home(self) -> jax.sharding.Sharding | None:
@@ -180,8 +182,9 @@ class Device:
     def lower_decode(self, window: int, pairs: bool = False) -> jax.stages.Lowered:
         """What `decode` runs for a window, with pairs of rows or without."""
         running, fewest = np.zeros(self.rows, bool), np.int32(1)
+        tables = np.zeros((self.rows, window // PAGE), np.int32)
         contrast = {"contrast": Contrast.none(self.rows)} if pairs else {}
-        return self.lower("decode", self.state, running, fewest, window=window, **contrast)
+        return self.lower("decode", self.state, running, fewest, tables, **contrast)
 
     def lower_trace(self, length: int) -> jax.stages.Lowered:
         """What `trace` runs for prompts of a padded length."""
@@ -213,7 +216,11 @@ class Device:
         return outputs
 
     def decode(
-        self, running: np.ndarray, fewest: int, window: int, contrast: Contrast | None = None
+        self,
+        running: np.ndarray,
+        fewest: int,
+        tables: np.ndarray,
+        contrast: Contrast | None = None,
     ) -> tuple[jax.Array, Logprobs, Drafts | None]:
         """More tokens of the running rows and their log probabilities; see `decoding.decode`.
 
@@ -221,7 +228,7 @@ class Device:
         """
         pairs = {} if contrast is None else {"contrast": contrast}
         *outputs, self.state = self._decode(
-            self.params, self.state, running, np.int32(fewest), window=window, **pairs
+            self.params, self.state, running, np.int32(fewest), tables, **pairs
         )
         return outputs if self.lookup else (*outputs, None)
 
@@ -259,9 +266,9 @@ class Device:
         inputs = pad(ids), _fill_up(tiles), pad(features, TEXT), weights, pad(mask)
         return self._all_logits(self.params, *inputs)[:rows, :length]
 
-    def abstract_state(self, rows: int, size: int) -> DecodeState:
+    def abstract_state(self, rows: int, pages: int, size: int) -> DecodeState:
         """Shapes and shardings of the state that `reserve` makes, on devices not attached too."""
-        made = self._new_state.lower(rows, size)
+        made = self._new_state.lower(rows, pages, size)
         shape = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         return jax.tree.map(shape, made.out_info, made.compile().output_shardings)
 

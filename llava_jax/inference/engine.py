@@ -13,19 +13,20 @@ from jax.sharding import Mesh
 from llava_jax.inference.admission import Admission
 from llava_jax.inference.answer import Answer, token_logprobs
 from llava_jax.inference.contrast import Contrast
+from llava_jax.inference.counts import Counts
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, Prompts
 from llava_jax.inference.device import Device, all_calls
 from llava_jax.inference.jobs import Job, Queue, Source, rows_of, that_fit
-from llava_jax.inference.lookup import Drafts
+from llava_jax.inference.paging import check_cache_tokens
 from llava_jax.inference.prefill import (
     PrefillShape,
     batch_shape,
-    cache_bucket,
-    count_bucket,
     length_bucket,
     pack_prompts,
+    pack_tables,
     pack_whole,
     pairs_of,
+    pool_pages,
     take_parts,
     take_prompts,
     window_bucket,
@@ -38,38 +39,6 @@ from llava_jax.models.llava import LlavaConfig
 PICTURE_THREADS = 4  # that read pictures while the device computes
 IDLE = 0.05  # seconds between two looks at a source that is silent
 LOADING = 0.002  # and at pictures that are being read
-
-
-@dataclass
-class Counts:
-    """What an engine did so far.
-
-    Attributes:
-      prompt_tokens: of all requests; `shared_tokens` of them were copied, not computed.
-      images: pictures of all requests; `encoded_images` tiles went through the vision encoder.
-      drafts: of prompt look-up: `draft_tokens` were guessed in so many runs, and `accepted_tokens`
-        of them stand in answers.
-      compilations: functions compiled for the device. The number stops growing once every shape
-        was seen.
-    """
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    shared_tokens: int = 0
-    answer_tokens: int = 0
-    images: int = 0
-    encoded_images: int = 0
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    compilations: int = 0
-
-    def add(self, drafts: Drafts | None, rows: Sequence[int]) -> None:
-        """Adds what became of the guesses in some rows; None if nothing is guessed."""
-        if drafts:
-            self.drafts += int(drafts.made[rows].sum())
-            self.draft_tokens += int(drafts.tokens[rows].sum())
-            self.accepted_tokens += int(drafts.accepted[rows].sum())
 
 
 @dataclass(frozen=True)
@@ -97,15 +66,21 @@ class Waiting:
 class Engine:
     """Answers streams of requests; a row that ends is given to a waiting request at once.
 
-    A prompt that begins like one in the cache copies it and computes only the rest. A picture is
-    encoded once for as long as its tiles stay in the feature store. A request with contrast takes
-    two rows, also of a batch of one.
+    A prompt that begins like one in the cache uses its pages and computes only the rest. A picture
+    is encoded once for as long as its tiles stay in the feature store. A request with contrast
+    takes two rows, also of a batch of one.
+
+    All rows share the pages of the cache, and take them as they grow. If there are none left, the
+    job that was admitted last gives way: it waits until another has ended, and is read again,
+    prompt and answer so far.
 
     Args:
       dtype: a key of `PRECISIONS`, or auto; the attribute is the dtype of the activations.
       kv_dtype: of the cache: None for that of the activations, or int8.
       mesh: of the devices that `params` are spread over; None for one device.
       lookup: tokens that are guessed of each row at a time, see lookup.py; 0 is off.
+      cache_tokens: that the cache holds, of all rows together; None for as many as the requests at
+        hand may need.
     """
 
     def __init__(
@@ -116,13 +91,17 @@ class Engine:
         kv_dtype: str | None = None,
         mesh: Mesh | None = None,
         lookup: int = 0,
+        cache_tokens: int | None = None,
     ):
-        self.config = config
+        check_cache_tokens(cache_tokens)
+        self.config, self.cache_tokens = config, cache_tokens
         self.device = Device(config, params, dtype, kv_dtype, mesh, lookup)
         self.dtype = self.device.dtype
         self._counts = Counts()
         self._pool = ThreadPoolExecutor(PICTURE_THREADS, "pictures")
         self._few, self._least = False, 0  # see warm_up
+        self._call_tokens = TOKENS_PER_CALL * (1 + lookup)  # that a decode call adds to a row
+        self._full = False  # a job gave way, and none has ended since
         self.forget()
 
     @property
@@ -143,6 +122,11 @@ class Engine:
     def rows(self) -> int:
         """Rows of the batch that the engine is set up for; 0 before the first request."""
         return self.device.rows
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the cache's pages that jobs have now."""
+        return self._admission.pages.share_in_use
 
     def forget(self) -> None:
         """Drops everything that was computed from pictures and prompts."""
@@ -181,6 +165,7 @@ class Engine:
                 jobs = that_fit(jobs, rows - len(rows_of(running.values())))
                 yield from self._admit(jobs, queue, running, rows)
                 if running:
+                    self._grow(running, queue)
                     yield from self._advance(running, more=bool(queue.jobs))
                 elif queue.jobs or not queue.ended:
                     ready = lambda: any(job.loaded for job in queue.jobs)
@@ -189,8 +174,11 @@ class Engine:
             raise
         except BaseException:
             self.forget()  # a call that was interrupted has taken the state with it
+            running.clear()
             raise
         finally:
+            for job in list(running.values()):
+                self._free(job, running)
             queue.close()
 
     def warm_up(
@@ -214,7 +202,7 @@ class Engine:
           traces: for requests whose answer is traced, too.
         """
         self._few, self._least = few, size
-        self._reserve(count_bucket(batch_size), cache_bucket(size), busy=False)
+        self._reserve(batch_size, [], busy=False)
         device = self.device
 
         def prefill(shape: PrefillShape, pairs: bool = False) -> jax.stages.Lowered:
@@ -242,7 +230,7 @@ class Engine:
     def _remove_cancelled(self, running: dict[int, Job]) -> Iterator[Grown]:
         for job in [job for job in running.values() if job.answer.cancelled]:
             job.answer.end()
-            self._free(job, running)
+            self._end(job, running)
             yield Grown(job.answer)
 
     def _admit(
@@ -253,38 +241,50 @@ class Engine:
         Refilling a quarter of the rows or fewer is not worth a prefill: the jobs wait for more rows
         to finish.
         """
-        enough = batch_size
+        if not running:
+            self._full = False
+        enough = 0 if self._full else batch_size
         while queue.jobs and len(taken := rows_of(running.values())) < enough:
             jobs = [job for job in jobs if not job.answer.done]
             if not (jobs := (yield from self._trace(jobs, queue, 1 if running else batch_size))):
                 return
-            rows, size = batch_shape(batch_size, queue.jobs, self._least)
-            if not self._reserve(rows, size, busy=bool(running)):
+            if not self._reserve(batch_size, queue.jobs, busy=bool(running)):
                 return
-            wave, tiles = self._admission.wave(jobs, set(range(rows)) - set(taken))
+            free = set(range(self.rows)) - set(taken)
+            wave, tiles = self._admission.wave(jobs, free, self._call_tokens)
+            self._counts.encoded_images += len(tiles)
+            self.device.encode(tiles)  # also without a wave: they have their slots
             if not wave:
                 return
             queue.remove(wave)
-            self._counts.encoded_images += len(tiles)
-            self.device.encode(tiles)
-            while wave:
-                before = len(wave)
-                yield from self._read_some(wave, running, more=bool(queue.jobs))
-                if queue.jobs and 2 * len(wave) < before:  # the few that did not fill a call
-                    queue.put_back(wave)
-                    break
+            try:
+                while wave:
+                    before = len(wave)
+                    yield from self._read_some(wave, running, more=bool(queue.jobs))
+                    if queue.jobs and 2 * len(wave) < before:  # the few that did not fill a call
+                        queue.put_back(wave)
+                        break
+            finally:
+                for job in wave:
+                    self._admission.put_back(job)
             enough = batch_size - batch_size // 4
             jobs = queue.ready(batch_size - len(rows_of(running.values())))
             yield from map(Grown, queue.remove_ended())
 
-    def _reserve(self, rows: int, size: int, busy: bool) -> bool:
-        """Makes a state of `rows` with `size` slots each; False if the old one is busy."""
-        if self.device.state is not None and self.rows == rows and size <= self.device.size:
-            return True
-        if not busy:
-            self.device.reserve(rows, size)
-            self._admission.resize(rows, size)
-        return not busy
+    def _reserve(self, batch_size: int, jobs: Sequence[Job], busy: bool) -> bool:
+        """Makes a state for a batch and the jobs at hand; False if the old one is busy.
+
+        The old one is kept if it has four fifths of the pages: jobs can wait, and rarely need all.
+        """
+        device = self.device
+        rows, size = batch_shape(batch_size, jobs, self._least)
+        pages = pool_pages(jobs, rows, self._least and size, self.cache_tokens)
+        least = max([4 * pages // 5, *(job.pages_at_most for job in jobs)])
+        fits = self.rows == rows and device.size >= size and device.pages >= least
+        if not fits and not busy:
+            device.reserve(rows, pages, size)
+            self._admission.resize(pages)
+        return fits or not busy
 
     def _read_some(
         self, wave: list[Job], running: dict[int, Job], more: bool
@@ -294,24 +294,32 @@ class Engine:
             self.device.prefill(self._pack([part], shape))
         jobs, shape = take_prompts(wave, self.device.size, more, self._few)
         tokens, logprobs = self.device.prefill(self._pack(jobs, shape))
-        for job in jobs:
-            for reading in job.readings:
-                self._admission.filled(reading)
-                reading.tiles = []
+        running.update((job.row, job) for job in jobs)
         yield Waiting(tokens.is_ready)
         outputs = jax.device_get((tokens, _shown(jobs, logprobs)))
         # On the host: on the device, each shape of it would be compiled.
         tokens, logprobs = jax.tree.map(lambda x: x[:, None], outputs)
         number = 0
         for job in jobs:
-            running[job.row] = job
-            self._counts.images += len(job.request.pictures)
-            self._counts.prompt_tokens += job.length
-            self._counts.shared_tokens += job.shared
-            self._add_prompt_logprobs(job)
+            if not job.produced:  # it is read for the first time
+                self._counts.images += len(job.request.pictures)
+                self._counts.prompt_tokens += job.length
+                self._counts.shared_tokens += job.shared
+                self._add_prompt_logprobs(job)
+            pieces = shape.pieces(job)
             self._extend(job, number, tokens, logprobs, running)
-            number += shape.pieces(job)
+            number += pieces
             yield Grown(job.answer)
+
+    def _grow(self, running: dict[int, Job], queue: Queue) -> None:
+        """Pages for what the next call adds to each row; the latest jobs give way if it must be."""
+        for job in list(running.values()):
+            while job.row in running and not self._admission.grow(job, self._call_tokens):
+                *_, latest = running.values()
+                self._free(latest, running)
+                queue.put_back([latest])
+                self._counts.put_back += 1
+                self._full = True
 
     def _trace(self, jobs: list[Job], queue: Queue, most: int) -> Iterator[Grown | Waiting]:
         """Traces answers that are given, which take no row -> the jobs that have none."""
@@ -340,14 +348,14 @@ class Engine:
 
     def _advance(self, running: dict[int, Job], more: bool) -> Iterator[Grown | Waiting]:
         """One decode call; with `more` jobs waiting it ends when a quarter of the rows do."""
-        longest = max(job.length + len(job.produced) for job in running.values())
-        most = TOKENS_PER_CALL * (1 + self.device.lookup)
-        window = window_bucket(longest + most, self.device.size, self._few)
+        longest = max(reading.filled for job in running.values() for reading in job.readings)
+        window = window_bucket(longest + self._call_tokens, self.device.size, self._few)
+        tables = pack_tables(running.values(), self.rows, window)
         mask, rows = np.zeros(self.rows, bool), rows_of(running.values())
         mask[rows] = True
         fewest = len(rows) - len(rows) // 4 if more else 1
         contrast = pairs_of(running.values(), self.rows)
-        tokens, logprobs, drafts = self.device.decode(mask, fewest, window, contrast)
+        tokens, logprobs, drafts = self.device.decode(mask, fewest, tables, contrast)
         yield Waiting(tokens.is_ready)
         outputs = tokens, _shown(running.values(), logprobs), drafts
         tokens, logprobs, drafts = jax.device_get(outputs)
@@ -369,11 +377,16 @@ class Engine:
         if len(job.produced) >= job.budget or job.answer.cancelled:
             job.answer.end()
         if job.answer.done:
-            self._free(job, running)
+            self._end(job, running)
+
+    def _end(self, job: Job, running: dict[int, Job]) -> None:
+        self._free(job, running)
+        self._full = False
+        for reading in job.readings:
+            reading.tiles = []
 
     def _free(self, job: Job, running: dict[int, Job]) -> None:
-        for reading in job.readings:
-            self._admission.freed(reading)
+        self._admission.freed(job)
         del running[job.row]
 
     def logits(self, *inputs: np.ndarray | None) -> jax.Array:

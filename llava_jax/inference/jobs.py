@@ -19,6 +19,7 @@ from PIL import Image
 from llava_jax.errors import LlavaError
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.cache import PAGE
 from llava_jax.models.images import Layout
 from llava_jax.models.llava import LlavaConfig
 
@@ -71,18 +72,21 @@ def picture_places(request: Request, config: LlavaConfig) -> list[np.ndarray]:
 
 @dataclass(eq=False)
 class Job:
-    """One answer to a request, from the queue to the row of the cache that it is computed in.
+    """One answer to a request, from the queue to the row that it is computed in.
+
+    If the cache is full a job may have to give way: it waits again, and what it has produced is
+    then read behind its prompt.
 
     Attributes:
       stops: tokens that end the answer.
       budget: the most tokens that the answer may have.
       tiles: of each picture, while they are loaded.
-      contents: int64[T], the prompt as `RowSlots` compares it.
-      feature_ids, feature_weights: of the T tokens, as in `Prompts`.
-      row: of the cache.
-      shared: tokens of the prompt, at its start, that other rows hold.
-      read: tokens of the prompt that need not be read any more, the shared ones at first.
-      sources: int32[T], the row that computes, or has computed, each token.
+      contents: int64[T], the prompt and what is produced so far, as `Pages` compares it.
+      feature_ids, feature_weights: of those T tokens, as in `Prompts`.
+      row: of the state.
+      pages: of the cache, which hold the tokens in their order and have room for the next.
+      shared: tokens at the start that pages held when the job got its row.
+      read: tokens that need not be read any more, the shared ones at first.
       produced: tokens so far.
       twin: with contrast, the job of the prompt with worse pictures. It is read and decoded in a
         row of its own at the same time, and has the answer's tokens; see distortion.py.
@@ -97,9 +101,9 @@ class Job:
     feature_ids: np.ndarray | None = None
     feature_weights: np.ndarray | None = None
     row: int = 0
+    pages: list[int] = field(default_factory=list)
     shared: int = 0
     read: int = 0
-    sources: np.ndarray | None = None
     produced: list[int] = field(default_factory=list)
     twin: "Job | None" = None
 
@@ -114,9 +118,29 @@ class Job:
         return len(self.request.input_ids)
 
     @property
+    def filled(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return self.length + len(self.produced)
+
+    @property
+    def most(self) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return self.length + self.budget
+
+    @property
+    def pages_at_most(self) -> int:
+        """Pages of the cache for the job and its twin, with the longest answer."""
+        return sum(pages_of(reading.most) for reading in self.readings)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32[filled], the prompt and the answer so far."""
+        return np.concatenate([self.request.input_ids, np.array(self.produced, np.int32)])
+
+    @property
     def rest(self) -> int:
-        """Tokens of the prompt that are still to be read."""
-        return self.length - self.read
+        """Tokens that are still to be read."""
+        return self.filled - self.read
 
     @property
     def loading(self) -> list[Future]:
@@ -127,6 +151,32 @@ class Job:
     def loaded(self) -> bool:
         """Whether all tiles are there, or a picture could not be read."""
         return all(future.done() for future in self.loading)
+
+
+def pages_of(tokens: int) -> int:
+    """Pages of the cache that hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
+def limited(job: Job, tokens: int | None) -> Job:
+    """The job, with an answer no longer than a cache of so many tokens has room for.
+
+    Raises:
+      LlavaError: the prompt alone, with its twin's, leaves no room.
+    """
+    if tokens is None:
+        return job
+    each = tokens // PAGE // len(job.readings) * PAGE
+    longest = max(reading.length for reading in job.readings)
+    if longest >= each:
+        twice = "; with contrast it is read twice" if job.twin else ""
+        raise LlavaError(
+            f"the prompt has {longest:,} tokens and leaves no room for an answer: the cache holds "
+            f"cache_tokens={tokens:,}{twice}; shorten the prompt or raise cache_tokens"
+        )
+    for reading in job.readings:
+        reading.budget = min(job.budget, each - longest)
+    return job
 
 
 def rows_of(jobs: Iterable[Job]) -> list[int]:
@@ -307,7 +357,7 @@ class Queue:
         self.jobs = [job for job in self.jobs if job not in gone]
 
     def put_back(self, jobs: Sequence[Job]) -> None:
-        """Jobs that were ready, but are read later."""
+        """Jobs that were ready, but are read later, or again."""
         self.jobs[:0] = jobs
 
 

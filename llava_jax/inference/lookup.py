@@ -26,6 +26,7 @@ from llava_jax.inference.decoding import (
     read_on,
 )
 from llava_jax.inference.sampling import Logprobs
+from llava_jax.models.cache import PAGE
 from llava_jax.models.llava import LlavaModel
 
 MOST_GUESSES = 16
@@ -121,7 +122,7 @@ def decode_drafts(
     state: DecodeState,
     running: jax.Array,
     fewest: jax.Array,
-    window: int,
+    tables: jax.Array,
     contrast: Contrast | None = None,
     *,
     count: int,
@@ -144,16 +145,17 @@ def decode_drafts(
 
     def one_pass(carry):
         number, state, said = carry
-        return number + 1, *_one_pass(model, params, state, said, window, contrast, count)
+        return number + 1, *_one_pass(model, params, state, said, tables, contrast, count)
 
     _, state, said = jax.lax.while_loop(unfinished, one_pass, (0, state, said))
     return said.tokens, said.logprobs, said.drafts, state
 
 
-def _one_pass(model, params, state: DecodeState, said: _Said, window: int, contrast, count: int):
+def _one_pass(model, params, state: DecodeState, said: _Said, tables, contrast, count: int):
     """Reads each row's latest token and its guesses, and keeps what comes true of them."""
     active = state.budget > 0
-    guesses = guess(state.history[:, :window], state.lengths, count)
+    seen = state.history[:, : tables.shape[1] * PAGE]
+    guesses = guess(seen, state.lengths, count)
     if contrast is not None:  # both rows of a pair read the same
         guesses = guesses[contrast.leaders]
     # The last token of an answer is never read.
@@ -162,7 +164,7 @@ def _one_pass(model, params, state: DecodeState, said: _Said, window: int, contr
     wanted = jnp.concatenate([active[:, None], guesses >= 0], axis=1)
     # What a guess that fails leaves in the cache is behind the row's length, where nothing looks
     # before the next pass writes there.
-    logits, state = read_on(model, params, state, tokens, wanted, window)
+    logits, state = read_on(model, params, state, tokens, wanted, tables)
     cache, history = state.cache, state.history
     expected = jnp.pad(guesses, ((0, 0), (0, 1)), constant_values=NO_TOKEN)  # nothing at the last
 

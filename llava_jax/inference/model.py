@@ -20,7 +20,7 @@ from llava_jax.inference.answer import Answer
 from llava_jax.inference.distortion import with_twin
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.explain import Explanation, explain
-from llava_jax.inference.jobs import Job, Picture, Request
+from llava_jax.inference.jobs import Job, Picture, Request, limited
 from llava_jax.inference.lookup import check_lookup
 from llava_jax.inference.pictures import ImageSource, PictureReader, deal_sources
 from llava_jax.inference.placement import copies, copy_params, fast_form, load_params
@@ -56,6 +56,7 @@ class Llava:
       kv_cache: int8 keeps keys and values in eight bits, with a scale for each token and head;
         None in dtype.
       lookup: tokens to guess at a time where answers repeat (see lookup.py), or 0, which is off.
+      cache_tokens: in memory at a time, of a copy; default: as many as requests may need.
       allow_urls: images may be http(s) addresses.
       chat_template: of a Hugging Face processor, used instead of `template`; answers still end at
         the `stop` texts of `template`.
@@ -76,6 +77,7 @@ class Llava:
         quantize: str | None = None,
         kv_cache: str | None = None,
         lookup: int = 0,
+        cache_tokens: int | None = None,
         allow_urls: bool = False,
         chat_template: str | None = None,
         stop_token_ids: Sequence[int] = (),
@@ -96,12 +98,13 @@ class Llava:
         check_form(quantize, "quantize")
         if kv_cache not in (None, "int8"):
             raise LlavaError(f"kv_cache must be int8 or None, not {kv_cache!r}")
+        self._cache_tokens = cache_tokens
         self._copied = functools.partial(copy_params, config, quantize=quantize)
         self._parts = copies(mesh)
-        engines = [
-            Engine(config, self._copied(params, part=part), dtype, kv_cache, part, lookup)
-            for part in self._parts
-        ]
+        engine = functools.partial(
+            Engine, config, dtype=dtype, kv_dtype=kv_cache, lookup=lookup, cache_tokens=cache_tokens
+        )
+        engines = [engine(self._copied(params, part=part), mesh=part) for part in self._parts]
         self.engine = engines[0] if len(engines) == 1 else Replicas(engines)
 
     @classmethod
@@ -114,6 +117,7 @@ class Llava:
         quantize: str | None = None,
         kv_cache: str | None = None,
         lookup: int = 0,
+        cache_tokens: int | None = None,
         allow_urls: bool = False,
         mesh: Mesh | None = None,
         **options,
@@ -129,8 +133,8 @@ class Llava:
 
         check_lookup(lookup)
         stored = compute_precision(check_dtype(dtype))[0].name
-        form = check_form(quantize, "quantize")
-        place = functools.partial(load_params, mesh=mesh, dtype=stored, quantize=form)
+        check_form(quantize, "quantize")
+        place = functools.partial(load_params, mesh=mesh, dtype=stored, quantize=quantize)
         loaded = load_model(path, stored, place, template, **options)
         rows = loaded.config.decoder.vocab_size
         return cls(
@@ -142,6 +146,7 @@ class Llava:
             quantize=quantize,
             kv_cache=kv_cache,
             lookup=lookup,
+            cache_tokens=cache_tokens,
             allow_urls=allow_urls,
             chat_template=loaded.chat_template,
             stop_token_ids=loaded.stop_token_ids,
@@ -257,17 +262,14 @@ class Llava:
         sources = deal_sources(images, len(prompts))
         seeds = sampling.pop("seed", 0)
         params = SamplingParams.from_names(sampling)
-        if np.ndim(seeds) == 0:
-            seeds = [seeds] * len(prompts)
+        seeds = [seeds] * len(prompts) if np.ndim(seeds) == 0 else seeds
         if len(seeds) != len(prompts):
             raise LlavaError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
         if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise LlavaError(f"batch_size must be a whole number from 1, not {batch_size!r}")
-        requests = []
-        for i, prompt in enumerate(prompts):
-            of_prompt = dataclasses.replace(params, seed=seeds[i])
-            requests.append(self.request(prompt, sources[i], of_prompt, where=f"prompt {i}: "))
-        return requests
+        of_each = (dataclasses.replace(params, seed=seed) for seed in seeds)
+        each = enumerate(zip(prompts, sources, of_each, strict=True))
+        return [self.request(*asked, where=f"prompt {i}: ") for i, asked in each]
 
     def explain(self, questions, images, answers=None, **options) -> Explanation | list:
         """Where it looked on a picture; arguments and result as in `explain.explain`."""
@@ -318,11 +320,10 @@ class Llava:
         where: str = "",
     ) -> Request:
         """A question as the model reads it; `where` begins the message of its errors."""
-        stops = self._stops(params)
         with error_prefix(where):
             turns = conversation(question, history)
             pictures = self._pictures.pictures(images, where)
-            return self._prompts.request(turns, pictures, system, params, stops)
+            return self._prompts.request(turns, pictures, system, params, self._stops(params))
 
     def conversation_request(
         self,
@@ -376,7 +377,7 @@ class Llava:
             answer = Answer(self.tokenizer, stops, (*texts, *params.stop), params.min_tokens)
             one = dataclasses.replace(request, params=draw)
             job = Job(one, answer, stops, min(params.max_tokens, room))
-            jobs.append(with_twin(job, self.config))
+            jobs.append(limited(with_twin(job, self.config), self._cache_tokens))
         return jobs
 
     def logits(self, input_ids, pixel_values=None, attention_mask=None, **others) -> jax.Array:

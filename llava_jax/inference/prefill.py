@@ -13,9 +13,9 @@ import numpy as np
 
 from llava_jax.inference.contrast import Contrast
 from llava_jax.inference.decoding import NO_TOKEN, Prompts
-from llava_jax.inference.jobs import Job
+from llava_jax.inference.jobs import Job, pages_of
 from llava_jax.inference.sampling import Sampling
-from llava_jax.models.cache import Chunks
+from llava_jax.models.cache import NO_PAGE, PAGE, Chunks
 from llava_jax.models.taps import TEXT
 
 SMALLEST_LENGTH = 16
@@ -65,9 +65,25 @@ def chunk_count(tokens: int, chunk: int) -> int:
 
 
 def batch_shape(batch_size: int, jobs: Iterable[Job], least: int = 0) -> tuple[int, int]:
-    """Rows for `batch_size`, and slots of a row, at least `least`, for each of the jobs."""
-    need = max(job.length + job.budget for job in jobs)
-    return count_bucket(batch_size), cache_bucket(max(need, least))
+    """Rows for `batch_size`, and the most tokens of a row: at least `least`, and all of a job's."""
+    most = max([least, *(reading.most for job in jobs for reading in job.readings)])
+    return count_bucket(batch_size), cache_bucket(most)
+
+
+def pool_pages(jobs: Sequence[Job], rows: int, size: int, tokens: int | None) -> int:
+    """Pages for the cache of so many rows.
+
+    Args:
+      jobs: at hand: there is room for as many of the longest as there are rows.
+      size: there is room for rows of so many tokens, all at once.
+      tokens: that the cache holds, no more and no fewer; None for as many as that.
+    """
+    if tokens is not None:
+        return pages_of(tokens)
+    each = sorted(pages_of(reading.most) for job in jobs for reading in job.readings)
+    pages = max(sum(each[-rows:]), rows * pages_of(size), 8)
+    step = (1 << (pages - 1).bit_length()) // 8  # four sizes to each doubling
+    return -(-pages // step) * step
 
 
 def cache_bucket(length: int) -> int:
@@ -183,7 +199,7 @@ def _shape_for(jobs: Sequence[Job], size: int, more: bool, few: bool) -> Prefill
     """The shape that the first job fits into, and more jobs if that fills it."""
     waiting = [rest_of(job) for job in jobs]
     chunk = chunk_bucket(max(reading.rest for job in jobs for reading in job.readings))
-    window = window_bucket(max(job.length for job in jobs), size, few)
+    window = window_bucket(max(job.filled for job in jobs), size, few)
     shape = PrefillShape(token_bucket(sum(waiting), max(waiting), more, few), chunk, window)
     while not shape.holds(jobs[:1]):  # a pair has more ends that fill no chunk
         shape = dataclasses.replace(shape, tokens=length_bucket(shape.tokens + 1, few))
@@ -200,15 +216,15 @@ def take_parts(job: Job, size: int, few: bool = False) -> Iterator[tuple[Job, Pr
     while rest_of(job) > TOKENS_AT_A_TIME:
         longer = max(job.readings, key=lambda reading: reading.rest)
         end = longer.read + min(TOKENS_AT_A_TIME, longer.rest - 1)
-        request = dataclasses.replace(longer.request, input_ids=longer.request.input_ids[:end])
-        part = dataclasses.replace(longer, request=request, budget=0, twin=None)
+        request = dataclasses.replace(longer.request, input_ids=longer.ids[:end])
+        part = dataclasses.replace(longer, request=request, budget=0, produced=[], twin=None)
         chunk, window = chunk_bucket(TOKENS_AT_A_TIME), window_bucket(end, size, few)
         yield part, PrefillShape(TOKENS_AT_A_TIME, chunk, window)
-        longer.read, longer.sources[:end] = end, longer.row  # what was shared is copied now
+        longer.read = end
 
 
 def pack_prompts(jobs: Sequence[Job], shape: PrefillShape, rows: int, taps: int = 1) -> Prompts:
-    """The arrays of a call on a cache of `rows`; the device drops what no prompt fills.
+    """The arrays of a call on a state of `rows`; the device drops what no prompt fills.
 
     taps: features that a token may mix (`ImageSpec.taps`).
     """
@@ -218,21 +234,30 @@ def pack_prompts(jobs: Sequence[Job], shape: PrefillShape, rows: int, taps: int 
     for job in itertools.chain.from_iterable(job.readings for job in jobs):
         first_chunks[job.row] = number
         part = np.s_[start : start + job.rest]
-        new = slice(job.read, job.length)
-        prompts.input_ids[part] = job.request.input_ids[new]
+        new, ids, pages = np.arange(job.read, job.filled), job.ids, np.array(job.pages)
+        prompts.input_ids[part] = ids[new]
         prompts.feature_ids[part] = job.feature_ids[new]
         if taps > 1:
             prompts.feature_weights[part] = job.feature_weights[new]
-        chunks.rows[part], chunks.slots[part] = job.row, np.arange(job.read, job.length)
-        _fill_prompt(prompts, number, job, last=start + job.rest - 1)
+        chunks.slots[part], chunks.pages[part] = new, pages[new // PAGE]
+        _fill_prompt(prompts, number, job, ids, last=start + job.rest - 1)
+        held = pages[: pages_of(job.filled)]
         for first in range(start, start + job.rest, shape.chunk):
             places = np.arange(first, min(first + shape.chunk, start + job.rest))
             chunks.tokens[number, : len(places)] = places
             chunks.places[places] = number * shape.chunk + np.arange(len(places))
-            chunks.sources[number, : job.length] = job.sources[: job.length]
+            chunks.tables[number, : len(held)] = held
             number += 1
         start += job.rest
     return prompts.replace(contrast=pairs_of(jobs, shape.chunks, first_chunks))
+
+
+def pack_tables(jobs: Iterable[Job], rows: int, window: int) -> np.ndarray:
+    """int32[rows, window / PAGE]: the pages of the rows that jobs have, and of no other row."""
+    tables = np.zeros((rows, window // PAGE), np.int32)
+    for job in itertools.chain.from_iterable(job.readings for job in jobs):
+        tables[job.row, : len(job.pages)] = job.pages
+    return tables
 
 
 def pairs_of(
@@ -284,14 +309,13 @@ def _blank(shape: PrefillShape, rows: int, taps: int) -> Prompts:
         feature_ids=each(TEXT) if taps == 1 else np.full(mixed, TEXT, np.int32),
         feature_weights=None if taps == 1 else np.zeros(mixed, np.float32),
         chunks=Chunks(
-            rows=each(rows),
             slots=each(0),
+            pages=each(NO_PAGE),
             tokens=wide(shape.chunk, 0),
             places=each(0),
-            sources=wide(shape.window, 0),
-            copies=prompt(rows),
-            window=shape.window,
+            tables=wide(-(-shape.window // PAGE), 0),
         ),
+        rows=prompt(rows),
         last=prompt(0),
         lengths=prompt(0),
         whole=wide(shape.window, NO_TOKEN),
@@ -300,8 +324,8 @@ def _blank(shape: PrefillShape, rows: int, taps: int) -> Prompts:
     )
 
 
-def _fill_prompt(prompts: Prompts, number: int, job: Job, last: int) -> None:
-    prompts.chunks.copies[number], prompts.last[number] = job.row, last
-    prompts.lengths[number], prompts.budget[number] = job.length, job.budget
-    prompts.whole[number, : job.length] = job.request.input_ids
+def _fill_prompt(prompts: Prompts, number: int, job: Job, ids: np.ndarray, last: int) -> None:
+    prompts.rows[number], prompts.last[number] = job.row, last
+    prompts.lengths[number], prompts.whole[number, : len(ids)] = len(ids), ids
+    prompts.budget[number] = job.budget - len(job.produced)
     prompts.sampling.fill(number, job.request.params, job.stops, job.length)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from llava_jax.inference.answer import Answer
-from llava_jax.inference.engine import Counts, Engine, Grown, Waiting
+from llava_jax.inference.counts import Counts
+from llava_jax.inference.engine import Engine, Grown, Waiting
 from llava_jax.inference.jobs import Job, Listed, Signal, Source
 
 POLL = 0.0005  # seconds between two looks at whether a device is done
@@ -34,6 +35,11 @@ class Replicas:
     def rows(self) -> int:
         """Rows of all batches; 0 before the first request."""
         return sum(engine.rows for engine in self.engines)
+
+    @property
+    def cache_use(self) -> float:
+        """As of an engine, the mean of all."""
+        return sum(engine.cache_use for engine in self.engines) / len(self.engines)
 
     @property
     def counts(self) -> Counts:

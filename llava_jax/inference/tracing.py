@@ -3,20 +3,16 @@
 A tokens of the answer, T of the prompt, the answer's included.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import numpy as np
 
 from llava_jax.inference.admission import Admission
 from llava_jax.inference.answer import Trace
+from llava_jax.inference.counts import Counts
 from llava_jax.inference.device import Device
 from llava_jax.inference.jobs import Job
 from llava_jax.inference.prefill import length_bucket, pack_whole
 from llava_jax.inference.scoring import TRACED
-
-if TYPE_CHECKING:  # engine.py imports this module
-    from llava_jax.inference.engine import Counts
 
 
 class Tracing:
@@ -27,7 +23,7 @@ class Tracing:
       few: see `length_bucket`.
     """
 
-    def __init__(self, job: Job, device: Device, admission: Admission, counts: "Counts", few: bool):
+    def __init__(self, job: Job, device: Device, admission: Admission, counts: Counts, few: bool):
         tiles = admission.place_alone(job)
         device.encode(tiles)
         arrays = pack_whole(job, length_bucket(job.length, few), device.config.image.taps)

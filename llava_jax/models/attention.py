@@ -23,7 +23,6 @@ from llava_jax.models.linear import product_dtype, transposed
 
 IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
 LONG_ROW = 2048  # tokens; longer rows have so many scores that they are computed in blocks
-LONG_CHUNK = 256  # the same of a chunk that is read into a cache
 
 
 def choose_attention(
@@ -207,20 +206,6 @@ def attention_shares(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.A
     scores = scores.reshape(batch, heads, length, -1)
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     return jnp.mean(jax.nn.softmax(scores, axis=-1), axis=1)
-
-
-def cached_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """`attention` of tokens that are read into a cache, without gradients.
-
-    Arguments and result as in `attention`. Long rows are computed block by block.
-    """
-    length, keys = query.shape[1], key.shape[1]
-    if length < LONG_CHUNK or keys < 2 * BLOCK or keys % BLOCK:
-        return attention(query, key, value, mask)
-    with jax.named_scope("attention"):
-        return blocked_attention(query, key, value, mask, (length, BLOCK))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -50,30 +50,20 @@ def blocked_attention(
 
 def _forward(query, key, value, mask, block: tuple[int, int]):
     """The result [B, T, N, H], and the logarithm of each softmax's sum [B, i, K, G * t, 1]."""
-    size, kv_heads, (t, s) = query.shape[-1], key.shape[2], block
+    kv_heads, (t, s) = key.shape[2], block
 
     def of_row(row):
         query, key, value, mask = row
-        q, k, v = _queries(query, kv_heads, t), _keys(key, s), _keys(value, s)
+        q, k, v = queries_by_head(query, kv_heads, t), _keys(key, s), _keys(value, s)
 
         def of_queries(one):
             q, mask = one  # [K, G * t, H], [j, t, s]
-
-            def add_keys(j, so_far):
-                largest, total, out = so_far
-                scores = _scores(q, k[j], mask[j])
-                new = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
-                powers, shrink = jnp.exp(scores - new), jnp.exp(largest - new)
-                total = total * shrink + jnp.sum(powers, axis=-1, keepdims=True)
-                return new, total, out * shrink + stacks_product(powers.astype(v.dtype), v[j], -2)
-
-            one = jnp.zeros((*q.shape[:2], 1))
-            start = one + LOWEST, one, jnp.zeros((*q.shape[:2], size))
-            largest, total, out = jax.lax.fori_loop(*_seen(mask), add_keys, start)
+            add = lambda j, so_far: add_keys(so_far, q, k[j], v[j], mask[j])
+            largest, total, out = jax.lax.fori_loop(*blocks_seen(mask), add, no_keys(q))
             return out / total, largest + jnp.log(total)
 
         out, sums = jax.lax.map(of_queries, (q, _pairs(mask, t, s)))
-        return _joined(out, t).astype(query.dtype), sums
+        return queries_in_order(out, t).astype(query.dtype), sums
 
     return jax.lax.map(of_row, (query, key, value, mask[:, 0]))
 
@@ -97,7 +87,7 @@ def _row_backward(row, block: tuple[int, int]):
     query, key, value, mask, out, sums, d_out = row
     t, s = block
     kv_heads = key.shape[1]
-    blocks = functools.partial(_queries, kv_heads=kv_heads, t=t)
+    blocks = functools.partial(queries_by_head, kv_heads=kv_heads, t=t)
     q, k, v, d_out, mask = blocks(query), _keys(key, s), _keys(value, s), blocks(d_out), mask[0]
     means = jnp.sum(blocks(out).astype(jnp.float32) * d_out, axis=-1, keepdims=True)
     scale = query.shape[-1] ** -0.5
@@ -114,23 +104,45 @@ def _row_backward(row, block: tuple[int, int]):
             d_v = _add(d_v, j, stacks_product(transposed(powers), d_out, -2))
             return d_q + stacks_product(d_scores, k[j], -2), d_k, d_v
 
-        d_q, *so_far = jax.lax.fori_loop(*_seen(mask), of_keys, (jnp.zeros(q.shape), *so_far))
+        d_q, *so_far = jax.lax.fori_loop(*blocks_seen(mask), of_keys, (jnp.zeros(q.shape), *so_far))
         return so_far, d_q
 
     start = [jnp.zeros(x.shape) for x in (k, v)]
     (d_k, d_v), d_q = jax.lax.scan(of_queries, start, (q, d_out, sums, means, _pairs(mask, t, s)))
     d_k, d_v = (x.swapaxes(1, 2).reshape(key.shape) for x in (d_k, d_v))
-    return tuple(x.astype(query.dtype) for x in (_joined(d_q, t), d_k, d_v))
+    return tuple(x.astype(query.dtype) for x in (queries_in_order(d_q, t), d_k, d_v))
 
 
-def _queries(x: jax.Array, kv_heads: int, t: int) -> jax.Array:
+def no_keys(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `add_keys` starts from, for queries [..., G * t, H]."""
+    one = jnp.zeros((*q.shape[:-1], 1))
+    return one + LOWEST, one, jnp.zeros(q.shape)
+
+
+def add_keys(so_far, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array):
+    """Attention of queries [..., K, G * t, H] with a block of keys more, [..., K, s, H].
+
+    Args:
+      so_far: of each query the largest score, the sum of the powers and, weighted with these, the
+        sum of the values.
+      mask: bool[..., t, s].
+    """
+    largest, total, out = so_far
+    scores = _scores(q, k, mask)
+    new = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+    powers, shrink = jnp.exp(scores - new), jnp.exp(largest - new)
+    total = total * shrink + jnp.sum(powers, axis=-1, keepdims=True)
+    return new, total, out * shrink + stacks_product(powers.astype(v.dtype), v, -2)
+
+
+def queries_by_head(x: jax.Array, kv_heads: int, t: int) -> jax.Array:
     """[T, N, H] -> [i, K, G * t, H]: the queries of one kv head become rows of one matrix."""
     length, _, size = x.shape
     x = x.reshape(length // t, t, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     return x.reshape(length // t, kv_heads, -1, size).astype(product_dtype(x.dtype))
 
 
-def _joined(x: jax.Array, t: int) -> jax.Array:
+def queries_in_order(x: jax.Array, t: int) -> jax.Array:
     """[i, K, G * t, H] -> [T, N, H]."""
     blocks, kv_heads, _, size = x.shape
     x = x.reshape(blocks, kv_heads, -1, t, size).transpose(0, 3, 1, 2, 4)
@@ -148,17 +160,17 @@ def _pairs(mask: jax.Array, t: int, s: int) -> jax.Array:
     return mask.reshape(-1, t, mask.shape[1] // s, s).swapaxes(1, 2)
 
 
-def _seen(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def blocks_seen(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """From which block of keys to which the queries of a block look; mask: [j, t, s]."""
     seen = jnp.any(mask, axis=(1, 2))
     return jnp.argmax(seen), seen.size - jnp.argmax(seen[::-1])
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32[K, G * t, s] of queries [K, G * t, H] and keys [K, s, H] under a mask [t, s]."""
+    """float32[..., K, G * t, s] of queries and keys under a mask, as in `add_keys`."""
     scores = stacks_product(q, k, -1) * q.shape[-1] ** -0.5
-    of_heads = scores.reshape(len(k), -1, *mask.shape)
-    return jnp.where(mask, of_heads, LOWEST).reshape(scores.shape)
+    of_heads = scores.reshape(*k.shape[:-2], -1, *mask.shape[-2:])
+    return jnp.where(mask[..., None, None, :, :], of_heads, LOWEST).reshape(scores.shape)
 
 
 def stacks_product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:

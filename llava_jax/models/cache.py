@@ -1,6 +1,6 @@
-"""The key-value cache of a decoder, and how tokens are read into its rows.
+"""The key-value cache of a decoder: a pool of pages, and how tokens are read into them.
 
-B rows of the cache, S slots of a row, L layers, K kv heads, H head size; of one call: Q tokens,
+P pages of the pool, S slots of a page, L layers, K kv heads, H head size; of one call: Q tokens,
 R chunks of at most T tokens, C slots that a chunk looks at.
 """
 
@@ -18,14 +18,20 @@ from llava_jax.models.precision import quantize
 if TYPE_CHECKING:  # decoder.py imports this module
     from llava_jax.models.decoder import DecoderConfig
 
+PAGE = 16  # slots of a page
+NO_PAGE = np.iinfo(np.int32).max  # past the end of every pool: what is written there is dropped
+
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the tokens read so far; slot s of a row holds its position s.
+    """Keys and values of the tokens read so far, in pages of consecutive positions.
+
+    Slot s of a sequence's page n holds its position n * PAGE + s. Which pages a sequence has, and
+    in which order, is known to the host alone.
 
     Attributes:
-      keys, values: [L, B, K, S, H]; the slots of a head are adjacent, as attention multiplies them.
-      scales: float32[2, L, B, K, S], the factors of int8 keys and of int8 values; None otherwise.
+      keys, values: [L, P, K, S, H]; the slots of a head are adjacent, as attention multiplies them.
+      scales: float32[2, L, P, K, S], the factors of int8 keys and of int8 values; None otherwise.
     """
 
     keys: jax.Array
@@ -34,9 +40,9 @@ class KVCache:
 
 
 def empty_cache(
-    config: "DecoderConfig", rows: int, size: int, dtype, stacked: bool = True
+    config: "DecoderConfig", pages: int, dtype, stacked: bool = True
 ) -> KVCache | tuple[KVCache, ...]:
-    """A cache with `size` slots in each of `rows`: one for all layers, or one for each layer.
+    """A cache of so many pages: one for all layers, or one for each layer.
 
     Args:
       dtype: of keys and values; int8 adds one scale for each token and head.
@@ -44,8 +50,8 @@ def empty_cache(
     """
     if not stacked:
         one = dataclasses.replace(config, num_layers=1)
-        return tuple(empty_cache(one, rows, size, dtype) for _ in range(config.num_layers))
-    shape = (config.num_layers, rows, config.num_kv_heads, size, config.head_dim)
+        return tuple(empty_cache(one, pages, dtype) for _ in range(config.num_layers))
+    shape = (config.num_layers, pages, config.num_kv_heads, PAGE, config.head_dim)
     scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else None
     # Two separate arrays of zeros: the same array cannot be donated twice.
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scales)
@@ -55,83 +61,79 @@ def empty_cache(
 class Chunks:
     """Where the Q tokens of a call go in the cache, and which slots each of them attends to.
 
-    A chunk is a run of at most T consecutive tokens of one row. Attention is computed chunk by
+    A chunk is a run of at most T consecutive tokens of one sequence. Attention is computed chunk by
     chunk, everything else token by token, so prompts of different lengths need no padding.
 
-    Example: three prompts are read into a cache of B = 4 rows, in chunks of T = 4 tokens that look
-    at C = 8 slots. `abcdef` goes to row 2; `abcxy` goes to row 0, copies `abc` from row 2 and
-    computes only `xy`; `z` goes to row 3. A dot is a value that nothing reads.
+    Example with pages of two slots: three prompts are read in chunks of T = 4 tokens that look at
+    C = 8 slots. `abcdef` has pages 5, 1 and 2; `abxyz` shares page 5, which holds `ab`, and
+    computes only `xyz`, in pages 0 and 3; `z` has page 4. A dot is a value that nothing reads.
 
-        tokens of the call      a b c d e f x y z                  Q = 9
-        rows                    2 2 2 2 2 2 0 0 3
-        slots                   0 1 2 3 4 5 3 4 0
+        tokens of the call      a b c d e f x y z z                Q = 10
+        slots                   0 1 2 3 4 5 2 3 4 0
+        pages                   5 5 1 1 2 2 0 0 3 4
         tokens    chunk 0       0 1 2 3          abcd              R = 4
                   chunk 1       4 5 . .          ef
-                  chunk 2       6 7 . .          xy
-                  chunk 3       8 . . .          z
-        places                  0 1 2 3 4 5 8 9 12                 chunk * T + offset
-        sources   chunk 0       2 2 2 2 2 2 . .
-                  chunk 1       2 2 2 2 2 2 . .
-                  chunk 2       2 2 2 0 0 . . .                    abc is read from row 2
-                  chunk 3       3 . . . . . . .
-        copies                  2 4 0 3                            4 = B: chunk 1 copies nothing
+                  chunk 2       6 7 8 .          xyz
+                  chunk 3       9 . . .          z
+        places                  0 1 2 3 4 5 8 9 10 12              chunk * T + offset
+        tables    chunk 0       5 1 2 .
+                  chunk 1       5 1 2 .
+                  chunk 2       5 0 3 .                            ab is read from page 5
+                  chunk 3       4 . . .
 
     Attributes:
-      rows, slots: int32[Q], where the keys and values of each token are written. A row past the
-        end writes nothing.
+      slots: int32[Q], position of each token in its sequence.
+      pages: int32[Q], where its keys and values are written; NO_PAGE writes nothing.
       tokens: int32[R, T], index of each chunk's tokens among the Q.
       places: int32[Q], index of each token among the R * T of `tokens`.
-      sources: int32[R, C], the row that each slot is read from, so that a prompt can attend to the
-        keys of another one that begins alike, even one of the same call. None if chunk r reads
-        row r.
-      copies: int32[R], the row that the slots a chunk looked at are copied to; a row past the end
-        copies nothing. None together with `sources`.
-      window: C.
+      tables: int32[R, C / PAGE], the pages of each chunk's sequence, in its order. Keys of another
+        token of the same call are there, so prompts of one call can share pages.
     """
 
-    rows: jax.Array
     slots: jax.Array
+    pages: jax.Array
     tokens: jax.Array
     places: jax.Array
-    sources: jax.Array | None
-    copies: jax.Array | None
-    window: int = flax.struct.field(pytree_node=False)
+    tables: jax.Array
 
     def mask(self, sliding_window: int | None) -> jax.Array:
         """bool[R, 1, T, C]: a token attends to the slots up to its own."""
         queries = self.slots[self.tokens]
-        keys = jnp.broadcast_to(jnp.arange(self.window), (len(queries), self.window))
+        window = self.tables.shape[1] * PAGE
+        keys = jnp.broadcast_to(jnp.arange(window), (len(queries), window))
         same = jnp.ones_like(queries), jnp.ones_like(keys)
         return attention_mask(queries, keys, *same, sliding_window)
 
 
 def write_cache(
     cache: KVCache, layer: jax.Array | int, chunks: Chunks, k: jax.Array, v: jax.Array
-) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Stores keys and values [Q, K, H] of one layer.
+) -> KVCache:
+    """Stores keys and values [Q, K, H] of one layer."""
+    heads = np.arange(cache.keys.shape[2])
+    pages, slots = chunks.pages[:, None], chunks.slots[:, None] % PAGE
 
-    Returns:
-      The cache, and the layer's keys and values [R, K, C, H] that each chunk attends to.
-    """
-    heads, seen = np.arange(cache.keys.shape[2]), np.arange(chunks.window)
-
-    def store(stored, new):  # [L, B, K, S, ...] and [Q, K, ...]
-        new = new.astype(stored.dtype)
-        rows, slots = chunks.rows[:, None], chunks.slots[:, None]
-        stored = stored.at[layer, rows, heads, slots].set(new, mode="drop")
-        if chunks.sources is None:
-            return stored, stored[layer, :, :, : chunks.window]
-        looked_at = stored[layer, chunks.sources[:, None], heads[:, None], seen]
-        # In each layer, not once after all: the keys are loaded already, and the cache is updated
-        # in place.
-        stored = stored.at[layer, chunks.copies, :, : chunks.window].set(looked_at, mode="drop")
-        return stored, looked_at
+    def store(stored, new):  # [L, P, K, S, ...] and [Q, K, ...]
+        return stored.at[layer, pages, heads, slots].set(new.astype(stored.dtype), mode="drop")
 
     if cache.scales is None:
-        (keys, k), (values, v) = store(cache.keys, k), store(cache.values, v)
-        return KVCache(keys, values), k, v
+        return KVCache(store(cache.keys, k), store(cache.values, v))
     (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    (keys, k), (values, v) = store(cache.keys, k), store(cache.values, v)
-    scales, of_seen = jax.vmap(store)(cache.scales, jnp.stack([k_scale, v_scale]))
-    k_scale, v_scale = of_seen[..., None]
-    return KVCache(keys, values, scales), k * k_scale, v * v_scale
+    scales = jax.vmap(store)(cache.scales, jnp.stack([k_scale, v_scale]))
+    return KVCache(store(cache.keys, k), store(cache.values, v), scales)
+
+
+def read_cache(
+    cache: KVCache, layer: jax.Array | int, tables: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [R, K, n * S, H] of one layer, of the pages int32[R, n]."""
+    heads = np.arange(cache.keys.shape[2])[:, None]
+
+    def look(stored):  # [L, P, K, S, ...] -> [R, K, n, S, ...]
+        found = stored.at[layer, tables[:, None], heads].get(mode="promise_in_bounds")
+        return found.reshape(*found.shape[:2], -1, *found.shape[4:])
+
+    k, v = look(cache.keys), look(cache.values)
+    if cache.scales is None:
+        return k, v
+    k_scale, v_scale = jax.vmap(look)(cache.scales)[..., None]
+    return k * k_scale, v * v_scale

@@ -7,6 +7,7 @@ cached call (see cache.py): Q tokens, R chunks of at most T tokens.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax.models.attention import attention, attention_mask, attention_shares, cached_attention
-from llava_jax.models.cache import Chunks, KVCache, write_cache
+from llava_jax.models.attention import attention, attention_mask, attention_shares
+from llava_jax.models.cache import Chunks, KVCache, read_cache, write_cache
+from llava_jax.models.cached_attention import cached_attention
 from llava_jax.models.flash_attention import PackedCausal
 from llava_jax.models.linear import Linear
 from llava_jax.models.remat import rematted
@@ -158,9 +160,9 @@ class Attention(nn.Module):
         if cache is None:
             out = attention(q, k, v, mask, self.implementation)
         else:
-            cache, k, v = write_cache(cache, layer, chunks, k[:, 0], v[:, 0])
-            k, v = (a.swapaxes(1, 2).astype(q.dtype) for a in (k, v))
-            out = cached_attention(q[chunks.tokens, 0], k, v, mask)
+            cache = write_cache(cache, layer, chunks, k[:, 0], v[:, 0])
+            read = functools.partial(read_cache, cache, layer)
+            out = cached_attention(q[chunks.tokens, 0], chunks.tables, mask, read)
             out = out.reshape(-1, *out.shape[2:])[chunks.places, None]
         out = Linear(
             c.hidden_size, ("heads", "embed"), self.dtype, c.o_bias, inputs=2, name="o_proj"
@@ -345,7 +347,7 @@ class Decoder(nn.Module):
     def read(
         self, embeddings: jax.Array, cache: KVCache | tuple[KVCache, ...], chunks: Chunks
     ) -> tuple[jax.Array, KVCache | tuple[KVCache, ...]]:
-        """Reads tokens [Q, D] into the rows of a cache.
+        """Reads tokens [Q, D] into the pages of a cache.
 
         Returns:
           Their hidden states [Q, D], after the final norm, and the cache that holds them too.

@@ -13,6 +13,7 @@ from llava_jax import imports
 from llava_jax.errors import LlavaError, closest
 from llava_jax.inference.lookup import check_lookup
 from llava_jax.inference.model import Llava
+from llava_jax.inference.paging import check_cache_tokens
 from llava_jax.models.precision import DTYPES
 from llava_jax.models.quantization import FORMS
 from llava_jax.parallel.mesh import make_mesh
@@ -50,6 +51,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lookup", type=int, default=0, metavar="K",
         help="guess K tokens at a time where answers repeat prompts, to answer quicker; default: "
         "off")  # fmt: skip
+    add("--cache_tokens", type=int, metavar="N",
+        help="tokens of prompts and answers that a copy keeps in memory at a time; if they become "
+        "more, answers wait; default: room for all rows at their longest")  # fmt: skip
     add("--replicas", type=int, default=1, metavar="N", help="copies of the model, to share work")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share a copy's weights")
     add("--allow_urls", action="store_true", help="download pictures at http(s) addresses")
@@ -98,6 +102,7 @@ def from_keywords(
 def load_from_arguments(args: argparse.Namespace) -> Llava:
     """The model of `add_model_arguments`; its compiled functions are kept for the next time."""
     check_lookup(args.lookup)
+    check_cache_tokens(args.cache_tokens)
     checkpoint = local_folder(args.checkpoint)
     if not checkpoint.is_dir():
         raise LlavaError(f"no checkpoint folder at {args.checkpoint}")
@@ -112,6 +117,7 @@ def load_from_arguments(args: argparse.Namespace) -> Llava:
             quantize=args.quantize,
             kv_cache=args.kv_cache,
             lookup=args.lookup,
+            cache_tokens=args.cache_tokens,
             allow_urls=args.allow_urls,
             mesh=mesh,
             **picture_options(args),

@@ -1,8 +1,8 @@
 """What the server counts, in Prometheus' form.
 
-The three gauges that gateways look for, the histograms of times and the counts of prompt look-up
-have vLLM's names (https://docs.vllm.ai/en/latest/design/metrics.html); the rest begins with
-`llava:`.
+The three gauges that gateways look for, the histograms of times, and the counts of prompt look-up
+and of answers that gave way have vLLM's names
+(https://docs.vllm.ai/en/latest/design/metrics.html); the rest begins with `llava:`.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -35,7 +35,7 @@ class Metrics:
         self.model = model
         self.running = gauge("vllm:num_requests_running", "Requests that have a row")
         self.waiting = gauge("vllm:num_requests_waiting", "Requests that wait for a row")
-        self.cache_use = gauge("vllm:kv_cache_usage_perc", "Share of the cache's rows in use")
+        self.cache_use = gauge("vllm:kv_cache_usage_perc", "Share of the cache's pages in use")
         self.prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens of answers")
         self.first_token = seconds("vllm:time_to_first_token_seconds", "From request to first text")
@@ -47,6 +47,7 @@ class Metrics:
         self.cached_tokens = counter(
             "llava:cached_prompt_tokens", "Prompt tokens found in the cache"
         )
+        self.put_back = counter("vllm:num_preemptions", "Answers that gave way in a full cache")
         self.drafts = counter("vllm:spec_decode_num_drafts", "Runs of tokens guessed by look-up")
         self.draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed")
         self.accepted_tokens = counter(

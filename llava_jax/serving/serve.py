@@ -18,10 +18,13 @@ import jax
 from llava_jax.errors import LlavaError
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.explain import FEWEST_WINDOWS
+from llava_jax.inference.jobs import pages_of
 from llava_jax.inference.lookup import check_lookup
+from llava_jax.inference.paging import check_cache_tokens
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.replicas import Replicas
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.cache import PAGE
 from llava_jax.models.images import cells_a_side
 from llava_jax.models.llava import LlavaConfig
 from llava_jax.parallel import hosts
@@ -146,6 +149,7 @@ def check_arguments(args) -> None:
     if args.max_images < 0 or args.drain_seconds < 0:
         raise LlavaError("--max_images and --drain_seconds must be at least 0")
     check_lookup(args.lookup)
+    check_cache_tokens(args.cache_tokens)
     if args.contrast and args.batch_size <= args.replicas:
         raise LlavaError(
             f"--contrast takes two rows of a copy: give a --batch_size of at least "
@@ -205,6 +209,7 @@ def load(args, server) -> None:
     """Loads the model and compiles everything that requests can need; reports in `progress`."""
     model = load_from_arguments(args)
     context = context_length(args.max_model_len, model.config)
+    check_cache(args, context)
 
     def report(done: int, count: int) -> None:
         server.progress = f"compiling {done} of {count} programs"
@@ -213,7 +218,7 @@ def load(args, server) -> None:
 
     few = not args.all_shapes
     model.engine.warm_up(args.batch_size, context, report, few, args.contrast, args.explain)
-    LOG.info("%s", describe_memory(model.engine, context))
+    LOG.info("%s", describe_memory(model.engine))
     LOG.info("%s", describe_pictures(model.config, context))
     hosts = [name.lower() for name in args.url_hosts or ()]
     urls = hosts if hosts or args.allow_urls else None
@@ -229,6 +234,17 @@ def context_length(wanted: int | None, config: LlavaConfig) -> int:
     return context
 
 
+def check_cache(args, context: int) -> None:
+    """LlavaError if --cache_tokens leaves no room for a request as long as the context."""
+    least = pages_of(context) * PAGE * (2 if args.contrast else 1)
+    if args.cache_tokens is not None and args.cache_tokens < least:
+        raise LlavaError(
+            f"--cache_tokens {args.cache_tokens} holds no request of {context} tokens"
+            f"{', twice for --contrast' if args.contrast else ''}: give at least {least}, or a "
+            "smaller --max_model_len"
+        )
+
+
 def default_context(config: LlavaConfig) -> int:
     """Tokens of a prompt and its answer: 2048, or more if the model's pictures take more.
 
@@ -238,12 +254,12 @@ def default_context(config: LlavaConfig) -> int:
     return min(config.decoder.max_position_embeddings, max(2048, cache_bucket(room)))
 
 
-def describe_memory(engine: Engine | Replicas, context: int) -> str:
+def describe_memory(engine: Engine | Replicas) -> str:
     """What an engine and its copies keep on their devices, for people to read."""
     devices = [one.device for one in getattr(engine, "engines", [engine])]
     gigabytes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
     return (
-        f"the cache of {context:,} tokens a row takes "
+        f"the cache of {sum(device.pages for device in devices) * PAGE:,} tokens takes "
         f"{sum(gigabytes(device.state.cache) for device in devices):.2f} GB, the features of "
         f"{devices[0].tile_slots} tiles {sum(gigabytes(device.store) for device in devices):.2f} GB"
     )

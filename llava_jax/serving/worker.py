@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llava_jax.inference.answer import Answer, TokenLogprob
-from llava_jax.inference.engine import Counts, Engine
-from llava_jax.inference.jobs import Job, LiveJobs, rows_of
+from llava_jax.inference.counts import Counts
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.jobs import Job, LiveJobs
 from llava_jax.inference.replicas import Replicas
 from llava_jax.serving.api import ApiError
 from llava_jax.serving.metrics import Metrics
@@ -181,16 +182,17 @@ class Worker(threading.Thread):
         """Brings the metrics up to date."""
         with self._lock:
             live = [ticket.jobs[index] for ticket, index in self._live.values()]
-        running = [job for job in live if job.produced]
+        running = [job for job in live if job.pages]
         self._metrics.running.set(len(running))
         self._metrics.waiting.set(len(live) - len(running))
-        self._metrics.cache_use.set(min(1.0, len(rows_of(running)) / self.batch_size))
+        self._metrics.cache_use.set(self.engine.cache_use)
         counts = self.engine.counts
         self._metrics.compilations.set(counts.compilations)
         counters = {
             "prompt_tokens": self._metrics.prompt_tokens,
             "answer_tokens": self._metrics.generation_tokens,
             "shared_tokens": self._metrics.cached_tokens,
+            "put_back": self._metrics.put_back,
             "drafts": self._metrics.drafts,
             "draft_tokens": self._metrics.draft_tokens,
             "accepted_tokens": self._metrics.accepted_tokens,

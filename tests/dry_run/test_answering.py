@@ -20,6 +20,7 @@ from llava_jax.dry_run.topology import Topology
 from llava_jax.errors import LlavaError
 from llava_jax.inference import device
 from llava_jax.inference.prefill import pack_prompts, prefill_shapes
+from llava_jax.models.cache import PAGE
 from llava_jax.models.presets import PRESETS, preset
 from llava_jax.parallel.mesh import make_mesh
 from tests.dry_run.test_gpu import with_compiler
@@ -66,6 +67,19 @@ def test_it_counts_the_programs_that_the_server_warms_up(monkeypatch, capsys, al
     assert reports[-1] == (figures["warm_up"], figures["warm_up"])
 
 
+def test_a_smaller_cache_is_counted_and_one_without_room_for_a_request_refused(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
+    flags = ("--batch_size=8", "--max_model_len=60", "--dry_run=cpu:8")
+    whole, small = (answer(capsys, *flags, *more)[1] for more in ((), ("--cache_tokens=128",)))
+    assert whole["cache_tokens"] == 8 * 64 and small["cache_tokens"] == 128
+    assert small["bytes"]["cache"] == whole["bytes"]["cache"] / 4
+    refused = ["--cache_tokens=48", "--contrast"]
+    for more, least in ((refused[:1], 64), (refused, 128)):
+        assert cli.main(["serve", "--checkpoint=tiny", *flags, *more]) == 1
+        assert "holds no request of 60 tokens" in (error := capsys.readouterr().err)
+        assert f"give at least {least}" in error
+
+
 def test_copies_share_the_rows(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
     flags = ("--batch_size=8", "--replicas=4", "--max_model_len=60", "--dry_run=cpu:8")
@@ -83,7 +97,7 @@ def test_the_prefills_that_can_need_most_memory():
 @pytest.mark.slow
 def test_no_prefill_of_the_server_needs_more_than_those_that_are_compiled():
     engine_device, needed = tiny_llava().engine.device, {}
-    engine_device.reserve(32, 2048)
+    engine_device.reserve(32, 32 * 2048 // PAGE, 2048)
     engine_device.lower_encode(1)  # makes the store
     shapes = prefill_shapes(32, 2048, few=True)
     for shape in (s for s in shapes if s.tokens >= 2048 and s.window == 2048):
@@ -144,7 +158,8 @@ def test_the_speed_of_decoding_by_the_memory():
     params = abstract_weights(config, mesh, "bfloat16", None)
     where = Topology("h100:1", (None,), (1,), CHIPS["h100"])
     row = 2 * 32 * 2048 * 32 * 128 * 2  # keys and values of every layer
-    figures = {"tensor": 1, "rows": 4, "bytes": {"cache": 4 * row}}
+    figures = {"tensor": 1, "rows": 4, "slots": 2048, "cache_tokens": 4 * 2048}
+    figures["bytes"] = {"cache": 4 * row}
     speed = decoding_speed(config, params, where, figures)
     weights = 2 * (DECODER_7B - 32000 * 4096)  # not the table of embeddings
     assert sorted(speed) == [1, 4, 8, 32, 128]

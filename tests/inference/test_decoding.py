@@ -5,19 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.inference import decoding, scoring
+from llava_jax.inference import decoding, jobs, scoring
+from llava_jax.inference import prefill as prefilling
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, DecodeState
 from llava_jax.inference.jobs import Job, Request
 from llava_jax.inference.prefill import PrefillShape, pack_prompts
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.models.cache import Chunks, empty_cache
+from llava_jax.models import cache
+from llava_jax.models.cache import NO_PAGE, PAGE, Chunks, empty_cache
 from llava_jax.models.decoder import RopeScaling
 from llava_jax.models.llava import LlavaModel
 from tests.tiny_model import CONFIG, config_with, random_params
 
 encode = jax.jit(decoding.encode, static_argnames="model")
 prefill = jax.jit(decoding.prefill, static_argnames="model")
-decode = jax.jit(decoding.decode, static_argnames=("model", "window"))
+decode = jax.jit(decoding.decode, static_argnames="model")
 whole = jax.jit(scoring.all_logits, static_argnames="model")
 
 
@@ -69,15 +71,15 @@ def test_prefill_then_single_tokens_give_the_logits_of_a_full_pass(variant):
     def chunks_of(first, last):  # of both rows, the tokens from `first` to `last`
         length = last - first
         tokens = np.arange(2 * length).reshape(2, length)
-        rows, slots = np.repeat([0, 1], length), np.tile(np.arange(first, last), 2)
-        sources = np.repeat([[0], [1]], 32, axis=1)
-        return Chunks(rows, slots, tokens, tokens.ravel(), sources, np.array([0, 1]), 32)
+        slots, tables = np.tile(np.arange(first, last), 2), np.array([[3, 0], [1, 2]])
+        pages = tables[np.repeat([0, 1], length), slots // PAGE]
+        return Chunks(slots, pages, tokens, tokens.ravel(), tables)
 
-    cache, pieces = empty_cache(config.decoder, 2, 32, jnp.float32), []
+    kept, pieces = empty_cache(config.decoder, 4, jnp.float32), []
     for first, last in [(0, 13), *((t, t + 1) for t in range(13, 20))]:
         part = np.s_[:, first:last]
         chunks = chunks_of(first, last)
-        logits, cache = advance(ids[part].ravel(), places[part].ravel(), chunks, cache)
+        logits, kept = advance(ids[part].ravel(), places[part].ravel(), chunks, kept)
         pieces.append(logits.reshape(2, last - first, -1))
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, rtol=1e-5, atol=2e-5)
 
@@ -89,22 +91,25 @@ def feature_places(ids, images):
     return np.where(is_image, places, NO_TOKEN)
 
 
-def read(model, params, ids, lengths, images, budget, stop_ids=(), size=48, kv_dtype="float32"):
+TABLES = np.array([[4, 1], [2, 5], [0, 3]])  # the pages of each row
+
+
+def read(model, params, ids, lengths, images, budget, stop_ids=(), kv_dtype="float32"):
     """First tokens and state of right-padded prompts, each in the row of its number."""
     rows, pictures = len(ids), images.reshape(-1, 8, 8, 3)
     store = jnp.zeros((len(pictures), 4, model.config.decoder.hidden_size))
     store = encode(model, params, store, pictures, jnp.arange(len(pictures)))
     places = feature_places(np.array(ids), images.shape[1])
-    jobs = []
+    waiting = []
     for row, length in enumerate(np.array(lengths)):
         request = Request(np.array(ids[row, :length]), (), SamplingParams())
         job = Job(request, None, tuple(stop_ids), budget[row])
-        job.feature_ids, job.row, job.sources = places[row, :length], row, np.full(length, row)
-        jobs.append(job)
-    prompts = pack_prompts(jobs, PrefillShape(64, 8, 32), rows)  # in chunks of eight
-    state = DecodeState.empty(model, rows, size, jnp.dtype(kv_dtype))
+        job.feature_ids, job.row, job.pages = places[row, :length], row, TABLES[row].tolist()
+        waiting.append(job)
+    prompts = pack_prompts(waiting, PrefillShape(64, 8, 32), rows)  # in chunks of eight
+    state = DecodeState.empty(model, rows, TABLES.size, jnp.dtype(kv_dtype))
     tokens, _, state = prefill(model, params, state, store, prompts)
-    return tokens[np.array([list(prompts.chunks.copies).index(row) for row in range(rows)])], state
+    return tokens[np.array([list(prompts.rows).index(row) for row in range(rows)])], state
 
 
 def test_generated_tokens_are_the_argmax_of_full_passes():
@@ -112,7 +117,7 @@ def test_generated_tokens_are_the_argmax_of_full_passes():
     params, model = random_params(config), LlavaModel(config)
     ids, lengths, images = prompts([9, 17], [1, 2])
     first, state = read(model, params, ids, lengths, images, [50, 50])
-    later, _, _ = decode(model, params, state, jnp.ones(2, bool), 1, window=32)
+    later, _, _ = decode(model, params, state, jnp.ones(2, bool), 1, TABLES[:2])
     answers = np.concatenate([first[:, None], later], axis=1)
     assert answers.shape == (2, 1 + TOKENS_PER_CALL)
     tokens = np.zeros((2, 17 + answers.shape[1]), int)
@@ -134,7 +139,7 @@ def test_a_row_ends_at_its_budget_at_a_stop_id_and_when_the_host_says_so():
     def answers(budget, stop_ids=(), running=(True, True, True), fewest=1):
         first, state = read(model, params, ids, lengths, images, budget, stop_ids)
         before = state.lengths
-        tokens, _, state = decode(model, params, state, jnp.array(running), fewest, window=32)
+        tokens, _, state = decode(model, params, state, jnp.array(running), fewest, TABLES)
         return np.concatenate([first[:, None], tokens], 1), state.lengths - before
 
     free, _ = answers([9, 9, 9])
@@ -167,11 +172,12 @@ def test_an_int8_cache_is_near_the_exact_one():
     assert low.keys.dtype == low.values.dtype == jnp.int8
     for name, scales in (("keys", low.scales[0]), ("values", low.scales[1])):
         stored = getattr(low, name) * scales[..., None]
+        page = TABLES[0, 0]  # it is full
         # the first layer's inputs are exact: only the rounding itself is left
-        error = abs(stored - getattr(exact, name))[0, 0, :20]
-        assert 0 < error.max() <= 0.51 * scales[0, 0, :20].max()
+        error = abs(stored - getattr(exact, name))[0, page]
+        assert 0 < error.max() <= 0.51 * scales[0, page].max()
         np.testing.assert_allclose(
-            stored[:, 0, :20], getattr(exact, name)[:, 0, :20], atol=0.1 * abs(stored).max()
+            stored[:, page], getattr(exact, name)[:, page], atol=0.1 * abs(stored).max()
         )
 
 
@@ -190,27 +196,28 @@ def test_full_pass_takes_padding_on_either_side():
         assert np.isfinite(padded).all()
 
 
-def test_the_drawn_example_of_chunks_is_what_prompts_are_packed_into():
-    jobs = []
-    for text, row, shared, sources in (
-        ("abcdef", 2, 0, [2] * 6),
-        ("abcxy", 0, 3, [2, 2, 2, 0, 0]),
-        ("z", 3, 0, [3]),
+def test_the_drawn_example_of_chunks_is_what_prompts_are_packed_into(monkeypatch):
+    for module in (cache, jobs, prefilling):
+        monkeypatch.setattr(module, "PAGE", 2)
+    waiting = []
+    for text, row, shared, pages in (
+        ("abcdef", 2, 0, [5, 1, 2]),
+        ("abxyz", 0, 2, [5, 0, 3]),
+        ("z", 3, 0, [4, 6]),  # with room for what follows
     ):
         ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         job = Job(Request(ids, (), SamplingParams()), None, (), 1)
-        job.row, job.shared, job.read = row, shared, shared
-        job.sources = np.array(sources, np.int32)
+        job.row, job.shared, job.read, job.pages = row, shared, shared, pages
         job.feature_ids = np.full(len(ids), NO_TOKEN)
-        jobs.append(job)
-    packed = pack_prompts(jobs, PrefillShape(tokens=16, chunk=4, window=8), rows=4)
+        waiting.append(job)
+    packed = pack_prompts(waiting, PrefillShape(tokens=16, chunk=4, window=8), rows=4)
     chunks = packed.chunks
-    assert bytes(packed.input_ids[:9].tolist()) == b"abcdefxyz"
-    assert chunks.rows[:9].tolist() == [2, 2, 2, 2, 2, 2, 0, 0, 3]
-    assert chunks.slots[:9].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 0]
-    read_ = [chunks.tokens[i, :n].tolist() for i, n in enumerate((4, 2, 2, 1))]
-    assert read_ == [[0, 1, 2, 3], [4, 5], [6, 7], [8]]
-    assert chunks.places[:9].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 12]
-    sources = [chunks.sources[i, :n].tolist() for i, n in enumerate((6, 6, 5, 1))]
-    assert sources == [[2] * 6, [2] * 6, [2, 2, 2, 0, 0], [3]]
-    assert chunks.copies[:4].tolist() == [2, 4, 0, 3]
+    assert bytes(packed.input_ids[:10].tolist()) == b"abcdefxyzz"
+    assert chunks.slots[:10].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 0]
+    assert chunks.pages[:11].tolist() == [5, 5, 1, 1, 2, 2, 0, 0, 3, 4, NO_PAGE]
+    read_ = [chunks.tokens[i, :n].tolist() for i, n in enumerate((4, 2, 3, 1))]
+    assert read_ == [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9]]
+    assert chunks.places[:10].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10, 12]
+    tables = [chunks.tables[i, :n].tolist() for i, n in enumerate((3, 3, 3, 1))]
+    assert tables == [[5, 1, 2], [5, 1, 2], [5, 0, 3], [4]] and chunks.tables.shape == (5, 4)
+    assert packed.rows.tolist() == [2, 4, 0, 3, 4]

@@ -107,7 +107,7 @@ def test_a_call_reads_as_many_prompts_as_leave_the_least_padding():
     def calls(*rests: int, more: bool = False) -> list[tuple[int, int]]:
         """Prompts and tokens of the calls that read prompts of so many tokens."""
         read = [SimpleNamespace(rest=rest) for rest in rests]
-        wave, made = [SimpleNamespace(readings=[one], length=one.rest) for one in read], []
+        wave, made = [SimpleNamespace(readings=[one], filled=one.rest) for one in read], []
         while wave:
             jobs, shape = take_prompts(wave, 8192, more)
             assert shape.pieces(*jobs) <= shape.chunks

@@ -15,8 +15,9 @@ from llava_jax.inference.decoding import tile_slots
 from llava_jax.inference.jobs import Picture, Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
-from llava_jax.models import attention
+from llava_jax.models import cached_attention
 from llava_jax.models.anyres import NEXT_GRIDS, Tiling
+from llava_jax.models.cache import PAGE
 from llava_jax.models.images import ImageSpec
 from llava_jax.models.video import VideoSpec
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
@@ -155,7 +156,7 @@ def test_a_second_turn_reads_only_what_is_new_and_encodes_nothing(llava):
     after = llava.chat("b?", picture, [("a?", answer)], max_tokens=8)
     counts = llava.engine.counts
     first = len(llava.request("a?", [picture], SamplingParams()).input_ids)
-    assert counts.shared_tokens - before.shared_tokens >= first
+    assert counts.shared_tokens - before.shared_tokens >= first // PAGE * PAGE
     assert counts.encoded_images == before.encoded_images
     llava.engine.forget()
     assert after == llava.chat("b?", picture, [("a?", answer)], max_tokens=8)
@@ -177,7 +178,7 @@ def test_a_second_turn_with_another_picture(llava):
         assert shared < list(both.input_ids).index(llava.config.image_token_id) + 1
     else:
         assert len(both.pictures[0].layout) == len(alone.pictures[0].layout)
-        assert shared >= len(alone.input_ids)
+        assert shared >= len(alone.input_ids) // PAGE * PAGE
     llava.engine.forget()
     assert after == llava.chat(*turn, max_tokens=8)
 
@@ -190,8 +191,8 @@ def test_long_prompts_are_read_in_parts(llava, monkeypatch):
     llava.engine.forget()
     expected = ask(llava, prompts, images)
     monkeypatch.setattr(prefill, "TOKENS_AT_A_TIME", 32)
-    monkeypatch.setattr(attention, "LONG_CHUNK", 16)
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(cached_attention, "LONG_ROW", 16)
+    monkeypatch.setattr(cached_attention, "BLOCK", 16)
     model = tiny_llava(llava.config, TEMPLATE)
     model.engine.warm_up(batch_size=4, size=SIZE, few=True)
     before, tokens = model.engine.counts.compilations, []
@@ -216,15 +217,15 @@ def test_more_tiles_than_the_store_has_are_encoded_again_when_they_are_needed(ll
 
 
 def test_a_prompt_shares_pictures_that_are_in_the_store_no_more(llava):
-    """Its row still holds what was read of them."""
-    picture = random_image(1, SIZES[4])
+    """Pages still hold what was read of them, if the question behind them fills the last one."""
+    picture, question = random_image(1, SIZES[4]), "a" * PAGE + "?"
     llava.engine.forget()
-    expected = ask(llava, ["a?"], [[picture]])
+    expected = ask(llava, [question], [[picture]])
     device = llava.engine.device
     device.store = device.store * np.nan  # whoever looked there would know
     llava.engine._admission._tiles = type(llava.engine._admission._tiles)(device.tile_slots)
     before = llava.engine.counts.encoded_images
-    assert ask(llava, ["a?"], [[picture]]) == expected
+    assert ask(llava, [question], [[picture]]) == expected
     assert llava.engine.counts.encoded_images == before
     llava.engine.forget()
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.models import attention as module
-from llava_jax.models.attention import attention, attention_mask, cached_attention
+from llava_jax.models import cached_attention as module
+from llava_jax.models.attention import attention, attention_mask
 from llava_jax.models.blocked_attention import blocked_attention
+from llava_jax.models.cached_attention import cached_attention
 from llava_jax.models.decoder import _rotated_by_halves, _rotated_by_product, apply_rope
 from llava_jax.models.linear import transposed
 from llava_jax.parallel.mesh import make_mesh
@@ -50,7 +51,7 @@ def test_gradients_are_those_of_the_plain_formula(precision, tolerance):
 
 def test_a_chunk_over_blocks_of_keys_is_a_whole_row(monkeypatch):
     """A causal row, one that begins late, one in a window, and one whose queries see one key."""
-    monkeypatch.setattr(module, "LONG_CHUNK", 4)
+    monkeypatch.setattr(module, "LONG_ROW", 4)
     monkeypatch.setattr(module, "BLOCK", 4)
     q, k, v = normal(4, 6, 4, 8), normal(4, 16, 2, 8), normal(4, 16, 2, 8)
     k = k.at[1, 10:].set(np.nan).at[2, :4].set(np.nan)  # whole blocks that are never read
@@ -62,10 +63,30 @@ def test_a_chunk_over_blocks_of_keys_is_a_whole_row(monkeypatch):
         (keys <= places + 8) & (keys > places + 5),
         (keys == 0) & (places >= 0),
     ])[:, None]  # fmt: skip
-    found = cached_attention(q, k, v, jnp.asarray(mask))
-    expected = attention(q, jnp.nan_to_num(k), v, jnp.asarray(mask))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert " while[" in str(jax.make_jaxpr(cached_attention)(q, k, v, mask))
+    tables = RNG.permutation(32).reshape(4, 8)  # pages of two slots
+    paged = lambda x: jnp.zeros((32, 2, 2, 8)).at[tables].set(x.reshape(4, 8, 2, 2, 8))
+
+    def reader(k, v):
+        def read(tables):  # [32, 2, K, H] -> [B, K, 2 * pages, H]
+            some = lambda pool: pool[tables].reshape(len(tables), -1, 2, 8).swapaxes(1, 2)
+            return some(paged(k)), some(paged(v))
+
+        return read
+
+    arguments = q, jnp.asarray(tables), jnp.asarray(mask)
+    by_row = lambda *x: cached_attention(*x, reader(k, v))
+    expected = attention(q, jnp.nan_to_num(k), v, arguments[2])
+    np.testing.assert_allclose(by_row(*arguments), expected, rtol=1e-5, atol=1e-6)
+    assert " while[" in str(jax.make_jaxpr(by_row)(*arguments))
+    monkeypatch.undo()  # all rows at once
+    monkeypatch.setattr(module, "FEWEST_KEYS", 2)
+    arguments = q, jnp.asarray(tables), jnp.asarray(mask & (keys < 10) | (keys == 0))
+    expected = attention(q, jnp.nan_to_num(k), v, arguments[2])
+    last = jnp.nan_to_num(k).at[:, 10:].set(np.nan)  # what no row looks at is never read
+    for fast, held in ((1, last), (2**30, jnp.nan_to_num(k))):
+        monkeypatch.setitem(module.FAST_BYTES, "cpu", fast)
+        found = cached_attention(*arguments, reader(held, v))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def packed_row(*lengths, window=None, turns=None) -> jax.Array:

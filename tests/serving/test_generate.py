@@ -115,12 +115,14 @@ def test_the_model_is_loaded_as_the_flags_say(run, llava, tmp_path, monkeypatch)
     keep = lambda *_, **options: loaded.append(options) or llava
     monkeypatch.setattr(model.Llava, "from_pretrained", keep)
     words = ("--quantize", "int8", "--kv_cache", "int8", "--lookup", "3")
+    words += ("--cache_tokens", "640")
     run(*words, "--template", "v1", "--dtype", "mixed")
     run("--weights", "int8", "--overwrite")  # the earlier name
     first, second = loaded
     assert (first["quantize"], first["kv_cache"], first["template"]) == ("int8", "int8", "v1")
     assert first["dtype"] == "mixed" and second["quantize"] == "int8"
     assert second["template"] is None and (first["lookup"], second["lookup"]) == (3, 0)
+    assert (first["cache_tokens"], second["cache_tokens"]) == (640, None)
 
 
 def test_wrong_requests_get_an_error_and_spare_the_others(run, tmp_path, capsys):

@@ -84,6 +84,7 @@ def test_a_checkpoint_that_is_not_there(capsys):
         (("--max_tokens", "0"), "--max_tokens"),
         (("--temperature", "-1"), "temperature"),
         (("--lookup", "-1"), "lookup must be a whole number"),
+        (("--cache_tokens", "8"), "cache_tokens must be a whole number from 16"),
         (("--api_key_file", "/no/such/file"), "--api_key_file /no/such/file cannot be read"),
     ],
 )

@@ -81,6 +81,21 @@ def test_cancelling_counts_each_answer_once(worker, model):
     assert worker.live == 0 and all(job.answer.cancelled for job in one.jobs)
 
 
+def test_the_gauge_of_the_cache_is_the_share_of_its_pages(worker, model):
+    one, shares = ticket(model), []
+    worker.submit(one)
+    worker.close()
+    for _ in model.engine.run(worker._source, 2):
+        worker.measure()
+        label = {"model_name": "tiny"}
+        value = lambda name: worker._metrics.registry.get_sample_value(f"vllm:{name}", label)  # noqa: B023
+        held = {page for job in one.jobs for page in job.pages}
+        shares.append(value("kv_cache_usage_perc"))
+        assert shares[-1] == pytest.approx(len(held) / model.engine.device.pages)
+        assert value("num_requests_running") == sum(bool(job.pages) for job in one.jobs)
+    assert 0 < max(shares) < 1 and shares[-1] == 0 and value("num_preemptions_total") == 0
+
+
 def test_an_engine_that_was_idle_for_long_is_not_stuck(worker, model):
     worker._last_sign -= 1000
     assert not worker.stuck(300)
