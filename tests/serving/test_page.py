@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import threading
 
@@ -105,6 +106,14 @@ def test_a_question_about_pictures_is_answered_as_by_python(page, live):
     assert answers(page)[0].split() == expected.split()
     assert page.locator(".turn.user img").count() == 2
     assert "first token" in page.locator(".turn.assistant .facts").inner_text()
+
+
+def test_an_answer_of_one_token_shows_how_many_tokens_it_took(page):
+    limit(page, 1)
+    ask(page, "what?")
+    sync_api.expect(page.locator(".turn.assistant .facts")).to_have_text(
+        re.compile(r"first token [\d.]+ s, \d+ \+ 1 tokens")
+    )
 
 
 def test_regenerate_edit_and_branches(page):
