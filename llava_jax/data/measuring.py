@@ -288,7 +288,7 @@ def _parts(gauge: Gauge, chunks: list[Chunk], processes: int | None) -> Iterator
         tqdm.write(text, file=sys.stderr)
     if processes is None:
         processes = processes_for(fresh + len(chunks) // _LIGHT)
-    if processes < 2:
+    if processes < 2 or not _others_can_start():
         yield from map(gauge, chunks)
         return
     # What a mixture repeats is kept when it comes again.
@@ -311,6 +311,15 @@ def _parts(gauge: Gauge, chunks: list[Chunk], processes: int | None) -> Iterator
 def processes_for(chunks: int) -> int:
     """How many processes so many chunks are worth."""
     return min(len(os.sched_getaffinity(0)), chunks // _LEAST)
+
+
+def _others_can_start() -> bool:
+    """Whether a process can be spawned: a program on standard input names a file that is not there.
+
+    The new process would end at once, and this one wait for ever to hand it its work.
+    """
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    return program is None or os.path.exists(program)
 
 
 def _begin(gauge: Gauge) -> None:

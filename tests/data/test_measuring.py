@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.data import measuring
 from llava_jax.data.measuring import Findings, ImagePolicy, measure
 from llava_jax.data.media import MAX_PIXELS
 from llava_jax.data.pipeline import TrainingData
@@ -122,6 +124,17 @@ def test_lengths_of_an_earlier_version_are_measured_anew_and_that_is_said(
     assert "has lengths of an earlier version: they are measured anew" in capsys.readouterr().err
     run(cache)
     assert not capsys.readouterr().err
+
+
+def test_a_program_on_standard_input_measures_by_itself(data_set, tokenizer, monkeypatch):
+    """A process that it spawned could not find the program, and would be waited for."""
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>", raising=False)
+    monkeypatch.setattr(measuring, "ProcessPoolExecutor", None)
+    run = lambda processes: measure(
+        open_records(*data_set), tokenizer, FORMAT, POLICY, None, progress=False,
+        processes=processes,
+    )  # fmt: skip
+    np.testing.assert_array_equal(run(2).lengths, run(1).lengths)
 
 
 def test_a_mode_by_size_measures_each_picture_and_forgets_changed_ones(
