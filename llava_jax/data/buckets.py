@@ -181,8 +181,7 @@ def _file_system(scheme: str, process: int, thread: int | None):
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises
     # What was found a while ago may have changed. The hub's remembers it all the same, and would
     # hand it on to its next instance.
-    is_hub = scheme == "hf"
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=is_hub)
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
 
 
 def _is_refusal(error: BaseException | None) -> bool:

@@ -4,16 +4,14 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.data.local_server import LocalServer, StoreHandler
 
 BUCKET = "bkt"
 
 
-class BucketServer:
+class BucketServer(LocalServer):
     """Serves `objects`, key -> bytes, as gs://bkt/KEY; to be used in a `with`.
 
     Attributes:
@@ -24,34 +22,11 @@ class BucketServer:
     """
 
     def __init__(self):
-        self.objects: dict[str, bytes] = {}
-        self.requests, self.fault = Counter(), lambda request: None
-        handler = type("Handler", (_Handler,), {"store": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def upload(self, folder: Path, prefix: str = "") -> None:
-        """All files of a folder, below a prefix."""
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                self.objects[prefix + path.relative_to(folder).as_posix()] = path.read_bytes()
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
+        self.fault = lambda request: None
 
 
-class _Handler(BaseHTTPRequestHandler):
-    store: BucketServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
+class _Handler(StoreHandler):
     def do_GET(self):
         split = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(split.query).items()}

@@ -75,6 +75,16 @@ def write_parquet(path: Path, items: list[dict], group: int = 5, **options) -> P
     return path
 
 
+def write_json_and_parquet(folder: Path) -> list[dict]:
+    """The records as data.json, with images/, and as two files in parquet/, with pictures."""
+    items = originals(folder / "images")
+    write_json(folder / "data.json", items)
+    rows = [item | {"image": as_structs(folder / "images", item)} for item in items]
+    write_parquet(folder / "parquet/train-00000-of-00002.parquet", rows[:7])
+    write_parquet(folder / "parquet/train-00001-of-00002.parquet", rows[7:])
+    return items
+
+
 def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:
     """samples: key -> {extension: content}, in their order."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,12 +30,6 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # as `bucke
 gcsfs = pytest.importorskip("gcsfs")
 
 
-def _forget():
-    """The file systems of other tests, which know other servers."""
-    gcsfs.GCSFileSystem.clear_instance_cache()
-    buckets._file_system.cache_clear()
-
-
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """A bucket gs://bkt of this machine, an empty cache, and tries that follow at once."""
@@ -46,20 +40,16 @@ def bucket(tmp_path, monkeypatch):
         monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
         monkeypatch.setattr(buckets, "_WAITS", (0, 0))
         monkeypatch.setattr("gcsfs.retry.min", lambda *_: 0, raising=False)
-        _forget()
+        buckets._file_system.cache_clear()  # those of other tests know other servers
         yield server
-    _forget()
+    buckets._file_system.cache_clear()
 
 
 @pytest.fixture
 def local(tmp_path):
     """The same records as JSON with pictures, Parquet, tars, ArrayRecord and a mixture of them."""
     folder = tmp_path / "local"
-    items = same.originals(folder / "images")
-    same.write_json(folder / "data.json", items)
-    rows = [item | {"image": same.as_structs(folder / "images", item)} for item in items]
-    same.write_parquet(folder / "parquet/train-00000-of-00002.parquet", rows[:7])
-    same.write_parquet(folder / "parquet/train-00001-of-00002.parquet", rows[7:])
+    items = same.write_json_and_parquet(folder)
     samples = []
     for i, item in enumerate(items):
         pictures = {f"{n}.png": (folder / "images" / name).read_bytes()

@@ -15,12 +15,6 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 URL = f"hf://datasets/{DATA_SET}"
 
 
-def _forget():
-    """The file systems of other tests, which know other servers."""
-    huggingface_hub.HfFileSystem.clear_instance_cache()
-    buckets._file_system.cache_clear()
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub of this machine, an empty cache, and tries that follow at once."""
@@ -30,20 +24,16 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(buckets, "_WAITS", (0, 0))
-        _forget()
+        buckets._file_system.cache_clear()  # those of other tests know other servers
         yield server
-    _forget()
+    buckets._file_system.cache_clear()
 
 
 @pytest.fixture
 def local(tmp_path):
     """The same records as JSON with pictures and as two Parquet files that hold them."""
     folder = tmp_path / "local"
-    items = same.originals(folder / "images")
-    same.write_json(folder / "data.json", items)
-    rows = [item | {"image": same.as_structs(folder / "images", item)} for item in items]
-    same.write_parquet(folder / "parquet/train-00000-of-00002.parquet", rows[:7])
-    same.write_parquet(folder / "parquet/train-00001-of-00002.parquet", rows[7:])
+    same.write_json_and_parquet(folder)
     return folder
 
 
@@ -71,7 +61,7 @@ def test_batches_are_those_of_local_files(name, root, local, hub):
     ],
 )
 def test_a_file_that_is_not_there(path, message, hub):
-    hub.files["parquet/readme.md"] = b""
+    hub.objects["parquet/readme.md"] = b""
     with pytest.raises(LlavaError, match=message):
         open_records(f"{URL}/{path}")
 
@@ -87,7 +77,7 @@ def test_a_data_set_that_is_not_there_or_not_public(hub):
 
 def test_a_missing_picture_is_a_fault_of_its_record(local, hub):
     hub.upload(local)
-    del hub.files["images/a/2.png"]
+    del hub.objects["images/a/2.png"]
     records = open_records(f"{URL}/data.json", f"{URL}/images")
     checked_record(records, 1)
     with pytest.raises(LlavaError, match=f"record 2 .*no image file '{URL}/images/a/2.png'"):
@@ -97,16 +87,16 @@ def test_a_missing_picture_is_a_fault_of_its_record(local, hub):
 def test_a_file_that_is_changed_is_copied_again(hub):
     """HfFileSystem keeps what it was told; a later start, and the end of a copy, ask anew."""
     first, second = (b'[{"id": "%d", "conversations": []}]' % number for number in (1, 2))
-    hub.files["data.json"] = first
+    hub.objects["data.json"] = first
 
     def change(request):
         if request == "read data.json":
-            hub.files["data.json"] = second
+            hub.objects["data.json"] = second
 
     hub.on_request = change
     with pytest.raises(LlavaError, match=f"{URL}/data.json was changed while it was copied"):
         open_records(f"{URL}/data.json")
     assert open_records(f"{URL}/data.json").item(0)["id"] == "2"
     hub.on_request = lambda request: None
-    hub.files["data.json"] = first
+    hub.objects["data.json"] = first
     assert open_records(f"{URL}/data.json").item(0)["id"] == "1"
