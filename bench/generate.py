@@ -20,6 +20,7 @@ from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.prefill import cache_bucket
 from llava_jax.inference.sampling import SamplingParams
+from llava_jax.models.cache import PAGE
 from llava_jax.models.precision import DTYPES
 from llava_jax.models.quantization import FORMS
 
@@ -97,26 +98,29 @@ def measure(ours: Llava, theirs: HuggingFace, batch: int, tokens: int, rounds: i
     ):
         a, b = (of[n] * 1e3 if amount is None else amount / of[n] for n in ("ours", "theirs"))
         print(f"{label:<24}{a:>10.1f}{b:>10.1f}{(b / a if amount is None else a / b):>7.2f}x")
-    roofline(ours, long, decode["ours"] / (tokens - 1))
+    roofline(ours, long, tokens, decode["ours"] / (tokens - 1))
 
 
-def roofline(ours: Llava, requests: list[Request], seconds: float) -> None:
+def roofline(ours: Llava, requests: list[Request], tokens: int, seconds: float) -> None:
     """Prints the bytes that a decode step must read, and the share of the bandwidth it reaches."""
     decoder = ours.engine.params["decoder"]
     embedding = decoder["embed_tokens"]["embedding"]
     # Of an untied embedding table only a few rows are read.
     lookup = 0 if ours.config.decoder.tie_word_embeddings else embedding.nbytes
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder)) - lookup
-    engine = ours.engine
-    a_slot = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.state.cache))
-    a_slot /= engine.rows * engine.device.size
-    longest = max(len(request.input_ids) for request in requests) + TOKENS.value // 2
-    cache = a_slot * len(requests) * cache_bucket(longest)
+    longest = max(len(request.input_ids) for request in requests) + tokens // 2
+    cache = bytes_a_token(ours) * len(requests) * cache_bucket(longest)
     kind = jax.devices()[0].device_kind
     speed = next((value for name, value in BANDWIDTH.items() if name in kind), None)
     share = "" if speed is None else f", {(weights + cache) / seconds / speed:.0%} of {kind}'s"
     print(f"a decode step reads {weights / 1e6:,.0f} MB of weights and {cache / 1e6:,.0f} MB of "
           f"cache: {(weights + cache) / seconds / 1e9:,.1f} GB/s{share}")  # fmt: skip
+
+
+def bytes_a_token(ours: Llava) -> float:
+    """Bytes of a token in the cache."""
+    device = ours.engine.device
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(device.state.cache)) / (device.pages * PAGE)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class HuggingFace:
             inputs["image_sizes"] = torch.tensor(sizes)
             counts = [len(request.pictures) for request in requests]
             inputs["batch_num_images"] = torch.tensor(counts)
-        ends = self._ours._stop_ids()
+        ends = list(self._ours.jobs(requests[0])[0].stops)
         lengths = {"eos_token_id": ends} if until_end else {"min_new_tokens": max_tokens}
         with torch.inference_mode():
             tokens = self.model.generate(

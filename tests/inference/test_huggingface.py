@@ -6,6 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from bench import generate
+from bench.huggingface import HuggingFace, compare
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
 from llava_jax.inference.sampling import SamplingParams
@@ -102,6 +104,19 @@ def test_a_folder_is_read_onto_a_mesh_part_by_part(pair, tmp_path, monkeypatch):
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     question = ["<image> what?"], [random_image(0)], 4
     assert spread.generate(*question, max_tokens=8) == ours.generate(*question, max_tokens=8)
+
+
+@pytest.mark.parametrize("pair", ["llama, clip"], indirect=True)
+def test_the_benches_compare_the_same_answers(pair, tmp_path, capsys):
+    theirs, processor, ours = pair
+    theirs.save_pretrained(tmp_path)
+    other = HuggingFace(tmp_path, "float32", ours)
+    generate.measure(ours, other, batch=2, tokens=6, rounds=1)
+    text = capsys.readouterr().out
+    assert "100% of the answers are token for token the same" in text
+    assert generate.bytes_a_token(ours) == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads
+    compare(ours, other, generate.make_requests(ours, 2, 6), 2, [1], 6, 1)
+    assert "2 of 2 answers token for token the same" in capsys.readouterr().out
 
 
 def batch(processor, side: str = "left"):
