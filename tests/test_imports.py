@@ -78,3 +78,18 @@ def test_benches_import_names_that_exist():
                     and not importlib.util.find_spec(f"{node.module}.{name.name}")
                 ]
                 assert not missing, (file, node.module)
+
+
+def test_one_file_of_tests_alone_imports_benches_that_define_flags():
+    """Others would import two that define the same flag, in a process that runs both files."""
+    benches = {
+        f"bench.{file.stem}"
+        for file in (PACKAGE.parent / "bench").glob("*.py")
+        if "flags.DEFINE" in file.read_text(encoding="utf-8")
+    }
+    tests = PACKAGE.parent / "tests"
+    for file in sorted({*tests.rglob("*.py")} - {tests / "test_bench.py"}):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bench"):
+                names = {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+                assert not benches & names, file

@@ -1,12 +1,14 @@
 """The same folder through transformers and through `Llava`: logits and greedy tokens."""
 
 import random
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import generate
 from bench.huggingface import HuggingFace, compare
 from llava_jax.inference.jobs import Request
 from llava_jax.inference.model import Llava
@@ -17,6 +19,7 @@ from tests.tiny_model import byte_tokenizer, random_image
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+ROOT = Path(__file__).parents[2]
 TEXT = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -110,12 +113,17 @@ def test_a_folder_is_read_onto_a_mesh_part_by_part(pair, tmp_path, monkeypatch):
 def test_the_benches_compare_the_same_answers(pair, tmp_path, capsys):
     theirs, processor, ours = pair
     theirs.save_pretrained(tmp_path)
-    other = HuggingFace(tmp_path, "float32", ours)
-    generate.measure(ours, other, batch=2, tokens=6, rounds=1)
-    text = capsys.readouterr().out
-    assert "100% of the answers are token for token the same" in text
-    assert generate.bytes_a_token(ours) == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads
-    compare(ours, other, generate.make_requests(ours, 2, 6), 2, [1], 6, 1)
+    processor.save_pretrained(tmp_path)
+    # As its user runs it: two benches in one process would define the same flags.
+    command = [sys.executable, "-m", "bench.generate", f"--checkpoint={tmp_path}"]
+    command += ["--batch_sizes=2", "--tokens=6", "--rounds=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "100% of the answers are token for token the same" in done.stdout, done.stderr
+    assert "a decode step reads" in done.stdout
+
+    params = SamplingParams(6, min_tokens=6)
+    requests = [ours.request("What is it?", random_image(n), params) for n in range(2)]
+    compare(ours, HuggingFace(tmp_path, "float32", ours), requests, 2, [1], 6, 1)
     assert "2 of 2 answers token for token the same" in capsys.readouterr().out
 
 
