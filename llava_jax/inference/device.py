@@ -151,6 +151,13 @@ class Device:
             self.state = jax.device_put(self.state, self._home)
         self.rows, self.pages, self.size = rows, pages, size
 
+    def widen(self, size: int) -> bool:
+        """Lets rows have so many tokens; False if the state must be made anew for that."""
+        if size > self.size and self.lookup:  # each row has a history of that size
+            return False
+        self.size = max(self.size, size)
+        return True
+
     @property
     def _home(self) -> jax.sharding.Sharding | None:
         """The place of new arrays, as of those that calls return; None if JAX may choose it.

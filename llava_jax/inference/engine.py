@@ -274,13 +274,14 @@ class Engine:
     def _reserve(self, batch_size: int, jobs: Sequence[Job], busy: bool) -> bool:
         """Makes a state for a batch and the jobs at hand; False if the old one is busy.
 
-        The old one is kept if it has four fifths of the pages: jobs can wait, and rarely need all.
+        The old one is kept if it has half of the pages. Another would know no prompt, and must be
+        compiled for; jobs often share pages, rarely need all that they may, and can wait.
         """
         device = self.device
         rows, size = batch_shape(batch_size, jobs, self._least)
         pages = pool_pages(jobs, rows, self._least and size, self.cache_tokens)
-        least = max([4 * pages // 5, *(job.pages_at_most for job in jobs)])
-        fits = self.rows == rows and device.size >= size and device.pages >= least
+        least = max([pages // 2, *(job.pages_at_most for job in jobs)])
+        fits = self.rows == rows and device.pages >= least and device.widen(size)
         if not fits and not busy:
             device.reserve(rows, pages, size)
             self._admission.resize(pages)

@@ -16,7 +16,7 @@ from llava_jax.inference.prefill import pool_pages
 from llava_jax.inference.sampling import SamplingParams
 from llava_jax.models.cache import PAGE
 from llava_jax.parallel.mesh import make_mesh
-from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params
+from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params, tiny_llava
 
 TEMPLATE, SIZE = "mistral_instruct", 64
 A, B = np.arange(PAGE), np.arange(PAGE) + 1000  # contents of a page
@@ -258,6 +258,27 @@ def test_the_pool_is_for_the_longest_jobs_at_hand(llava):
     wanted = sum(each[-2:])
     assert wanted <= pool_pages(jobs, 2, 0, None) <= 1.25 * wanted
     assert pool_pages(jobs, 2, 512, None) == 64 and pool_pages(jobs, 2, 512, 160) == 10
+
+
+def test_longer_jobs_find_what_shorter_ones_left_in_the_pool():
+    """It has half of the pages that they may need; one made anew for them would be empty."""
+    model = tiny_llava()
+
+    def ask(tokens: int, count: int) -> tuple[list[int], int]:
+        params = SamplingParams(tokens, ignore_eos=True)
+        request = model.request("one question of more than two pages about nothing?", None, params)
+        jobs = [job for _ in range(count) for job in model.jobs(request)]
+        return answers(model, jobs)[0][0], jobs[0].length // PAGE * PAGE
+
+    ask(5, 4)
+    device, shared = model.engine.device, model.engine.counts.shared_tokens
+    pages, size = device.pages, device.size
+    longer, full = ask(90, 3)
+    assert device.pages == pages and device.size > size
+    assert model.engine.counts.shared_tokens - shared == 3 * full > 0
+    model.engine.forget()
+    alone, _ = ask(90, 1)
+    assert alone == longer and device.pages != pages
 
 
 @pytest.mark.slow
