@@ -4,6 +4,9 @@ S side of a tile, B rows, T length of a row, V vocabulary.
 """
 
 import functools
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +63,24 @@ def all_calls(
     if traces:
         shapes["trace"] = sorted({length_bucket(n, few) for n in range(1, size + 1)})
     return [(function, shape) for function, some in shapes.items() for shape in some]
+
+
+def compile_all(lowered: Iterable[jax.stages.Lowered], report: Callable[[int], None]) -> None:
+    """Compiles programs, or reads what was compiled before; that needs no Python.
+
+    So the next ones are traced meanwhile. One at a time, as a GPU's compiler measures kernels.
+
+    Args:
+      report: called with the number of those that are compiled, after each.
+    """
+    number = itertools.count(1)
+
+    def compile_one(program: jax.stages.Lowered) -> None:
+        program.compile()
+        report(next(number))
+
+    with ThreadPoolExecutor(1, "compiler") as compiler:
+        list(compiler.map(compile_one, lowered))  # raises what any of them raised
 
 
 class Device:

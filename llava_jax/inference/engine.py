@@ -15,7 +15,7 @@ from llava_jax.inference.answer import Answer, token_logprobs
 from llava_jax.inference.contrast import Contrast
 from llava_jax.inference.counts import Counts
 from llava_jax.inference.decoding import NO_TOKEN, TOKENS_PER_CALL, Prompts
-from llava_jax.inference.device import Device, all_calls
+from llava_jax.inference.device import Device, all_calls, compile_all
 from llava_jax.inference.jobs import Job, Queue, Source, rows_of, that_fit
 from llava_jax.inference.paging import check_cache_tokens
 from llava_jax.inference.prefill import (
@@ -219,13 +219,8 @@ class Engine:
         }
         calls = all_calls(batch_size, device.size, few, contrast, traces)
         report(0, len(calls))
-        # Compiling, or reading what was compiled before, needs no Python: the next ones are traced
-        # meanwhile. One at a time, as a GPU's compiler measures kernels.
-        with ThreadPoolExecutor(1, "compiler") as compiler:
-            lowered = (programs[function](shape) for function, shape in calls)
-            done = compiler.map(jax.stages.Lowered.compile, lowered)
-            for number, _ in enumerate(done, start=1):
-                report(number, len(calls))
+        lowered = (programs[function](shape) for function, shape in calls)
+        compile_all(lowered, lambda number: report(number, len(calls)))
 
     def _remove_cancelled(self, running: dict[int, Job]) -> Iterator[Grown]:
         for job in [job for job in running.values() if job.answer.cancelled]:

@@ -45,27 +45,38 @@ def cached_attention(
       [B, T, N, H] in the query's dtype.
     """
     attend = functools.partial(_by_blocks, read=read)
+    pages = tables.shape[1]
+    page = mask.shape[3] // pages
     with jax.named_scope("attention"):
         if query.shape[1] >= LONG_ROW and mask.shape[3] >= 2 * BLOCK:
-            one_row = lambda row: attend(*(x[None] for x in row), keys=BLOCK)[0]
+            some = _pages_a_block(BLOCK, pages, page)
+            one_row = lambda row: attend(*(x[None] for x in row), some=some)[0]
             return jax.lax.map(one_row, (query, tables, mask))
         a_key = jax.eval_shape(read, tables[:, :1])[0]
         bytes_of_key = 2 * a_key.size // a_key.shape[2] * jnp.dtype(query.dtype).itemsize
-        per_platform = {
-            platform: functools.partial(attend, keys=size // bytes_of_key)
-            for platform, size in FAST_BYTES.items()
+        some = {
+            name: _pages_a_block(size // bytes_of_key, pages, page)
+            for name, size in FAST_BYTES.items()
         }
-        whole = functools.partial(attend, keys=mask.shape[3])  # a GPU's loop waits for the host
+        if {*some.values()} == {pages}:  # each branch would be traced
+            return attend(query, tables, mask, some=pages)
+        per_platform = {name: functools.partial(attend, some=few) for name, few in some.items()}
+        whole = functools.partial(attend, some=pages)  # a GPU's loop waits for the host
         return jax.lax.platform_dependent(query, tables, mask, **per_platform, default=whole)
 
 
-def _by_blocks(query, tables, mask, read, keys: int) -> jax.Array:
-    """`cached_attention` of all rows at once, about so many keys of each row at a time."""
-    (batch, length, heads, size), slots, pages = query.shape, mask.shape[3], tables.shape[1]
-    page = slots // pages
-    # A power of two that divides the pages.
+def _pages_a_block(keys: int, pages: int, page: int) -> int:
+    """The pages of a block of about so many keys: all, or a power of two that divides them."""
+    if keys >= pages * page:
+        return pages
     some = 1 << (min(max(keys, FEWEST_KEYS), BLOCK) // page).bit_length() - 1
-    some = pages if keys >= slots else min(some, pages & -pages)
+    return min(some, pages & -pages)
+
+
+def _by_blocks(query, tables, mask, read, some: int) -> jax.Array:
+    """`cached_attention` of all rows at once, so many pages of each row at a time."""
+    (batch, length, heads, size), pages = query.shape, tables.shape[1]
+    page = mask.shape[3] // pages
     kv_heads = jax.eval_shape(read, tables)[0].shape[1]
     q = queries_by_head(query.reshape(-1, heads, size), kv_heads, length)  # [B, K, G * T, H]
 

@@ -293,6 +293,7 @@ class Decoder(nn.Module):
             in_axes=(0, *[nn.broadcast] * 4),
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # would trace each block twice; there are none
         )(self.config, self.dtype, self.attention)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:

@@ -211,6 +211,7 @@ class ViT(nn.Module):
                 split_rngs={"params": True},
                 length=blocks,
                 metadata_params={nn.PARTITION_NAME: "layers"},
+                check_constancy_invariants=False,  # would trace each block twice; there are none
             )(c, self.dtype, self.attention, several, name="layers")(x, None)
         if several:
             states = [outputs[i - 1] if i else embeddings for i in wanted]

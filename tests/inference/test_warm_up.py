@@ -1,8 +1,11 @@
 """What is compiled before the first request is what requests run."""
 
+import threading
+
 import jax
 import pytest
 
+from llava_jax.inference.device import compile_all
 from llava_jax.inference.model import Llava
 from llava_jax.parallel.mesh import make_mesh
 from tests.tiny_model import CONFIG, byte_tokenizer, random_image, random_params
@@ -38,3 +41,24 @@ def test_after_a_warm_up_xla_compiles_no_call_of_the_engine(devices):
         jax.monitoring.unregister_event_duration_listener(heard)
     again = {name for event, name in compiled if "backend_compile" in event}
     assert not {name for name in again if any(ours in name for ours in OURS)}, again
+
+
+def test_a_program_is_reported_before_all_are_traced_and_its_fault_is_raised():
+    reported, first = [], threading.Event()
+
+    class Program:
+        def __init__(self, fault: Exception | None = None):
+            self.fault = fault
+
+        def compile(self):
+            if self.fault:
+                raise self.fault
+
+    def traced():
+        yield Program()
+        assert first.wait(30)
+        yield Program(MemoryError("of the compiler"))
+
+    with pytest.raises(MemoryError, match="of the compiler"):
+        compile_all(traced(), lambda number: (reported.append(number), first.set()))
+    assert reported == [1]

@@ -112,7 +112,7 @@ def test_bfloat16_products_are_close_to_float32():
     assert 1e-5 < error[0] < 0.01 and 1e-5 < error[1] < 0.02
 
 
-def test_of_separate_layers_one_is_traced_and_each_computes_with_its_own(monkeypatch):
+def test_one_layer_is_traced_and_each_computes_with_its_own_parameters(monkeypatch):
     """What a start costs: thirty layers of one shape are traced and lowered as one."""
     traced, swiglu = [], decoder_module.swiglu
     monkeypatch.setattr(
@@ -121,6 +121,7 @@ def test_of_separate_layers_one_is_traced_and_each_computes_with_its_own(monkeyp
     config = config_with(num_layers=5)
     params = random_params(config)["decoder"]
     stacked = hidden_states(params, *packed_row(), config.decoder)
+    assert len(traced) == 1
     traced.clear()
 
     @jax.jit
