@@ -120,6 +120,7 @@ def test_one_layer_is_traced_and_each_computes_with_its_own_parameters(monkeypat
     )
     config = config_with(num_layers=5)
     params = random_params(config)["decoder"]
+    traced.clear()
     stacked = hidden_states(params, *packed_row(), config.decoder)
     assert len(traced) == 1
     traced.clear()
