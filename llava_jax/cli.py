@@ -20,6 +20,7 @@ COMMANDS = {
     "validate": ("llava_jax.training.validate_data", "check every record and image of a data set"),
     "convert": ("llava_jax.weights.convert", "make one checked folder of any LLaVA checkpoint"),
     "export": ("llava_jax.weights.export", "write a trained model for other programs to load"),
+    "quantize": ("llava_jax.training.quantize", "round a model to four bits by GPTQ, on records"),
     "show": ("llava_jax.training.show_record", "print one record as the model sees it"),
     "compare": ("llava_jax.evaluation.compare", "test whether two results of eval.py differ"),
 }

@@ -200,6 +200,23 @@ class LlavaModel(nn.Module):
         newline = self.projector.newline_token().astype(embeddings.dtype)
         return jnp.where((feature_ids == NEWLINE)[..., None], newline, embeddings)
 
+    def embed_rows(
+        self,
+        input_ids: jax.Array,
+        tiles: jax.Array | None,
+        feature_ids: jax.Array,
+        feature_places: jax.Array | None,
+        feature_weights: jax.Array | None = None,
+        seen: jax.Array | None = None,
+    ) -> jax.Array:
+        """Embeddings [B, T, D] of rows with their pictures; arguments as in `__call__`."""
+        features, shown = None, tiles if seen is None else seen
+        if shown is not None and shown.shape[1]:
+            encode = self.encode_images if seen is None else self.projector
+            features = encode(shown.reshape(-1, *shown.shape[2:]))
+            features = features.reshape(len(input_ids), -1, features.shape[-1])  # [B, K * P, D]
+        return self.embed(input_ids, features, feature_ids, feature_places, feature_weights)
+
     def __call__(
         self,
         input_ids: jax.Array,
@@ -221,12 +238,9 @@ class LlavaModel(nn.Module):
           seen: what `see` gives of the tiles, [B, K, ...], if it is there already; the tiles
             themselves are not looked at then.
         """
-        features, shown = None, tiles if seen is None else seen
-        if shown is not None and shown.shape[1]:
-            encode = self.encode_images if seen is None else self.projector
-            features = encode(shown.reshape(-1, *shown.shape[2:]))
-            features = features.reshape(len(input_ids), -1, features.shape[-1])  # [B, K * P, D]
-        embeddings = self.embed(input_ids, features, feature_ids, feature_places, feature_weights)
+        embeddings = self.embed_rows(
+            input_ids, tiles, feature_ids, feature_places, feature_weights, seen
+        )
         return self.decoder(embeddings, position_ids, segment_ids, turn_ids)
 
     def attend(self, hidden_states: jax.Array) -> jax.Array:

@@ -211,7 +211,7 @@ def write_file(
 
 def _header(tensors: list[TensorToWrite]) -> bytes:
     """The bytes before the values."""
-    spelling = {dtype: name for name, dtype in DTYPES.items()}
+    spelling = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int32): "I32"}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     position = 0
     for tensor in tensors:
