@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.models.quantization import (
-    PARTS,
     copies_of_groups,
     dequantized,
     is_kernel,
@@ -174,8 +173,10 @@ def _arrays(path: tuple[str, ...], leaf, form: str | None) -> dict[str, KernelPa
     """The arrays of a kernel that is quantized, or is to be; none for other kernels."""
     packed = packed_tensors(leaf)
     if packed and len(packed) == len(leaf.tensors):
-        ordered = any(tensor.order is not None for tensor in packed)
-        return {name: PackedPart(leaf, name) for name in ("kernel", *PARTS[: 3 if ordered else 2])}
+        names = ["kernel", "kernel_scale"]
+        names += ["kernel_zero"] if any(tensor.has_zeros for tensor in packed) else []
+        names += ["kernel_order"] if any(tensor.order is not None for tensor in packed) else []
+        return {name: PackedPart(leaf, name) for name in names}
     if form is None:
         return {}
     dtype, group = kernel_form(path, leaf.shape[-2], form)

@@ -31,6 +31,7 @@ KINDS = {
     "gptq v2": GPTQ | {"checkpoint_format": "gptq_v2"},
     "gptq in any order": GPTQ | {"desc_act": True},
     "gptq of 8 bits": GPTQ | {"bits": 8},
+    "symmetric gptq": GPTQ | {"sym": True},
     "gptq of columns": GPTQ | {"group_size": -1},
 }
 
@@ -53,6 +54,7 @@ def quantized(values: dict, inputs: int, outputs: int, rng) -> tuple[dict, np.nd
     group = inputs if group == -1 else group
     integers = rng.integers(0, 2**bits, (inputs, outputs))
     zeros = rng.integers(1, 2**bits, (inputs // group, outputs))
+    zeros = zeros * 0 + 2 ** (bits - 1) if values.get("sym") else zeros
     scales = rng.uniform(0.01, 0.04, zeros.shape).astype(np.float16) * np.float16(
         8 / 2 ** (bits - 1)
     )
@@ -141,10 +143,12 @@ def test_a_model_that_answers_keeps_the_integers_and_has_the_logits_of_transform
     kernels = {
         path: leaf for path, leaf in flat.items() if path[-1] == "kernel" and path[0] == "layers"
     }
-    bits = json.loads((folder / "config.json").read_text())["quantization_config"]["bits"]
     assert len(kernels) == 7 * 3
+    zeros = [path for path in flat if path[-1] == "kernel_zero"]
+    values = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert len(zeros) == (0 if values.get("sym") else 7 * 3)  # a product more, where there are any
     assert {leaf.dtype for leaf in kernels.values()} == {
-        jnp.dtype(jnp.int8 if bits == 8 else jnp.int4)
+        jnp.dtype(jnp.int8 if values["bits"] == 8 else jnp.int4)
     }
     ids = np.arange(20)[None]
     np.testing.assert_allclose(model.logits(ids), wanted, atol=1e-4, rtol=1e-4)

@@ -109,6 +109,11 @@ class PackedTensor(StoredTensor):
             raise LlavaError(f"{self.g_idx.place} does not name each group {size} times")
         return None if np.array_equal(order, np.arange(len(order))) else order
 
+    @functools.cached_property
+    def has_zeros(self) -> bool:
+        """Whether any integer but the middle one stands for 0: none does in symmetric forms."""
+        return bool(self.part("kernel_zero").any())
+
     def part(self, name: str) -> np.ndarray:
         """One of the arrays of the kernel [in, out], as models/quantization.py describes them."""
         packing = self.packing
