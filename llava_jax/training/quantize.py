@@ -52,7 +52,7 @@ class RoundedKernel(NamedTuple):
     @property
     def weights(self) -> np.ndarray:
         """float32[in, out]."""
-        return dequantized({"kernel": self.values, "kernel_scale": self.scales}, np)
+        return _weights(self.values, self.scales)
 
 
 def add_arguments(parser) -> None:
@@ -81,6 +81,11 @@ def main(args) -> int:
     folder = export.hugging_face(checkpoint, args.dtype, args.template)
     with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16
         kernels = round_kernels(checkpoint, read_rows(args.config, path, args.rows))
+    if not kernels:
+        raise LlavaError(
+            f"no kernel of {path} can be quantized: inputs must come in groups of {GROUP}, and "
+            f"outputs in groups of {OUTPUTS}"
+        )
     mean = lambda name: np.mean([getattr(kernel, name) for kernel in kernels.values()])
     print(
         f"{len(kernels)} kernels: their outputs are off by {mean('error'):.2%} on average, and by "
@@ -187,11 +192,17 @@ def _rounded(
     cuts = np.cumsum([params[name].shape[1] for name in names])[:-1]
     found = (np.split(x, cuts, axis=1) for x in round_by_inputs(joined, gram, GROUP))
     for name, values, scales in zip(names, *found, strict=True):
-        kernel = RoundedKernel(values, scales, 0, 0)
-        nearest, scale = rounded(params[name], np.dtype(ml_dtypes.int4), GROUP, np)
-        nearest = dequantized({"kernel": nearest, "kernel_scale": scale}, np)
-        of = lambda weights, name=name: relative_error(params[name], weights, gram)
-        yield name, kernel._replace(error=of(kernel.weights), nearest=of(nearest))
+        nearest = rounded(params[name], np.dtype(ml_dtypes.int4), GROUP, np)
+        errors = (
+            relative_error(params[name], _weights(*one), gram)
+            for one in ((values, scales), nearest)
+        )
+        yield name, RoundedKernel(values, scales, *errors)
+
+
+def _weights(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """float32[in, out] of a kernel's integers and scales."""
+    return dequantized({"kernel": values, "kernel_scale": scales}, np)
 
 
 def packed_folder(
