@@ -1,13 +1,14 @@
 """Both stages of a model that cuts pictures into tiles: the first without, the second with them."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from llava_jax import Llava
+from llava_jax import Llava, cli
 from llava_jax.errors import LlavaError
 from llava_jax.weights.export import FORMATS, open_checkpoint, write_folder
 from llava_jax.weights.load import load_run
@@ -147,3 +148,21 @@ def test_a_folder_of_transformers_is_trained_further(kind, run, data, aligned, w
     found = flatten_dict(back.read("float32"))
     for path, leaf in after.items():
         assert np.asarray(found[path])[: len(leaf)].tobytes() == np.asarray(leaf).tobytes(), path
+
+
+@pytest.mark.slow
+def test_a_run_is_quantized_on_rows_with_tiles(world, run, aligned, data, tmp_path, capsys):
+    tiled, size = tmp_path / "tiled", {"model.image_size": 16, "data.row_length": 900}
+    values = instruct(world, tiled, aligned, STAGE | size | data)
+    run(values)
+    capsys.readouterr()
+    recipe, out = tmp_path / "recipe.py", tmp_path / "int4"
+    text = "from tests import tiny_run\n\n\ndef get_config():\n"
+    recipe.write_text(f"{text}    return tiny_run.recipe({{}}, {values!r})\n")
+    given = ["--checkpoint", str(tiled), "--config", str(recipe), "--rows", "4"]
+    assert cli.main(["quantize", *given, "--out", str(out)]) == 0
+    ours, nearest = map(float, re.findall(r"by ([\d.]+)%", capsys.readouterr().err))
+    assert 0 < ours < nearest
+    model = Llava.from_pretrained(out, template="v1")
+    assert model.config.image.tiling.cap == 2
+    assert isinstance(model.chat("What?", random_image(0, (40, 10)), max_tokens=2), str)

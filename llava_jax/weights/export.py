@@ -192,7 +192,7 @@ def hugging_face(
     tokenizer = _tokenizer(checkpoint, words)
     if words.chat_template is None:
         hf_form.warn_of_other_tokens(tokenizer, get_template(words.template), _tell)
-    config = hf_form.with_placeholders(checkpoint.config, *_placeholders(checkpoint, tokenizer))
+    config = hf_form.with_placeholders(checkpoint.config, tokenizer.image_id, tokenizer.video_id)
     parts = _component_tensors(checkpoint, dtype, families_of(config))
     parts["decoder"] = [_grown(t, config.decoder.vocab_size) for t in parts["decoder"]]
     tensors = _with_roots(parts, HF_ROOTS)
@@ -286,13 +286,6 @@ def _tokenizer(checkpoint: LlavaFolder, words: PromptWords) -> hf_form.HFTokeniz
         class_of(checkpoint.config.image),
         checkpoint.config.video_token_id,
     )
-
-
-def _placeholders(
-    checkpoint: LlavaFolder, tokenizer: hf_form.HFTokenizer
-) -> tuple[int, int | None]:
-    """The ids of an image and of a video in Hugging Face form."""
-    return tokenizer.image_id, tokenizer.video_id if checkpoint.config.image.video else None
 
 
 def _component_tensors(

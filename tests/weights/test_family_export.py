@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from llava_jax import cli  # noqa: E402
 from llava_jax.models.video import VideoSpec  # noqa: E402
+from llava_jax.weights.export import hugging_face, write_folder  # noqa: E402
 from llava_jax.weights.read.llava_folder import load_llava, open_llava  # noqa: E402
 from tests.tiny_model import random_image  # noqa: E402
 from tests.weights.conftest import edit_config  # noqa: E402
@@ -244,6 +245,22 @@ def test_a_chat_template_of_ours_has_videos(tmp_path):
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     assert "<|im_start|>user\n<video>\nWhat happens?<|im_end|>\n<|im_start|>assistant\n" in text
+
+
+def test_a_model_that_takes_no_videos_still_has_the_token_that_its_class_has_for_them(tmp_path):
+    """As one that train.py made of a language model, with tiles alone."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    opened = open_llava(save_family(source, family_model("llava_onevision", "qwen2")))
+    image = dataclasses.replace(opened.config.image, video=None)
+    config = dataclasses.replace(opened.config, image=image, video_token_id=None)
+    run_of_train = dataclasses.replace(opened, config=config, folder=tmp_path / "run")
+    write_folder(hugging_face(run_of_train, None, "chatml"), out)
+    assert open_llava(out).config == config
+    values = json.loads((out / "config.json").read_text())
+    assert values["llava_jax"] == {"video": None}
+    assert values["video_token_index"] not in (None, values["image_token_index"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.convert_ids_to_tokens(values["video_token_index"]) == "<video>"
 
 
 def test_own_keys_that_say_nothing_new_are_left_out(tmp_path):

@@ -64,7 +64,7 @@ class HFTokenizer:
     Attributes:
       core: its Rust core, with a token for an image.
       image_token: the text of that token.
-      video_token: the text of a video's, None of models that take none.
+      video_token: the text of a video's, None of classes that take none.
       ids: bos_token_id, eos_token_id and pad_token_id, as far as it has them.
       settings: contents of tokenizer_config.json.
       source: the folder it came from.
@@ -170,13 +170,18 @@ def jinja_of(words: PromptWords, config: LlavaConfig) -> str:
 def with_placeholders(
     config: LlavaConfig, image_id: int, video_id: int | None = None
 ) -> LlavaConfig:
-    """The config with these ids for images and videos, and a vocabulary with rows for them."""
+    """The config with these ids for images and videos, and a vocabulary with rows for them.
+
+    A model that takes no videos has no id for them, only the row that its class has one for.
+    """
     rows, last = config.decoder.vocab_size, max(image_id, video_id or 0)
     if last >= rows:
         rows = -(-(last + 1) // PADDED_TO) * PADDED_TO
     decoder = dataclasses.replace(config.decoder, vocab_size=rows)
-    placeholders = {"image_token_id": image_id, "video_token_id": video_id}
-    return dataclasses.replace(config, decoder=decoder, **placeholders)
+    video_id = video_id if config.image.video else None
+    return dataclasses.replace(
+        config, decoder=decoder, image_token_id=image_id, video_token_id=video_id
+    )
 
 
 def fault(config: LlavaConfig) -> str | None:
@@ -197,18 +202,22 @@ def fault(config: LlavaConfig) -> str | None:
     return None
 
 
-def config_json(config: LlavaConfig, ids: dict[str, int], dtype: str) -> dict:
+def config_json(
+    config: LlavaConfig, ids: dict[str, int], dtype: str, video_id: int | None = None
+) -> dict:
     """config.json of a model, the inverse of `read.huggingface.llava_config`.
 
     Args:
       ids: bos_token_id, eos_token_id, pad_token_id.
       dtype: of the tensors.
+      video_id: of a class that takes videos, the token of one.
     """
     layer, llava = config.feature_layer, class_of(config.image)
     return {
         "architectures": [llava.class_name],
         "model_type": llava.model_type,
         "image_token_index": config.image_token_id,
+        **({} if video_id is None else {"video_token_index": video_id}),
         "ignore_index": -100,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector_bias,
@@ -342,7 +351,7 @@ def write_side_files(
       vision_use_head: whether SigLIP's pooling head, which LLaVA never uses, is in the weights.
       log: is given what transformers will do otherwise.
     """
-    values = config_json(config, tokenizer.ids, dtype) | words.box_keys
+    values = config_json(config, tokenizer.ids, dtype, tokenizer.video_id) | words.box_keys
     if values["vision_config"]["model_type"] == "siglip_vision_model":
         values["vision_config"]["vision_use_head"] = vision_use_head
     write_json(folder / "config.json", values)

@@ -42,9 +42,6 @@ def picture_keys(config: LlavaConfig) -> dict:
         keys["image_seq_length"] = cells_a_side(image, config.tokens_per_tile) ** 2
     if llava is NEXT_VIDEO:
         keys |= {"spatial_pool_mode": "average", "spatial_pool_stride": 2}
-    if llava.video:  # the class wants a placeholder, even of a model that takes no videos
-        shown = config.video_token_id if image.video else config.image_token_id
-        keys["video_token_index"] = shown
     return keys
 
 
