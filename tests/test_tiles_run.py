@@ -150,6 +150,14 @@ def test_a_folder_of_transformers_is_trained_further(kind, run, data, aligned, w
         assert np.asarray(found[path])[: len(leaf)].tobytes() == np.asarray(leaf).tobytes(), path
 
 
+def test_what_hugging_face_s_form_cannot_say_is_not_quantized(tiled, tmp_path, capsys):
+    given = ["--checkpoint", str(tiled), "--config", "configs/llava16_7b_instruct.py"]
+    assert cli.main(["quantize", *given, "--out", str(tmp_path / "int4")]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be quantized, for lack of a form to write it in: its tiles have 8" in said
+    assert "--format" not in said
+
+
 @pytest.mark.slow
 def test_a_run_is_quantized_on_rows_with_tiles(world, run, aligned, data, tmp_path, capsys):
     tiled, size = tmp_path / "tiled", {"model.image_size": 16, "data.row_length": 900}

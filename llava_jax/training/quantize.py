@@ -29,6 +29,7 @@ from llava_jax.weights.name_tables import STACKED
 from llava_jax.weights.quantized import packed_tensors
 from llava_jax.weights.read.fields import read_json
 from llava_jax.weights.read.llava_folder import LlavaFolder
+from llava_jax.weights.write.huggingface import fault
 from llava_jax.weights.write.packed import OUTPUTS, gptq_values, packed_kernel
 from llava_jax.weights.write.save import refuse_existing
 
@@ -78,6 +79,8 @@ def main(args) -> int:
     checkpoint = export.open_checkpoint(path)
     if any(packed_tensors(leaf) for leaf in checkpoint.params.values()):
         raise LlavaError(f"{path} is quantized already: give the model before it was")
+    if why := fault(checkpoint.config):
+        raise LlavaError(f"{path} cannot be quantized, for lack of a form to write it in: {why}")
     folder = export.hugging_face(checkpoint, args.dtype, args.template)
     with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16
         kernels = round_kernels(checkpoint, read_rows(args.config, path, args.rows))
