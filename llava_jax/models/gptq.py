@@ -13,6 +13,7 @@ import numpy as np
 from llava_jax.models.attention import attention_mask
 from llava_jax.models.decoder import DecoderBlock, DecoderConfig, inverse_frequencies
 from llava_jax.models.linear import Linear
+from llava_jax.models.quantization import four_bit_scale
 
 DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, added to it: as in the paper
 BLOCK = 128  # inputs after whose rounding all later weights are changed at once
@@ -86,20 +87,13 @@ def round_by_inputs(
         errors = np.empty_like(weights[begin:end])
         for i in range(begin, end):
             if i % group == 0:
-                scales.append(_scale(weights[i : i + group]))
+                scales.append(four_bit_scale(weights[i : i + group], np.float16, np))
             scale = scales[-1].astype(np.float32)
             values[i] = np.clip(np.rint(weights[i] / scale), -8, 7)
             errors[i - begin] = (weights[i] - values[i] * scale) / later[i, i]
             weights[i + 1 : end] -= later[i, i + 1 : end, None] * errors[i - begin]
         weights[end:] -= later[begin:end, end:].T @ errors
     return values, np.stack(scales)
-
-
-def _scale(weights: np.ndarray) -> np.ndarray:
-    """float16[out] of the weights [group, out]: negative where the largest one is positive."""
-    low, high = weights.min(axis=0), weights.max(axis=0)
-    scale = (np.where(-low > high, low, high) / np.float32(-8)).astype(np.float16)
-    return np.where(scale == 0, np.float16(1), scale)
 
 
 def relative_error(kernel: np.ndarray, rounded: np.ndarray, gram: np.ndarray) -> float:

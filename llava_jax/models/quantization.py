@@ -67,12 +67,17 @@ def rounded(x, dtype: np.dtype, group: int, xp=jnp) -> tuple:
     if dtype == np.int8:
         values, scale = quantize(x, -2, xp)
     else:
-        low, high = xp.min(x, axis=-2), xp.max(x, axis=-2)
-        scale = (xp.where(-low > high, low, high) / np.float32(-8)).astype(ml_dtypes.bfloat16)
-        scale = xp.where(scale == 0, xp.ones_like(scale), scale)
+        scale = four_bit_scale(x, ml_dtypes.bfloat16, xp)
         values = xp.rint(x / scale.astype(np.float32)[..., None, :])
         values = xp.clip(values, -8, 7).astype(np.int8).astype(dtype)
     return values.reshape(*outer, inputs, outputs), scale
+
+
+def four_bit_scale(x, dtype, xp=jnp):
+    """The scales [..., out] of groups [..., group, out]; see `rounded`."""
+    low, high = xp.min(x, axis=-2), xp.max(x, axis=-2)
+    scale = (xp.where(-low > high, low, high) / np.float32(-8)).astype(dtype)
+    return xp.where(scale == 0, xp.ones_like(scale), scale)
 
 
 def dequantized(kernel: dict, xp=jnp):

@@ -83,7 +83,7 @@ def main(args) -> int:
         raise LlavaError(f"{path} cannot be quantized, for lack of a form to write it in: {why}")
     folder = export.hugging_face(checkpoint, args.dtype, args.template)
     with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16
-        kernels = round_kernels(checkpoint, read_rows(args.config, path, args.rows))
+        kernels = quantize_layers(checkpoint, read_rows(args.config, path, args.rows))
     if not kernels:
         raise LlavaError(
             f"no kernel of {path} can be quantized: inputs must come in groups of {GROUP}, and "
@@ -121,7 +121,7 @@ def read_rows(config, checkpoint: str, rows: int) -> Iterator[Batch]:
     batches.close()
 
 
-def round_kernels(
+def quantize_layers(
     checkpoint: LlavaFolder, batches: Iterable[Batch]
 ) -> dict[tuple[str, int], RoundedKernel]:
     """The kernels of the language model's layers, layer by layer.
@@ -145,23 +145,26 @@ def round_kernels(
         params = {path: np.asarray(leaf.read(layer), np.float32) for path, leaf in blocks.items()}
         grams = {}
         for x, *rows in inputs:
-            _, more = block(config.decoder, _tree(params), x, *rows)
+            _, more = block(config.decoder, unflatten_dict(params, sep="/"), x, *rows)
             grams = {names: np.asarray(gram) + grams.get(names, 0) for names, gram in more.items()}
         for names, gram in grams.items():
             for name, kernel in _rounded(names, params, gram):
                 kernels[name, layer], params[name] = kernel, kernel.weights
-        inputs = [(block(config.decoder, _tree(params), *one)[0], *one[1:]) for one in inputs]
+        inputs = [
+            (block(config.decoder, unflatten_dict(params, sep="/"), *one)[0], *one[1:])
+            for one in inputs
+        ]
     return kernels
 
 
 def _embedded(checkpoint: LlavaFolder, batches: Iterable[Batch]) -> Iterator[tuple]:
     """Of each batch the embeddings [B, T, D], positions, segments and turns, as of `read_block`."""
     params = {
-        tuple(path.split("/")): _whole(leaf)
+        path: _whole(leaf)
         for path, leaf in checkpoint.params.items()
         if not path.startswith(LAYERS)
     }
-    model, params = LlavaModel(checkpoint.config), unflatten_dict(params)
+    model, params = LlavaModel(checkpoint.config), unflatten_dict(params, sep="/")
 
     @jax.jit
     def embed(params, *inputs, **more):
@@ -177,10 +180,6 @@ def _whole(leaf) -> np.ndarray:
     """A parameter in float32, all its blocks if it is a stack."""
     values = [leaf.read(i) for i in range(leaf.shape[0])] if leaf.stacked else leaf.read()
     return np.asarray(values, np.float32)
-
-
-def _tree(params: dict[str, np.ndarray]) -> dict:
-    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in params.items()})
 
 
 def _rounded(
